@@ -1,0 +1,190 @@
+"""FIMA: Fine-grained Spatiotemporal Motion Alignment for Contrastive Video Representation Learning (ACM MM 2023).
+
+MoCo-v2, plus a pixel-level contrast between RGB features of one clip and frame-difference features of another clip of
+the same video (Sec. 3.1, 3.2), plus a frame-level reconstruction of motion through a [cls] token (Sec. 3.3). `FIMA.forward`
+is the whole method.
+
+    python fima.py                                                          # narrow encoder, generated videos, on a CPU
+    python fima.py --dataset ucf101 --data /data/ucf101                     # one GPU
+    torchrun --nproc_per_node=8 fima.py --dataset k400 --data /data/k400    # eight GPUs, the paper's setting
+
+Tables of the paper as flags: 1 --losses; 2 --mask_position none leaves FS out, --decoder none leaves MD out; 3a --threshold;
+3b --decoder_depth; 3c, 7 --decoder_width, --decoder_heads; 3d --foreground; 3e --mask_source; 3f --mask_position; 8
+--decoder; 9 --frame_loss; 10 --pixel_negatives video (98 pixels at 2×7×7) or batch (784 at 8 videos a process), and
+--pixel_queue 784 (1568).
+"""
+
+import dataclasses
+import math
+
+import torch
+from torch import Tensor
+
+from losses import FRAME_LOSSES, activation_map, foreground_mask, pixel_contrast, positive_pairs
+from moco import PRESETS as MOCO_PRESETS
+from moco import FeatureMaps, MoCo, MoCoConfig, main, pool
+from models import MomentumQueue, MotionDecoder
+from train import UserError, command_line, option
+
+
+@dataclasses.dataclass(frozen=True)
+class FIMAConfig(MoCoConfig):
+    """Options of FIMA; the defaults are the paper's."""
+
+    losses: str = option("vv,pix,fra", "losses to sum, of vv (Eq. 1), vd (Eq. 2), pix (Eq. 8) and fra (Eq. 10)")
+    threshold: float = option(0.7, "distance below which pixels are positive, in bin diagonals (Table 3a)")
+    foreground: float = option(0.5, "portion of the pixels that is foreground, beta (Table 3d)")
+    mask_source: str = option(
+        "both", "activation maps that make the foreground mask (Table 3e)", ("rgb", "difference", "both")
+    )
+    mask_position: str = option(
+        "both",
+        "views whose background is left out (Table 3f); none: no foreground sampling",
+        ("none", "prediction", "target", "both"),
+    )
+    decoder: str = option(
+        "shared",
+        "motion decoder shared by pix and fra, one each (Table 8), or none (pix alone)",
+        ("shared", "separate", "none"),
+    )
+    decoder_depth: int = option(2, "blocks of the motion decoder (Table 3b)")
+    decoder_width: int = option(512, "channels of the motion decoder (Tables 3c, 7)")
+    decoder_heads: int = option(4, "attention heads of the motion decoder (Table 3c)")
+    frame_loss: str = option("infonce", "form of fra (Table 9)", tuple(FRAME_LOSSES))
+    pixel_negatives: str = option(
+        "batch",
+        "motion pixels in the denominator of pix: the video's own, or the mini-batch's (Table 10)",
+        ("video", "batch"),
+    )
+    pixel_queue: int = option(0, "motion pixels of earlier batches added to the denominator (Table 10)")
+
+    KNOWN_LOSSES = ("vv", "vd", "pix", "fra")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.decoder == "none" and "fra" in self.terms:
+            raise UserError("--decoder none leaves nothing to reconstruct with: take fra out of --losses")
+        if not 0 <= self.foreground <= 1 or self.threshold <= 0 or self.pixel_queue < 0:
+            raise UserError("--foreground lies in 0 … 1, --threshold above 0, --pixel_queue at 0 or above")
+
+
+PRESETS = MOCO_PRESETS | {
+    "synthetic": MOCO_PRESETS["synthetic"] | dict(decoder_width=128),
+    "k400": MOCO_PRESETS["k400"] | dict(pixel_queue=31360),
+}
+
+
+def feature_pixels(maps: Tensor) -> Tensor:
+    """Splits maps into feature frames of pixels: (2, B, C, T, H, W) → (2, B·T, HW, C)."""
+    return maps.permute(0, 1, 3, 4, 5, 2).flatten(3, 4).flatten(1, 2)
+
+
+class FIMA(MoCo):
+    """L = L_VV + L_Pix + L_Fra (Eq. 11, Fig. 2), in both directions: each view is once the source, once the target.
+
+    Tensors of both directions are stacked, (2, …): entry 0 predicts the second view from the first, entry 1 the first
+    from the second, so that `x.flip(0)` holds, for each source, what belongs to its target.
+    """
+
+    def __init__(self, config: FIMAConfig):
+        super().__init__(config)
+        self.decoder = self.cls_decoder = None
+        wanted = {"pix", "fra"} & set(config.terms)
+        size = self.encoder.out_channels, config.decoder_width, config.decoder_depth, config.decoder_heads
+        if wanted and config.decoder != "none":
+            self.decoder = MotionDecoder(*size)
+        if len(wanted) == 2 and config.decoder == "separate":
+            self.cls_decoder = MotionDecoder(*size)
+        if "fra" in wanted:
+            self.sub_clips = config.frames // self.encoder.strides[0]  # T, one for each feature frame
+        if "pix" in wanted and config.pixel_queue:
+            self.queues["pix"] = MomentumQueue(config.pixel_queue)
+
+    def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Views as `data.PretrainingViews` makes them, batched → the named losses; enqueues the keys at the end."""
+        terms = self.config.terms
+        maps = self.encode(views, motion="vd" in terms or "pix" in terms)  # F^q, F^k, M^k of V and Ṽ
+        losses, keys = self.instance_losses(maps)  # Eq. 1, Eq. 2
+        y, y_cls = self.decode(maps.query)  # Eq. 7, Eq. 9
+        if "pix" in terms:
+            positives = self.positive_pixels(views["box"], maps)  # φ_p ∩ foreground
+            losses["pix"], keys["pix"] = self.pixel_loss(y, positives, maps.motion)  # Eq. 8
+        if "fra" in terms:
+            losses["fra"], keys["fra"] = self.frame_loss(y_cls, self.sub_clip_features(views))  # Eq. 10
+        self.enqueue(keys)
+        return losses
+
+    def decode(self, maps: Tensor) -> tuple[Tensor, Tensor | None]:
+        """F^q → y (2, B·T, HW, C) of Eq. 7 and y_cls (2, B·T, C) of Eq. 9, feature frame by feature frame.
+
+        Source F_i asks target F̃_i, both of the query encoder. Without a decoder, y is F_i itself, as in Eq. 3.
+        """
+        y, target = feature_pixels(maps).flatten(0, 1), feature_pixels(maps.flip(0)).flatten(0, 1)
+        source, y_cls = y, None
+        if self.decoder is not None:
+            y, y_cls = self.decoder(source, target)
+        if self.cls_decoder is not None:
+            y_cls = self.cls_decoder(source, target)[1]
+        return y.unflatten(0, (2, -1)), None if y_cls is None else y_cls.unflatten(0, (2, -1))
+
+    @torch.no_grad()
+    def positive_pixels(self, boxes: Tensor, maps: FeatureMaps) -> Tensor:
+        """φ_p of Eq. 3 from the boxes (B, 2, 4), less the background by Eq. 6: (2, B, HW, HW) bool, source × target."""
+        boxes, config = boxes.transpose(0, 1), self.config
+        pairs = positive_pairs(boxes.flatten(0, 1), boxes.flip(0).flatten(0, 1), maps.key.shape[-2:], config.threshold)
+        pairs = pairs.unflatten(0, (2, -1))
+        if config.mask_position != "none":
+            sources = {"rgb": [maps.key], "difference": [maps.motion], "both": [maps.key, maps.motion]}[
+                config.mask_source
+            ]
+            fused = sum(activation_map(features.flatten(0, 1).float()) for features in sources)
+            mask = foreground_mask(fused, config.foreground).flatten(1).unflatten(0, (2, -1))  # (2, B, HW)
+            if config.mask_position in ("prediction", "both"):
+                pairs = pairs & mask[..., :, None]
+            if config.mask_position in ("target", "both"):
+                pairs = pairs & mask.flip(0)[..., None, :]
+        self.metrics["pixels_with_positive"] = pairs.any(3).float().mean()
+        return pairs
+
+    def pixel_loss(self, y: Tensor, positives: Tensor, motion: Tensor) -> tuple[Tensor, Tensor]:
+        """L_Pix of Eq. 8, mean of both directions and all feature frames, and the keys (2·B·T·HW, D)."""
+        steps = motion.shape[3]  # T
+        y = self.project(self.head, y)  # (2, B·T, HW, D)
+        with torch.no_grad():
+            m = self.project(self.key_head, feature_pixels(motion))  # (2, B·T, HW, D)
+        losses, chances = [], []
+        for prediction, target, pairs in zip(y, m.flip(0), positives.repeat_interleave(steps, 1), strict=True):
+            if self.config.pixel_negatives == "video":
+                keys = target.unflatten(0, (-1, steps)).flatten(1, 2).repeat_interleave(steps, 0)  # (B·T, T·HW, D)
+            else:
+                keys = target.flatten(0, 1)
+            if "pix" in self.queues:
+                old = self.queues["pix"].keys
+                keys = torch.cat([keys, old.expand(*keys.shape[:-2], *old.shape)], -2)
+            losses.append(pixel_contrast(prediction, target, pairs, keys, self.config.temperature))
+            equal = (x[..., :1].detach() * 0 for x in (prediction, target))  # all similarities equal: what chance gives
+            chances.append(pixel_contrast(*equal, pairs, keys[..., :1] * 0))
+        self.metrics["chance/pix"] = sum(chances) / 2
+        return sum(losses) / 2, m.flatten(0, 2)
+
+    @torch.no_grad()
+    def sub_clip_features(self, views: dict[str, Tensor]) -> Tensor:
+        """l of Eq. 10, projected motion features of the sub-clips, by the key encoder: (2, B, T, D)."""
+        clips = views["sub_clips"].transpose(0, 1)  # (2, B, T, 3, frames, crop, crop)
+        color = views["color"].transpose(0, 1)[:, :, 2:]
+        features = pool(self.key_encoder(self.differences(clips.flatten(0, 2) / 255, color.flatten(0, 2))))
+        return self.project(self.key_head, features).unflatten(0, clips.shape[:3])
+
+    def frame_loss(self, y_cls: Tensor, local: Tensor) -> tuple[Tensor, Tensor]:
+        """L_Fra of Eq. 10 or a form of Table 9, mean of both directions and all sub-clips, and the keys (2·B·T, D)."""
+        prediction = self.project(self.head, y_cls).flatten(0, 1)  # (2·B·T, D)
+        target, queue = local.flip(0).flatten(0, 2), self.queues["fra"].keys
+        at_chance = {"infonce": math.log(len(target) + len(queue)), "triplet": 1.0, "mse": 2.0}
+        self.metrics["chance/fra"] = at_chance[self.config.frame_loss]
+        options = {"temperature": self.config.temperature} if self.config.frame_loss == "infonce" else {}
+        loss = FRAME_LOSSES[self.config.frame_loss](prediction, target, queue, **options)
+        return loss, local.flatten(0, 2)
+
+
+if __name__ == "__main__":
+    command_line(lambda: main(FIMA, FIMAConfig, PRESETS, __doc__))

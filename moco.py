@@ -1,0 +1,259 @@
+"""MoCo-v2 for video: the baseline of FIMA, and the frame that FIMA is built on.
+
+L_VV, instance discrimination between two clips of a video (Eq. 1 of FIMA), and with `--losses vv,vd` also L_VD, which
+aligns pooled RGB features with pooled frame-difference features (Eq. 2). MoCo: He et al., CVPR 2020; v2: Chen et al.,
+2020.
+
+    python moco.py                                                          # narrow encoder, generated videos, on a CPU
+    python moco.py --dataset ucf101 --data /data/ucf101                     # one GPU
+    torchrun --nproc_per_node=8 moco.py --dataset k400 --data /data/k400    # eight GPUs
+"""
+
+import copy
+import dataclasses
+import math
+import time
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import data
+import evaluate
+from losses import frame_difference, info_nce
+from models import ENCODERS, MomentumQueue, ProjectionHead, build_encoder, momentum_update
+from train import (
+    TrainConfig,
+    UserError,
+    command_line,
+    fit,
+    ignore_interrupts,
+    loader_workers,
+    option,
+    parse,
+    start_process,
+    user_errors,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class MoCoConfig(TrainConfig):
+    """Options of MoCo; the defaults are the paper's for UCF101 (Sec. 4.1, A.1, A.3)."""
+
+    dataset: str = option("synthetic", "what to train on", data.DATASETS)
+    data: str = option("", "folder of the data set (default: datasets/DATASET)")
+    list_file: str = option("", "with --dataset folder: a file of lines 'path label', label optional")
+    split: int = option(1, "official split of the data set")
+    frames: int = option(16, "frames of a clip")
+    frame_stride: int = option(2, "a clip takes every how-manieth frame of the video")
+    crop: int = option(224, "height and width of a clip in pixels; the paper has 112 for r2plus1d_18")
+    encoder: str = option("i3d", "video encoder", tuple(ENCODERS))
+    width: float = option(1.0, "factor on the encoder's numbers of channels")
+    losses: str = option("vv", "losses to sum, of vv (Eq. 1) and vd (Eq. 2)")
+    temperature: float = option(0.1, "temperature of every contrast")
+    momentum: float = option(0.999, "momentum of the key encoder; small data sets want 0.99")
+    queue: int = option(2048, "length of each queue of keys; keep it below the number of videos")
+    min_scale: float = option(0.2, "least share of a frame's area that a random crop covers")
+    jitter_p: float = option(0.8, "probability of colour jitter (A.3 prints 0.2)")
+    gray_p: float = option(0.2, "probability of grayscale")
+    blur_p: float = option(0.5, "probability of Gaussian blur (A.3 prints 0.2)")
+
+    KNOWN_LOSSES = ("vv", "vd")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.terms or not set(self.terms) <= set(self.KNOWN_LOSSES):
+            raise UserError(f"--losses {self.losses}: name some of {','.join(self.KNOWN_LOSSES)}, separated by commas")
+        for name, fits in (
+            ("temperature", self.temperature > 0),
+            ("momentum", 0 <= self.momentum <= 1),
+            ("queue", self.queue >= 1),
+            ("frame_stride", self.frame_stride >= 1),
+            ("min_scale", 0 < self.min_scale <= 1),
+        ):
+            if not fits:
+                raise UserError(f"--{name} {getattr(self, name)} is out of range")
+
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """The losses to sum."""
+        return tuple(dict.fromkeys(name.strip() for name in self.losses.split(",") if name.strip()))
+
+
+PRESETS = {
+    "synthetic": dict(
+        encoder="r3d_18", width=0.125, crop=64, epochs=4, batch_size=16, lr=0.8, momentum=0.99, queue=256
+    ),
+    "ucf101": dict(encoder="i3d", crop=224, epochs=200, batch_size=8, lr=0.04, momentum=0.999, queue=2048),
+    "k400": dict(encoder="i3d", crop=224, epochs=100, batch_size=8, lr=0.04, momentum=0.999, queue=65536),
+}
+
+
+@dataclasses.dataclass
+class FeatureMaps:
+    """Feature maps of both views, (2, B, C, T, H, W) each: index 0 is the source view, 1 the target view."""
+
+    query: Tensor  # F^q: RGB, query encoder
+    key: Tensor  # F^k: RGB, key encoder, no gradient
+    motion: Tensor | None  # M^k: frame difference, key encoder, no gradient
+
+
+def pool(maps: Tensor) -> Tensor:
+    """Global average over time and space: (..., C, T, H, W) → (..., C)."""
+    return maps.mean((-3, -2, -1))
+
+
+class MoCo(nn.Module):
+    """L = L_VV [+ L_VD]: query and key encoder, a projection head each, and a queue of keys for each loss.
+
+    RGB clips V and frame differences D pass the same encoder in separate forwards, so that batch norm does not mix
+    their statistics; the two views of a modality share a forward. The data set has to make `sub_clips` of each view.
+
+    Raises:
+        ValueError: the crop or number of frames does not suit the encoder's strides.
+    """
+
+    sub_clips = 0
+
+    def __init__(self, config: MoCoConfig):
+        super().__init__()
+        self.config = config
+        self.encoder = build_encoder(config.encoder, config.width)
+        steps, stride, _ = self.encoder.strides
+        if config.crop < 2 * stride:
+            raise ValueError(
+                f"--crop {config.crop} is too small: {config.encoder} has stride {stride}, take {2 * stride} or more"
+            )
+        if config.frames % steps or config.frames < steps:
+            raise ValueError(
+                f"--frames {config.frames} is no multiple of {steps}, the stride of {config.encoder} in time"
+            )
+        self.head = ProjectionHead(self.encoder.out_channels)
+        self.key_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
+        self.key_head = copy.deepcopy(self.head).requires_grad_(False)
+        self.queues = nn.ModuleDict({name: MomentumQueue(config.queue) for name in config.terms if name != "pix"})
+        self.metrics: dict[str, Tensor | float] = {}
+
+    def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Views as `data.PretrainingViews` makes them, batched → the named losses; enqueues the keys at the end."""
+        maps = self.encode(views, motion="vd" in self.config.terms)
+        losses, keys = self.instance_losses(maps)
+        self.enqueue(keys)
+        return losses
+
+    def encode(self, views: dict[str, Tensor], motion: bool) -> FeatureMaps:
+        """Clips → feature maps. The key encoder first follows the query encoder by one momentum step."""
+        clips = views["clip"].transpose(0, 1).flatten(0, 1) / 255  # (2B, 3, frames, crop, crop) in [0, 1]
+        color = views["color"].transpose(0, 1).flatten(0, 1)  # (2B, 2 + sub-clips, parameters)
+        if self.training:
+            momentum_update(self.encoder, self.key_encoder, self.config.momentum)
+            momentum_update(self.head, self.key_head, self.config.momentum)
+        rgb = data.normalize(data.color_augment(clips, color[:, 0]))
+        query = self.encoder(rgb)
+        with torch.no_grad():
+            key = self.key_encoder(rgb)
+            difference = self.key_encoder(self.differences(clips, color[:, 1])) if motion else None
+        halves = (None if x is None else x.unflatten(0, (2, -1)) for x in (query, key, difference))
+        return FeatureMaps(*halves)
+
+    @staticmethod
+    def differences(clips: Tensor, color: Tensor) -> Tensor:
+        """D of V before colour, then with a colour augmentation of its own, normalised as RGB is."""
+        return data.normalize(data.color_augment(frame_difference(clips), color))
+
+    @staticmethod
+    def project(head: ProjectionHead, features: Tensor) -> Tensor:
+        """g and the L2 norm of h in Eq. 1: (..., C) → (..., D), float32."""
+        return F.normalize(head(features).float(), dim=-1)
+
+    def instance_losses(self, maps: FeatureMaps) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """L_VV (Eq. 1) and L_VD (Eq. 2), as far as asked for, in both directions, and their keys (2B, D)."""
+        losses, keys = {}, {}
+        v = self.project(self.head, pool(maps.query))  # (2, B, D)
+        self.metrics = {
+            "feature_std": v.detach().flatten(0, 1).std(0).mean()
+        }  # 1/√D when spread evenly, 0 when collapsed
+        for name, key_maps in (("vv", maps.key), ("vd", maps.motion)):
+            if name in self.config.terms:
+                with torch.no_grad():
+                    k = self.project(self.key_head, pool(key_maps))  # (2, B, D)
+                losses[name] = self.contrast(
+                    name, v.flatten(0, 1), k.flip(0).flatten(0, 1)
+                )  # each meets the other view's key
+                keys[name] = k.flatten(0, 1)
+        return losses, keys
+
+    def contrast(self, name: str, query: Tensor, positive: Tensor) -> Tensor:
+        """InfoNCE against the queue of that name, with its chance value among the metrics."""
+        self.metrics[f"chance/{name}"] = math.log(1 + self.config.queue)
+        return info_nce(query, positive, self.queues[name].keys, self.config.temperature)
+
+    def enqueue(self, keys: dict[str, Tensor]) -> None:
+        """Writes all queues, after all losses have read them: no video meets its own fresh key as a negative."""
+        if self.training:
+            for name, queue in self.queues.items():
+                queue.enqueue(keys[name])
+
+
+def main(method_class: type[MoCo], config_class: type[MoCoConfig], presets: dict[str, dict], doc: str) -> None:
+    """Trains a method as its command line says; on the generated videos, shows at the end what it has learnt."""
+    config = parse(config_class, doc, presets)
+    process = start_process(config.device)
+    with user_errors():
+        torch.manual_seed(config.seed)
+        method = method_class(config)
+        untrained = copy.deepcopy(method.encoder)
+        root = config.data or f"datasets/{config.dataset}"
+        with process.first():
+            videos = data.find_videos(
+                config.dataset, root, train=True, split=config.split, list_file=config.list_file or None
+            )
+        process.say(videos.report)
+        total_batch = config.batch_size * process.world_size
+        if len(videos.paths) < total_batch:
+            raise ValueError(
+                f"{len(videos.paths)} videos in {root} are fewer than the total batch of {total_batch}; lower --batch_size"
+            )
+        views = data.PretrainingViews(
+            videos,
+            config.crop,
+            config.frames,
+            config.frame_stride,
+            method.sub_clips,
+            config.seed,
+            min_scale=config.min_scale,
+            color=dict(jitter_p=config.jitter_p, gray_p=config.gray_p, blur_p=config.blur_p),
+        )
+
+    def sampler(start: int) -> data.StepSampler:
+        return data.StepSampler(
+            len(views), config.batch_size, config.epochs, config.seed, process.rank, process.world_size, start
+        )
+
+    def make_loader(start: int) -> torch.utils.data.DataLoader:
+        return torch.utils.data.DataLoader(
+            views,
+            batch_sampler=sampler(start),
+            num_workers=loader_workers(config, process),
+            collate_fn=data.collate,
+            pin_memory=process.device.type == "cuda",
+            worker_init_fn=ignore_interrupts,
+        )
+
+    name = method_class.__name__.lower()
+    out = f"runs/{name}-{config.dataset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    checkpoint = fit(method, config, process, make_loader, sampler(0).steps_per_epoch, out)
+    if process.rank == 0:
+        if config.dataset == "synthetic":
+            shape = config.crop, config.frames, config.frame_stride
+            encoders = {"untrained": untrained, name: method.encoder}
+            evaluate.first_look(encoders, root, shape, process, loader_workers(config, process))
+        print(
+            f"\nnext:\n  python evaluate.py retrieve --checkpoint {checkpoint}    # R@k, 10 clips a video\n"
+            f"  python {name}.py --dataset folder --data YOUR_VIDEOS    # your own videos, any tree of files\n"
+            f"  python {name}.py --help    # every option, and what each data set's preset sets"
+        )
+
+
+if __name__ == "__main__":
+    command_line(lambda: main(MoCo, MoCoConfig, PRESETS, __doc__))

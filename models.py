@@ -1,0 +1,308 @@
+"""Networks of FIMA and its relatives: video encoders, projection head, motion decoder, momentum queue.
+
+Can be copied alone into another project: it imports torch and torchvision only.
+
+Letters: B videos, C channels, T, H, W frames, rows and columns of a feature map, D projected channels, N tokens.
+Every encoder maps clips (B, 3, frames, height, width) to feature maps (B, C, T, H, W), carries `out_channels` and
+`strides` (frames, rows, columns of the clip for each feature pixel), and is built by `build_encoder(name, width)`.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.video import resnet, s3d
+
+
+def _same_padding(size: torch.Size, kernel: tuple, stride: tuple) -> list[int]:
+    """Zeros to add in all along each dimension so that ⌈size / stride⌉ outputs come out (TensorFlow's "SAME")."""
+    return [max((math.ceil(n / s) - 1) * s + k - n, 0) for n, k, s in zip(size, kernel, stride, strict=True)]
+
+
+class ConvUnit(nn.Module):
+    """3-D convolution with "SAME" padding, batch norm, ReLU: the unit of I3D (Carreira and Zisserman 2017)."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: int = 1, stride: int = 1):
+        super().__init__()
+        self.conv3d = nn.Conv3d(in_channels, out_channels, kernel, stride, bias=False)
+        self.batch3d = nn.BatchNorm3d(out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        total = _same_padding(x.shape[2:], self.conv3d.kernel_size, self.conv3d.stride)
+        if any(n % 2 for n in total):  # the odd zero goes behind, which a convolution's own padding can't express
+            x = F.pad(x, [p for n in reversed(total) for p in (n // 2, n - n // 2)])
+            total = (0, 0, 0)
+        x = F.conv3d(x, self.conv3d.weight, None, self.conv3d.stride, [n // 2 for n in total])
+        return F.relu(self.batch3d(x), inplace=True)
+
+
+class MaxPool(nn.Module):
+    """Max pooling with "SAME" padding. What is padded never wins, as the inputs have passed a ReLU."""
+
+    def __init__(self, kernel: tuple[int, int, int], stride: tuple[int, int, int]):
+        super().__init__()
+        self.kernel, self.stride = kernel, stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        padding = [n // 2 for n in _same_padding(x.shape[2:], self.kernel, self.stride)]
+        return F.max_pool3d(x, self.kernel, self.stride, padding, ceil_mode=True)
+
+
+class Inception(nn.Module):
+    """Inception block of I3D: 1×1×1, two 1×1×1 → 3×3×3, and pooling → 1×1×1 branches, concatenated."""
+
+    def __init__(self, in_channels: int, b0: int, b1_in: int, b1: int, b2_in: int, b2: int, b3: int):
+        super().__init__()
+        self.branch_0 = ConvUnit(in_channels, b0)
+        self.branch_1 = nn.Sequential(ConvUnit(in_channels, b1_in), ConvUnit(b1_in, b1, 3))
+        self.branch_2 = nn.Sequential(ConvUnit(in_channels, b2_in), ConvUnit(b2_in, b2, 3))
+        self.branch_3 = nn.Sequential(MaxPool((3, 3, 3), (1, 1, 1)), ConvUnit(in_channels, b3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.branch_0(x), self.branch_1(x), self.branch_2(x), self.branch_3(x)], 1)
+
+
+class I3D(nn.Module):
+    """Inception-I3D-22 trunk (Carreira and Zisserman 2017), 12 287 264 parameters at width 1.
+
+    Names of modules are those of FIMA's released checkpoints. (B, 3, 16, 224, 224) → (B, 1024, 2, 7, 7).
+
+    Args:
+        width: factor on every number of channels; 1 is the published network.
+    """
+
+    strides = (8, 32, 32)
+
+    def __init__(self, width: float = 1.0):
+        super().__init__()
+
+        def scaled(*channels: int) -> list[int]:
+            return [max(1, round(width * c)) for c in channels]
+
+        stem, reduced, wide = scaled(64, 64, 192)
+        self.conv3d_1a_7x7 = ConvUnit(3, stem, 7, 2)
+        self.pool_2a = MaxPool((1, 3, 3), (1, 2, 2))
+        self.conv3d_2b_1x1 = ConvUnit(stem, reduced)
+        self.conv3d_2c_3x3 = ConvUnit(reduced, wide, 3)
+        self.pool_3a = MaxPool((1, 3, 3), (1, 2, 2))
+        self.out_channels = wide
+        for name, *channels in (
+            ("3b", 64, 96, 128, 16, 32, 32),
+            ("3c", 128, 128, 192, 32, 96, 64),
+            ("4b", 192, 96, 208, 16, 48, 64),
+            ("4c", 160, 112, 224, 24, 64, 64),
+            ("4d", 128, 128, 256, 24, 64, 64),
+            ("4e", 112, 144, 288, 32, 64, 64),
+            ("4f", 256, 160, 320, 32, 128, 128),
+            ("5b", 256, 160, 320, 32, 128, 128),
+            ("5c", 384, 192, 384, 48, 128, 128),
+        ):
+            if name == "4b":
+                self.pool_4a = MaxPool((3, 3, 3), (2, 2, 2))
+            if name == "5b":
+                self.pool_5a = MaxPool((2, 2, 2), (2, 2, 2))
+            b0, b1_in, b1, b2_in, b2, b3 = scaled(*channels)
+            self.add_module(f"mixed_{name}", Inception(self.out_channels, b0, b1_in, b1, b2_in, b2, b3))
+            self.out_channels = b0 + b1 + b2 + b3
+
+    def forward(self, clip: Tensor) -> Tensor:
+        """(B, 3, frames, height, width), normalised → (B, C, T, H, W)."""
+        for module in self.children():
+            clip = module(clip)
+        return clip
+
+
+class VideoResNet(resnet.VideoResNet):
+    """Trunk of torchvision's r3d_18 or r2plus1d_18 (Tran et al. 2018), with its names, and a width factor.
+
+    (B, 3, 16, 112, 112) → (B, 512, 2, 7, 7). The parent's constructor is passed over, as it fixes the widths.
+
+    Args:
+        conv: `torchvision.models.video.resnet.Conv3DSimple` (r3d_18) or `Conv2Plus1D` (r2plus1d_18).
+        width: factor on every number of channels; 1 is the published network.
+    """
+
+    strides = (8, 16, 16)
+
+    def __init__(self, conv: type[nn.Conv3d] | type[nn.Sequential], width: float = 1.0):
+        nn.Module.__init__(self)
+        self.inplanes = c = max(1, round(64 * width))
+        if conv is resnet.Conv2Plus1D:
+            mid = max(1, round(45 * width))
+            stem = [nn.Conv3d(3, mid, (1, 7, 7), (1, 2, 2), (0, 3, 3), bias=False), nn.BatchNorm3d(mid), nn.ReLU(True)]
+            stem += [nn.Conv3d(mid, c, (3, 1, 1), 1, (1, 0, 0), bias=False)]
+        else:
+            stem = [nn.Conv3d(3, c, (3, 7, 7), (1, 2, 2), (1, 3, 3), bias=False)]
+        self.stem = nn.Sequential(*stem, nn.BatchNorm3d(c), nn.ReLU(inplace=True))
+        self.layer1 = self._make_layer(resnet.BasicBlock, conv, c, 2, stride=1)
+        self.layer2 = self._make_layer(resnet.BasicBlock, conv, 2 * c, 2, stride=2)
+        self.layer3 = self._make_layer(resnet.BasicBlock, conv, 4 * c, 2, stride=2)
+        self.layer4 = self._make_layer(resnet.BasicBlock, conv, 8 * c, 2, stride=2)
+        self.out_channels = 8 * c
+        for module in self.modules():
+            if isinstance(module, nn.Conv3d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, clip: Tensor) -> Tensor:
+        """(B, 3, frames, height, width), normalised → (B, C, T, H, W)."""
+        return self.layer4(self.layer3(self.layer2(self.layer1(self.stem(clip)))))
+
+
+class S3D(nn.Module):
+    """Trunk of torchvision's s3d (Xie et al. 2018), with its names. (B, 3, 16, 112, 112) → (B, 1024, 2, 3, 3)."""
+
+    strides = (8, 32, 32)
+    out_channels = 1024
+
+    def __init__(self, width: float = 1.0):
+        super().__init__()
+        if width != 1:
+            raise ValueError("s3d comes in width 1 only; i3d, r3d_18 and r2plus1d_18 take a width")
+        self.features = s3d().features
+
+    def forward(self, clip: Tensor) -> Tensor:
+        """(B, 3, frames, height, width), normalised → (B, C, T, H, W)."""
+        return self.features(clip)
+
+
+ENCODERS = {
+    "i3d": I3D,
+    "r2plus1d_18": lambda width=1.0: VideoResNet(resnet.Conv2Plus1D, width),
+    "r3d_18": lambda width=1.0: VideoResNet(resnet.Conv3DSimple, width),
+    "s3d": S3D,
+}
+
+
+def build_encoder(name: str, width: float = 1.0) -> nn.Module:
+    """The encoder `name` (a key of ENCODERS) with every number of channels times `width`, randomly initialised.
+
+    Raises:
+        ValueError: unknown name, a width that is not positive, or a width for s3d.
+    """
+    if name not in ENCODERS:
+        raise ValueError(f"unknown encoder {name!r}; choose from {', '.join(ENCODERS)}")
+    if not width > 0:
+        raise ValueError(f"width must be positive, not {width}")
+    return ENCODERS[name](width)
+
+
+class ProjectionHead(nn.Module):
+    """The projection g of Eq. 1 and its 1×1 convolutions of Sec. 3.1: linear → ReLU → linear over channels.
+
+    A 1×1 convolution is a linear layer over channels; ours come last, so that one head serves pooled features
+    (B, C), tokens (B, N, C) and maps alike. Neither batch norm nor L2 normalisation.
+    """
+
+    def __init__(self, in_channels: int, hidden: int = 1024, out_channels: int = 128):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(in_channels, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, out_channels))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(..., C) → (..., D)."""
+        return self.net(features)
+
+
+def sincos_positions(length: int, dim: int, device: torch.device | None = None) -> Tensor:
+    """Fixed 1-D positions (Vaswani et al. 2017, Sec. 3.5): (length, dim), sines on even channels, cosines on odd."""
+    steps = torch.arange(length, device=device, dtype=torch.float32)[:, None]
+    rates = torch.exp(torch.arange(0, dim, 2, device=device, dtype=torch.float32) * (-math.log(10000.0) / dim))
+    return torch.stack([(steps * rates).sin(), (steps * rates).cos()], 2).flatten(1)[:, :dim]
+
+
+class DecoderBlock(nn.Module):
+    """Cross-attention and feed-forward with pre-layer-norm and residuals (Fig. 6). No self-attention."""
+
+    def __init__(self, dim: int, heads: int, dropout: float):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.attention = nn.MultiheadAttention(dim, heads, dropout, batch_first=True)
+        self.feed_forward = nn.Sequential(
+            nn.Linear(dim, dim), nn.ReLU(inplace=True), nn.Dropout(dropout), nn.Linear(dim, dim)
+        )
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, query: Tensor, memory: Tensor, need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
+        """(B, N, dim), (B, M, dim) → (B, N, dim) and the attention averaged over heads (B, N, M) or None."""
+        attended, weights = self.attention(self.norm1(query), memory, memory, need_weights=need_weights)
+        query = query + self.dropout(attended)
+        return query + self.dropout(self.feed_forward(self.norm2(query))), weights
+
+
+class MotionDecoder(nn.Module):
+    """MD of Eq. 4, 7 and 9 (Sec. 3.2, A.2, Fig. 6): reconstructs the target view's motion by asking its RGB features.
+
+    Queries are the pixels of one source feature frame and a learnable [cls] token, keys and values the pixels of the
+    same feature frame of the target. Queries never meet each other, so each output depends on its own query and the
+    target only, and [cls] on the target alone. Positions are added to pixels, not to [cls], which starts at 0.
+
+    Args:
+        channels: C of the encoder's feature map.
+        dim, depth, heads, dropout: the paper's 512, 2, 4 and 0.1 (Sec. 4.1, A.2).
+
+    Raises:
+        ValueError: heads do not divide dim, or depth < 1.
+    """
+
+    def __init__(self, channels: int, dim: int = 512, depth: int = 2, heads: int = 4, dropout: float = 0.1):
+        super().__init__()
+        if depth < 1 or heads < 1 or dim % heads:
+            raise ValueError(f"decoder needs depth ≥ 1 and heads that divide its width: depth {depth}, {heads}, {dim}")
+        self.cls = nn.Parameter(torch.zeros(1, 1, dim))
+        self.reduce = nn.Linear(channels, dim)
+        self.blocks = nn.ModuleList(DecoderBlock(dim, heads, dropout) for _ in range(depth))
+        self.expand = nn.Linear(dim, channels)
+
+    def forward(self, source: Tensor, target: Tensor, need_weights: bool = False) -> tuple[Tensor, ...]:
+        """Pixels of feature frames: source (B, N, C), target (B, M, C).
+
+        Returns:
+            y (B, N, C) of Eq. 7, y_cls (B, C) of Eq. 9 and, on request, the last block's attention averaged over
+            heads (B, N, M): where each source pixel looks in the target (Fig. 7).
+        """
+        source, target = (  # the positions' dtype follows the features', so that autocast stays in charge
+            (x := self.reduce(pixels)) + sincos_positions(x.shape[1], x.shape[2], x.device).to(x.dtype)
+            for pixels in (source, target)
+        )
+        query = torch.cat([self.cls.to(source.dtype).expand(len(source), -1, -1), source], 1)
+        for block in self.blocks:
+            query, weights = block(query, target, need_weights)
+        output = self.expand(query)
+        return (output[:, 1:], output[:, 0], weights[:, 1:]) if need_weights else (output[:, 1:], output[:, 0])
+
+
+class MomentumQueue(nn.Module):
+    """Ring of the latest L2-normalised keys (MoCo, He et al. 2020, Sec. 3.2), part of the state dict.
+
+    Starts with random unit vectors, as MoCo does. With several processes, the keys of all of them are enqueued in the
+    order of the ranks, so that every process holds the same queue; each must give the same number of keys.
+
+    Args:
+        length: number of keys held; 0 gives a queue that is always empty.
+        dim: D.
+    """
+
+    def __init__(self, length: int, dim: int = 128):
+        super().__init__()
+        self.register_buffer("keys", F.normalize(torch.randn(length, dim), dim=1))
+        self.register_buffer("pointer", torch.zeros((), dtype=torch.long))  # the oldest key: the next to go
+
+    @torch.no_grad()
+    def enqueue(self, keys: Tensor) -> None:
+        """Replaces the oldest keys by (n, D) new ones, any n: wraps around, and of more than `length` the last stay."""
+        keys = keys.to(self.keys.dtype)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            gathered = keys.new_empty(torch.distributed.get_world_size() * len(keys), keys.shape[1])
+            torch.distributed.all_gather_into_tensor(gathered, keys.contiguous())
+            keys = gathered
+        keys = keys[max(len(keys) - len(self.keys), 0) :]
+        if len(keys):
+            places = (self.pointer + torch.arange(len(keys), device=keys.device)) % len(self.keys)
+            self.keys = self.keys.index_copy(0, places, keys)  # not in place: the backward still needs what losses read
+            self.pointer = (self.pointer + len(keys)) % len(self.keys)
+
+
+@torch.no_grad()
+def momentum_update(query: nn.Module, key: nn.Module, momentum: float) -> None:
+    """θ_key ← momentum · θ_key + (1 − momentum) · θ_query for every parameter (MoCo, Eq. 2); buffers stay."""
+    torch._foreach_lerp_(list(key.parameters()), list(query.parameters()), 1 - momentum)
