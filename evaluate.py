@@ -84,7 +84,7 @@ def clip_features(
     """L2-normalised pooled features of every clip by an encoder in eval mode; each process takes a share of the videos.
 
     Returns:
-        Features (videos, clips, C) on the CPU, whether each video could be read (videos,), and (path, reason) of the rest.
+        Features (videos, clips, C) on the CPU; whether each video could be read (videos,); (path, reason) of the rest.
     """
     encoder = encoder.to(process.device).eval()
     mine = torch.utils.data.Subset(clips, range(process.rank, len(clips), process.world_size))
@@ -116,7 +116,7 @@ def clip_features(
 
 
 def nearest(queries: Tensor, gallery: Tensor, k: int) -> Tensor:
-    """The k rows of the gallery (G, C) nearest to each query (Q, C) by cosine: indices (Q, min(k, G)), nearest first."""
+    """The k rows of a gallery (G, C) nearest to each query (Q, C) by cosine: indices (Q, min(k, G)), nearest first."""
     gallery = F.normalize(gallery, dim=1)
     chunks = [F.normalize(chunk, dim=1) @ gallery.T for chunk in queries.split(1024)]
     return torch.cat([similarity.topk(min(k, len(gallery)), 1).indices for similarity in chunks])

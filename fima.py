@@ -1,17 +1,17 @@
 """FIMA: Fine-grained Spatiotemporal Motion Alignment for Contrastive Video Representation Learning (ACM MM 2023).
 
 MoCo-v2, plus a pixel-level contrast between RGB features of one clip and frame-difference features of another clip of
-the same video (Sec. 3.1, 3.2), plus a frame-level reconstruction of motion through a [cls] token (Sec. 3.3). `FIMA.forward`
-is the whole method.
+the same video (Sec. 3.1, 3.2), plus a frame-level reconstruction of motion through a [cls] token (Sec. 3.3). The whole
+method is `FIMA.forward`.
 
     python fima.py                                                          # narrow encoder, generated videos, on a CPU
     python fima.py --dataset ucf101 --data /data/ucf101                     # one GPU
     torchrun --nproc_per_node=8 fima.py --dataset k400 --data /data/k400    # eight GPUs, the paper's setting
 
-Tables of the paper as flags: 1 --losses; 2 --mask_position none leaves FS out, --decoder none leaves MD out; 3a --threshold;
-3b --decoder_depth; 3c, 7 --decoder_width, --decoder_heads; 3d --foreground; 3e --mask_source; 3f --mask_position; 8
---decoder; 9 --frame_loss; 10 --pixel_negatives video (98 pixels at 2×7×7) or batch (784 at 8 videos a process), and
---pixel_queue 784 (1568).
+Tables of the paper as flags: 1 --losses; 2 --mask_position none leaves FS out, --decoder none leaves MD out; 3a
+--threshold; 3b --decoder_depth; 3c, 7 --decoder_width, --decoder_heads; 3d --foreground; 3e --mask_source; 3f
+--mask_position; 8 --decoder; 9 --frame_loss; 10 --pixel_negatives video (98 pixels at 2×7×7) or batch (784 at 8 videos a
+process), and --pixel_queue 784 (1568).
 """
 
 import dataclasses

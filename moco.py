@@ -210,9 +210,9 @@ def main(method_class: type[MoCo], config_class: type[MoCoConfig], presets: dict
             )
         process.say(videos.report)
         total_batch = config.batch_size * process.world_size
-        if len(videos.paths) < total_batch:
+        if len(videos) < total_batch:
             raise ValueError(
-                f"{len(videos.paths)} videos in {root} are fewer than the total batch of {total_batch}; lower --batch_size"
+                f"{len(videos)} videos in {root}, fewer than the total batch of {total_batch}: lower --batch_size"
             )
         views = data.PretrainingViews(
             videos,

@@ -41,11 +41,15 @@ class Interrupted(Exception):
 
 @contextlib.contextmanager
 def user_errors() -> Iterator[None]:
-    """While a run is set up, a ValueError or OSError is about what the user asked for: a UserError."""
+    """Where only what the user asked for can raise a ValueError or OSError, makes it a UserError.
+
+    Of an error in a loader's worker, which comes with the worker's traceback as its text, the last line is the message.
+    """
     try:
         yield
     except (ValueError, OSError) as error:
-        raise UserError(str(error)) from error
+        last = str(error).strip().splitlines()[-1]
+        raise UserError(last.removeprefix(type(error).__name__ + ": ")) from error
 
 
 def command_line(main: Callable[[], None]) -> NoReturn:
@@ -439,7 +443,7 @@ def fit(
     checkpoint = folder.path / "checkpoint.pt"
     process.say("\n".join(f"  {name:<18}{value}" for name, value in dataclasses.asdict(config).items()))
     process.say(
-        f"{sum(p.numel() for p in trainable):,} trainable parameters, {'bf16' if bf16 else 'float32'} on {process.device}\n"
+        f"{sum(p.numel() for p in trainable):,} trainable parameters, {'bf16' if bf16 else 'float32'}, {process.device}\n"
         f"total batch {config.batch_size} × {process.world_size} = {total_batch}, learning rate {config.lr} × "
         f"{total_batch} / 256 = {learning_rate(config, total_batch, 0, steps):.3g}, {steps_per_epoch} steps an epoch, "
         f"{steps} in all\n"
@@ -485,7 +489,8 @@ def fit(
         batches = iter(make_loader(start)) if start < stop else iter(())
         for step in range(start, stop):
             waiting = time.perf_counter()
-            batch = next(batches)
+            with user_errors():
+                batch = next(batches)
             waited = time.perf_counter() - waiting
             bad = batch.pop("bad", [])
             folder.log_bad(step, bad)
@@ -517,8 +522,8 @@ def fit(
                 line = meter.read(process, 2 * total_batch)
                 if not math.isfinite(line["loss"]):
                     raise UserError(
-                        f"the loss is not finite by step {done}: {describe(line)}; {checkpoint} holds the end of the last "
-                        "epoch, if there was one; try a lower --lr, or --precision float32"
+                        f"the loss is not finite by step {done}: {describe(line)}; {checkpoint} holds the end of the "
+                        "last epoch, if there was one; try a lower --lr, or --precision float32"
                     )
                 line = {"step": done, "epoch": done / steps_per_epoch, "lr": group["lr"]} | line
                 folder.log(line | {"bad_videos": bad_in_epoch})

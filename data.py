@@ -1,0 +1,990 @@
+"""Video data for self-supervised learning: finding videos, reading them frame by frame, sampling and cropping views.
+
+Can be copied alone into another project: it imports torch, numpy and av (PyAV) only.
+
+What flows: `find_videos` lists a data set's videos, `Video` reads chosen frames of one of them, `PretrainingViews`
+makes a source and a target view of a video, `TestClips` its clips for evaluation, `StepSampler` says which videos make
+which batch. Clips leave the loader as uint8; colour augmentation and normalisation run on the device, in batch.
+
+Letters: N clips, S sub-clips of a view, T frames of a clip, H, W height and width in pixels, P colour parameters.
+"""
+
+import csv
+import json
+import math
+import os
+import re
+import shutil
+import sys
+import tempfile
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+import torch.nn.functional as F
+from av.stream import Discard
+from av.video.reformatter import VideoReformatter
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler, default_collate
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+# ---------------------------------------------------------------------------------------------------------------------
+
+SKIPPING_CODECS = ("h264", "hevc", "mpeg4", "mpeg1video", "mpeg2video")  # others lose frames when told to skip some
+
+
+class BadVideo(Exception):
+    """A video that can't be read: `path` says which one, `reason` why."""
+
+    def __init__(self, path: str, reason: str):
+        super().__init__(path, reason)
+        self.path, self.reason = path, reason
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
+
+
+class Video:
+    """Frame-exact reader of a video file's frames in display order, which decodes only what the chosen frames need.
+
+    with Video(path) as video:
+        images = video.read(range(0, len(video), 2))
+
+    The packets are read once (the compressed file is held in memory) and each frame gets a time: its time stamp, or,
+    where these are missing or wrong, the place of its packet. Time stamps are wrong in AVI: those of packed MPEG-4
+    (UCF101, HMDB51) come out as 1, 2, 4, 3, 5, 7, 6, …. Decoding starts at the last key frame before each group of
+    wanted frames.
+
+    Raises BadVideo when the file can't be opened or holds fewer than two frames of video.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = str(path)
+        self._container = None
+        try:
+            self._container = av.open(self.path, metadata_errors="ignore")
+            self._index()
+        except av.error.FFmpegError as error:
+            self.close()
+            raise BadVideo(self.path, error.strerror or type(error).__name__) from error
+        except BaseException:
+            self.close()
+            raise
+
+    def _index(self) -> None:
+        """Read the packets; fill `_times` (one each packet), `_order` (the frames' times, sorted) and `_starts`."""
+        stream = self._container.streams.best("video")
+        if stream is None:
+            raise BadVideo(self.path, "no video stream")
+        for other in self._container.streams:
+            if other is not stream:
+                other.discard = Discard.all
+        self._codec = stream.codec_context
+        if self._codec is None:
+            raise BadVideo(self.path, "no decoder for its video codec")
+        self._codec.thread_type, self._codec.thread_count = "SLICE", 1  # the default takes every core from the others
+        self._size = (self._codec.width, self._codec.height)
+        self._to_rgb = VideoReformatter()
+        self._packets = [packet for packet in self._container.demux(stream) if packet.size]
+        self._delay = 0
+        shown = [packet.pts for packet in self._packets if not packet.is_discard]
+        avi = "avi" in self._container.format.name.split(",")
+        if avi and self._codec.name == "mpeg4":
+            # While packet i is decoded, frame i - delay comes out. A frame close behind a key frame may refer to
+            # frames before it, and a tiny "key" packet may be an empty picture: keep clear of both.
+            self._clock, self._delay = "packet", int(self._codec.has_b_frames)
+            self._starts = [(i + 4, i) for i, packet in enumerate(self._packets) if self._is_mpeg4_key(packet)]
+        elif avi or None in shown or len(set(shown)) < len(shown):
+            # Pictures may come out of order, and which packet shows frame k is unknown: decode on until it is out.
+            self._clock, self._delay, self._starts = "count", len(self._packets), []
+        else:
+            self._clock = "stamp"
+            self._starts = [(p.pts, i) for i, p in enumerate(self._packets) if p.is_keyframe and p.pts is not None]
+        self._starts.sort()
+        if self._clock == "stamp":
+            self._times = [None if packet.is_discard else packet.pts for packet in self._packets]
+        else:
+            self._times = list(range(len(self._packets)))
+        self._packet_at = {time: i for i, time in enumerate(self._times) if time is not None}
+        self._order = sorted(self._packet_at)
+        if len(self._order) < 2:
+            raise BadVideo(self.path, f"{len(self._order)} frames, where a video has at least 2")
+
+    @staticmethod
+    def _is_mpeg4_key(packet: av.Packet) -> bool:
+        """Whether a packet holds an intra-coded picture (VOP of coding type 0; ISO/IEC 14496-2, 6.2.5)."""
+        if not packet.is_keyframe or packet.size <= 32:
+            return False
+        _, _, picture = bytes(packet).partition(b"\0\0\1\xb6")
+        return len(picture) > 0 and picture[0] >> 6 == 0
+
+    def __len__(self) -> int:
+        """Number of frames, from the packets (nothing is decoded)."""
+        return len(self._order)
+
+    def __enter__(self) -> "Video":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the file, the decoder's memory and its threads back."""
+        if self._container is not None:
+            self._container.close()
+
+    def read(self, frames: Sequence[int]) -> list[np.ndarray]:
+        """Decode frames, given by their index in display order (any order, repeats allowed), in one pass.
+
+        Returns one uint8 array (H, W, 3) of RGB for each index, turned upright; repeats share one array. A frame that
+        can't be decoded is replaced by its nearest neighbour in time. Raises BadVideo when that befalls more than a
+        quarter of the different frames asked for, IndexError when an index is out of range.
+        """
+        times = [self._order[k] for k in frames]
+        wanted = set(times)
+        runs = self._runs(wanted)
+        found = self._decode(wanted, runs, skip=self._clock != "count" and self._codec.name in SKIPPING_CODECS)
+        if len(found) < len(wanted):  # streams refreshed bit by bit need more than their last "key" frame
+            found = self._decode(wanted, [(0, runs[-1][1])], skip=False)
+        missing = wanted - found.keys()
+        if 4 * len(missing) > len(wanted):
+            raise BadVideo(self.path, f"{len(missing)} of {len(wanted)} frames could not be decoded")
+        nearest = {time: min(found, key=lambda other: abs(other - time)) for time in missing}
+        return [found[nearest.get(time, time)] for time in times]
+
+    def _runs(self, wanted: set[int]) -> list[tuple[int, int]]:
+        """The stretches of packets (first, last) to decode for the wanted times, in order and apart."""
+        runs = []
+        for time in sorted(wanted):
+            place = bisect_right(self._starts, (time, len(self._packets)))
+            first = self._starts[place - 1][1] if place else 0
+            last = min(self._packet_at[time] + self._delay, len(self._packets) - 1)
+            if runs and first <= runs[-1][1] + 1:
+                runs[-1] = (runs[-1][0], max(last, runs[-1][1]))
+            else:
+                runs.append((first, last))
+        return runs
+
+    def _decode(self, wanted: set[int], runs: list[tuple[int, int]], skip: bool) -> dict[int, np.ndarray]:
+        """Decode runs of packets; `skip` leaves out pictures that are neither wanted nor referred to by others."""
+        needed = {self._packet_at[time] + d for time in wanted for d in (0, self._delay)}
+        found = {}
+        for first, last in runs:
+            self._codec.flush_buffers()
+            count = 0
+            for i in range(first, last + 2):  # one past the last: take what the decoder still holds
+                self._codec.skip_frame = "NONREF" if skip and i not in needed else "DEFAULT"
+                try:
+                    images = self._codec.decode(self._packets[i] if i <= last else None)
+                except av.error.FFmpegError:
+                    continue  # damaged here; the caller counts what stays missing
+                for image in images:
+                    time = {"stamp": image.pts, "packet": i - self._delay, "count": count}[self._clock]
+                    count += 1
+                    if time in wanted:
+                        found[time] = self._pixels(image)
+                if len(found) == len(wanted):
+                    return found
+        return found
+
+    def _pixels(self, image: av.VideoFrame) -> np.ndarray:
+        rgb = self._to_rgb.reformat(image, *self._size, "rgb24", threads=1)  # unscaled: several times faster
+        plane, (width, height) = rgb.planes[0], self._size
+        pixels = np.ndarray((height, width, 3), np.uint8, buffer=plane, strides=(plane.line_size, 3, 1))  # no copy
+        return np.rot90(pixels, image.rotation // 90 % 4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Finding videos
+# ---------------------------------------------------------------------------------------------------------------------
+
+DATASETS = ("synthetic", "folder", "ucf101", "hmdb51", "k400", "diving48", "ssv2")
+SUFFIXES = ("avi", "mp4", "mkv", "webm", "mov", "m4v", "mpg", "mpeg", "ts", "mts", "m2ts", "flv", "wmv", "3gp", "h264")
+K400_TRAIN, K400_VALIDATION = r".*train\.csv", r".*(val|validate|validation)\.csv"
+LAYOUTS = {
+    "synthetic": "train/CLASS/*.mp4 and test/CLASS/*.mp4",
+    "folder": "videos anywhere below it, a folder a class, and above them, if wanted, train/ and test/ (or val/)",
+    "ucf101": "UCF-101/Class/v_Class_gGG_cCC.avi and ucfTrainTestlist/{classInd,trainlist0K,testlist0K}.txt "
+    "(or data/Class/ and anno/)",
+    "hmdb51": "class/*.avi (or data/class/) and testTrainMulti_7030_splits/class_test_splitK.txt (or anno/)",
+    "k400": "train/ and val/ (or train_256/, val_256/) of ID_000417_000427.mp4, flat or in class folders, train.csv "
+    "and val.csv with columns label and youtube_id (or, without them, class folders)",
+    "diving48": "rgb/VID_NAME.mp4, Diving48_V2_train.json, Diving48_V2_test.json and Diving48_vocab.json",
+    "ssv2": "ID.webm below any folder, labels.json, train.json and validation.json",
+}
+OFFICIAL_COUNTS = {  # train and test videos of each split
+    "ucf101": [(9537, 3783), (9586, 3734), (9624, 3696)],
+    "hmdb51": [(3570, 1530)] * 3,
+    "diving48": [(15027, 1970)],
+    "ssv2": [(168913, 24777)],
+}
+
+
+@dataclass(frozen=True)
+class VideoList:
+    """Videos of one part of a data set: paths, labels (-1: unknown), class names, and a line on what was found."""
+
+    paths: list[str]
+    labels: list[int]
+    classes: list[str]
+    report: str
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+
+def find_videos(
+    dataset: str, root: str | Path, train: bool, split: int = 1, list_file: str | Path | None = None
+) -> VideoList:
+    """List the training or test videos of a data set (validation where the test labels are not public: k400, ssv2).
+
+    Reads directory listings and the data set's own lists, never a video. Videos and lists are found by their names
+    anywhere below `root`, so that flat folders, class folders and other people's folder names all work (`LAYOUTS`).
+    Videos that are listed and not on disk are left out and counted in the report. Class indices follow the data set's
+    own list where it has one (UCF101: classInd.txt), else the sorted names.
+
+    `list_file`, for "folder" only, names a file of "path label" lines instead: paths relative to `root` or absolute,
+    spaces allowed; labels optional, all integers or names.
+
+    Raises ValueError for an unknown data set or split and for a list that can't be understood, FileNotFoundError for a
+    missing folder or list or when no video is found.
+    """
+    if dataset not in DATASETS:
+        raise ValueError(f"unknown data set {dataset!r}; known are {', '.join(DATASETS)}")
+    splits = len(OFFICIAL_COUNTS.get(dataset, [None]))
+    if not 1 <= split <= splits:
+        raise ValueError(f"{dataset} has no split {split}; it has {splits}")
+    if list_file is not None and dataset != "folder":
+        raise ValueError(f"a list file goes with the data set 'folder', not with {dataset!r}")
+    root = os.path.abspath(root)
+    if dataset == "synthetic":
+        marker = Path(root, SYNTHETIC_MARKER)
+        outdated = marker.is_file() and json.loads(marker.read_text())["version"] != SYNTHETIC_VERSION
+        if outdated or not os.path.isdir(os.path.join(root, "train")):
+            make_synthetic(root)
+    if not os.path.isdir(root):
+        raise FileNotFoundError(f"{root}: no such folder; {dataset} expects {LAYOUTS[dataset]}")
+    part = "train" if train else "validation" if dataset in ("k400", "ssv2") else "test"
+    title = f"{dataset} {part} split {split}" if splits > 1 else f"{dataset} {part}"
+    expected = f" of {OFFICIAL_COUNTS[dataset][split - 1][not train]} expected" if dataset in OFFICIAL_COUNTS else ""
+    if list_file is not None:
+        title = f"{dataset} list {list_file}"
+        names, labels, classes = _read_list(root, list_file)
+        there = {folder: set(_names_in(folder)) for folder in {os.path.dirname(path) for path in names}}
+        paths = [path if os.path.basename(path) in there[os.path.dirname(path)] else None for path in names]
+    else:
+        videos, lists = _walk(root)
+        if dataset in OFFICIAL_COUNTS or (dataset == "k400" and lists.named(rf"{K400_TRAIN}|{K400_VALIDATION}")):
+            names, labels, classes = _read_official(dataset, root, lists, train, split)
+            paths = _match(names, [classes[label] for label in labels], videos, id_only=dataset == "k400")
+            expected = expected or f" of {len(names)} listed"  # copies of k400 differ
+        else:
+            names, labels, classes, halved = _read_tree(root, videos, train, kinetics=dataset == "k400")
+            paths = names
+            title = title if halved else f"{dataset} (no train/ and test/ folders: one list for both)"
+    found = [(path, label) for path, label in zip(paths, labels, strict=True) if path]
+    missing = [name for path, name in zip(paths, names, strict=True) if not path]
+    report = f"{title}: {len(found)} videos{expected}, {f'{len(classes)} classes' if classes else 'no labels'}"
+    if missing:
+        some = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
+        report += f"; {len(missing)} of {len(names)} listed videos are not on disk: {some}"
+    if not found:
+        raise FileNotFoundError(f"{root}: no videos found ({report}); {dataset} expects {LAYOUTS[dataset]}")
+    return VideoList([path for path, _ in found], [label for _, label in found], classes, report)
+
+
+def _names_in(folder: str) -> list[str]:
+    return os.listdir(folder) if os.path.isdir(folder) else []
+
+
+class _Lists:
+    """The lists (.txt, .csv, .json) below a folder, by name; of equal names the topmost."""
+
+    def __init__(self):
+        self.paths: dict[str, str] = {}
+        self.last_read = ""
+
+    def named(self, pattern: str) -> list[str]:
+        """Names that match a regular expression, whatever their case, in alphabetical order."""
+        return sorted(name for name in self.paths if re.fullmatch(pattern, name, re.IGNORECASE))
+
+    def read(self, pattern: str) -> str:
+        """Text of the first list whose name matches; raises FileNotFoundError."""
+        if not (names := self.named(pattern)):
+            raise FileNotFoundError(pattern.replace("\\", ""))
+        self.last_read = self.paths[names[0]]
+        return Path(self.last_read).read_text(encoding="utf-8-sig")
+
+    def lines(self, pattern: str) -> list[str]:
+        return [line.strip() for line in self.read(pattern).splitlines() if line.strip()]
+
+
+def _walk(root: str) -> tuple[list[str], _Lists]:
+    """Paths of all videos below a folder, and its lists."""
+    videos, lists, seen = [], _Lists(), set()
+    for folder, below, names in os.walk(root, followlinks=True):
+        below.sort()
+        if os.path.realpath(folder) in seen:  # a link to a folder that was here before
+            below.clear()
+            continue
+        seen.add(os.path.realpath(folder))
+        for name in sorted(names):
+            suffix = name.rpartition(".")[2].lower()
+            if suffix in SUFFIXES and not name.startswith("."):
+                videos.append(os.path.join(folder, name))
+            elif suffix in ("txt", "csv", "json"):
+                lists.paths.setdefault(name, os.path.join(folder, name))
+    return videos, lists
+
+
+def _letters(name: str) -> str:
+    """A name's letters and digits in lower case: what all ways of making a folder's name from a class's keep."""
+    return "".join(character for character in name.casefold() if character.isalnum())
+
+
+def _match(names: list[str], classes: list[str], videos: list[str], id_only: bool) -> list[str | None]:
+    """Path of each named video (its file name without suffix), by preference in a folder with its class's name.
+
+    id_only: compare only the first 11 characters, a YouTube identifier; what follows it is written in several ways.
+    """
+    stems = {}
+    for path in videos:
+        stem = os.path.splitext(os.path.basename(path))[0]
+        stems.setdefault(stem[:11] if id_only else stem.casefold(), []).append(path)
+    matched = []
+    for name, label in zip(names, classes, strict=True):
+        paths = stems.get(name if id_only else name.casefold(), [None])
+        if len(paths) > 1:
+            paths = [p for p in paths if _letters(p.split(os.sep)[-2]) == _letters(label)] or paths
+        matched.append(paths[0])
+    return matched
+
+
+def _read_official(
+    dataset: str, root: str, lists: _Lists, train: bool, split: int
+) -> tuple[list[str], list[int], list[str]]:
+    """Names (without suffix) and labels of the listed videos, and the classes, by the data set's own lists."""
+    read = {"ucf101": _ucf101, "hmdb51": _hmdb51, "k400": _k400, "diving48": _diving48, "ssv2": _ssv2}[dataset]
+    try:
+        rows, classes = read(lists, train, split)
+        names, labels = zip(*rows, strict=True) if rows else ((), ())
+        if labels and not 0 <= min(labels) <= max(labels) < len(classes):
+            raise ValueError(f"labels from {min(labels)} to {max(labels)}, but {len(classes)} classes")
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{root}: no list {error} below it; {dataset} expects {LAYOUTS[dataset]}") from None
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        what = f"no entry {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"{lists.last_read}: not a list of {dataset} as it is published ({what})") from error
+    return list(names), list(labels), classes
+
+
+def _ucf101(lists: _Lists, train: bool, split: int) -> tuple[list[tuple[str, int]], list[str]]:
+    classes = [line.split()[1] for line in lists.lines(r"classInd\.txt")]
+    index = {_letters(name): i for i, name in enumerate(classes)}
+    rows = []
+    for line in lists.lines(rf"{'train' if train else 'test'}list0{split}\.txt"):
+        folder, _, name = line.split()[0].partition("/")  # what follows, in training lists only, is the class again
+        rows.append((os.path.splitext(name)[0], index[_letters(folder)]))
+    return rows, classes
+
+
+def _hmdb51(lists: _Lists, train: bool, split: int) -> tuple[list[tuple[str, int]], list[str]]:
+    end = f"_test_split{split}.txt"
+    files = lists.named(rf".+_test_split{split}\.txt")
+    if not files:
+        raise FileNotFoundError("CLASS" + end)
+    rows = []
+    for label, file in enumerate(files):
+        for line in lists.lines(re.escape(file)):
+            name, tag = line.rsplit(maxsplit=1)
+            if int(tag) == (1 if train else 2):  # 0: not in this split
+                rows.append((os.path.splitext(name)[0], label))
+    return rows, [file[: -len(end)] for file in files]
+
+
+def _k400(lists: _Lists, train: bool, split: int) -> tuple[list[tuple[str, int]], list[str]]:
+    tables = {}
+    for half, pattern in ((True, K400_TRAIN), (False, K400_VALIDATION)):
+        if half == train or lists.named(pattern):
+            header, *lines = lists.lines(pattern)
+            fields = [field.strip().lower() for field in header.split(",")]
+            tables[half] = [(row["youtube_id"], row["label"]) for row in csv.DictReader(lines, fields)]
+    classes = sorted({label for table in tables.values() for _, label in table})
+    index = {name: i for i, name in enumerate(classes)}
+    return [(name, index[label]) for name, label in tables[train]], classes
+
+
+def _diving48(lists: _Lists, train: bool, split: int) -> tuple[list[tuple[str, int]], list[str]]:
+    classes = [" ".join(dive) for dive in json.loads(lists.read(r"Diving48_vocab\.json"))]
+    entries = json.loads(lists.read(rf"Diving48_V2_{'train' if train else 'test'}\.json"))
+    return [(entry["vid_name"], entry["label"]) for entry in entries], classes
+
+
+def _ssv2(lists: _Lists, train: bool, split: int) -> tuple[list[tuple[str, int]], list[str]]:
+    prefix = r"(something-something-v2-)?"
+    index = {name: int(i) for name, i in json.loads(lists.read(prefix + r"labels\.json")).items()}
+    entries = json.loads(lists.read(prefix + ("train" if train else "validation") + r"\.json"))
+    rows = [(str(entry["id"]), index[entry["template"].replace("[", "").replace("]", "")]) for entry in entries]
+    return rows, sorted(index, key=index.get)
+
+
+def _read_tree(
+    root: str, videos: list[str], train: bool, kinetics: bool
+) -> tuple[list[str], list[int], list[str], bool]:
+    """Paths and labels of a tree whose folders are the classes, the classes, and whether train/ and test/ divide it."""
+    rows = []
+    for path in videos:
+        folders = path[len(root) :].strip(os.sep).split(os.sep)[:-1]
+        half = re.fullmatch(r"(train|test|val)(idation|idate)?[_-]?\d*", folders[0].lower()) if folders else None
+        rows.append((half and half[1], folders, path))
+    halves = {half for half, _, _ in rows}
+    halved = kinetics or None not in halves  # else these are names of classes
+    rows = [(half, "/".join(folders[halved:]), path) for half, folders, path in rows if half or not halved]
+    fold = _letters if kinetics else str
+    names = {fold(name): name.replace("_", " ") if kinetics else name for _, name, _ in rows if name}
+    classes = sorted(names.values())
+    index = {fold(name): i for i, name in enumerate(classes)}
+    held_out = "val" if kinetics or "test" not in halves else "test"
+    part = "train" if train else held_out
+    kept = [(path, index.get(fold(name), -1)) for half, name, path in rows if not halved or half == part]
+    return [path for path, _ in kept], [label for _, label in kept], classes, halved
+
+
+def _read_list(root: str, list_file: str | Path) -> tuple[list[str], list[int], list[str]]:
+    """Paths and labels (-1 where none is given) of a file of "path label" lines, and the classes."""
+    file = next((f for f in (os.path.abspath(list_file), os.path.join(root, list_file)) if os.path.isfile(f)), None)
+    if file is None:
+        raise FileNotFoundError(f"{os.path.abspath(list_file)}: no such list file, and none by that name in {root}")
+    paths, given = [], []
+    for number, line in enumerate(Path(file).read_text(encoding="utf-8-sig").splitlines(), 1):
+        if not line.strip():
+            continue
+        match = re.fullmatch(rf"(.+\.(?:{'|'.join(SUFFIXES)}))(?:[\s,]+(.*))?", line.strip(), re.IGNORECASE)
+        if match is None:
+            raise ValueError(f"{file}, line {number}: no video file (.{', .'.join(SUFFIXES)}) in {line!r}")
+        paths.append(os.path.join(root, match[1]))
+        given.append(match[2])
+    named = sorted({label for label in given if label})
+    if all(re.fullmatch(r"-?\d+", label) for label in named):
+        labels = [max(int(label), -1) if label else -1 for label in given]
+        return paths, labels, [str(i) for i in range(max(labels, default=-1) + 1)]
+    return paths, [named.index(label) if label else -1 for label in given], named
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sampling
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def draw_region(
+    rng: np.random.Generator,
+    height: int,
+    width: int,
+    scale: tuple[float, float] = (0.2, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> tuple[int, int, int, int]:
+    """Region (top, left, height, width) in pixels, as RandomResizedCrop draws it (Szegedy et al. 2015).
+
+    `scale` bounds its share of the frame's area (uniform), `ratio` its width / height (uniform in the logarithm).
+    Falls back to the largest central region of an allowed ratio when ten draws don't fit in the frame.
+    """
+    for _ in range(10):
+        area = height * width * rng.uniform(*scale)
+        aspect = np.exp(rng.uniform(*np.log(ratio)))
+        w, h = round(np.sqrt(area * aspect)), round(np.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
+    w, h = min(width, round(height * ratio[1])), min(height, round(width / ratio[0]))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def crop_resize(
+    images: Sequence[np.ndarray], region: tuple[int, int, int, int], flip: bool, size: int
+) -> tuple[Tensor, Tensor]:
+    """Crop images, resize the crop and flip it; the only place that makes a box, so that it is the box applied.
+
+    Args:
+        images: T images uint8 (H, W, 3).
+        region: (top, left, height, width) in pixels.
+
+    Returns:
+        The clip, uint8 (3, T, size, size), and its box, float32 (x0, y0, x1, y1) in units of the images' width and
+        height: the column at x / size of the clip shows the image at x0 + (x / size)·(x1 − x0), so that a horizontal
+        flip swaps x0 and x1.
+    """
+    top, left, h, w = region
+    height, width = images[0].shape[:2]
+    crops = torch.from_numpy(np.stack([image[top : top + h, left : left + w] for image in images])).permute(0, 3, 1, 2)
+    clip = F.interpolate(crops, (size, size), mode="bilinear").transpose(0, 1)
+    x0, x1 = (left + w, left) if flip else (left, left + w)
+    box = torch.tensor([x0 / width, top / height, x1 / width, (top + h) / height])
+    return (clip.flip(-1) if flip else clip), box
+
+
+class PretrainingViews(Dataset):
+    """Two views of a video, source and target, from windows at independent random times (FIMA, sections 3.1 and 4.1).
+
+    A window spans `frames × frame_stride` frames and starts anywhere in the video with equal chance; a shorter video
+    is continued with its last frame. Crops take from `min_scale` to all of the frame's area; `color` holds settings of
+    `draw_color`. An item is asked for by (epoch, index) and depends on nothing but these and the seed:
+
+    - "clip": uint8 (2, 3, frames, crop, crop), every `frame_stride`-th frame of each window.
+    - "sub_clips": uint8 (2, S, 3, window // S, crop, crop), each window cut in S parts at stride 1, each with a crop
+      and a flip of its own; absent for S = 0.
+    - "box": float32 (2, 4), where the clips lie in the frame (see `crop_resize`).
+    - "color": float32 (2, 2 + S, P), colour parameters of the clip, its frame difference, and each sub-clip's.
+    - "index": the video's place in the list; "bad": (path, reason) of each unreadable video drawn before it.
+
+    Raises OSError when `attempts` videos drawn for one item are all unreadable.
+    """
+
+    def __init__(
+        self,
+        videos: VideoList,
+        crop: int,
+        frames: int = 16,
+        frame_stride: int = 2,
+        sub_clips: int = 2,
+        seed: int = 0,
+        min_scale: float = 0.2,
+        flip_p: float = 0.5,
+        color: dict | None = None,
+        attempts: int = 10,
+    ):
+        self.videos, self.crop, self.frames, self.frame_stride = videos, crop, frames, frame_stride
+        self.sub_clips, self.seed, self.min_scale, self.flip_p = sub_clips, seed, min_scale, flip_p
+        self.color, self.attempts = color or {}, attempts
+
+    def __len__(self) -> int:
+        return len(self.videos)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict:
+        epoch, index = key
+        bad = []
+        for attempt in range(self.attempts):
+            rng = np.random.default_rng([self.seed, epoch, index, attempt])
+            drawn = int(rng.integers(len(self.videos))) if attempt else index
+            try:
+                return {**self._views(rng, self.videos.paths[drawn]), "index": drawn, "bad": bad}
+            except BadVideo as error:
+                bad.append((error.path, error.reason))
+        raise OSError(f"{self.attempts} videos in a row can't be read; the last: {': '.join(bad[-1])}")
+
+    def _views(self, rng: np.random.Generator, path: str) -> dict:
+        window = self.frames * self.frame_stride
+        step = 1 if self.sub_clips else self.frame_stride
+        with Video(path) as video:
+            starts = rng.integers(max(len(video) - window, 0) + 1, size=(2, 1))
+            images = video.read(np.minimum(starts + np.arange(0, window, step), len(video) - 1).ravel())
+        half = len(images) // 2
+        views = [self._view(rng, images[:half], step), self._view(rng, images[half:], step)]
+        return {name: torch.stack([view[name] for view in views]) for name in views[0]}
+
+    def _view(self, rng: np.random.Generator, images: list[np.ndarray], step: int) -> dict[str, Tensor]:
+        clip, box = self._random_crop(rng, images[:: self.frame_stride // step])
+        colors = [draw_color(rng, **self.color) for _ in range(2 + self.sub_clips)]
+        view = {"clip": clip, "box": box, "color": torch.from_numpy(np.stack(colors))}
+        if self.sub_clips:
+            length = len(images) // self.sub_clips
+            parts = [images[i * length : (i + 1) * length] for i in range(self.sub_clips)]
+            view["sub_clips"] = torch.stack([self._random_crop(rng, part)[0] for part in parts])
+        return view
+
+    def _random_crop(self, rng: np.random.Generator, images: list[np.ndarray]) -> tuple[Tensor, Tensor]:
+        region = draw_region(rng, *images[0].shape[:2], scale=(self.min_scale, 1.0))
+        return crop_resize(images, region, bool(rng.random() < self.flip_p), self.crop)
+
+
+class TestClips(Dataset):
+    """Clips for evaluation, N of each video at uniformly spaced times; short videos are continued by their last frame.
+
+    The crop is the central square of 7/8 of the shorter side: what resizing the shorter side to 8/7 of `crop` and then
+    cropping the centre gives. An item is a dict: "clips" uint8 (N, 3, frames, crop, crop), "label" int (-1: unknown),
+    "index" int, and "bad", empty or [(path, reason)]: an unreadable video gives zeros and is never replaced, so that it
+    can be counted as wrong.
+    """
+
+    __test__ = False  # not a test case, whatever its name makes pytest think
+
+    def __init__(self, videos: VideoList, crop: int, frames: int = 16, frame_stride: int = 2, clips: int = 10):
+        self.videos, self.crop, self.frames = videos, crop, frames
+        self.frame_stride, self.clips = frame_stride, clips
+
+    def __len__(self) -> int:
+        return len(self.videos)
+
+    def __getitem__(self, index: int) -> dict:
+        item = {"label": self.videos.labels[index], "index": index, "bad": []}
+        times = np.arange(self.frames) * self.frame_stride
+        try:
+            with Video(self.videos.paths[index]) as video:
+                starts = np.linspace(0, max(len(video) - times[-1] - 1, 0), self.clips).round().astype(int)
+                images = video.read(np.minimum(starts[:, None] + times, len(video) - 1).ravel())
+        except BadVideo as error:
+            clips = torch.zeros(self.clips, 3, self.frames, self.crop, self.crop, dtype=torch.uint8)
+            return {**item, "clips": clips, "bad": [(error.path, error.reason)]}
+        height, width = images[0].shape[:2]
+        side = max(round(min(height, width) * 7 / 8), 1)
+        clips, _ = crop_resize(images, ((height - side) // 2, (width - side) // 2, side, side), False, self.crop)
+        return {**item, "clips": clips.unflatten(1, (self.clips, self.frames)).transpose(0, 1).contiguous()}
+
+
+class StepSampler(Sampler):
+    """Batch sampler of a whole run: for each step from `start_step` on, this rank's list of (epoch, index).
+
+    Every epoch is a permutation of the data set drawn from (seed, epoch) and dealt out to the ranks; the tail that
+    doesn't fill a batch on every rank is left out. `batch_size` counts the videos of one rank.
+
+    Raises ValueError when the data set is smaller than one batch of all ranks.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        epochs: int,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        start_step: int = 0,
+    ):
+        self.length, self.batch_size, self.epochs, self.seed = length, batch_size, epochs, seed
+        self.rank, self.world_size, self.start_step = rank, world_size, start_step
+        self.steps_per_epoch = length // (batch_size * world_size)
+        if self.steps_per_epoch == 0:
+            raise ValueError(f"{length} videos don't fill one batch of {batch_size} × {world_size} processes")
+
+    def __len__(self) -> int:
+        return self.epochs * self.steps_per_epoch - self.start_step
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for epoch in range(self.start_step // self.steps_per_epoch, self.epochs):
+            order = np.random.default_rng([self.seed, epoch]).permutation(self.length)
+            first = max(self.start_step - epoch * self.steps_per_epoch, 0)
+            for step in range(first, self.steps_per_epoch):
+                begin = (step * self.world_size + self.rank) * self.batch_size
+                yield [(epoch, int(index)) for index in order[begin : begin + self.batch_size]]
+
+
+def collate(items: list[dict]) -> dict:
+    """Stack the items' entries into a batch; the lists "bad" are joined into one."""
+    batch = {name: default_collate([item[name] for item in items]) for name in items[0] if name != "bad"}
+    return {**batch, "bad": [entry for item in items for entry in item["bad"]]}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Colour augmentation: drawn per clip in the loader, applied in batch on the device
+# --------------------------------------------------------------------------------------------------------------------
+
+MEAN, STD = (0.43216, 0.394666, 0.37645), (0.22803, 0.22145, 0.216989)
+
+
+def draw_color(
+    rng: np.random.Generator,
+    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1),
+    jitter_p: float = 0.8,
+    gray_p: float = 0.2,
+    blur_p: float = 0.5,
+) -> np.ndarray:
+    """Draws the colour augmentation of ONE clip: float32 (6,), to be stacked and given to `color_augment`.
+
+    The six numbers are the factors of brightness, contrast and saturation, the hue shift in turns, 1 for grayscale
+    else 0, and the standard deviation of the blur in pixels, 0 for no blur. What isn't applied holds its identity.
+    The defaults are those of FAME's supplement, which FIMA (A.3) follows; the blur's deviation is uniform in [0.1, 2].
+
+    Args:
+        jitter: strength of brightness, contrast and saturation (factors in [max(0, 1 − s), 1 + s]) and of hue
+            (shift in [−s, s], s ≤ 0.5), as in torchvision's ColorJitter.
+        jitter_p, gray_p, blur_p: probabilities of the jitter as a whole, of grayscale, of blur.
+
+    Raises:
+        ValueError: a strength is negative or that of hue is above 0.5.
+    """
+    if min(jitter) < 0 or jitter[3] > 0.5:
+        raise ValueError(f"colour jitter {tuple(jitter)}: strengths must be ≥ 0, and that of hue (the last) ≤ 0.5")
+    center, strength = np.array([1, 1, 1, 0]), np.array(jitter)
+    factors = rng.uniform(np.maximum(center - strength, (0, 0, 0, -0.5)), center + strength)
+    sigma = rng.uniform(0.1, 2)
+    jittered, gray, blurred = rng.random(3) < (jitter_p, gray_p, blur_p)
+    return np.array([*(factors if jittered else center), gray, sigma * blurred], dtype=np.float32)
+
+
+def _grayscale(clips: Tensor) -> Tensor:
+    """(N, 3, ...) → (N, 1, ...): luma with the weights of ITU-R BT.601."""
+    red, green, blue = clips.split(1, dim=1)
+    return (red * 0.2989).add_(green, alpha=0.587).add_(blue, alpha=0.114)
+
+
+def _shift_hue_(clips: Tensor, shift: Tensor) -> None:
+    """Turns the hue of HSV in place by `shift` ∈ [−0.5, 0.5] turns, (N, 1, 1, 1); exact, without division.
+
+    Hue is kept multiplied by the chroma c (6c is a full turn). A channel is then the largest value minus
+    min(max(d − c, 0), c), where d is the distance on the circle from the hue to the channel's own (0, 2c, 4c).
+    """
+    red, green, blue = (clips[:, channel] for channel in range(3))
+    high = torch.maximum(red, green).maximum(blue)
+    chroma = high - torch.minimum(red, green).minimum(blue)
+    hue = torch.where(green == high, (blue - red).add_(chroma, alpha=2), (red - green).add_(chroma, alpha=4))
+    hue = torch.where(red == high, green - blue, hue).addcmul_(chroma, shift, value=6)
+    half = chroma * 3
+    for channel, own in ((red, 0), (green, 2), (blue, 4)):
+        distance = hue.sub(chroma, alpha=own).abs_().sub_(half).abs_().sub_(half).abs_()
+        channel.copy_(high).sub_(distance.sub_(chroma).clamp_(min=0).clamp_(max=chroma))
+
+
+def _blur_matrix(sigma: Tensor, size: int, radius: int) -> Tensor:
+    """Gaussian blur of a line of `size` pixels, reflected at its ends, as matrices (N, size, size); sigma (N, 1, 1)."""
+    i = torch.arange(size, device=sigma.device, dtype=sigma.dtype)
+    row, column = i[:, None], i
+    weight = torch.zeros_like(sigma)
+    far = torch.full_like(i, torch.inf)
+    for distance in (
+        (row - column).abs(),
+        torch.where(column > 0, row + column, far),
+        torch.where(column < size - 1, 2 * (size - 1) - row - column, far),
+    ):
+        distance = torch.where(distance <= radius, distance, far)
+        weight = weight + torch.exp(-0.5 * (distance / sigma.clamp(min=1e-6)) ** 2)  # sigma 0: the identity
+    return weight / weight.sum(-1, keepdim=True)
+
+
+def color_augment(clips: Tensor, params: Tensor) -> Tensor:
+    """Brightness, contrast, saturation, hue, grayscale and blur, in this order, the same on every frame of a clip.
+
+    Values are those of torchvision's `adjust_*`, `rgb_to_grayscale` and `gaussian_blur`, except that contrast refers
+    to the mean of the whole clip. The blur's kernel is a tenth of the height, made odd, at least 3. Works on the
+    clips' device and in their precision (also under autocast) and never makes the host wait for the device.
+
+    Args:
+        clips: floating point (N, 3, T, H, W) in [0, 1], at least 2 × 2 pixels; left as they are.
+        params: (N, 6), one row of `draw_color` for each clip.
+
+    Returns:
+        (N, 3, T, H, W) in [0, 1].
+    """
+    params = params.to(clips.device, clips.dtype, non_blocking=True)
+    brightness, contrast, saturation, hue, gray, sigma = params[:, :, None, None, None, None].unbind(1)
+    clips = (clips * brightness).clamp_(max=1)
+    clips.lerp_(_grayscale(clips.mean((2, 3, 4), keepdim=True)), 1 - contrast).clamp_(0, 1)
+    clips.lerp_(_grayscale(clips), 1 - saturation).clamp_(0, 1)
+    _shift_hue_(clips, hue[:, 0])
+    clips.lerp_(_grayscale(clips), gray)
+    height, width = clips.shape[-2:]
+    radius = max(int(0.1 * height) // 2, 1)
+    with torch.autocast(clips.device.type, enabled=False):
+        down, across = (_blur_matrix(sigma[:, 0, 0], size, radius) for size in (height, width))
+        clips = down[:, None, None] @ (clips.flatten(1, 3) @ across.mT).view_as(clips)
+    return clips.clamp_(0, 1)
+
+
+def normalize(clips: Tensor) -> Tensor:
+    """(..., 3, T, H, W) in [0, 1] → the same shape with the mean and deviation of Kinetics-400 taken out."""
+    channels = zip(clips.unbind(-4), MEAN, STD, strict=True)
+    return torch.stack([(channel - mean).div_(std) for channel, mean, std in channels], dim=-4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The embedded data set: real video files in which the class is the motion and nothing else
+# ---------------------------------------------------------------------------------------------------------------------
+
+MOTIONS = ("bounce", "fall", "grow", "orbit", "pulse", "rise", "shrink", "spin", "sway", "sway_then_bounce")
+SHAPES = ("disc", "ring", "square", "triangle", "star", "cross")
+SYNTHETIC_VERSION = 1  # to be raised with every change of what is drawn, so that older copies are made anew
+SYNTHETIC_MARKER = "synthetic.json"  # says how the set was made
+SPRITE = 64  # pixels of the object's picture, in each direction; objects are drawn smaller than this
+
+
+def _motion(name: str, rng: np.random.Generator, frames: int) -> tuple[np.ndarray, ...]:
+    """One course of a motion: moves to the right and down (in sides of the frame), size (log2), turns; each (frames,).
+
+    Any half of the video shows the motion, and a horizontal flip leaves it what it is: what moves sideways or turns
+    does so both ways. The draws are the same for all motions; what a motion leaves alone stays where it was drawn.
+    """
+    travel, amplitude, doublings, period, phase, direction, size, turns = rng.uniform(
+        (0.4, 0.11, 1.2, 18, 0, -1, -0.5, 0), (0.5, 0.18, 1.6, 28, 2, 1, 0.5, 1)
+    )
+    if name == "sway_then_bounce":
+        period = 9 + period / 4  # at most 16, so that 32 frames hold both
+    progress = np.arange(frames) / frames - 0.5
+    cycle = np.arange(frames) / period + phase
+    wave = np.sin(2 * np.pi * cycle)
+    bounce = 1 - 8 * (cycle % 1) * (1 - cycle % 1)  # parabolas, in [-1, 1]
+    right, down, size, turns = (np.full(frames, start) for start in (0, 0, size * doublings, turns))
+    match name:
+        case "rise":
+            down = -travel * progress
+        case "fall":
+            down = travel * progress
+        case "sway":
+            right = amplitude * wave
+        case "bounce":
+            down = amplitude * bounce
+        case "sway_then_bounce":
+            swaying = cycle % 2 < 1
+            right = np.where(swaying, amplitude * wave, 0)
+            down = np.where(swaying, amplitude, amplitude * bounce)
+        case "orbit":
+            right = amplitude * wave
+            down = amplitude * np.cos(2 * np.pi * cycle) * np.sign(direction)
+        case "grow":
+            size = doublings * progress
+        case "shrink":
+            size = -doublings * progress
+        case "pulse":
+            size = doublings / 2 * wave
+        case "spin":
+            turns = turns + np.sign(direction) * cycle / 1.5
+    return right, down, size, turns
+
+
+def _texture(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """A gradient, stripes, checks or smooth noise between two unlike colours: float32 (height, width, 3) in [0, 1]."""
+    y, x = (axis.astype(np.float32) / min(height, width) - 0.5 for axis in np.ogrid[:height, :width])
+    kind = rng.choice(["gradient", "stripes", "checks", "noise"])
+    count = {"checks": 2, "noise": 10}.get(kind, 1)
+    low, high = {"gradient": (0.3, 0.5), "stripes": (2, 5), "checks": (1, 3), "noise": (0.7, 8)}[kind]
+    cycles = np.exp(rng.uniform(np.log(low), np.log(high), count))
+    angles = rng.uniform(0, 2 * np.pi, count)
+    if kind == "checks":
+        angles[1] = angles[0] + np.pi / 2
+    phases = rng.random(count) * (kind != "gradient")  # a gradient changes in the middle, so that it shows
+    along = x[..., None] * np.cos(angles) + y[..., None] * np.sin(angles)
+    waves = np.sin(2 * np.pi * (along * cycles + phases))
+    field = waves.prod(-1) if kind == "checks" else waves.sum(-1)
+    field = 0.5 + 0.5 * np.tanh(rng.uniform(1, 4) * field)
+    first = rng.random(3)
+    second = (first + rng.uniform(0.35, 0.65, 3)) % 1
+    return (first + (second - first) * field[..., None]).astype(np.float32)
+
+
+def _sprite(rng: np.random.Generator) -> np.ndarray:
+    """A textured shape with a soft edge: float32 (SPRITE, SPRITE, 4), colour and opacity, transparent at the border."""
+    y, x = np.ogrid[-1 : 1 : SPRITE * 1j, -1 : 1 : SPRITE * 1j]
+    radius, angle = np.hypot(x, y), np.arctan2(y, x)
+    match rng.choice(SHAPES):
+        case "disc":
+            depth = 0.85 - radius
+        case "ring":
+            depth = 0.25 - np.abs(radius - 0.62)
+        case "square":
+            depth = 0.7 - np.maximum(np.abs(x), np.abs(y))
+        case "triangle":
+            depth = 0.4 - np.max([radius * np.cos(angle - 2 * np.pi * k / 3) for k in range(3)], axis=0)
+        case "star":
+            depth = 0.65 + 0.25 * np.cos(5 * angle) - radius
+        case "cross":
+            depth = np.minimum(0.8 - np.maximum(np.abs(x), np.abs(y)), 0.28 - np.minimum(np.abs(x), np.abs(y)))
+    opacity = np.clip(0.5 + depth / rng.uniform(0.1, 0.2), 0, 1)
+    return np.concatenate([_texture(rng, SPRITE, SPRITE), opacity[..., None]], axis=2, dtype=np.float32)
+
+
+def _draw_video(motion: str, rng: np.random.Generator, frames: int, height: int, width: int) -> np.ndarray:
+    """Draws one video: an object in the given motion before a background, a shaky camera; uint8 (frames, H, W, 3)."""
+    side = min(height, width)
+    right, down, size, turns = _motion(motion, rng, frames)
+    radius = rng.uniform(0.115, 0.135) * side * 2**size
+    time = np.arange(frames)[:, None] / frames
+    shake = np.sin(2 * np.pi * (time * rng.uniform(1, 4, 2) + rng.random(2))) * rng.uniform(0.002, 0.008, 2) * side
+    centers = []
+    for path, shaken, length in ((right * side, shake[:, 0], width), (down * side, shake[:, 1], height)):
+        path = path - shaken
+        low, high = (radius - path).max(), (length - radius - path).min()  # from here to there it stays in the frame
+        centers.append(path + rng.uniform(low, high))
+    margin = math.ceil(np.abs(shake).max())
+    background = 0.6 * _texture(rng, height + 2 * margin + 1, width + 2 * margin + 1)
+    sprite = _sprite(rng)
+    sprite[..., :3] = 1 - 0.6 * sprite[..., :3]  # lighter than most of the background
+    inverted = rng.random() < 0.5
+    rows, columns = np.ogrid[:height, :width]
+    video = np.empty((frames, height, width, 3), np.uint8)
+    for t, (dx, dy) in enumerate(shake):
+        left, top = margin + math.floor(dx), margin + math.floor(dy)
+        view = background[top : top + height + 1, left : left + width + 1]
+        view = view[:-1] + np.float32(dy % 1) * (view[1:] - view[:-1])
+        view = view[:, :-1] + np.float32(dx % 1) * (view[:, 1:] - view[:, :-1])
+        x, y = (columns - centers[0][t]) / radius[t], (rows - centers[1][t]) / radius[t]
+        cos, sin = np.cos(2 * np.pi * turns[t]), np.sin(2 * np.pi * turns[t])
+        turned = np.stack([cos * y - sin * x, cos * x + sin * y])  # rows, columns
+        drawn = sprite[tuple(((turned + 1) * (SPRITE / 2)).clip(0, SPRITE - 1).astype(int))]
+        view += drawn[..., 3:] * (drawn[..., :3] - view)
+        video[t] = 255 * (1 - view if inverted else view) + 0.5
+    return video
+
+
+def _write_video(path: Path, video: np.ndarray) -> None:
+    """Encodes uint8 (T, H, W, 3) as MPEG-4 with B-frames in MP4: FFmpeg's own encoder, so every build has it."""
+    reformatter = VideoReformatter()
+    with av.open(str(path), "w", options={"fflags": "+bitexact"}) as container:
+        stream = container.add_stream("mpeg4", rate=25, options={"qmin": "3", "qmax": "3", "flags": "+bitexact"})
+        stream.height, stream.width = video.shape[1:3]
+        stream.pix_fmt, stream.gop_size, stream.max_b_frames = "yuv420p", 32, 2
+        stream.thread_count = 1
+        for pts, picture in enumerate(video):
+            frame = reformatter.reformat(av.VideoFrame.from_ndarray(picture), format="yuv420p", threads=1)
+            frame.pts = pts
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+
+
+def make_synthetic(
+    root: str | Path,
+    train: int = 500,
+    test: int = 250,
+    seed: int = 0,
+    frames: int = 64,
+    size: tuple[int, int] = (80, 80),
+) -> None:
+    """Writes the embedded data set once: root/{train,test}/<motion>/<motion>_0001.mp4, classes `MOTIONS` in turn.
+
+    The class is the motion alone. Shape, texture, colours, size, background, speed, phase, place and the camera's
+    shake are drawn for each video from (seed, part, number), whatever its class. The set is made in a folder beside
+    `root` that takes its name at the end, so that `root` never holds half of it. A complete set of the same arguments
+    and version is kept as it is; another is replaced.
+
+    Args:
+        train, test: number of videos.
+        frames, size: length in frames (at 25 a second), height and width in pixels.
+
+    Raises:
+        FileExistsError: `root` holds other files than a synthetic set; it is left alone.
+    """
+    root = Path(root).absolute()
+    recipe = {"version": SYNTHETIC_VERSION, "train": train, "test": test, "seed": seed, "frames": frames, "size": size}
+    recipe = json.dumps(recipe)
+    jobs = [("train", n) for n in range(train)] + [("test", n) for n in range(test)]
+
+    def is_complete() -> bool:
+        marker = root / SYNTHETIC_MARKER
+        return marker.is_file() and marker.read_text() == recipe and len([*root.glob("t*/*/*.mp4")]) == len(jobs)
+
+    def make(job: tuple[str, int]) -> None:
+        part, n = job
+        motion = MOTIONS[n % len(MOTIONS)]
+        path = made / part / motion / f"{motion}_{n // len(MOTIONS) + 1:04}.mp4"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rng = np.random.default_rng([seed, ("train", "test").index(part), n])
+        _write_video(path, _draw_video(motion, rng, frames, *size))
+
+    if is_complete():
+        return
+    found = set(os.listdir(root)) if root.exists() else set()
+    if found and (SYNTHETIC_MARKER not in found or found - {"train", "test", SYNTHETIC_MARKER}):
+        raise FileExistsError(f"{root} holds other files: give the synthetic data set a folder of its own")
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as partial:
+        made = Path(partial) / "made"
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # NumPy and FFmpeg run without the interpreter's lock
+            for done, _ in enumerate(pool.map(make, jobs), 1):
+                if done % 50 == 0 or done == len(jobs):
+                    end = "\n" if done == len(jobs) else ""
+                    print(f"\rmaking the synthetic data set in {root}: {done}/{len(jobs)}", end=end, file=sys.stderr)
+        (made / SYNTHETIC_MARKER).write_text(recipe)
+        if not is_complete():  # else another process was faster
+            shutil.rmtree(root, ignore_errors=True)
+            made.rename(root)

@@ -1,0 +1,398 @@
+"""Finding videos: official layouts and lists, the ways people keep them, and what is said when something is missing."""
+
+import csv
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import data
+from data import find_videos
+
+
+def touch(root: Path, *names: str) -> None:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+
+
+def write(path: Path, *lines: str, end: str = "\n") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes("".join(line + end for line in lines).encode())
+
+
+def found(videos: data.VideoList, root: Path) -> dict[str, str | None]:
+    """Path below root → name of its class."""
+    names = [videos.classes[label] if label >= 0 else None for label in videos.labels]
+    return dict(zip([os.path.relpath(path, root) for path in videos.paths], names, strict=True))
+
+
+UCF_CLASSES = ["ApplyEyeMakeup", "HammerThrow", "Hammering", "HandstandPushups", "HandstandWalking"]  # not sorted
+UCF_FILES = [
+    ("ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01", 1),
+    ("Hammering/v_Hammering_g08_c01", 3),
+    ("HandstandPushups/v_HandStandPushups_g08_c01", 4),
+    ("HandstandWalking/v_HandstandWalking_g08_c01", 5),
+]
+UCF_TEST = ["HammerThrow/v_HammerThrow_g01_c01", "HandstandPushups/v_HandStandPushups_g01_c01"]
+
+
+def make_ucf101(videos: Path, lists: Path, split: int = 1, suffix: str = ".avi") -> None:
+    write(lists / "classInd.txt", *[f"{i} {name}" for i, name in enumerate(UCF_CLASSES, 1)], "", end="\r\n")
+    write(lists / f"trainlist0{split}.txt", *[f"{name}.avi {label}" for name, label in UCF_FILES], end="\r\n")
+    write(lists / f"testlist0{split}.txt", *[f"{name}.avi" for name in UCF_TEST], end="\r\n")
+    touch(videos, *[name + suffix for name in [name for name, _ in UCF_FILES] + UCF_TEST])
+
+
+@pytest.mark.parametrize(
+    ("videos", "lists"), [("UCF-101", "ucfTrainTestlist"), ("data", "anno"), ("videos", "annotations"), (".", ".")]
+)
+@pytest.mark.parametrize("split", [1, 2, 3])
+def test_ucf101(tmp_path, videos, lists, split):
+    make_ucf101(tmp_path / videos, tmp_path / lists, split)
+    train = find_videos("ucf101", tmp_path, train=True, split=split)
+    assert train.classes == UCF_CLASSES
+    assert train.labels == [label - 1 for _, label in UCF_FILES]
+    assert train.paths == [str(tmp_path / videos / f"{name}.avi") for name, _ in UCF_FILES]
+    expected = {1: "9537", 2: "9586", 3: "9624"}[split]
+    assert train.report == f"ucf101 train split {split}: 4 videos of {expected} expected, 5 classes"
+    test = find_videos("ucf101", tmp_path, train=False, split=split)
+    assert test.labels == [1, 3]
+    assert test.classes == UCF_CLASSES
+
+
+def test_ucf101_in_another_spelling_container_and_flat(tmp_path):
+    make_ucf101(tmp_path / "clips", tmp_path, suffix=".mp4")
+    old = tmp_path / "clips" / "HandstandPushups" / "v_HandStandPushups_g08_c01.mp4"
+    old.rename(tmp_path / "clips" / "v_HandstandPushups_g08_c01.mp4")
+    assert len(find_videos("ucf101", tmp_path, train=True)) == 4
+
+
+def test_videos_that_are_listed_and_missing_are_left_out_and_reported(tmp_path):
+    make_ucf101(tmp_path / "UCF-101", tmp_path / "ucfTrainTestlist")
+    for name, _ in UCF_FILES[1:3]:
+        (tmp_path / "UCF-101" / f"{name}.avi").unlink()
+    videos = find_videos("ucf101", tmp_path, train=True)
+    assert videos.labels == [0, 4]
+    assert videos.report.endswith(
+        "; 2 of 4 listed videos are not on disk: v_Hammering_g08_c01, v_HandStandPushups_g08_c01"
+    )
+
+
+def test_the_whole_of_ucf101_is_found_in_seconds(tmp_path):
+    """13 320 links in 101 folders."""
+    classes = [f"Class{i:03d}" for i in range(101)]
+    names = [f"{classes[i % 101]}/v_{classes[i % 101]}_g{i // 101:03d}_c01.avi" for i in range(13_320)]
+    target = tmp_path / "a.avi"
+    target.touch()
+    for name in classes:
+        (tmp_path / "UCF-101" / name).mkdir(parents=True)
+    for name in names:
+        (tmp_path / "UCF-101" / name).symlink_to(target)
+    write(tmp_path / "classInd.txt", *[f"{i} {name}" for i, name in enumerate(classes, 1)])
+    write(tmp_path / "trainlist01.txt", *[f"{name} {1 + i % 101}" for i, name in enumerate(names[:9537])])
+    write(tmp_path / "testlist01.txt", *names[9537:])
+    begin = time.process_time()
+    train, test = (find_videos("ucf101", tmp_path, train=train) for train in (True, False))
+    assert time.process_time() - begin < 5
+    assert train.report == "ucf101 train split 1: 9537 videos of 9537 expected, 101 classes"
+    assert test.report == "ucf101 test split 1: 3783 videos of 3783 expected, 101 classes"
+    assert train.labels == [i % 101 for i in range(9537)]
+
+
+HMDB_NAMES = [
+    "#20_Rhythm_clap_u_nm_np1_fr_goo_0.avi",
+    "A & B; (2)!_clap_f_cm_np1_ba_bad_1.avi",
+    "x_clap_0.avi",
+    "y_clap_0.avi",
+]
+
+
+@pytest.mark.parametrize(("videos", "lists"), [(".", "testTrainMulti_7030_splits"), ("data", "anno")])
+@pytest.mark.parametrize("split", [1, 2, 3])
+def test_hmdb51(tmp_path, videos, lists, split):
+    touch(tmp_path / videos / "clap", *HMDB_NAMES)
+    touch(tmp_path / videos / "brush_hair", "b_brush_hair_0.avi")
+    ends = zip(HMDB_NAMES, (1, 2, 0, 1), strict=True)
+    write(tmp_path / lists / f"clap_test_split{split}.txt", *[f"{name} {tag} " for name, tag in ends])
+    write(tmp_path / lists / f"brush_hair_test_split{split}.txt", "b_brush_hair_0.avi 1 ")
+    train = find_videos("hmdb51", tmp_path, train=True, split=split)
+    assert train.classes == ["brush_hair", "clap"]
+    prefix = "" if videos == "." else videos + "/"
+    assert found(train, tmp_path) == {
+        f"{prefix}brush_hair/b_brush_hair_0.avi": "brush_hair",
+        f"{prefix}clap/{HMDB_NAMES[0]}": "clap",
+        f"{prefix}clap/{HMDB_NAMES[3]}": "clap",
+    }
+    assert train.report == f"hmdb51 train split {split}: 3 videos of 3570 expected, 2 classes"
+    assert list(found(find_videos("hmdb51", tmp_path, False, split), tmp_path)) == [f"{prefix}clap/{HMDB_NAMES[1]}"]
+
+
+def test_equal_names_in_two_classes_are_told_apart_by_their_folders(tmp_path):
+    touch(tmp_path, "clap/a.avi", "brush hair/a.avi")
+    for name in ("brush_hair", "clap"):
+        write(tmp_path / f"{name}_test_split1.txt", "a.avi 1 ")
+    assert found(find_videos("hmdb51", tmp_path, True), tmp_path) == {
+        "brush hair/a.avi": "brush_hair",
+        "clap/a.avi": "clap",
+    }
+
+
+K400_ROWS = [
+    ("playing guitar", "-abcdefghi1"),
+    ("ski jumping", "_abcdefghi2"),
+    ("skiing (not slalom or crosscountry)", "Abcdefghi_3"),
+    ("massaging person's head", "abcdefghi-4"),
+]
+
+
+def write_k400_csv(path: Path, rows: list[tuple[str, str]], header: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        file.write(header + "\n")
+        for label, identifier in rows:
+            row = {
+                "label": label,
+                "youtube_id": identifier,
+                "time_start": 417,
+                "time_end": 427,
+                "split": "x",
+                "is_cc": 0,
+            }
+            csv.DictWriter(file, header.split(","), extrasaction="ignore").writerow(row)
+
+
+@pytest.mark.parametrize("header", ["label,youtube_id,time_start,time_end,split", "youtube_id,label,time_start,is_cc"])
+@pytest.mark.parametrize(
+    "csv_names", [("train.csv", "val.csv"), ("kinetics-400_train.csv", "kinetics-400_validate.csv")]
+)
+@pytest.mark.parametrize("folders", ["flat", "spaces", "underscores", "stripped"])
+def test_k400(tmp_path, header, csv_names, folders):
+    write_k400_csv(tmp_path / csv_names[0], K400_ROWS, header)
+    write_k400_csv(tmp_path / "annotations" / csv_names[1], K400_ROWS[3:], header)
+    folder = {
+        "flat": lambda label: "",
+        "spaces": lambda label: label,
+        "underscores": lambda label: label.replace(" ", "_"),
+        "stripped": lambda label: "".join(c for c in label if c.isalnum()),
+    }[folders]
+    endings = ("_000417_000427.mp4", "_417_427.mkv", ".mp4", "_000417_000427.webm")
+    for (label, identifier), ending in zip(K400_ROWS, endings, strict=True):
+        touch(tmp_path / "train" / folder(label), identifier + ending)
+    train = find_videos("k400", tmp_path, train=True)
+    assert train.classes == sorted(label for label, _ in K400_ROWS)
+    assert [train.classes[label] for label in train.labels] == [label for label, _ in K400_ROWS]
+    assert [os.path.basename(path)[:11] for path in train.paths] == [identifier for _, identifier in K400_ROWS]
+    assert train.report == "k400 train: 4 videos of 4 listed, 4 classes"
+    validation = find_videos("k400", tmp_path, train=False)
+    assert validation.classes == train.classes
+    assert validation.labels == [0]
+    assert validation.report == "k400 validation: 1 videos of 1 listed, 4 classes"
+
+
+def test_k400_without_lists_goes_by_its_class_folders(tmp_path):
+    touch(tmp_path / "train_256", "playing_guitar/a.mp4", "ski_jumping/b.mp4", "skiing_crosscountry/c.mp4")
+    touch(tmp_path / "val_256", "skiing crosscountry/d.mp4")
+    touch(tmp_path / "replacement", "e.mp4")
+    train = find_videos("k400", tmp_path, train=True)
+    assert train.classes == ["playing guitar", "ski jumping", "skiing crosscountry"]
+    assert train.labels == [0, 1, 2]
+    assert found(find_videos("k400", tmp_path, train=False), tmp_path) == {
+        "val_256/skiing crosscountry/d.mp4": "skiing crosscountry"
+    }
+
+
+def test_diving48(tmp_path):
+    touch(tmp_path / "rgb", "_8Vy3dlHg2w_00000.mp4", "_8Vy3dlHg2w_00001.mp4", "other_00002.mp4")
+    vocabulary = [["Back", "15som", "05Twis", "FREE"]] * 30 + [["Forward", "25som", "NoTwis", "PIKE"]] * 18
+    write(tmp_path / "Diving48_vocab.json", json.dumps(vocabulary))
+    for half, names in (
+        ("train", [("_8Vy3dlHg2w_00000", 34), ("other_00002", 0)]),
+        ("test", [("_8Vy3dlHg2w_00001", 47)]),
+    ):
+        entries = [{"vid_name": name, "label": label, "start_frame": 0, "end_frame": 99} for name, label in names]
+        write(tmp_path / f"Diving48_V2_{half}.json", json.dumps(entries))
+    train = find_videos("diving48", tmp_path, train=True)
+    assert train.labels == [34, 0]
+    assert len(train.classes) == 48
+    assert train.classes[34] == "Forward 25som NoTwis PIKE"
+    assert train.report == "diving48 train: 2 videos of 15027 expected, 48 classes"
+    assert find_videos("diving48", tmp_path, train=False).labels == [47]
+
+
+@pytest.mark.parametrize("prefix", ["", "something-something-v2-"])
+def test_ssv2(tmp_path, prefix):
+    touch(tmp_path / "20bn-something-something-v2", "1.webm", "22.webm", "333.webm")
+    classes = {"Putting something on a surface": "1", "Moving something (up)": "0"}
+    write(tmp_path / "labels" / f"{prefix}labels.json", json.dumps(classes))
+    entry = {"id": "22", "label": "putting cup on a surface", "template": "Putting [something] on a surface"}
+    write(tmp_path / "labels" / f"{prefix}train.json", json.dumps([entry, {**entry, "id": "1"}]))
+    other = {"id": "333", "label": "moving pen (up)", "template": "Moving [something] (up)"}
+    write(tmp_path / "labels" / f"{prefix}validation.json", json.dumps([other]))
+    train = find_videos("ssv2", tmp_path, train=True)
+    assert train.classes == ["Moving something (up)", "Putting something on a surface"]
+    assert [os.path.basename(path) for path in train.paths] == ["22.webm", "1.webm"]
+    assert train.labels == [1, 1]
+    assert train.report == "ssv2 train: 2 videos of 168913 expected, 2 classes"
+    assert find_videos("ssv2", tmp_path, train=False).report == "ssv2 validation: 1 videos of 24777 expected, 2 classes"
+
+
+def test_folder_of_classes(tmp_path):
+    touch(
+        tmp_path, "jump/a.mp4", "jump/high/b 1.MOV", "run/c.avi", "d.webm", "notes.txt", "run/._c.avi", "run/image.jpg"
+    )
+    videos = find_videos("folder", tmp_path, train=True)
+    assert found(videos, tmp_path) == {
+        "d.webm": None,
+        "jump/a.mp4": "jump",
+        "jump/high/b 1.MOV": "jump/high",
+        "run/c.avi": "run",
+    }
+    assert videos.classes == ["jump", "jump/high", "run"]
+    assert videos.report == "folder (no train/ and test/ folders: one list for both): 4 videos, 3 classes"
+    assert find_videos("folder", tmp_path, train=False) == videos
+
+
+def test_flat_folder_has_no_labels(tmp_path):
+    touch(tmp_path, "a.mp4", "b.mkv")
+    videos = find_videos("folder", str(tmp_path), train=True)
+    assert (videos.labels, videos.classes) == ([-1, -1], [])
+    assert videos.report.endswith("2 videos, no labels")
+
+
+@pytest.mark.parametrize("test_name", ["test", "val", "validation"])
+def test_folder_with_halves(tmp_path, test_name):
+    touch(tmp_path, "train/jump/a.mp4", "train/run/b.mp4", f"{test_name}/run/c.mp4")
+    train, test = (find_videos("folder", tmp_path, train=half) for half in (True, False))
+    assert found(train, tmp_path) == {"train/jump/a.mp4": "jump", "train/run/b.mp4": "run"}
+    assert found(test, tmp_path) == {f"{test_name}/run/c.mp4": "run"}
+    assert train.classes == test.classes
+    assert train.report == "folder train: 2 videos, 2 classes"
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    touch(tmp_path, "train/a.mp4", "plane/b.mp4")
+    assert found(find_videos("folder", tmp_path, train=False), tmp_path) == {
+        "plane/b.mp4": "plane",
+        "train/a.mp4": "train",
+    }
+
+
+def test_links_in_a_circle_end(tmp_path):
+    touch(tmp_path, "jump/a.mp4")
+    (tmp_path / "jump" / "back").symlink_to(tmp_path)
+    assert len(find_videos("folder", tmp_path, train=True)) == 1
+
+
+def test_synthetic_is_made_when_it_is_not_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "make_synthetic", lambda root: touch(Path(root), "train/rise/a.mp4", "test/rise/b.mp4"))
+    root = tmp_path / "new"
+    assert found(find_videos("synthetic", root, train=True), root) == {"train/rise/a.mp4": "rise"}
+    monkeypatch.delattr(data, "make_synthetic")
+    assert find_videos("synthetic", root, train=False).report == "synthetic test: 1 videos, 1 classes"
+
+
+@pytest.mark.parametrize(
+    ("lines", "labels", "classes"),
+    [
+        (["a b.mp4 2", "c/d.avi 0", ""], [2, 0], ["0", "1", "2"]),
+        (["a b.mp4\tbrush hair", "c/d.avi\trun "], [0, 1], ["brush hair", "run"]),
+        (["a b.mp4,run", "c/d.avi,jump"], [1, 0], ["jump", "run"]),
+        (["a b.mp4", "c/d.avi"], [-1, -1], []),
+        (["a b.mp4 run", "c/d.avi"], [0, -1], ["run"]),
+        (["a b.mp4 -1", "c/d.avi 1"], [-1, 1], ["0", "1"]),
+    ],
+)
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_list_file(tmp_path, lines, labels, classes, end):
+    touch(tmp_path, "a b.mp4", "c/d.avi", "e.mp4")
+    write(tmp_path / "mine.txt", *lines, end=end)
+    for list_file in (tmp_path / "mine.txt", "mine.txt"):
+        videos = find_videos("folder", tmp_path, train=True, list_file=list_file)
+        assert videos.paths == [str(tmp_path / "a b.mp4"), str(tmp_path / "c" / "d.avi")]
+        assert (videos.labels, videos.classes) == (labels, classes)
+
+
+@settings(max_examples=15)
+@given(
+    name=st.text(
+        st.characters(codec="utf-8", exclude_characters="/\0", exclude_categories=["Cc", "Zl", "Zp", "Zs"]), min_size=1
+    ),
+    spaces=st.integers(0, 2),
+    label=st.integers(0, 400),
+)
+def test_any_name_goes_through_a_list_file(tmp_path_factory, name, spaces, label):
+    root = tmp_path_factory.getbasetemp()
+    path = root / f"x{' ' * spaces}{name[:20]}.mp4"
+    path.touch()
+    write(root / "any.txt", f"{path.name} {label}", f"{path} {label}")
+    videos = find_videos("folder", root, train=True, list_file=root / "any.txt")
+    assert videos.paths == [str(path)] * 2
+    assert videos.labels == [label] * 2
+
+
+def test_list_file_counts_what_is_missing_and_takes_absolute_paths(tmp_path):
+    touch(tmp_path, "elsewhere/a.mp4")
+    (tmp_path / "root").mkdir()
+    write(tmp_path / "mine.txt", f"{tmp_path}/elsewhere/a.mp4 1", "gone.mp4 0", "no/such/folder.mp4 0")
+    videos = find_videos("folder", tmp_path / "root", train=True, list_file=tmp_path / "mine.txt")
+    assert videos.paths == [str(tmp_path / "elsewhere" / "a.mp4")]
+    assert "1 videos, 2 classes; 2 of 3 listed videos are not on disk: " in videos.report
+
+
+@pytest.mark.parametrize("dataset", [name for name in data.DATASETS if name != "synthetic"])
+def test_a_missing_or_empty_root_says_where_and_what_is_expected(tmp_path, dataset):
+    for root in (tmp_path / "absent", tmp_path):
+        with pytest.raises(FileNotFoundError) as caught:
+            find_videos(dataset, root, train=True)
+        message = str(caught.value)
+        assert str(root) in message
+        assert data.LAYOUTS[dataset] in message
+        assert "\n" not in message
+
+
+def test_lists_without_videos_are_an_error(tmp_path):
+    make_ucf101(tmp_path / "UCF-101", tmp_path / "ucfTrainTestlist")
+    for path in (tmp_path / "UCF-101").rglob("*.avi"):
+        path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"no videos found .*4 of 4 listed videos are not on disk"):
+        find_videos("ucf101", tmp_path, train=True)
+
+
+def test_a_missing_list_is_named(tmp_path):
+    make_ucf101(tmp_path / "UCF-101", tmp_path / "ucfTrainTestlist")
+    with pytest.raises(FileNotFoundError, match=r"no list trainlist02\.txt below it; ucf101 expects UCF-101/"):
+        find_videos("ucf101", tmp_path, train=True, split=2)
+
+
+def test_a_broken_list_is_named(tmp_path):
+    make_ucf101(tmp_path / "UCF-101", tmp_path / "lists")
+    write(tmp_path / "lists" / "trainlist01.txt", "Dancing/v_Dancing_g01_c01.avi 1")
+    with pytest.raises(ValueError, match=r"lists/trainlist01\.txt: not a list of ucf101 .*no entry 'dancing'"):
+        find_videos("ucf101", tmp_path, train=True)
+    write(tmp_path / "train.csv", "path label", "a.mp4 3")
+    with pytest.raises(ValueError, match=r"train\.csv: not a list of k400 .*no entry 'youtube_id'"):
+        find_videos("k400", tmp_path, train=True)
+    write(tmp_path / "Diving48_vocab.json", "{")
+    with pytest.raises(ValueError, match=r"Diving48_vocab\.json: not a list of diving48"):
+        find_videos("diving48", tmp_path, train=True)
+
+
+def test_wrong_arguments_are_named(tmp_path):
+    touch(tmp_path, "a.mp4")
+    with pytest.raises(ValueError, match="unknown data set 'ucf'; known are synthetic, folder, ucf101"):
+        find_videos("ucf", tmp_path, train=True)
+    for dataset, split in (("ucf101", 4), ("hmdb51", 0), ("k400", 2)):
+        with pytest.raises(ValueError, match=f"{dataset} has no split {split}; it has"):
+            find_videos(dataset, tmp_path, train=True, split=split)
+    with pytest.raises(ValueError, match="a list file goes with the data set 'folder'"):
+        find_videos("ucf101", tmp_path, train=True, list_file="a.txt")
+    with pytest.raises(FileNotFoundError, match="no such list file"):
+        find_videos("folder", tmp_path, train=True, list_file="a.txt")
+    write(tmp_path / "a.txt", "a.mp4 1", "b.xyz 1")
+    with pytest.raises(ValueError, match=r"a\.txt, line 2: no video file"):
+        find_videos("folder", tmp_path, train=True, list_file="a.txt")

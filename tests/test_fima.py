@@ -1,0 +1,315 @@
+"""FIMA and MoCo as a whole: against a plain-loop oracle of the paper, gradients, queues, and every ablation switch."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import data
+import fima
+import moco
+from losses import bin_centers
+from train import UserError, parse
+
+SMALL = dict(encoder="r3d_18", width=0.0625, crop=48, frames=16, queue=12, decoder_width=32, momentum=0.9, batch_size=3)
+
+
+def make_views(batch=3, sub_clips=2, crop=48, seed=0):
+    """Views as the loader makes them, of smooth random videos, with random boxes (half of them flipped)."""
+    rng = np.random.default_rng(seed)
+    low = torch.from_numpy(rng.random((batch, 2, 2)) * 0.3)
+    box = torch.cat([low, low + 0.5 + torch.from_numpy(rng.random((batch, 2, 2)) * 0.2)], 2).float()
+    flipped = torch.from_numpy(rng.random((batch, 2)) < 0.5)[..., None]
+    box = torch.where(flipped, box[..., [2, 1, 0, 3]], box)
+    coarse = torch.from_numpy(rng.random((batch * 2 * (1 + sub_clips), 3, 4, 6, 6))).float()
+    clips = (F.interpolate(coarse, (16, crop, crop), mode="trilinear") * 255).byte().unflatten(0, (batch, 2, -1))
+    color = np.stack([data.draw_color(rng) for _ in range(batch * 2 * (2 + sub_clips))])
+    views = {"clip": clips[:, :, 0], "box": box, "color": torch.from_numpy(color).unflatten(0, (batch, 2, -1))}
+    return views | ({"sub_clips": clips[:, :, 1:]} if sub_clips else {})
+
+
+def build(method=fima.FIMA, **flags):
+    torch.manual_seed(0)
+    config_class = fima.FIMAConfig if method is fima.FIMA else moco.MoCoConfig
+    known = {k: v for k, v in SMALL.items() if k in config_class.__dataclass_fields__}
+    return method(config_class(**(known | flags)))
+
+
+def unit(x):
+    return x / x.norm()
+
+
+def oracle(model, views):
+    """The losses of Eq. 1, 8 and 10 by loops over views, videos, frames and pixels, one clip a forward, in float64."""
+    model = copy.deepcopy(model).double().eval()
+    config, (batch, size) = model.config, (len(views["clip"]), 3)
+
+    def prepare(clip, color, difference):
+        clip = clip.double()[None] / 255
+        if difference:
+            steps = [(clip[:, :, t + 1] - clip[:, :, t] + 1) / 2 for t in range(clip.shape[2] - 1)]
+            clip = torch.stack([*steps, steps[-1]], 2)
+        return data.normalize(data.color_augment(clip, color.double()[None]))
+
+    def g(head, x):
+        return unit(head.net(x))
+
+    def h(x, y):
+        return math.exp(float(x @ y) / config.temperature)
+
+    maps = {}
+    for b in range(batch):
+        for v in range(2):
+            rgb = prepare(views["clip"][b, v], views["color"][b, v, 0], False)
+            motion = prepare(views["clip"][b, v], views["color"][b, v, 1], True)
+            maps[b, v] = model.encoder(rgb)[0], model.key_encoder(rgb)[0], model.key_encoder(motion)[0]
+    local = {
+        (b, v, i): g(
+            model.key_head,
+            model.key_encoder(prepare(views["sub_clips"][b, v, i], views["color"][b, v, 2 + i], True))[0].mean(
+                (1, 2, 3)
+            ),
+        )
+        for b in range(batch)
+        for v in range(2)
+        for i in range(2)
+    }
+    pixels = [(r, c) for r in range(size) for c in range(size)]
+    losses = {"vv": [], "pix": [], "fra": []}
+    for v in range(2):
+        by_video = []
+        motion_keys = [
+            g(model.key_head, maps[b, 1 - v][2][:, i, r, c]) for b in range(batch) for i in range(2) for r, c in pixels
+        ]
+        for b in range(batch):
+            query, _, _ = maps[b, v]
+            target_rgb, target_key, target_motion = maps[b, 1 - v]
+            q, k = g(model.head, query.mean((1, 2, 3))), g(model.key_head, target_key.mean((1, 2, 3)))
+            negatives = sum(h(q, n) for n in model.queues["vv"].keys)
+            losses["vv"].append(-math.log(h(q, k) / (h(q, k) + negatives)))
+
+            def foreground(view, b=b):
+                z = (maps[b, view][1].mean((0, 1)) + maps[b, view][2].mean((0, 1))).detach().numpy()
+                return z > np.quantile(z, 1 - config.foreground)
+
+            corners = [views["box"][b, view].double() for view in (v, 1 - v)]
+            centers = [bin_centers(box[None], size, size)[0] for box in corners]
+            diagonal = max(float((box[2:] - box[:2]).norm()) / size for box in corners)
+            for i in range(2):
+                y, y_cls = model.decoder(query[:, i].flatten(1).T[None], target_rgb[:, i].flatten(1).T[None])
+                total, count = 0.0, 0
+                for s, source in enumerate(pixels):
+                    if not foreground(v)[source]:
+                        continue
+                    near = [
+                        g(model.key_head, target_motion[:, i, r, c])
+                        for t, (r, c) in enumerate(pixels)
+                        if (centers[0][s] - centers[1][t]).norm() / diagonal < config.threshold
+                        and foreground(1 - v)[r, c]
+                    ]
+                    if near:
+                        prediction = g(model.head, y[0, s])
+                        total -= math.log(
+                            sum(h(prediction, m) for m in near) / sum(h(prediction, m) for m in motion_keys)
+                        )
+                        count += 1
+                if count:
+                    by_video.append(total / count)
+                prediction = g(model.head, y_cls[0])
+                own = h(prediction, local[b, 1 - v, i])
+                everything = sum(h(prediction, other) for other in local.values())
+                everything += sum(h(prediction, n) for n in model.queues["fra"].keys)
+                losses["fra"].append(-math.log(own / everything))
+        losses["pix"].append(np.mean(by_video))
+    return {name: float(np.mean(values)) for name, values in losses.items()}
+
+
+def test_losses_equal_the_plain_loop_oracle():
+    model, views = build().eval(), make_views()
+    with torch.no_grad():
+        expected, losses = oracle(model, views), model(views)
+    assert list(losses) == ["vv", "pix", "fra"]
+    for name, value in losses.items():
+        assert float(value) == pytest.approx(expected[name], rel=2e-4), name
+
+
+SWITCHES = [
+    dict(losses="vv"),
+    dict(losses="vv,vd"),
+    dict(losses="vv,pix"),
+    dict(losses="vv,fra"),
+    dict(losses="vv,pix", decoder="none", mask_position="none"),
+    dict(losses="vv,pix", decoder="none"),
+    dict(losses="vv,pix", mask_position="none"),
+    dict(threshold=0.35),
+    dict(threshold=2.8),
+    dict(decoder_depth=1),
+    dict(decoder_depth=3),
+    dict(decoder_width=16),
+    dict(decoder_heads=8),
+    dict(foreground=0.3),
+    dict(foreground=0.7),
+    dict(mask_source="rgb"),
+    dict(mask_source="difference"),
+    dict(mask_position="prediction"),
+    dict(mask_position="target"),
+    dict(decoder="separate"),
+    dict(frame_loss="triplet"),
+    dict(frame_loss="mse"),
+    dict(pixel_negatives="video"),
+    dict(pixel_queue=40),
+    dict(encoder="i3d", crop=64),
+]
+
+
+@pytest.mark.parametrize("flags", SWITCHES, ids=str)
+def test_each_switch_changes_the_losses_and_trains_every_parameter(flags):
+    views, plain = make_views(crop=flags.get("crop", 48)), build()
+    model = build(**flags)
+    losses = model(views)
+    assert set(losses) == set(model.config.terms)
+    assert {f"chance/{name}" for name in losses} <= model.metrics.keys()
+    torch.stack(list(losses.values())).sum().backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad == (not name.startswith("key_")), name
+        assert parameter.grad is None or parameter.grad.isfinite().all(), name
+    reference = plain(views) if "crop" not in flags else {}
+    assert set(losses) != set(reference) or any(not torch.equal(losses[k], reference[k]) for k in losses)
+
+
+def test_chance_values_are_what_equal_features_give():
+    model, views = build(), make_views()
+    for head in (model.head, model.key_head):
+        torch.nn.init.zeros_(head.net[2].weight)  # every feature is the bias, so all similarities are 1
+        torch.nn.init.constant_(head.net[2].bias, 1.0)
+    for queue in model.queues.values():
+        queue.keys = torch.full_like(queue.keys, queue.keys.shape[1] ** -0.5)
+    losses = model(views)
+    for name, value in losses.items():
+        assert float(value) == pytest.approx(float(model.metrics[f"chance/{name}"]), abs=1e-4), name
+
+
+def test_keys_follow_the_query_encoder_by_momentum():
+    model, views = build(), make_views()
+    with torch.no_grad():
+        for parameter in (*model.encoder.parameters(), *model.head.parameters()):
+            parameter.add_(torch.randn_like(parameter))
+    pairs = [(model.encoder, model.key_encoder), (model.head, model.key_head)]
+    expected = [
+        0.9 * k.clone() + 0.1 * q
+        for query, key in pairs
+        for q, k in zip(query.parameters(), key.parameters(), strict=True)
+    ]
+    model(views)
+    for parameter, value in zip([p for _, key in pairs for p in key.parameters()], expected, strict=True):
+        torch.testing.assert_close(parameter, value)
+    before = [p.clone() for p in model.key_encoder.parameters()]
+    model.eval()(views)  # an evaluation changes nothing
+    assert all(torch.equal(a, b) for a, b in zip(before, model.key_encoder.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("flags", [{}, dict(losses="vv,vd,pix,fra", pixel_queue=50)], ids=str)
+def test_queues_are_read_before_and_written_after_all_losses(flags, monkeypatch):
+    model, views, events = build(**flags), make_views(), []
+    for module, name in ((moco, "info_nce"), (fima, "pixel_contrast")):
+        original = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, f=original, **k: (events.append("loss"), f(*a, **k))[1])
+    original_fra = fima.FRAME_LOSSES["infonce"]
+    monkeypatch.setitem(fima.FRAME_LOSSES, "infonce", lambda *a, **k: (events.append("loss"), original_fra(*a, **k))[1])
+    before = {name: queue.keys.clone() for name, queue in model.queues.items()}
+    enqueue = moco.MomentumQueue.enqueue
+    monkeypatch.setattr(moco.MomentumQueue, "enqueue", lambda q, k: (events.append("write"), enqueue(q, k))[1])
+    losses = model(views)
+    assert "loss" not in events[events.index("write") :]
+    assert events.count("write") == len(model.queues)
+    for name, queue in model.queues.items():
+        written = {"vv": 6, "vd": 6, "fra": 12, "pix": 50}[name]  # 2 views × 3 videos, × 2 sub-clips, × 2·3·3 pixels
+        assert int((queue.keys != before[name]).any(1).sum()) == min(written, len(queue.keys))
+    torch.stack(list(losses.values())).sum().backward()  # the keys that losses have read are still there
+
+
+def test_no_video_meets_its_own_fresh_key_as_a_negative(monkeypatch):
+    """Among the negatives of the first two steps, none equals a key of the step's own videos."""
+    model, seen = build(), []
+    original = moco.info_nce
+
+    def watched(query, positive, negatives, temperature):
+        seen.append((positive.clone(), negatives.clone()))
+        return original(query, positive, negatives, temperature)
+
+    monkeypatch.setattr(moco, "info_nce", watched)
+    for seed in range(2):
+        model(make_views(seed=seed))
+    for positives, negatives in seen:
+        assert (positives @ negatives.T).max() < 1 - 1e-6
+    assert (seen[0][0] @ seen[1][1].T).max() > 1 - 1e-6  # while the second step meets the keys of the first
+
+
+def test_pixel_loss_is_zero_with_a_graph_when_the_views_do_not_overlap():
+    views = make_views()
+    views["box"] = torch.tensor([[[0.0, 0.0, 0.3, 0.3], [0.6, 0.6, 0.9, 0.9]]]).expand(3, -1, -1)
+    model = build(losses="vv,pix")
+    loss = model(views)["pix"]
+    assert loss.item() == 0
+    loss.backward()
+    assert all(float(p.grad.abs().sum()) == 0 for p in model.decoder.parameters())
+
+
+def test_background_pixels_are_in_no_pair():
+    model, views = build(), make_views()
+    maps = model.encode(views, motion=True)
+    fused = maps.key.mean((2, 3)) + maps.motion.mean((2, 3))  # (2, B, H, W)
+    foreground = (fused > fused.flatten(2).quantile(0.5, dim=2)[..., None, None]).flatten(2)
+    pairs = model.positive_pixels(views["box"], maps)
+    assert pairs.any() and not pairs[~foreground].any()
+    assert not pairs.transpose(2, 3)[~foreground.flip(0)].any()
+    assert torch.equal(pairs[0], pairs[1].transpose(1, 2))  # the second direction is the first, read backwards
+
+
+def test_moco_is_fima_without_its_losses():
+    views = make_views(sub_clips=0)
+    baseline, same = build(moco.MoCo, losses="vv,vd"), build(losses="vv,vd")
+    same.load_state_dict(baseline.state_dict())
+    expected, losses = baseline(views), same(views)
+    assert losses.keys() == expected.keys() == {"vv", "vd"}
+    assert all(torch.equal(losses[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    ("flags", "error", "says"),
+    [
+        (dict(losses="vv,pixel"), UserError, "--losses"),
+        (dict(losses=""), UserError, "--losses"),
+        (dict(decoder="none"), UserError, "--decoder"),
+        (dict(foreground=1.5), UserError, "--foreground"),
+        (dict(frame_loss="l1"), UserError, "--frame_loss"),
+        (dict(batch_size=0), UserError, "--batch_size"),
+        (dict(crop=16), ValueError, "--crop 16"),
+        (dict(encoder="i3d", crop=48), ValueError, "--crop 48"),
+        (dict(frames=12), ValueError, "--frames 12"),
+        (dict(decoder_heads=5), ValueError, "heads"),
+    ],
+    ids=str,
+)
+def test_settings_that_cannot_work_are_refused_by_name(flags, error, says):
+    with pytest.raises(error, match=says):
+        build(**flags)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "expected"),
+    [
+        ("ucf101", dict(encoder="i3d", crop=224, epochs=200, queue=2048, pixel_queue=0, momentum=0.999)),
+        ("k400", dict(encoder="i3d", crop=224, epochs=100, queue=65536, pixel_queue=31360, momentum=0.999)),
+    ],
+)
+def test_presets_are_the_papers(dataset, expected):
+    config = parse(fima.FIMAConfig, "", fima.PRESETS, ["--dataset", dataset])
+    for name, value in expected.items():
+        assert getattr(config, name) == value
+    assert (config.losses, config.threshold, config.foreground, config.temperature) == ("vv,pix,fra", 0.7, 0.5, 0.1)
+    total = {"ucf101": 24, "k400": 64}[dataset]
+    assert config.lr * total / 256 == pytest.approx({"ucf101": 0.00375, "k400": 0.01}[dataset])

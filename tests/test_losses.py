@@ -1,0 +1,368 @@
+"""Losses, masks and geometry against plain loops written from the paper, closed forms and invariances."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import example, given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import losses
+
+seeds = st.integers(0, 2**32 - 1)
+sizes = st.integers(1, 4)
+thresholds = st.floats(0.1, 3)
+crops = st.tuples(st.floats(-1, 1), st.floats(-1, 1), st.floats(0.1, 2), st.floats(0.1, 2), st.booleans())
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def units(seed: int, *shape: int) -> Tensor:
+    """Random unit vectors in float64."""
+    return F.normalize(torch.randn(*shape, generator=generator(seed), dtype=torch.float64), dim=-1)
+
+
+# ------------------------------------------------------------------------------------------- oracles: loops over floats
+
+
+def log_h(x: list[float], y: list[float], temperature: float) -> float:
+    return sum(a * b for a, b in zip(x, y, strict=True)) / temperature
+
+
+def log_ratio(query: list, chosen: list, everything: list, temperature: float) -> float:
+    """−log of Σ h over `chosen` by Σ h over `everything`."""
+    above, below = (sum(math.exp(log_h(query, k, temperature)) for k in keys) for keys in (chosen, everything))
+    return -math.log(above / below)
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
+
+
+def info_nce_loop(query, positive, negatives, temperature=0.1):
+    pairs = zip(query, positive, strict=True)
+    return mean([log_ratio(q, [p], [p, *negatives], temperature) for q, p in pairs])
+
+
+def pixel_contrast_loop(prediction, target, positives, keys, temperature=0.1):
+    videos = []
+    for b, rows in enumerate(positives):
+        own_keys = keys[b] if isinstance(keys[0][0], list) else keys
+        pixels = []
+        for s, row in enumerate(rows):
+            chosen = [m for m, positive in zip(target[b], row, strict=True) if positive]
+            if chosen:
+                pixels.append(log_ratio(prediction[b][s], chosen, own_keys, temperature))
+        if pixels:
+            videos.append(mean(pixels))
+    return mean(videos)
+
+
+def frame_info_nce_loop(prediction, target, negatives, temperature=0.1):
+    return mean([log_ratio(y, [target[n]], [*target, *negatives], temperature) for n, y in enumerate(prediction)])
+
+
+def squared_distance(x, y):
+    return sum((a - b) ** 2 for a, b in zip(x, y, strict=True))
+
+
+def frame_triplet_loop(prediction, target, negatives, margin=1.0):
+    terms = []
+    for n, y in enumerate(prediction):
+        for other in target[:n] + target[n + 1 :] + negatives:
+            terms.append(max(0.0, squared_distance(y, target[n]) - squared_distance(y, other) + margin))
+    return mean(terms)
+
+
+def frame_mse_loop(prediction, target, negatives):
+    return mean([squared_distance(y, own) for y, own in zip(prediction, target, strict=True)])
+
+
+def box_of(crop: tuple) -> list[float]:
+    x, y, w, h, flipped = crop
+    return [x + w, y, x, y + h] if flipped else [x, y, x + w, y + h]
+
+
+def centers_loop(crop: tuple, height: int, width: int) -> list[tuple[float, float]]:
+    """A flipped view shows the crop's last column first."""
+    x, y, w, h, flipped = crop
+    columns = range(width)[::-1] if flipped else range(width)
+    return [
+        (x + w * (2 * c + 1) / (2 * width), y + h * (2 * r + 1) / (2 * height)) for r in range(height) for c in columns
+    ]
+
+
+def distances_loop(source: tuple, target: tuple, height: int, width: int) -> Tensor:
+    """Distances of all pixel pairs in bin diagonals, the longer of the two views'."""
+    diagonal = max(math.hypot(crop[2] / width, crop[3] / height) for crop in (source, target))
+    places = centers_loop(source, height, width), centers_loop(target, height, width)
+    return torch.tensor([[math.dist(s, t) / diagonal for t in places[1]] for s in places[0]], dtype=torch.float64)
+
+
+# --------------------------------------------------------------------------------------------------- clips and geometry
+
+
+def test_frame_difference_is_that_of_a_loop_and_repeats_the_last():
+    clip = torch.rand(2, 3, 4, 2, 2, generator=generator(0), dtype=torch.float64)
+    expected = torch.empty_like(clip)
+    for b, c, t, i, j in np.ndindex(*clip.shape):
+        t0 = min(t, 2)
+        expected[b, c, t, i, j] = (float(clip[b, c, t0 + 1, i, j]) - float(clip[b, c, t0, i, j]) + 1) / 2
+    torch.testing.assert_close(losses.frame_difference(clip), expected)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.3, 1.0])
+def test_frame_difference_of_a_still_clip_is_half_and_stays_in_range(value):
+    still = torch.full((1, 3, 5, 2, 2), value)
+    assert (losses.frame_difference(still) == 0.5).all()
+    flicker = torch.arange(5).remainder(2)[:, None, None].expand(1, 3, 5, 2, 2).float()
+    assert losses.frame_difference(flicker)[0, 0, :, 0, 0].tolist() == [1, 0, 1, 0, 0]
+
+
+def test_frame_difference_of_one_frame_is_an_error():
+    with pytest.raises(ValueError, match="at least 2 frames, the clip has 1"):
+        losses.frame_difference(torch.zeros(1, 3, 1, 2, 2))
+
+
+@given(crops, sizes, sizes)
+def test_bin_centers_are_those_of_a_loop(crop, height, width):
+    box = torch.tensor([box_of(crop), [0, 0, width, height]], dtype=torch.float64)
+    expected = torch.tensor(centers_loop(crop, height, width), dtype=torch.float64)
+    centers = losses.bin_centers(box, height, width)
+    torch.testing.assert_close(centers[0], expected)
+    assert centers[1].tolist() == [[c + 0.5, r + 0.5] for r in range(height) for c in range(width)]
+
+
+def pairs_of(source: tuple, target: tuple, grid: tuple, threshold: float) -> Tensor:
+    boxes = (torch.tensor([box_of(crop)], dtype=torch.float64) for crop in (source, target))
+    return losses.positive_pairs(*boxes, grid, threshold)[0]
+
+
+@given(crops, crops, sizes, sizes, thresholds, st.floats(-5, 5), st.floats(0.1, 10))
+def test_positive_pairs_are_those_of_a_loop_wherever_both_views_are_moved_or_scaled(
+    a, b, h, w, threshold, shift, scale
+):
+    distances = distances_loop(a, b, h, w)
+    clear = (distances - threshold).abs() > 1e-9  # rounding may decide the others either way
+    moved = [((x + shift) * scale, (y - shift) * scale, cw * scale, ch * scale, flip) for x, y, cw, ch, flip in (a, b)]
+    for views in ((a, b), moved):
+        pairs = pairs_of(*views, (h, w), threshold)
+        assert torch.equal(pairs[clear], (distances < threshold)[clear])
+
+
+@given(crops, crops, sizes, sizes, thresholds, thresholds)
+def test_positive_pairs_are_symmetric_monotone_and_permuted_by_flips(a, b, h, w, threshold, other):
+    pairs = pairs_of(a, b, (h, w), threshold)
+    assert torch.equal(pairs_of(b, a, (h, w), threshold), pairs.T)
+    low, high = (pairs_of(a, b, (h, w), t) for t in sorted((threshold, other)))
+    assert (low <= high).all()
+    clear = (distances_loop(a, b, h, w) - threshold).abs() > 1e-9
+    mirrored = torch.arange(h * w).view(h, w).flip(1).flatten()
+    flip = [(*crop[:4], not crop[4]) for crop in (a, b)]
+    for views, order in (((flip[0], b), (mirrored, slice(None))), (flip, (mirrored[:, None], mirrored))):
+        assert torch.equal(pairs_of(*views, (h, w), threshold)[clear[order]], pairs[order][clear[order]])
+    assert pairs_of(a, a, (h, w), threshold).diagonal().all()
+
+
+def test_positive_pairs_are_strictly_closer_than_the_threshold_and_batched():
+    box = torch.tensor([[0.0, 0, 6, 8], [0, 0, 6, 8]])  # bins of 3 × 4, diagonal 5
+    far = torch.tensor([[0.0, 0, 6, 8], [600, 0, 606, 8]])
+    pairs = losses.positive_pairs(box, far, (2, 2), 1.0)
+    assert torch.equal(pairs[0], ~torch.eye(4, dtype=torch.bool).flip(1))  # all but the diagonal neighbours, at 5 of 5
+    assert not pairs[1].any()
+    assert losses.positive_pairs(box, box, (2, 2))[0].sum() == 8  # 3 / 5 is below the default 0.7, 4 / 5 is not
+
+
+# ------------------------------------------------------------------------------------------------ foreground mask
+
+
+def test_activation_map_is_the_mean_over_channels_and_time():
+    features = torch.randn(2, 3, 2, 4, 5, generator=generator(0), dtype=torch.float64)
+    activation = losses.activation_map(features)
+    assert activation.shape == (2, 4, 5)
+    for b, i, j in np.ndindex(2, 4, 5):
+        values = [float(features[b, c, t, i, j]) for c in range(3) for t in range(2)]
+        assert activation[b, i, j].item() == pytest.approx(mean(values), abs=1e-12)
+
+
+@given(seeds, st.integers(1, 7), st.integers(1, 7), st.integers(0, 100))
+@example(0, 2, 13, 28)  # 0.28 · 25 is 7.000000000000001 in floating point
+def test_foreground_count(seed, height, width, percent):
+    pixels = torch.randperm(2 * height * width, generator=generator(seed)).view(2, height, width).float()
+    mask = losses.foreground_mask(pixels, percent / 100)
+    assert mask.flatten(1).sum(1).tolist() == [-(-percent * (height * width - 1) // 100)] * 2  # rounded up
+
+
+@given(seeds, st.integers(1, 5), st.integers(1, 5), st.integers(0, 16), st.sampled_from([2, 4, 1000]))
+def test_foreground_is_strictly_above_the_quantile_with_and_without_ties(seed, height, width, sixteenths, values):
+    pixels = torch.randint(values, (2, height, width), generator=generator(seed)).double()
+    mask = losses.foreground_mask(pixels, sixteenths / 16)
+    for chosen, z in zip(mask.numpy(), pixels.numpy(), strict=True):
+        np.testing.assert_array_equal(chosen, z > np.quantile(z, 1 - sixteenths / 16))
+
+
+@given(seeds, st.floats(0, 1), st.floats(0, 1), st.sampled_from([3, 1000]))
+def test_foregrounds_are_nested_and_depend_on_the_order_of_pixels_only(seed, one, other, values):
+    pixels = torch.randint(-values, values, (2, 4, 3), generator=generator(seed)).double()
+    small, large = (losses.foreground_mask(pixels, ratio) for ratio in sorted((one, other)))
+    assert (small <= large).all()
+    assert torch.equal(losses.foreground_mask(pixels**3 + 5, one), losses.foreground_mask(pixels, one))
+
+
+@pytest.mark.parametrize("ratio", [-0.1, 1.1, math.nan])
+def test_a_foreground_ratio_that_is_no_portion_is_an_error(ratio):
+    with pytest.raises(ValueError, match=r"portion in \[0, 1\], not"):
+        losses.foreground_mask(torch.zeros(1, 2, 2), ratio)
+
+
+# ---------------------------------------------------------------------------------------------------------- contrasts
+
+
+def pixel_batch(seed: int, videos: int = 3, pixels: int = 4, queue: int = 2, per_video: bool = False) -> list[Tensor]:
+    """Prediction, target, positives and keys: of the whole batch or of each video, the target's own included, and more.
+
+    The first video has no positive at all, others lack them for some pixels.
+    """
+    prediction, target = units(seed, videos, pixels, 5), units(seed + 1, videos, pixels, 5)
+    positives = torch.rand(videos, pixels, pixels, generator=generator(seed)) < 0.3
+    positives[0] = False
+    own = target if per_video else target.flatten(0, 1)
+    keys = torch.cat([own, units(seed + 2, queue, 5).expand(*own.shape[:-2], -1, -1)], -2)
+    return [prediction, target, positives, keys]
+
+
+def vector_batch(seed: int, rows: int = 4, queue: int = 3) -> list[Tensor]:
+    return [units(seed, rows, 5), units(seed + 1, rows, 5), units(seed + 2, queue, 5)]
+
+
+CASES = {
+    "info_nce": (losses.info_nce, info_nce_loop, vector_batch),
+    "pixel_contrast": (losses.pixel_contrast, pixel_contrast_loop, pixel_batch),
+    "frame_info_nce": (losses.frame_info_nce, frame_info_nce_loop, vector_batch),
+    "frame_triplet": (losses.frame_triplet, frame_triplet_loop, vector_batch),
+    "frame_mse": (losses.frame_mse, frame_mse_loop, vector_batch),
+}
+CONTRASTS = ("info_nce", "pixel_contrast", "frame_info_nce")  # those with a temperature
+
+
+def converted(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    return [x if x.dtype == torch.bool else x.to(dtype) for x in tensors]
+
+
+@pytest.mark.parametrize("name", CASES)
+@given(seed=seeds, rows=sizes, queue=st.integers(0, 3))
+def test_a_loss_is_that_of_a_loop_and_not_negative(name, seed, rows, queue):
+    loss, loop, make = CASES[name]
+    batch = make(seed, rows, queue=queue)
+    value = loss(*batch)
+    assert value.shape == () and value.dtype == torch.float64 and value >= 0
+    assert value.item() == pytest.approx(loop(*(x.tolist() for x in batch)), abs=1e-12)
+
+
+@given(seeds, sizes, st.integers(0, 3), st.floats(0.05, 2))
+def test_pixel_contrast_with_keys_of_each_video_and_any_temperature(seed, videos, queue, temperature):
+    for per_video in (False, True):
+        batch = pixel_batch(seed, videos, queue=queue, per_video=per_video)
+        expected = pixel_contrast_loop(*(x.tolist() for x in batch), temperature)
+        assert losses.pixel_contrast(*batch, temperature).item() == pytest.approx(expected, abs=1e-12)
+
+
+@given(seeds, st.floats(0.05, 2), st.floats(0.1, 2))
+def test_temperature_and_margin(seed, temperature, margin):
+    batch = vector_batch(seed)
+    lists = [x.tolist() for x in batch]
+    for name in ("info_nce", "frame_info_nce"):
+        loss, loop, _ = CASES[name]
+        assert loss(*batch, temperature).item() == pytest.approx(loop(*lists, temperature), abs=1e-12)
+    assert losses.frame_triplet(*batch, margin).item() == pytest.approx(frame_triplet_loop(*lists, margin), abs=1e-12)
+
+
+@pytest.mark.parametrize("name", CASES)
+@given(seed=seeds)
+def test_the_order_of_keys_and_of_the_batch_does_not_matter(name, seed):
+    loss, _, make = CASES[name]
+    *batch, keys = make(seed)
+    rows, columns = (torch.randperm(n, generator=generator(seed)) for n in (len(batch[0]), len(keys)))
+    torch.testing.assert_close(loss(*(x[rows] for x in batch), keys[columns]), loss(*batch, keys))
+
+
+@pytest.mark.parametrize("name", CASES)
+@given(seed=seeds, step=st.floats(0.01, 10))
+def test_a_loss_falls_when_the_positive_comes_closer(name, seed, step):
+    loss = CASES[name][0]
+    query, positive, negatives = vector_batch(seed)
+    closer = positive.clone()
+    closer[1] = F.normalize(positive[1] + step * query[1], dim=0)
+
+    def value(target: Tensor) -> Tensor:
+        if name != "pixel_contrast":
+            only = [query[1:2], target[1:2], negatives]
+            return loss(*only, margin=4.0) if name == "frame_triplet" else loss(*only)
+        positives = torch.zeros(1, 4, 4, dtype=torch.bool)
+        positives[0, 1, 1] = True
+        return loss(query[None], target[None], positives, torch.cat([target, negatives]))
+
+    assert value(closer) < value(positive)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradients(name):
+    loss, _, make = CASES[name]
+    batch = [x if x.dtype == torch.bool else x.requires_grad_() for x in make(3)]
+    assert torch.autograd.gradcheck(loss, batch)
+
+
+@pytest.mark.parametrize("name", CONTRASTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@given(seed=seeds)
+def test_low_precision_is_computed_in_float32_and_stays_finite_at_a_low_temperature(name, dtype, seed):
+    loss, _, make = CASES[name]
+    batch = converted(make(seed), dtype)
+    leaves = [x.requires_grad_() for x in batch if x.is_floating_point()]
+    value = loss(*batch, 0.01)
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(value.double(), loss(*converted(batch, torch.float64), 0.01), rtol=1e-4, atol=1e-4)
+    assert all(g.isfinite().all() for g in torch.autograd.grad(value, leaves))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(loss(*batch, 0.01), value)
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.1])
+def test_without_positives_pixel_contrast_is_zero_with_zero_gradients(temperature):
+    prediction, target, positives, keys = pixel_batch(0)
+    leaves = [x.requires_grad_() for x in (prediction, target, keys)]
+    value = losses.pixel_contrast(prediction, target, torch.zeros_like(positives), keys, temperature)
+    assert value.item() == 0
+    assert all(torch.equal(g, torch.zeros_like(g)) for g in torch.autograd.grad(value, leaves))
+    value = losses.pixel_contrast(prediction, target, positives, keys, temperature)
+    gradient, *others = torch.autograd.grad(value, leaves)
+    assert all(g.isfinite().all() for g in (gradient, *others))
+    assert torch.equal(gradient.ne(0).any(2), positives.any(2))  # pixels without a positive learn nothing
+
+
+def test_closed_forms_of_equal_similarities():
+    zeros = torch.zeros(2, 5, 3)
+    assert losses.info_nce(zeros[0], zeros[0], torch.zeros(7, 3)).item() == pytest.approx(math.log(8))
+    assert losses.frame_info_nce(zeros[0], zeros[0], torch.zeros(7, 3)).item() == pytest.approx(math.log(12))
+    positives = torch.zeros(2, 5, 5, dtype=torch.bool)
+    positives[0, 0, :3] = positives[0, 1, 0] = positives[1, 4] = True
+    video = (math.log(40) - math.log(3) + math.log(40)) / 2, math.log(40) - math.log(5)
+    value = losses.pixel_contrast(zeros, zeros, positives, torch.zeros(40, 3))
+    assert value.item() == pytest.approx(sum(video) / 2)  # first over the pixels of a video, then over the videos
+    assert losses.pixel_contrast(zeros, zeros, torch.ones_like(positives), zeros).item() == 0  # nothing but positives
+
+
+def test_closed_forms_of_the_frame_losses():
+    one, other = torch.eye(2)[:, None]
+    none = torch.zeros(0, 2)
+    assert losses.frame_mse(one, one, none) == 0 and losses.frame_mse(one, -one, none) == 4
+    assert losses.frame_mse(one, other) == 2
+    assert losses.frame_triplet(one, one, one) == 1 and losses.frame_triplet(one, -one, one) == 5  # margin, 4 + margin
+    assert losses.frame_triplet(one, one, other) == 0 and losses.frame_triplet(one, one, other, margin=3.0) == 1
+    assert losses.frame_triplet(one, -one, none) == 0  # no negative, no pair
+    assert losses.frame_triplet(torch.eye(7), torch.eye(7), torch.zeros(0, 7), margin=0.7) == 0  # no rounding below 0

@@ -1,0 +1,56 @@
+"""What imports what, so that each part can be copied alone and imports run one way; and where each equation is."""
+
+import ast
+import graphlib
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FILES = {path.stem: path for path in sorted(ROOT.glob("*.py"))}
+PARTS = {
+    "models": {"torch", "torchvision"},
+    "losses": {"torch"},
+    "data": {"torch", "numpy", "av", "tqdm"},
+    "train": {"torch", "tqdm", "tensorboard"},
+}
+METHODS = {"moco", "fima", "fame", "dclr", "mcl"}
+
+
+def imports(name: str) -> set[str]:
+    """Top-level names of all modules a file imports anywhere, without the standard library."""
+    found = set()
+    for node in ast.walk(ast.parse(FILES[name].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name}.py imports relatively, which fails for a file copied alone"
+            found.add(node.module.partition(".")[0])
+    return found - sys.stdlib_module_names
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_part_imports_its_libraries_only(name):
+    assert imports(name) <= PARTS[name]
+
+
+@pytest.mark.parametrize("name", sorted(METHODS & FILES.keys()))
+def test_a_method_imports_parts_and_moco_only(name):
+    siblings = imports(name) & FILES.keys()
+    # moco.main ends the first run with numbers from evaluate.py
+    assert siblings <= (PARTS.keys() | {"evaluate"} if name == "moco" else PARTS.keys() | {"moco"})
+
+
+def test_imports_have_no_cycle():
+    graphlib.TopologicalSorter({name: imports(name) & FILES.keys() for name in FILES}).prepare()
+
+
+def public_functions(name: str) -> list[ast.FunctionDef]:
+    tree = ast.parse(FILES[name].read_text(encoding="utf-8"))
+    return [node for node in tree.body if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")]
+
+
+@pytest.mark.parametrize("function", public_functions("losses"), ids=lambda node: node.name)
+def test_every_loss_names_its_place_in_the_paper(function):
+    assert any(place in (ast.get_docstring(function) or "") for place in ("Eq.", "Sec.", "Table"))

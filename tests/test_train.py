@@ -1,0 +1,246 @@
+"""The loop and the command line: resuming, several processes, logs, interrupts, and what the user is told."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+import data
+import evaluate
+import fima
+import moco
+import train
+
+ROOT = Path(__file__).parents[1]
+SMALL = ["--encoder=r3d_18", "--width=0.0625", "--crop=48", "--batch_size=4", "--queue=8", "--device=cpu"]
+DECODER = ["--decoder_width=32"]
+
+
+@pytest.fixture(scope="session")
+def videos(tmp_path_factory):
+    """A small generated data set: 18 training and 10 test videos."""
+    root = tmp_path_factory.mktemp("videos") / "synthetic"
+    data.make_synthetic(root, train=18, test=10, frames=40, size=(56, 56))
+    return root
+
+
+@pytest.fixture
+def run(videos, tmp_path, monkeypatch, capsys):
+    """Runs a script in this process as its command line would; gives exit code, output and errors."""
+
+    def call(script, *flags, dataset=("--dataset", "synthetic"), small=True):
+        where = ["--data", str(videos)] if dataset else []
+        own = [*SMALL, *(DECODER if script is fima else [])] if small else []
+        own += [] if script is evaluate or "--workers" in flags else ["--workers", "0"]
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [script.__name__ + ".py", *map(str, flags), *dataset, *where, *own])
+        main = {
+            fima: lambda: moco.main(fima.FIMA, fima.FIMAConfig, fima.PRESETS, fima.__doc__),
+            moco: lambda: moco.main(moco.MoCo, moco.MoCoConfig, moco.PRESETS, moco.__doc__),
+            evaluate: evaluate.main,
+        }[script]
+        with pytest.raises(SystemExit) as stop:
+            train.command_line(main)
+        out, err = capsys.readouterr()
+        return stop.value.code, out, err
+
+    call.path = tmp_path
+    return call
+
+
+def weights(path):
+    return torch.load(path, weights_only=True)
+
+
+def same(a, b):
+    """Equality, bit for bit, of nested containers of tensors."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def test_two_steps_resumed_for_two_more_equal_four_steps_bit_for_bit(run):
+    assert run(fima, "--epochs", 2, "--max_steps", 6, "--out", "whole")[0] == 0  # 4 steps an epoch
+    assert run(fima, "--epochs", 2, "--max_steps", 3, "--out", "half")[0] == 0
+    assert run(fima, "--resume", "half/checkpoint.pt", "--max_steps", 6, "--workers", 2, small=False)[0] == 0
+    whole, half = (weights(run.path / name / "checkpoint.pt") for name in ("whole", "half"))
+    assert whole["step"] == half["step"] == 6
+    assert same(whole["model"], half["model"]) and same(whole["optimizer"], half["optimizer"])
+    first, last = (weights(run.path / "whole" / "checkpoint.pt")["model"], fima.FIMA)
+    fresh = last(fima.FIMAConfig(**whole["config"])).state_dict()
+    assert not same(first["encoder.stem.0.weight"], fresh["encoder.stem.0.weight"])  # and it did train
+    lines = [json.loads(line) for line in (run.path / "half" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == sorted({line["step"] for line in lines})
+
+
+def test_run_folder_holds_config_command_versions_and_every_loss_with_its_chance(run):
+    code, out, _ = run(fima, "--epochs", 1, "--log_every", 2, "--out", "run", "--lr", 0.1)
+    assert code == 0
+    (start,) = json.loads((run.path / "run" / "run.json").read_text())
+    assert start["config"]["lr"] == 0.1 and start["config"]["epochs"] == 1  # explicit flags win over the preset
+    assert "fima.py" in start["command"] and start["versions"]["torch"] == torch.__version__.split("+")[0]
+    lines = [json.loads(line) for line in (run.path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4]
+    for line in lines:
+        assert line["loss"] == pytest.approx(sum(line[f"loss/{name}"] for name in ("vv", "pix", "fra")))
+        assert line["chance/vv"] == pytest.approx(math.log(9)) and line["chance/pix"] > 0
+        assert line["clips_per_s"] > 0 and 0 <= line["data_wait"] <= 1
+    for name in start["config"]:
+        assert name in out  # the settings are printed in full
+    assert "chance" in out and "own other half" in out and "evaluate.py retrieve" in out
+
+
+def test_learning_rate_is_a_half_cosine_per_step_scaled_with_the_total_batch():
+    config = train.TrainConfig(lr=0.04)
+    rates = [train.learning_rate(config, 64, step, 100) for step in range(101)]
+    assert rates[0] == pytest.approx(0.01) and rates[50] == pytest.approx(0.005) and rates[100] == pytest.approx(0)
+    assert rates == sorted(rates, reverse=True)
+    assert train.learning_rate(config, 24, 0, 100) == pytest.approx(0.00375)
+
+
+def test_moco_trains_with_the_same_command_line(run):
+    code, out, _ = run(moco, "--epochs", 1, "--losses", "vv,vd", "--max_steps", 2)
+    assert code == 0 and "vd" in out
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(run):
+    timer = threading.Timer(4, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    code, out, _ = run(fima, "--epochs", 1000, "--out", "run")
+    timer.cancel()
+    assert code == 130 and "--resume run/checkpoint.pt" in out
+    step = weights(run.path / "run" / "checkpoint.pt")["step"]
+    assert 0 < step < 4000
+    code, out, _ = run(fima, "--resume", "run/checkpoint.pt", "--max_steps", step + 1, small=False)
+    assert code == 0 and f"resumed after step {step}" in out
+
+
+BAD_INPUT = {
+    "no folder": (fima, ["--dataset", "ucf101", "--data", "nowhere"], ["nowhere", "ucfTrainTestlist"]),
+    "empty folder": (fima, ["--dataset", "folder", "--data", "."], ["folder", "no videos"]),
+    "unknown value": (fima, ["--encoder", "resnet"], ["--encoder", "i3d"]),
+    "unknown flag": (fima, ["--epoch", "3"], ["--epoch"]),
+    "unknown loss": (fima, ["--losses", "vv,pixel"], ["--losses", "pix"]),
+    "not a number": (fima, ["--lr", "fast"], ["--lr"]),
+    "crop too small": (fima, ["--encoder", "i3d", "--crop", "32"], ["--crop 32", "64"]),
+    "batch of 0": (fima, ["--batch_size", "0"], ["--batch_size 0"]),
+    "no checkpoint": (fima, ["--resume", "nowhere.pt"], ["nowhere.pt"]),
+    "no CUDA": (fima, ["--device", "cuda"], ["CUDA"]),
+    "no protocol": (evaluate, ["linearise"], ["retrieve"]),
+    "no checkpoint to evaluate": (evaluate, ["retrieve", "--checkpoint", "nowhere.pt"], ["nowhere.pt"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_is_one_clear_line_and_exit_code_2(case, run):
+    script, flags, says = BAD_INPUT[case]
+    if case == "no CUDA" and torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    code, _, err = run(script, *flags, dataset=(), small=False)
+    assert code == 2 and err.startswith("error: ") and err.count("\n") == 1
+    assert all(word in err for word in says), err
+
+
+def test_checkpoints_that_do_not_fit_are_refused(run):
+    assert run(fima, "--max_steps", 1, "--out", "run")[0] == 0
+    for flags, says in (
+        (["--width", 0.125], "width 0.0625 (here 0.125)"),
+        (["--encoder", "i3d", "--crop", 64], "encoder r3d_18 (here i3d)"),
+    ):
+        code, _, err = run(fima, "--resume", "run/checkpoint.pt", *flags, small=False)
+        assert code == 2 and says in err and err.count("\n") == 1, err
+    code, _, err = run(moco, "--resume", "run/checkpoint.pt", small=False)
+    assert code == 2 and "FIMA" in err and "MoCo" in err
+    (run.path / "cut.pt").write_bytes((run.path / "run" / "checkpoint.pt").read_bytes()[:1000])
+    torch.save({"state_dict": {}}, run.path / "other.pt")
+    for name in ("cut.pt", "other.pt"):
+        code, _, err = run(fima, "--resume", name, small=False)
+        assert code == 2 and name in err and err.count("\n") == 1, err
+
+
+def test_too_many_unreadable_videos_stop_the_run_and_are_named(run, videos):
+    tree = run.path / "tree"
+    for n, path in enumerate(sorted((videos / "train").glob("*/*.mp4"))[:8]):
+        (tree / "a").mkdir(parents=True, exist_ok=True)
+        (tree / "a" / f"{n}.mp4").write_bytes(path.read_bytes() if n else b"")
+    flags = ["--dataset", "folder", "--data", tree, "--out", "run", "--epochs", 2]
+    code, _, err = run(fima, *flags, dataset=())
+    assert code == 2 and "max_bad" in err and "0.mp4" in err
+    code, out, _ = run(fima, *flags, "--max_bad", 0.5, dataset=())
+    assert code == 0 and "unreadable" in out
+    assert "0.mp4" in (run.path / "run" / "bad_videos.log").read_text()
+
+
+def test_all_videos_unreadable_is_a_clear_error(run):
+    tree = run.path / "tree"
+    tree.mkdir()
+    for n in range(8):
+        (tree / f"{n}.mp4").write_bytes(b"not a video")
+    code, _, err = run(fima, "--dataset", "folder", "--data", tree, dataset=())
+    assert code == 2 and ".mp4" in err and err.count("\n") == 1, err
+
+
+def test_two_processes_end_with_identical_weights(videos, tmp_path):
+    program = (
+        "import sys, torch, torch.distributed as dist, moco, fima, train\n"
+        "def fit(method, *rest):\n"
+        "    path = original(method, *rest)\n"
+        "    torch.save(method.state_dict(), sys.argv[0] + f'.{dist.get_rank()}')\n"
+        "    return path\n"
+        "original, moco.fit = moco.fit, fit\n"
+        "sys.argv[0] = 'weights'\n"
+        "train.command_line(lambda: moco.main(fima.FIMA, fima.FIMAConfig, fima.PRESETS, ''))\n"
+    )
+    (tmp_path / "two.py").write_text(program)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "two.py"]
+    flags = ["--dataset", "synthetic", "--data", str(videos), "--epochs", "2", "--workers", "1", "--out", "run"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, *flags, *SMALL, *DECODER], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (weights(tmp_path / f"weights.{rank}") for rank in range(2))
+    assert same(first, second)
+    assert same(first, weights(tmp_path / "run" / "checkpoint.pt")["model"])
+    assert "4 × 2 = 8" in done.stdout
+
+
+def test_a_script_runs_from_any_folder_and_help_teaches(tmp_path):
+    done = subprocess.run(
+        [sys.executable, ROOT / "fima.py", "--help"], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0
+    for name in fima.FIMAConfig.__dataclass_fields__:
+        assert f"--{name}" in done.stdout
+    assert "torchrun --nproc_per_node=8 fima.py --dataset k400" in done.stdout and "k400:" in done.stdout
+
+
+def test_a_checkpoint_is_whole_at_every_moment(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint.pt"
+    train.save_checkpoint(path, {"method": "M", "config": {}, "model": {}, "step": 1})
+
+    def fail(state, file):
+        file.write(b"half of it")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(OSError, match="disk full"):
+        train.save_checkpoint(path, {})
+    assert train.load_checkpoint(path)["step"] == 1
+
+
+def test_a_checkpoint_with_code_in_it_is_refused(tmp_path):
+    torch.save({"method": "M", "config": {}, "model": {}, "step": Path("x")}, tmp_path / "code.pt")
+    with pytest.raises(train.UserError, match=r"code\.pt"):
+        train.load_checkpoint(tmp_path / "code.pt")

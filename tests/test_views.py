@@ -1,0 +1,299 @@
+"""Views, their boxes, test clips and the order of samples."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from encoding import encode, moving_texture
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data import BadVideo, PretrainingViews, StepSampler, TestClips, Video, VideoList, collate, crop_resize, draw_region
+
+
+def coordinates(height: int, width: int) -> np.ndarray:
+    """An image whose pixel (x, y) has red 2x and green 2y."""
+    y, x = np.mgrid[:height, :width]
+    return np.stack([2 * x, 2 * y, np.full_like(x, 128)], -1).astype(np.uint8)
+
+
+def assert_shows_box(clip: torch.Tensor, box: torch.Tensor, height: int, width: int, noise: float) -> None:
+    """Each of 7 × 7 bins of a clip of coordinates shows the place that the box says, within half a bin."""
+    bins, size = 7, clip.shape[-1]
+    x0, y0, x1, y1 = (box * torch.tensor([width, height, width, height])).tolist()
+    seen = clip.double().mean(1)[:2].unflatten(1, (bins, -1)).unflatten(3, (bins, -1)).mean((2, 4)) / 2 + 0.5
+    centers = (torch.arange(bins) + 0.5) / bins
+    for seen_there, said, bin_size in (
+        (seen[0], x0 + centers * (x1 - x0), abs(x1 - x0) / bins),
+        (seen[1], (y0 + centers * (y1 - y0))[:, None], abs(y1 - y0) / bins),
+    ):
+        pixel = max(bin_size * bins / size, 1)  # sampling without a low-pass filter is off by up to half of these
+        assert (seen_there - said).abs().max() <= min(bin_size / 2, pixel / 2 + noise)
+
+
+@given(height=st.integers(24, 120), width=st.integers(24, 120), seed=st.integers(0, 2**32 - 1), flip=st.booleans())
+def test_a_box_says_what_its_crop_shows(height, width, seed, flip):
+    region = draw_region(np.random.default_rng(seed), height, width)
+    top, left, h, w = region
+    clip, box = crop_resize([coordinates(height, width)] * 2, region, flip, 56)
+    assert clip.shape == (3, 2, 56, 56)
+    assert clip.dtype == torch.uint8
+    expected = [left / width, top / height, (left + w) / width, (top + h) / height]
+    if flip:
+        expected[0], expected[2] = expected[2], expected[0]
+    assert box.tolist() == pytest.approx(expected)
+    assert_shows_box(clip, box, height, width, noise=0.5)
+
+
+@given(seed=st.integers(0, 2**32 - 1), height=st.integers(1, 400), width=st.integers(1, 400), least=st.floats(0.05, 1))
+def test_regions_lie_in_the_frame_and_have_the_share_and_ratio_asked_for(seed, height, width, least):
+    top, left, h, w = draw_region(np.random.default_rng(seed), height, width, scale=(least, 1.0))
+    assert 0 <= top <= top + h <= height
+    assert 0 <= left <= left + w <= width
+    assert h > 0
+    assert w > 0
+    if min(height, width) >= 100 and max(height, width) / min(height, width) < 4 / 3:
+        assert 0.98 * least <= h * w / (height * width)
+        assert 0.97 * 3 / 4 <= w / h <= 1.03 * 4 / 3
+
+
+def test_regions_vary_over_the_frame():
+    rng = np.random.default_rng(0)
+    regions = np.array([draw_region(rng, 100, 120) for _ in range(500)])
+    share = regions[:, 2] * regions[:, 3] / 12_000
+    assert share.min() < 0.25
+    assert 0.5 < share.mean() < 0.65  # 0.6 if every draw fitted
+    ratio = regions[:, 3] / regions[:, 2]
+    assert ratio.min() < 0.8
+    assert ratio.max() > 1.25
+    assert np.allclose((regions[:, :2] + regions[:, 2:] / 2).mean(0), (50, 60), atol=2)
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("views")
+    paths = [
+        encode(folder / f"{i}.mp4", moving_texture(frames, 48 + 8 * i, 64), "libx264", crf="20")
+        for i, frames in enumerate((40, 20, 70, 33))
+    ]
+    return VideoList([str(path) for path in paths], [0, 1, -1, 2], ["a", "b", "c"], "four videos")
+
+
+def assert_same(one: dict, other: dict) -> None:
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert torch.equal(value, other[name]) if isinstance(value, torch.Tensor) else value == other[name], name
+
+
+def test_a_sample_is_what_it_says(videos):
+    sample = PretrainingViews(videos, 28)[0, 2]
+    assert {name: (value.shape, value.dtype) for name, value in sample.items() if isinstance(value, torch.Tensor)} == {
+        "clip": ((2, 3, 16, 28, 28), torch.uint8),
+        "sub_clips": ((2, 2, 3, 16, 28, 28), torch.uint8),
+        "box": ((2, 4), torch.float32),
+        "color": ((2, 4, sample["color"].shape[-1]), torch.float32),
+    }
+    assert sample["index"] == 2
+    assert sample["bad"] == []
+    assert not torch.equal(sample["color"][0, 0], sample["color"][1, 0])
+    assert not torch.equal(sample["clip"][0], sample["clip"][1])
+
+
+@pytest.fixture
+def requested(monkeypatch):
+    """The frames asked for by each call of Video.read, as they come."""
+    calls, read = [], Video.read
+
+    def record(video, frames):
+        calls.append(frames)
+        return read(video, frames)
+
+    monkeypatch.setattr(Video, "read", record)
+    return calls
+
+
+def test_without_sub_clips_a_view_needs_only_its_own_frames(videos, requested):
+    sample = PretrainingViews(videos, 28, frames=4, frame_stride=3, sub_clips=0)[0, 2]
+    assert "sub_clips" not in sample
+    assert sample["color"].shape[1] == 2
+    assert sample["clip"].shape == (2, 3, 4, 28, 28)
+    assert len(requested) == 1
+    assert [np.diff(part).tolist() for part in np.split(requested[0], 2)] == [[3, 3, 3]] * 2
+
+
+@given(epoch=st.integers(0, 5))
+@settings(max_examples=5)
+def test_clip_and_sub_clips_show_the_same_window_and_short_videos_repeat_their_last_frame(videos, epoch):
+    """With the whole frame as crop, the pixels tell which frames these are."""
+    views = PretrainingViews(videos, 48, frames=8, frame_stride=4, sub_clips=2, seed=1, min_scale=1.0, flip_p=0.0)
+    for index, frames in ((0, 40), (1, 20)):
+        with Video(videos.paths[index]) as video:
+            images = video.read(range(frames))
+        sample = views[epoch, index]
+        lightness = torch.tensor([image.mean() for image in images], dtype=torch.float64)
+        shown = sample["clip"].double().mean((1, 3, 4))
+        parts = sample["sub_clips"].double().mean((2, 4, 5)).flatten(1)
+        for view in range(2):
+            first = (lightness - shown[view, 0]).abs().argmin()
+            window = (first + torch.arange(32)).clamp(max=frames - 1)
+            assert (lightness[window[::4]] - shown[view]).abs().max() < 2
+            assert (lightness[window] - parts[view]).abs().max() < 3
+            if frames < 32:
+                assert first == 0
+
+
+def test_window_starts_are_independent_and_uniform(videos, requested):
+    views = PretrainingViews(videos, 8, frames=2, frame_stride=16, sub_clips=0)
+    for epoch in range(400):
+        views[epoch, 0]  # 40 frames: starts from 0 to 8
+    starts = np.array(requested)[:, ::2]
+    assert set(starts.ravel()) == set(range(9))
+    assert np.bincount(starts.ravel()).min() > 50  # 89 expected
+    assert abs(np.corrcoef(starts.T)[0, 1]) < 0.15
+
+
+def test_boxes_hold_through_files_and_the_whole_sampling(tmp_path):
+    height, width = 96, 120
+    path = encode(tmp_path / "coordinates.mp4", [coordinates(height, width)] * 34, "libx264", crf="1")
+    views = PretrainingViews(VideoList([str(path)], [-1], [], ""), 56)
+    flips = set()
+    for epoch in range(12):
+        sample = views[epoch, 0]
+        for clip, box in zip(sample["clip"], sample["box"], strict=True):
+            assert_shows_box(clip, box, height, width, noise=2.5)  # half the chroma's resolution is lost on the way
+            flips.add(bool(box[0] > box[2]))
+    assert flips == {False, True}
+
+
+def test_a_sample_depends_on_seed_epoch_and_index_only(videos):
+    views = PretrainingViews(videos, 28, frames=4)
+    keys = [(epoch, index) for epoch in (0, 1) for index in range(4)]
+    samples = {key: views[key] for key in keys}
+    for key in reversed(keys):
+        assert_same(views[key], samples[key])
+        assert_same(copy.deepcopy(views)[key], samples[key])
+    for workers in (1, 2):
+        batches = [keys[i : i + 2] for i in (6, 0, 4, 2)]
+        loader = torch.utils.data.DataLoader(views, batch_sampler=batches, num_workers=workers, collate_fn=collate)
+        for batch_keys, batch in zip(batches, loader, strict=True):
+            assert_same(batch, collate([samples[key] for key in batch_keys]))
+    assert not torch.equal(samples[0, 0]["clip"], samples[1, 0]["clip"])
+    other = PretrainingViews(videos, 28, frames=4, seed=1)[0, 0]
+    assert not torch.equal(samples[0, 0]["clip"], other["clip"])
+
+
+@pytest.fixture
+def spoilt(videos, tmp_path):
+    """The same videos, with three bad ones: empty, noise, absent."""
+    empty, noise = tmp_path / "empty.mp4", tmp_path / "noise.mp4"
+    empty.write_bytes(b"")
+    noise.write_bytes(np.random.default_rng(0).bytes(5000))
+    paths = [str(empty), str(noise), str(tmp_path / "absent.mp4"), *videos.paths]
+    return VideoList(paths, [0, 1, 2, *videos.labels], videos.classes, "")
+
+
+def test_bad_videos_are_replaced_and_named_in_pretraining(spoilt):
+    views = PretrainingViews(spoilt, 28, frames=4)
+    for epoch in range(5):
+        for index in range(3):
+            sample = views[epoch, index]
+            assert sample["index"] >= 3
+            assert sample["bad"][0][0] == spoilt.paths[index]
+            assert all(path in spoilt.paths[:3] and reason for path, reason in sample["bad"])
+            assert_same(views[epoch, index], sample)
+    batch = collate([views[0, 0], views[0, 4], views[0, 1]])
+    assert next(path for path, _ in batch["bad"]) == spoilt.paths[0]
+    assert len(batch["bad"]) == sum(len(views[0, index]["bad"]) for index in (0, 4, 1))
+    assert batch["index"].tolist()[1] == 4
+
+
+def test_only_bad_videos_end_in_an_error_after_a_bound(spoilt):
+    views = PretrainingViews(VideoList(spoilt.paths[:3], [-1] * 3, [], ""), 28, attempts=4)
+    with pytest.raises(OSError, match="4 videos in a row can't be read; the last: "):
+        views[0, 0]
+
+
+def test_bad_videos_survive_the_way_out_of_a_worker(spoilt):
+    loader = torch.utils.data.DataLoader(
+        TestClips(spoilt, 28, clips=2), batch_size=4, num_workers=1, collate_fn=collate
+    )
+    assert [path for batch in loader for path, _ in batch["bad"]] == spoilt.paths[:3]
+    error = BadVideo("a.mp4", "no video stream")
+    assert str(copy.copy(error)) == str(error) == "a.mp4: no video stream"
+
+
+def test_bad_videos_are_zeros_and_never_replaced_at_test(spoilt):
+    clips = TestClips(spoilt, 28, frames=4, clips=3)
+    assert len(clips) == 7
+    for index in range(7):
+        item = clips[index]
+        assert item["clips"].shape == (3, 3, 4, 28, 28)
+        assert item["index"] == index
+        assert item["label"] == spoilt.labels[index]
+        assert bool(item["bad"]) == (index < 3)
+        assert bool(item["clips"].any()) == (index >= 3)
+    assert clips[0]["bad"][0][0] == spoilt.paths[0]
+
+
+def test_test_clips_are_uniformly_spaced_and_cover_the_video(videos, requested):
+    item = TestClips(videos, 28, frames=8, frame_stride=2, clips=5)[2]  # 70 frames: 56 starts
+    assert item["clips"].is_contiguous()
+    frames = np.split(requested[0], 5)
+    assert [part[0] for part in frames] == [0, 14, 28, 41, 55] or [part[0] for part in frames] == [0, 14, 28, 42, 55]
+    assert all((np.diff(part) == 2).all() for part in frames)
+    TestClips(videos, 28, frames=16, frame_stride=2, clips=3)[1]  # 20 frames
+    assert requested[1].reshape(3, 16).tolist() == [[min(2 * k, 19) for k in range(16)]] * 3
+
+
+def test_test_crops_are_the_centre_of_the_resized_frame(tmp_path):
+    """Shorter side to 8/7 of the crop, then the centre: the first column shown is 1/16 of the shorter side in."""
+    height, width = 64, 112
+    path = encode(tmp_path / "coordinates.mp4", [coordinates(height, width)] * 20, "libx264", crf="1")
+    clips = TestClips(VideoList([str(path)], [-1], [], ""), 56, frames=4, clips=2)[0]["clips"]
+    box = torch.tensor([(56 - 28) / 112, 4 / 64, (56 + 28) / 112, 60 / 64])
+    for clip in clips:
+        assert_shows_box(clip, box, height, width, noise=2.5)
+
+
+run_shapes = dict(
+    length=st.integers(1, 60),
+    batch=st.integers(1, 5),
+    ranks=st.integers(1, 3),
+    epochs=st.integers(1, 3),
+    seed=st.integers(0, 9),
+)
+
+
+@given(**run_shapes)
+def test_an_epoch_deals_every_video_out_at_most_once(length, batch, ranks, epochs, seed):
+    if length < batch * ranks:
+        with pytest.raises(ValueError, match=f"{length} videos don't fill one batch of {batch} × {ranks} processes"):
+            StepSampler(length, batch, epochs, seed, 0, ranks)
+        return
+    samplers = [StepSampler(length, batch, epochs, seed, rank, ranks) for rank in range(ranks)]
+    runs = [list(sampler) for sampler in samplers]
+    steps = length // (batch * ranks)
+    assert {sampler.steps_per_epoch for sampler in samplers} == {steps}
+    assert {len(sampler) for sampler in samplers} == {len(run) for run in runs} == {steps * epochs}
+    for epoch in range(epochs):
+        keys = [key for run in runs for keys in run[epoch * steps : (epoch + 1) * steps] for key in keys]
+        assert {key[0] for key in keys} == {epoch}
+        assert len({index for _, index in keys}) == len(keys) == steps * batch * ranks
+        assert all(0 <= index < length for _, index in keys)
+
+
+@given(**run_shapes, start=st.integers(0, 100))
+def test_a_resumed_run_goes_on_exactly(length, batch, ranks, epochs, seed, start):
+    if length < batch * ranks:
+        return
+    whole = list(StepSampler(length, batch, epochs, seed, ranks - 1, ranks))
+    start = min(start, len(whole))
+    rest = StepSampler(length, batch, epochs, seed, ranks - 1, ranks, start)
+    assert list(rest) == whole[start:]
+    assert len(rest) == len(whole) - start
+
+
+def test_epochs_and_seeds_differ_in_their_order():
+    orders = [[index for keys in StepSampler(50, 5, 2, seed) for _, index in keys] for seed in (0, 1)]
+    assert len({tuple(order) for order in (orders[0][:50], orders[0][50:], orders[1][:50], orders[1][50:])}) == 4
