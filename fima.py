@@ -10,8 +10,8 @@ method is `FIMA.forward`.
 
 Tables of the paper as flags: 1 --losses; 2 --mask_position none leaves FS out, --decoder none leaves MD out; 3a
 --threshold; 3b --decoder_depth; 3c, 7 --decoder_width, --decoder_heads; 3d --foreground; 3e --mask_source; 3f
---mask_position; 8 --decoder; 9 --frame_loss; 10 --pixel_negatives video (98 pixels at 2×7×7) or batch (784 at 8 videos a
-process), and --pixel_queue 784 (1568).
+--mask_position; 8 --decoder; 9 --frame_loss; 10 --pixel_negatives video (98 pixels at 2×7×7) or batch (784 at 8 videos
+a process), and --pixel_queue 784 (1568).
 """
 
 import dataclasses
@@ -137,7 +137,7 @@ class FIMA(MoCo):
             sources = {"rgb": [maps.key], "difference": [maps.motion], "both": [maps.key, maps.motion]}[
                 config.mask_source
             ]
-            fused = sum(activation_map(features.flatten(0, 1).float()) for features in sources)
+            fused = sum(activation_map(features.flatten(0, 1)) for features in sources)
             mask = foreground_mask(fused, config.foreground).flatten(1).unflatten(0, (2, -1))  # (2, B, HW)
             if config.mask_position in ("prediction", "both"):
                 pairs = pairs & mask[..., :, None]

@@ -87,7 +87,7 @@ def positive_pairs(source_box: Tensor, target_box: Tensor, grid: tuple[int, int]
 
 def activation_map(features: Tensor) -> Tensor:
     """Class-agnostic activation map, the mean over channels and time (Sec. 3.2): (B, C, T, H, W) → (B, H, W)."""
-    return features.mean((1, 2))
+    return features.mean((1, 2), dtype=torch.promote_types(features.dtype, torch.float32))
 
 
 def foreground_mask(activation: Tensor, ratio: float = 0.5) -> Tensor:
@@ -110,7 +110,7 @@ def foreground_mask(activation: Tensor, ratio: float = 0.5) -> Tensor:
         raise ValueError(f"the foreground ratio is a portion in [0, 1], not {ratio}")
     pixels = activation.flatten(1)
     last = pixels.shape[1] - 1
-    rank = last - math.ceil(ratio * last - 1e-9)  # the 1e-9 forgives products such as 0.7 · 30 = 21.000000000000004
+    rank = last - math.ceil(ratio * last - 1e-9)  # the 1e-9 forgives products such as 0.28 · 25 = 7.000000000000001
     return activation > pixels.sort(1).values[:, rank, None, None]
 
 
@@ -141,7 +141,7 @@ def pixel_contrast(
         target: (B, HW, D), the motion pixels m that may be positives.
         positives: (B, HW, HW) bool, φ_p ∩ foreground: source pixel × target pixel.
         keys: (N, D), or (B, N, D) for keys of each video's own: the whole denominator, that is every motion pixel of
-            the batch, the target's own included, and the queue.
+            the batch, the target's own included, and the queue. Without the target's own, the loss means nothing.
 
     Returns:
         Scalar ≥ 0; exactly 0, with zero gradients, if nothing has a positive.
@@ -167,7 +167,7 @@ def frame_info_nce(prediction: Tensor, target: Tensor, negatives: Tensor, temper
     Returns:
         Scalar ≥ 0; log(N + K) if all similarities are equal.
     """
-    logits = similarity(prediction, torch.cat([target, negatives]), temperature)
+    logits = torch.cat([similarity(prediction, keys, temperature) for keys in (target, negatives)], 1)
     return F.cross_entropy(logits, torch.arange(len(logits), device=logits.device))
 
 
@@ -176,11 +176,11 @@ def frame_triplet(prediction: Tensor, target: Tensor, negatives: Tensor, margin:
 
     Arguments as in `frame_info_nce`. The paper gives no margin; 1 is torch's default. Scalar in [0, 4 + margin].
     """
-    cosine = similarity(prediction, torch.cat([target, negatives]), 1.0)
+    cosine = torch.cat([similarity(prediction, keys, 1.0) for keys in (target, negatives)], 1)
     own = cosine.diagonal()[:, None]  # ‖y − l‖² = 2 − 2 y·l for unit vectors
     loss = (2 * (cosine - own) + margin).clamp(min=0)
-    count = loss.numel() - len(loss)  # the positive itself gives `margin` on the diagonal: take it out
-    return (loss.sum() - margin * len(loss)) / max(count, 1)
+    positive = torch.eye(*loss.shape, dtype=torch.bool, device=loss.device)
+    return loss.masked_fill(positive, 0).sum() / max(loss.numel() - len(loss), 1)
 
 
 def frame_mse(prediction: Tensor, target: Tensor, negatives: Tensor | None = None) -> Tensor:

@@ -258,7 +258,7 @@ class MotionDecoder(nn.Module):
 
         Returns:
             y (B, N, C) of Eq. 7, y_cls (B, C) of Eq. 9 and, on request, the last block's attention averaged over
-            heads (B, N, M): where each source pixel looks in the target (Fig. 7).
+            heads (B, N, M): where each source pixel looks in the target (Fig. 7); rows sum to 1 in eval mode.
         """
         source, target = (  # the positions' dtype follows the features', so that autocast stays in charge
             (x := self.reduce(pixels)) + sincos_positions(x.shape[1], x.shape[2], x.device).to(x.dtype)

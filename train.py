@@ -130,7 +130,7 @@ def parse(
     that `--dataset` selects, and this over the defaults. Flags may be written with underscores or hyphens.
 
     Raises:
-        UserError: unknown flag or value, no such checkpoint.
+        UserError: unknown flag or value, no such checkpoint, or one of another method.
     """
     presets = presets or {}
     parser = _Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
@@ -155,7 +155,10 @@ def parse(
     saved = {}
     if given.get("resume"):
         own = {field.name for field in dataclasses.fields(config_class)} - {"out", "resume", "max_steps"}
-        saved = {k: v for k, v in load_checkpoint(given["resume"])["config"].items() if k in own}
+        state, method = load_checkpoint(given["resume"]), config_class.__name__.removesuffix("Config")
+        if state["method"] != method:
+            raise UserError(f"{given['resume']} is a checkpoint of {state['method']}, not of {method}")
+        saved = {k: v for k, v in state["config"].items() if k in own}
         given.setdefault("out", str(Path(given["resume"]).parent))
     dataset = given.get("dataset", saved.get("dataset", getattr(config_class, "dataset", "")))
     return config_class(**presets.get(dataset, {}) | saved | given)
@@ -264,11 +267,9 @@ def restore(path: str, method: nn.Module, optimizer: torch.optim.Optimizer, conf
     """Loads a checkpoint into method and optimiser, and returns it.
 
     Raises:
-        UserError: it is of another method or architecture.
+        UserError: it is of another architecture.
     """
     state = load_checkpoint(path)
-    if state["method"] != type(method).__name__:
-        raise UserError(f"{path} is a checkpoint of {state['method']}, not of {type(method).__name__}")
     try:
         method.load_state_dict(state["model"])
     except RuntimeError as error:
@@ -442,8 +443,9 @@ def fit(
         folder = RunFolder(Path(config.out or out), config, process, start)
     checkpoint = folder.path / "checkpoint.pt"
     process.say("\n".join(f"  {name:<18}{value}" for name, value in dataclasses.asdict(config).items()))
+    parameters = sum(p.numel() for p in trainable)
     process.say(
-        f"{sum(p.numel() for p in trainable):,} trainable parameters, {'bf16' if bf16 else 'float32'}, {process.device}\n"
+        f"{parameters:,} trainable parameters, {'bf16' if bf16 else 'float32'} on {process.device}\n"
         f"total batch {config.batch_size} × {process.world_size} = {total_batch}, learning rate {config.lr} × "
         f"{total_batch} / 256 = {learning_rate(config, total_batch, 0, steps):.3g}, {steps_per_epoch} steps an epoch, "
         f"{steps} in all\n"

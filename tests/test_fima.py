@@ -189,7 +189,7 @@ def test_chance_values_are_what_equal_features_give():
         queue.keys = torch.full_like(queue.keys, queue.keys.shape[1] ** -0.5)
     losses = model(views)
     for name, value in losses.items():
-        assert float(value) == pytest.approx(float(model.metrics[f"chance/{name}"]), abs=1e-4), name
+        assert value.item() == pytest.approx(float(model.metrics[f"chance/{name}"]), abs=1e-4), name
 
 
 def test_keys_follow_the_query_encoder_by_momentum():
@@ -226,7 +226,7 @@ def test_queues_are_read_before_and_written_after_all_losses(flags, monkeypatch)
     assert "loss" not in events[events.index("write") :]
     assert events.count("write") == len(model.queues)
     for name, queue in model.queues.items():
-        written = {"vv": 6, "vd": 6, "fra": 12, "pix": 50}[name]  # 2 views × 3 videos, × 2 sub-clips, × 2·3·3 pixels
+        written = {"vv": 6, "vd": 6, "fra": 12, "pix": 50}[name]  # of 2 views × 3 videos (× 2 sub-clips)
         assert int((queue.keys != before[name]).any(1).sum()) == min(written, len(queue.keys))
     torch.stack(list(losses.values())).sum().backward()  # the keys that losses have read are still there
 
