@@ -227,9 +227,9 @@ def first_look(
         motion = recall_at_k(queries.mean(1), labels, gallery.mean(1), gallery_labels, (1,))[1]
         half = recall_at_k(queries[:, 0], own, queries[:, 1], own, (1,))[1]
         rows.append((name, motion.float().mean().item(), half.float().mean().item()))
-    print(f"\nheld-out videos ({len(test)})    same motion R@1    own other half R@1")
+    process.say(f"\nheld-out videos ({len(test)})    same motion R@1    own other half R@1")
     for name, motion, half in rows:
-        print(f"  {name:<22}{motion:>16.1%}{half:>22.1%}")
+        process.say(f"  {name:<22}{motion:>16.1%}{half:>22.1%}")
 
 
 PROTOCOLS = {"retrieve": retrieve}

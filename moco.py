@@ -243,16 +243,15 @@ def main(method_class: type[MoCo], config_class: type[MoCoConfig], presets: dict
     name = method_class.__name__.lower()
     out = f"runs/{name}-{config.dataset}-{time.strftime('%Y%m%d-%H%M%S')}"
     checkpoint = fit(method, config, process, make_loader, sampler(0).steps_per_epoch, out)
-    if process.rank == 0:
-        if config.dataset == "synthetic":
-            shape = config.crop, config.frames, config.frame_stride
-            encoders = {"untrained": untrained, name: method.encoder}
-            evaluate.first_look(encoders, root, shape, process, loader_workers(config, process))
-        print(
-            f"\nnext:\n  python evaluate.py retrieve --checkpoint {checkpoint}    # R@k, 10 clips a video\n"
-            f"  python {name}.py --dataset folder --data YOUR_VIDEOS    # your own videos, any tree of files\n"
-            f"  python {name}.py --help    # every option, and what each data set's preset sets"
-        )
+    if config.dataset == "synthetic":
+        shape = config.crop, config.frames, config.frame_stride
+        encoders = {"untrained": untrained, name: method.encoder}
+        evaluate.first_look(encoders, root, shape, process, loader_workers(config, process))
+    process.say(
+        f"\nnext:\n  python evaluate.py retrieve --checkpoint {checkpoint}    # R@k, 10 clips a video\n"
+        f"  python {name}.py --dataset folder --data YOUR_VIDEOS    # your own videos, any tree of files\n"
+        f"  python {name}.py --help    # every option, and what each data set's preset sets"
+    )
 
 
 if __name__ == "__main__":

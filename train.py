@@ -10,6 +10,7 @@ One process needs no process group; `torchrun --nproc_per_node=N method.py …` 
 
 import argparse
 import contextlib
+import ctypes
 import dataclasses
 import importlib.metadata
 import json
@@ -190,6 +191,14 @@ class Process:
             dist.barrier()
 
 
+def keep_freed_memory() -> None:
+    """Makes glibc keep the memory of freed tensors, not give it back to the system and fault it in anew each step."""
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: None)  # other C libraries may lack it
+        mallopt(-4, 0)  # M_MMAP_MAX: no separate mapping for large blocks
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
 def start_process(device: str = "auto") -> Process:
     """Joins the run that torchrun's environment describes, or stands alone without it.
 
@@ -203,6 +212,7 @@ def start_process(device: str = "auto") -> Process:
         )
     if device == "cpu" or not torch.cuda.is_available():
         place = torch.device("cpu")
+        keep_freed_memory()
     elif local_rank < torch.cuda.device_count():
         place = torch.device("cuda", local_rank)
         torch.cuda.set_device(place)

@@ -1,6 +1,50 @@
-"""Settings shared by all tests: the same examples on every run, and no deadline on busy machines."""
+"""What the tests share: settings, a small generated data set, and a way to run a script as its command line would."""
 
+import sys
+
+import pytest
 from hypothesis import settings
+
+import data
+import evaluate
+import fima
+import moco
+import train
 
 settings.register_profile("project", deadline=None, derandomize=True, max_examples=30)
 settings.load_profile("project")
+
+SMALL = ["--encoder=r3d_18", "--width=0.0625", "--crop=48", "--batch_size=4", "--queue=8", "--device=cpu"]
+DECODER = ["--decoder_width=32"]
+
+
+@pytest.fixture(scope="session")
+def videos(tmp_path_factory):
+    """A small generated data set: 18 training and 10 test videos."""
+    root = tmp_path_factory.mktemp("videos") / "synthetic"
+    data.make_synthetic(root, train=18, test=10, frames=40, size=(56, 56))
+    return root
+
+
+@pytest.fixture
+def run(videos, tmp_path, monkeypatch, capsys):
+    """Runs a script in this process as its command line would; gives exit code, output and errors."""
+
+    def call(script, *flags, dataset="synthetic", small=True):
+        where = ["--dataset", dataset, "--data", str(videos)] if dataset else []
+        own = [*(SMALL if small else []), *(DECODER if small and script is fima else []), "--workers=0"]
+        monkeypatch.chdir(tmp_path)
+        arguments = [*flags, *where] if script is evaluate else [*own, *flags, *where]  # the last of a kind counts
+        monkeypatch.setattr(sys, "argv", [script.__name__ + ".py", *map(str, arguments)])
+        main = {
+            fima: lambda: moco.main(fima.FIMA, fima.FIMAConfig, fima.PRESETS, fima.__doc__),
+            moco: lambda: moco.main(moco.MoCo, moco.MoCoConfig, moco.PRESETS, moco.__doc__),
+            evaluate: evaluate.main,
+        }[script]
+        with pytest.raises(SystemExit) as stop:
+            train.command_line(main)
+        out, err = capsys.readouterr()
+        return stop.value.code, out, err
+
+    call.path = tmp_path
+    return call

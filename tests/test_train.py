@@ -9,50 +9,18 @@ import sys
 import threading
 from pathlib import Path
 
+import conftest
+import encoding
 import pytest
 import torch
 
-import data
 import evaluate
 import fima
 import moco
 import train
 
-ROOT = Path(__file__).parents[1]
-SMALL = ["--encoder=r3d_18", "--width=0.0625", "--crop=48", "--batch_size=4", "--queue=8", "--device=cpu"]
-DECODER = ["--decoder_width=32"]
-
-
-@pytest.fixture(scope="session")
-def videos(tmp_path_factory):
-    """A small generated data set: 18 training and 10 test videos."""
-    root = tmp_path_factory.mktemp("videos") / "synthetic"
-    data.make_synthetic(root, train=18, test=10, frames=40, size=(56, 56))
-    return root
-
-
-@pytest.fixture
-def run(videos, tmp_path, monkeypatch, capsys):
-    """Runs a script in this process as its command line would; gives exit code, output and errors."""
-
-    def call(script, *flags, dataset=("--dataset", "synthetic"), small=True):
-        where = ["--data", str(videos)] if dataset else []
-        own = [*SMALL, *(DECODER if script is fima else [])] if small else []
-        own += [] if script is evaluate or "--workers" in flags else ["--workers", "0"]
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", [script.__name__ + ".py", *map(str, flags), *dataset, *where, *own])
-        main = {
-            fima: lambda: moco.main(fima.FIMA, fima.FIMAConfig, fima.PRESETS, fima.__doc__),
-            moco: lambda: moco.main(moco.MoCo, moco.MoCoConfig, moco.PRESETS, moco.__doc__),
-            evaluate: evaluate.main,
-        }[script]
-        with pytest.raises(SystemExit) as stop:
-            train.command_line(main)
-        out, err = capsys.readouterr()
-        return stop.value.code, out, err
-
-    call.path = tmp_path
-    return call
+ROOT, SMALL = Path(__file__).parents[1], [*conftest.SMALL, *conftest.DECODER]
+CLIPS = Path(__file__).parents[2] / "shared" / "clips"
 
 
 def weights(path):
@@ -147,7 +115,7 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(case, run):
     script, flags, says = BAD_INPUT[case]
     if case == "no CUDA" and torch.cuda.is_available():
         pytest.skip("there is a GPU here")
-    code, _, err = run(script, *flags, dataset=(), small=False)
+    code, _, err = run(script, *flags, dataset=None, small=False)
     assert code == 2 and err.startswith("error: ") and err.count("\n") == 1
     assert all(word in err for word in says), err
 
@@ -169,15 +137,40 @@ def test_checkpoints_that_do_not_fit_are_refused(run):
         assert code == 2 and name in err and err.count("\n") == 1, err
 
 
+def check_folder_trains(run, folder, batch_size):
+    flags = ["--dataset", "folder", "--data", folder, "--epochs", 2, "--out", "run"]
+    code, out, err = run(fima, *flags, "--batch_size", batch_size, dataset=None)
+    assert code == 0, err
+    assert weights(run.path / "run" / "checkpoint.pt")["step"] == 2 and "no labels" in out
+    assert not (run.path / "run" / "bad_videos.log").exists()
+
+
+def test_real_clips_train(run):
+    if not CLIPS.is_dir():
+        pytest.skip("no real clips here")
+    check_folder_trains(run, CLIPS, 5)
+
+
+def test_files_of_many_kinds_train(run):
+    folder = run.path / "videos"
+    folder.mkdir()
+    long, short, odd = encoding.moving_texture(50), encoding.moving_texture(20), encoding.moving_texture(40, 49, 65)
+    encoding.encode(folder / "a.avi", long, "mpeg4", bf="2")
+    encoding.encode(folder / "b.mp4", short, "libx264")
+    encoding.encode(folder / "c.webm", odd[:, :48, :64], "libvpx-vp9", deadline="realtime", cpu_used="8")
+    encoding.encode(folder / "d.mp4", odd, "mpeg4")
+    check_folder_trains(run, folder, 4)
+
+
 def test_too_many_unreadable_videos_stop_the_run_and_are_named(run, videos):
     tree = run.path / "tree"
     for n, path in enumerate(sorted((videos / "train").glob("*/*.mp4"))[:8]):
         (tree / "a").mkdir(parents=True, exist_ok=True)
         (tree / "a" / f"{n}.mp4").write_bytes(path.read_bytes() if n else b"")
     flags = ["--dataset", "folder", "--data", tree, "--out", "run", "--epochs", 2]
-    code, _, err = run(fima, *flags, dataset=())
+    code, _, err = run(fima, *flags, dataset=None)
     assert code == 2 and "max_bad" in err and "0.mp4" in err
-    code, out, _ = run(fima, *flags, "--max_bad", 0.5, dataset=())
+    code, out, _ = run(fima, *flags, "--max_bad", 0.5, dataset=None)
     assert code == 0 and "unreadable" in out
     assert "0.mp4" in (run.path / "run" / "bad_videos.log").read_text()
 
@@ -187,7 +180,7 @@ def test_all_videos_unreadable_is_a_clear_error(run):
     tree.mkdir()
     for n in range(8):
         (tree / f"{n}.mp4").write_bytes(b"not a video")
-    code, _, err = run(fima, "--dataset", "folder", "--data", tree, dataset=())
+    code, _, err = run(fima, "--dataset", "folder", "--data", tree, dataset=None)
     last = err.splitlines()[-1]
     assert code == 2 and last.startswith("error: 10 videos in a row") and ".mp4" in last, err
     assert "Traceback" not in err
@@ -209,7 +202,7 @@ def test_two_processes_end_with_identical_weights(videos, tmp_path):
     flags = ["--dataset", "synthetic", "--data", str(videos), "--epochs", "2", "--workers", "1", "--out", "run"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, *flags, *SMALL, *DECODER], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+        [*command, *flags, *SMALL], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (weights(tmp_path / f"weights.{rank}") for rank in range(2))
