@@ -20,7 +20,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import data
 from models import ENCODERS, build_encoder
@@ -33,6 +32,7 @@ from train import (
     loader_workers,
     option,
     parse,
+    progress,
     start_process,
     user_errors,
     versions,
@@ -98,7 +98,7 @@ def clip_features(
         pin_memory=process.device.type == "cuda",
     )
     found, bad = [], []
-    for batch in tqdm(loader, title, disable=process.rank > 0, leave=False, dynamic_ncols=True):
+    for batch in progress(process, loader, desc=title, unit="batch", leave=False):
         batch_clips = batch["clips"].to(process.device, non_blocking=True)  # (B, N, 3, frames, crop, crop)
         maps = encoder(data.normalize(batch_clips.flatten(0, 1) / 255))
         found.append(F.normalize(maps.mean((2, 3, 4)), dim=1).unflatten(0, batch_clips.shape[:2]).cpu())
@@ -224,8 +224,8 @@ def first_look(
 ) -> None:
     """Prints what encoders know of the held-out videos of `synthetic`, beside chance.
 
-    "same motion": R@1 of the class, two clips a video, among the training videos. "own other half": R@1 of the same video
-    among all held-out ones, from one half to the other, under another crop and flip, which is what L_VV teaches.
+    "same motion": R@1 of the class among the training videos, two clips a video. "own other half": R@1 of the same
+    video among the held-out ones, from one half to the other, under another crop and flip: what L_VV teaches.
 
     Args:
         encoders: name → encoder.

@@ -97,6 +97,7 @@ class FIMA(MoCo):
             self.cls_decoder = MotionDecoder(*size)
         if "fra" in wanted:
             self.sub_clips = config.frames // self.encoder.strides[0]  # T, one for each feature frame
+            self.queues["fra"] = MomentumQueue(config.queue)
         if "pix" in wanted and config.pixel_queue:
             self.queues["pix"] = MomentumQueue(config.pixel_queue)
 

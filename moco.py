@@ -131,7 +131,8 @@ class MoCo(nn.Module):
         self.head = ProjectionHead(self.encoder.out_channels)
         self.key_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
         self.key_head = copy.deepcopy(self.head).requires_grad_(False)
-        self.queues = nn.ModuleDict({name: MomentumQueue(config.queue) for name in config.terms if name != "pix"})
+        instance_losses = [name for name in config.terms if name in MoCoConfig.KNOWN_LOSSES]
+        self.queues = nn.ModuleDict({name: MomentumQueue(config.queue) for name in instance_losses})
         self.metrics: dict[str, Tensor | float] = {}
 
     def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -213,6 +214,10 @@ def main(method_class: type[MoCo], config_class: type[MoCoConfig], presets: dict
         if len(videos) < total_batch:
             raise ValueError(
                 f"{len(videos)} videos in {root}, fewer than the total batch of {total_batch}: lower --batch_size"
+            )
+        if config.queue > len(videos):
+            process.say(
+                f"warning: --queue {config.queue} exceeds the {len(videos)} videos, which then meet their own keys"
             )
         views = data.PretrainingViews(
             videos,

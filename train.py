@@ -191,6 +191,12 @@ class Process:
             dist.barrier()
 
 
+def progress(process: Process, *arguments: Any, **options: Any) -> tqdm:
+    """A progress bar with ETA on the first process, drawn twice a second in a terminal, twice a minute in a file."""
+    pause = 0.5 if sys.stderr.isatty() else 30
+    return tqdm(*arguments, disable=process.rank > 0, dynamic_ncols=True, mininterval=pause, **options)
+
+
 def keep_freed_memory() -> None:
     """Makes glibc keep the memory of freed tensors, not give it back to the system and fault it in anew each step."""
     if sys.platform == "linux":
@@ -367,6 +373,11 @@ class RunFolder:
             with open(self.path / "bad_videos.log", "a") as file:
                 file.writelines(f"step {step}\t{path!r}\t{reason}\n" for path, reason in bad)
 
+    def close(self) -> None:
+        """Writes what TensorBoard still holds back."""
+        if self.board is not None:
+            self.board.close()
+
 
 class Meter:
     """Means of numbers between two lines of the log; waits for the device only when they are read."""
@@ -441,7 +452,14 @@ def fit(
     method.to(process.device).train()
     trainable = [p for p in method.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trainable, config.lr, config.sgd_momentum, weight_decay=config.weight_decay)
-    start = restore(config.resume, method, optimizer, config)["step"] if config.resume else 0
+    start = 0
+    if config.resume:
+        state = restore(config.resume, method, optimizer, config)
+        start = state["step"]
+        if state["world_size"] != process.world_size:
+            process.say(
+                f"note: saved by {state['world_size']} processes, resumed by {process.world_size}: batches differ"
+            )
     steps = config.epochs * steps_per_epoch
     stop = min(steps, config.max_steps or steps)
     total_batch = config.batch_size * process.world_size
@@ -452,6 +470,9 @@ def fit(
     with user_errors():
         folder = RunFolder(Path(config.out or out), config, process, start)
     checkpoint = folder.path / "checkpoint.pt"
+    if start >= stop:
+        process.say(f"{config.resume} is at step {start} of {stop}: nothing left to train (--epochs, --max_steps)")
+        return Path(config.resume)
     process.say("\n".join(f"  {name:<18}{value}" for name, value in dataclasses.asdict(config).items()))
     parameters = sum(p.numel() for p in trainable)
     process.say(
@@ -494,11 +515,10 @@ def fit(
         process.say("stopping after this step, to save; once more to stop without saving")
 
     handlers = {number: signal.signal(number, note_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-    bar = tqdm(total=steps, initial=start, unit="step", disable=process.rank > 0, dynamic_ncols=True)
-    bar.mininterval = 0.5 if sys.stderr.isatty() else 30
+    bar = progress(process, total=steps, initial=start, unit="step")
     meter, epoch_lines, bad_in_epoch = Meter(), [], 0
     try:
-        batches = iter(make_loader(start)) if start < stop else iter(())
+        batches = iter(make_loader(start))
         for step in range(start, stop):
             waiting = time.perf_counter()
             with user_errors():
@@ -562,6 +582,7 @@ def fit(
                 raise Interrupted(caught[0] if caught else signal.SIGTERM)
     finally:
         bar.close()
+        folder.close()
         for number, handler in handlers.items():
             signal.signal(number, handler)
     return checkpoint
