@@ -168,6 +168,10 @@ def retrieve(config: EvaluateConfig) -> None:
         shape = [getattr(config, name) or trained[name] for name in ("crop", "frames", "frame_stride")]
         with process.first():
             parts = [find_labelled(dataset, root, train, config.split) for train in (True, False)]
+        if set(parts[0].paths) & set(parts[1].paths):
+            raise ValueError(
+                f"{root}: a test video must not be in the gallery: divide it into train/ and test/ folders"
+            )
     sets = {}
     for name, videos in zip(("gallery", "queries"), parts, strict=True):
         process.say(videos.report)

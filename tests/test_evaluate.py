@@ -99,6 +99,12 @@ def test_an_untrained_encoder_gives_the_same_numbers_on_one_and_two_processes(vi
     assert results[1] == results[2]
 
 
+def test_a_folder_that_is_not_divided_is_refused(run, videos):
+    flags = ["retrieve", "--encoder", "r3d_18", "--dataset", "folder", "--data", videos / "test"]
+    code, _, err = run(evaluate, *flags, dataset=None)
+    assert code == 2 and "train/ and test/" in err and err.count("\n") == 1
+
+
 def test_videos_without_labels_are_refused(run, videos):
     for path in videos.glob("test/*/*.mp4"):
         shutil.copy(path, run.path / path.name)
