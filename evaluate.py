@@ -249,8 +249,8 @@ def first_look(
             )
         )
         motion = recall_at_k(queries.mean(1), labels, gallery.mean(1), gallery_labels, (1,))[1]
-        half = recall_at_k(halves[:, 0], own, halves[:, 1], own, (1,))[1]
-        rows.append((name, motion.float().mean().item(), half.float().mean().item()))
+        half = [recall_at_k(halves[:, i], own, halves[:, 1 - i], own, (1,))[1] for i in (0, 1)]
+        rows.append((name, motion.float().mean().item(), torch.cat(half).float().mean().item()))
     process.say(f"\n{len(test)} held-out videos    same motion R@1    own other half R@1")
     for name, motion, half in rows:
         process.say(f"  {name:<20}{motion:>15.1%}{half:>22.1%}")
