@@ -24,10 +24,11 @@ from torch import Tensor, nn
 import data
 from models import ENCODERS, build_encoder
 from train import (
+    Options,
     Process,
     UserError,
     command_line,
-    ignore_interrupts,
+    leave_signals,
     load_checkpoint,
     loader_workers,
     option,
@@ -42,23 +43,25 @@ RECALLS = (1, 5, 10, 20, 50)
 
 
 @dataclasses.dataclass(frozen=True)
-class EvaluateConfig:
+class EvaluateConfig(Options):
     """Options of evaluation. What is left at "" or 0 is as in the checkpoint's training."""
 
     checkpoint: str = option("", "checkpoint.pt of a run; without it, an untrained encoder")
     dataset: str = option("", "what to evaluate on", ("", *data.DATASETS))
     data: str = option("", "folder of the data set (default: the checkpoint's, or datasets/DATASET)")
-    split: int = option(1, "official split of the data set")
+    split: int = option(0, "official split of the data set", least=0)
     encoder: str = option("", "without a checkpoint: video encoder", ("", *ENCODERS))
-    width: float = option(1.0, "without a checkpoint: factor on the encoder's numbers of channels")
-    frames: int = option(0, "frames of a clip")
-    frame_stride: int = option(0, "a clip takes every how-manieth frame of the video")
-    crop: int = option(0, "height and width of a clip in pixels")
-    clips: int = option(10, "uniformly spaced clips of a video")
-    batch_size: int = option(4, "videos a forward, in each process")
-    workers: int = option(-1, "loader processes of each process; -1: as many as its share of CPU cores, at most 8")
+    width: float = option(1.0, "without a checkpoint: factor on the encoder's numbers of channels", least=0.01, most=8)
+    frames: int = option(0, "frames of a clip", least=0)
+    frame_stride: int = option(0, "a clip takes every how-manieth frame of the video", least=0)
+    crop: int = option(0, "height and width of a clip in pixels", least=0, most=1024)
+    clips: int = option(10, "uniformly spaced clips of a video", least=1)
+    batch_size: int = option(4, "videos a forward, in each process", least=1)
+    workers: int = option(
+        -1, "loader processes of each process; -1: as many as its share of CPU cores, at most 8", least=-1
+    )
     device: str = option("auto", "auto takes a GPU if there is one", ("auto", "cpu", "cuda"))
-    seed: int = option(0, "seed of an untrained encoder")
+    seed: int = option(0, "seed of an untrained encoder", least=0)
     out: str = option("", "JSON file to write (default: retrieve_DATASET.json beside the checkpoint)")
 
 
@@ -80,12 +83,19 @@ def load_encoder(path: str) -> tuple[nn.Module, dict]:
 
 @torch.no_grad()
 def clip_features(
-    encoder: nn.Module, clips: data.TestClips, process: Process, workers: int, batch_size: int, title: str
+    encoder: nn.Module,
+    clips: data.TestClips,
+    process: Process,
+    workers: int,
+    batch_size: int,
+    title: str,
+    average: bool = False,
 ) -> tuple[Tensor, Tensor, list[tuple[str, str]]]:
     """L2-normalised pooled features of every clip by an encoder in eval mode; each process takes a share of the videos.
 
     Returns:
-        Features (videos, clips, C) on the CPU; whether each video could be read (videos,); (path, reason) of the rest.
+        Features (videos, clips, C) on the CPU, or with `average` their means (videos, 1, C); whether each video could
+        be read (videos,); (path, reason) of those that could not.
     """
     encoder = encoder.to(process.device).eval()
     mine = torch.utils.data.Subset(clips, range(process.rank, len(clips), process.world_size))
@@ -94,22 +104,23 @@ def clip_features(
         batch_size,
         num_workers=workers,
         collate_fn=data.collate,
-        worker_init_fn=ignore_interrupts,
+        worker_init_fn=leave_signals,
         pin_memory=process.device.type == "cuda",
     )
     found, bad = [], []
     for batch in progress(process, loader, desc=title, unit="batch", leave=False):
         batch_clips = batch["clips"].to(process.device, non_blocking=True)  # (B, N, 3, frames, crop, crop)
         maps = encoder(data.normalize(batch_clips.flatten(0, 1) / 255))
-        found.append(F.normalize(maps.mean((2, 3, 4)), dim=1).unflatten(0, batch_clips.shape[:2]).cpu())
+        features = F.normalize(maps.mean((2, 3, 4)), dim=1).unflatten(0, batch_clips.shape[:2])
+        found.append((features.mean(1, keepdim=True) if average else features).cpu())
         bad += batch["bad"]
-    shares = [(torch.cat(found), bad)] if found else [(torch.empty(0), bad)]
+    shares = [(torch.cat(found) if found else None, bad)]
     if process.world_size > 1:
-        shares = [None] * process.world_size
-        dist.all_gather_object(shares, (torch.cat(found) if found else None, bad))
-    features = next(share for share, _ in shares if share is not None).new_zeros(len(clips), *shares[0][0].shape[1:])
+        shares = shares * process.world_size
+        dist.all_gather_object(shares, shares[0])
+    features = torch.empty(len(clips), *shares[0][0].shape[1:])
     for rank, (share, _) in enumerate(shares):
-        if share is not None:
+        if share is not None:  # more processes than videos
             features[rank :: process.world_size] = share
     bad = [entry for _, entries in shares for entry in entries]
     unreadable = {path for path, _ in bad}
@@ -157,7 +168,7 @@ def retrieve(config: EvaluateConfig) -> None:
     process = start_process(config.device)
     with user_errors():
         trained = dict(encoder=config.encoder or "i3d", width=config.width, frames=16, frame_stride=2, crop=224)
-        trained |= dict(dataset="synthetic", data="")
+        trained |= dict(dataset="synthetic", data="", split=1)
         if config.checkpoint:
             encoder, trained = load_encoder(config.checkpoint)
         else:
@@ -166,8 +177,9 @@ def retrieve(config: EvaluateConfig) -> None:
         dataset = config.dataset or trained["dataset"]
         root = config.data or (trained["data"] if dataset == trained["dataset"] else "") or f"datasets/{dataset}"
         shape = [getattr(config, name) or trained[name] for name in ("crop", "frames", "frame_stride")]
+        split = config.split or trained["split"]
         with process.first():
-            parts = [find_labelled(dataset, root, train, config.split) for train in (True, False)]
+            parts = [find_labelled(dataset, root, train, split) for train in (True, False)]
         if set(parts[0].paths) & set(parts[1].paths):
             raise ValueError(
                 f"{root}: a test video must not be in the gallery: divide it into train/ and test/ folders"
@@ -177,7 +189,7 @@ def retrieve(config: EvaluateConfig) -> None:
         process.say(videos.report)
         clips = data.TestClips(videos, *shape, config.clips)
         workers = loader_workers(config, process)
-        features, good, bad = clip_features(encoder, clips, process, workers, config.batch_size, name)
+        features, good, bad = clip_features(encoder, clips, process, workers, config.batch_size, name, average=True)
         sets[name] = features.mean(1), torch.tensor(videos.labels), good, bad
         for path, reason in bad:
             process.say(f"unreadable: {path!r}: {reason}" + (" (counts as a miss)" if name == "queries" else ""))
@@ -196,7 +208,7 @@ def retrieve(config: EvaluateConfig) -> None:
         "protocol": "retrieve",
         "checkpoint": config.checkpoint,
         "dataset": dataset,
-        "split": config.split,
+        "split": split,
         "clips": config.clips,
         "crop_frames_stride": shape,
         "queries": len(queries),
@@ -205,7 +217,8 @@ def retrieve(config: EvaluateConfig) -> None:
         "unreadable": [list(entry) for entry in bad],
         "versions": versions(),
     }
-    out = Path(config.out or Path(config.checkpoint or "x").parent / f"retrieve_{dataset}.json")
+    beside = Path(config.checkpoint).parent if config.checkpoint else Path()
+    out = Path(config.out) if config.out else beside / f"retrieve_{dataset}.json"
     with user_errors():
         out.write_text(json.dumps(result, indent=1) + "\n")
     print(f"written to {out}")

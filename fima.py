@@ -32,8 +32,8 @@ class FIMAConfig(MoCoConfig):
     """Options of FIMA; the defaults are the paper's."""
 
     losses: str = option("vv,pix,fra", "losses to sum, of vv (Eq. 1), vd (Eq. 2), pix (Eq. 8) and fra (Eq. 10)")
-    threshold: float = option(0.7, "distance below which pixels are positive, in bin diagonals (Table 3a)")
-    foreground: float = option(0.5, "portion of the pixels that is foreground, beta (Table 3d)")
+    threshold: float = option(0.7, "distance below which pixels are positive, in bin diagonals (Table 3a)", least=0.01)
+    foreground: float = option(0.5, "portion of the pixels that is foreground, beta (Table 3d)", least=0.01, most=1)
     mask_source: str = option(
         "both", "activation maps that make the foreground mask (Table 3e)", ("rgb", "difference", "both")
     )
@@ -47,16 +47,18 @@ class FIMAConfig(MoCoConfig):
         "motion decoder shared by pix and fra, one each (Table 8), or none (pix alone)",
         ("shared", "separate", "none"),
     )
-    decoder_depth: int = option(2, "blocks of the motion decoder (Table 3b)")
-    decoder_width: int = option(512, "channels of the motion decoder (Tables 3c, 7)")
-    decoder_heads: int = option(4, "attention heads of the motion decoder (Table 3c)")
+    decoder_depth: int = option(2, "blocks of the motion decoder (Table 3b)", least=1)
+    decoder_width: int = option(512, "channels of the motion decoder (Tables 3c, 7)", least=1)
+    decoder_heads: int = option(4, "attention heads of the motion decoder (Table 3c)", least=1)
     frame_loss: str = option("infonce", "form of fra (Table 9)", tuple(FRAME_LOSSES))
     pixel_negatives: str = option(
         "batch",
         "motion pixels in the denominator of pix: the video's own, or the mini-batch's (Table 10)",
         ("video", "batch"),
     )
-    pixel_queue: int = option(0, "motion pixels of earlier batches added to the denominator (Table 10)")
+    pixel_queue: int = option(
+        0, "motion pixels of earlier batches added to the denominator (Table 10)", least=0, most=2**24
+    )
 
     KNOWN_LOSSES = ("vv", "vd", "pix", "fra")
 
@@ -64,8 +66,6 @@ class FIMAConfig(MoCoConfig):
         super().__post_init__()
         if self.decoder == "none" and "fra" in self.terms:
             raise UserError("--decoder none leaves nothing to reconstruct with: take fra out of --losses")
-        if not 0 <= self.foreground <= 1 or self.threshold <= 0 or self.pixel_queue < 0:
-            raise UserError("--foreground lies in 0 … 1, --threshold above 0, --pixel_queue at 0 or above")
 
 
 PRESETS = MOCO_PRESETS | {

@@ -79,8 +79,9 @@ def positive_pairs(source_box: Tensor, target_box: Tensor, grid: tuple[int, int]
     Returns:
         (B, HW, HW) bool: entry (b, s, t) says that target pixel t is a positive of source pixel s.
     """
-    size = torch.tensor([grid[1], grid[0]], device=source_box.device, dtype=source_box.dtype)
-    diagonals = [((box[:, 2:] - box[:, :2]) / size).norm(dim=1) for box in (source_box, target_box)]
+    height, width = grid
+    corners = (box.unbind(1) for box in (source_box, target_box))
+    diagonals = [((x1 - x0) / width).hypot((y1 - y0) / height) for x0, y0, x1, y1 in corners]
     offset = bin_centers(source_box, *grid)[:, :, None] - bin_centers(target_box, *grid)[:, None]
     return offset.norm(dim=3) < threshold * torch.maximum(*diagonals)[:, None, None]
 

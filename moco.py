@@ -27,7 +27,7 @@ from train import (
     UserError,
     command_line,
     fit,
-    ignore_interrupts,
+    leave_signals,
     loader_workers,
     option,
     parse,
@@ -43,20 +43,22 @@ class MoCoConfig(TrainConfig):
     dataset: str = option("synthetic", "what to train on", data.DATASETS)
     data: str = option("", "folder of the data set (default: datasets/DATASET)")
     list_file: str = option("", "with --dataset folder: a file of lines 'path label', label optional")
-    split: int = option(1, "official split of the data set")
-    frames: int = option(16, "frames of a clip")
-    frame_stride: int = option(2, "a clip takes every how-manieth frame of the video")
-    crop: int = option(224, "height and width of a clip in pixels; the paper has 112 for r2plus1d_18")
+    split: int = option(1, "official split of the data set", least=1)
+    frames: int = option(16, "frames of a clip", least=1)
+    frame_stride: int = option(2, "a clip takes every how-manieth frame of the video", least=1)
+    crop: int = option(
+        224, "height and width of a clip in pixels; the paper has 112 for r2plus1d_18", least=1, most=1024
+    )
     encoder: str = option("i3d", "video encoder", tuple(ENCODERS))
-    width: float = option(1.0, "factor on the encoder's numbers of channels")
+    width: float = option(1.0, "factor on the encoder's numbers of channels", least=0.01, most=8)
     losses: str = option("vv", "losses to sum, of vv (Eq. 1) and vd (Eq. 2)")
-    temperature: float = option(0.1, "temperature of every contrast")
-    momentum: float = option(0.999, "momentum of the key encoder; small data sets want 0.99")
-    queue: int = option(2048, "length of each queue of keys; keep it below the number of videos")
-    min_scale: float = option(0.2, "least share of a frame's area that a random crop covers")
-    jitter_p: float = option(0.8, "probability of colour jitter (A.3 prints 0.2)")
-    gray_p: float = option(0.2, "probability of grayscale")
-    blur_p: float = option(0.5, "probability of Gaussian blur (A.3 prints 0.2)")
+    temperature: float = option(0.1, "temperature of every contrast", least=0.001)
+    momentum: float = option(0.999, "momentum of the key encoder; small data sets want 0.99", least=0, most=1)
+    queue: int = option(2048, "length of each queue of keys; keep it below the number of videos", least=1, most=2**24)
+    min_scale: float = option(0.2, "least share of a frame's area that a random crop covers", least=0.01, most=1)
+    jitter_p: float = option(0.8, "probability of colour jitter (A.3 prints 0.2)", least=0, most=1)
+    gray_p: float = option(0.2, "probability of grayscale", least=0, most=1)
+    blur_p: float = option(0.5, "probability of Gaussian blur (A.3 prints 0.2)", least=0, most=1)
 
     KNOWN_LOSSES = ("vv", "vd")
 
@@ -64,15 +66,6 @@ class MoCoConfig(TrainConfig):
         super().__post_init__()
         if not self.terms or not set(self.terms) <= set(self.KNOWN_LOSSES):
             raise UserError(f"--losses {self.losses}: name some of {','.join(self.KNOWN_LOSSES)}, separated by commas")
-        for name, fits in (
-            ("temperature", self.temperature > 0),
-            ("momentum", 0 <= self.momentum <= 1),
-            ("queue", self.queue >= 1),
-            ("frame_stride", self.frame_stride >= 1),
-            ("min_scale", 0 < self.min_scale <= 1),
-        ):
-            if not fits:
-                raise UserError(f"--{name} {getattr(self, name)} is out of range")
 
     @property
     def terms(self) -> tuple[str, ...]:
@@ -203,7 +196,7 @@ def main(method_class: type[MoCo], config_class: type[MoCoConfig], presets: dict
     with user_errors():
         torch.manual_seed(config.seed)
         method = method_class(config)
-        untrained = copy.deepcopy(method.encoder)
+        untrained = copy.deepcopy(method.encoder) if config.dataset == "synthetic" else None
         root = config.data or f"datasets/{config.dataset}"
         with process.first():
             videos = data.find_videos(
@@ -242,7 +235,7 @@ def main(method_class: type[MoCo], config_class: type[MoCoConfig], presets: dict
             num_workers=loader_workers(config, process),
             collate_fn=data.collate,
             pin_memory=process.device.type == "cuda",
-            worker_init_fn=ignore_interrupts,
+            worker_init_fn=leave_signals,
         )
 
     name = method_class.__name__.lower()
@@ -254,7 +247,8 @@ def main(method_class: type[MoCo], config_class: type[MoCoConfig], presets: dict
         evaluate.first_look(encoders, root, shape, process, loader_workers(config, process))
     process.say(
         f"\nnext:\n  python evaluate.py retrieve --checkpoint {checkpoint}    # R@k, 10 clips a video\n"
-        f"  python {name}.py --dataset folder --data YOUR_VIDEOS    # your own videos, any tree of files\n"
+        f"  python {name}.py --dataset folder --data YOUR_VIDEOS --encoder {config.encoder} --width {config.width} "
+        f"--crop {config.crop}    # your own videos\n"
         f"  python {name}.py --help    # every option, and what each data set's preset sets"
     )
 

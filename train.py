@@ -49,12 +49,15 @@ def user_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        last = str(error).strip().splitlines()[-1]
+        last = (str(error).strip() or type(error).__name__).splitlines()[-1]
         raise UserError(last.removeprefix(type(error).__name__ + ": ")) from error
 
 
 def command_line(main: Callable[[], None]) -> NoReturn:
     """Runs a script: a UserError is one line and exit code 2, an interrupt 128 + its signal."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # names of files need not fit the terminal's encoding
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
         code = 0
@@ -74,20 +77,44 @@ def command_line(main: Callable[[], None]) -> NoReturn:
 # ---------------------------------------------------------------------------------------------------------- options
 
 
-def option(default: Any, help: str, choices: tuple = ()) -> Any:
-    """A field of a config dataclass, which `parse` makes a command-line flag."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+def option(default: Any, help: str, choices: tuple = (), least: float = -math.inf, most: float = math.inf) -> Any:
+    """A field of a config dataclass, which `parse` makes a command-line flag: one of `choices`, or in [least, most]."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "range": (least, most)})
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainConfig:
+class Options:
+    """Base of the configs, whose fields are all made by `option`.
+
+    Raises:
+        UserError: a value that is none of the choices, out of range, or not a number.
+    """
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            choices, (least, most), value = (
+                field.metadata["choices"],
+                field.metadata["range"],
+                getattr(self, field.name),
+            )
+            if choices and value not in choices:
+                raise UserError(f"--{field.name} {value}: choose from {', '.join(filter(None, choices))}")
+            if field.type is not str and not (least <= value <= most and math.isfinite(value)):
+                limits = f"at least {least}" if most == math.inf else f"from {least} to {most}"
+                raise UserError(f"--{field.name} {value}: must be {limits}")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig(Options):
     """What `fit` needs; a method's config inherits from it."""
 
-    epochs: int = option(200, "passes over the data set, the length of the half-cosine schedule")
-    batch_size: int = option(8, "videos a process; the total batch is this times the number of processes")
-    lr: float = option(0.04, "learning rate at a total batch of 256, scaled linearly (0.00375 at 24, 0.01 at 64)")
-    sgd_momentum: float = option(0.9, "momentum of SGD")
-    weight_decay: float = option(1e-4, "weight decay of SGD")
+    epochs: int = option(200, "passes over the data set, the length of the half-cosine schedule", least=1)
+    batch_size: int = option(8, "videos a process; the total batch is this times the number of processes", least=1)
+    lr: float = option(
+        0.04, "learning rate at a total batch of 256, scaled linearly (0.00375 at 24, 0.01 at 64)", least=0
+    )
+    sgd_momentum: float = option(0.9, "momentum of SGD", least=0, most=1)
+    weight_decay: float = option(1e-4, "weight decay of SGD", least=0)
     precision: str = option(
         "auto",
         "auto: bf16 autocast on GPUs that have it, from torch 2.11 on; else float32",
@@ -95,28 +122,18 @@ class TrainConfig:
     )
     device: str = option("auto", "auto takes a GPU if there is one", ("auto", "cpu", "cuda"))
     workers: int = option(
-        -1, "loader processes of each training process; -1: as many as its share of CPU cores, at most 8"
+        -1, "loader processes of each training process; -1: as many as its share of CPU cores, at most 8", least=-1
     )
-    seed: int = option(0, "seed of everything random")
+    seed: int = option(0, "seed of everything random", least=0, most=2**31 - 1)
     out: str = option("", "run folder (default: runs/METHOD-DATASET-TIME, or the folder of --resume)")
     resume: str = option("", "checkpoint to continue, with its options unless others are given")
-    max_steps: int = option(0, "stop and save after this step of the schedule; 0: run all of it")
-    log_every: int = option(10, "steps between two lines of log.jsonl")
-    keep_every: int = option(0, "epochs between two checkpoints kept for good; 0: keep the latest only")
-    max_bad: float = option(0.05, "stop when more than this share of an epoch's videos cannot be read")
-
-    def __post_init__(self) -> None:
-        """Raises UserError on a value that cannot work."""
-        for name, least in (("epochs", 1), ("batch_size", 1), ("workers", -1), ("max_steps", 0), ("log_every", 1)):
-            if getattr(self, name) < least:
-                raise UserError(f"--{name} {getattr(self, name)}: must be at least {least}")
-        for field in dataclasses.fields(self):
-            choices, value = field.metadata["choices"], getattr(self, field.name)
-            if choices and value not in choices:
-                raise UserError(f"--{field.name} {value}: choose from {', '.join(map(str, choices))}")
+    max_steps: int = option(0, "stop and save after this step of the schedule; 0: run all of it", least=0)
+    log_every: int = option(10, "steps between two lines of log.jsonl", least=1)
+    keep_every: int = option(0, "epochs between two checkpoints kept for good; 0: keep the latest only", least=0)
+    max_bad: float = option(0.05, "stop when more than this share of an epoch's videos cannot be read", least=0, most=1)
 
 
-Config = TypeVar("Config", bound=TrainConfig)
+Config = TypeVar("Config", bound=Options)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -148,10 +165,8 @@ def parse(
             help=(field.metadata["help"] + shown).replace("%", "%%"),
             **options,
         )
-    parser.epilog = "\n".join(
-        ["what --dataset NAME sets (explicit flags win):"]
-        + [f"  {name}: " + " ".join(f"--{k} {v}" for k, v in preset.items()) for name, preset in presets.items()]
-    )
+    lines = [f"  {name}: " + " ".join(f"--{k} {v}" for k, v in preset.items()) for name, preset in presets.items()]
+    parser.epilog = "\n".join(["what --dataset NAME sets (explicit flags win):", *lines]) if lines else None
     given = vars(parser.parse_args(argv))
     saved = {}
     if given.get("resume"):
@@ -186,9 +201,26 @@ class Process:
         """The first process runs the block before the others do, so that it alone makes what is made once."""
         if self.rank > 0:
             dist.barrier()
-        yield
-        if self.rank == 0 and self.world_size > 1:
-            dist.barrier()
+        try:
+            yield
+        finally:
+            if self.rank == 0 and self.world_size > 1:
+                dist.barrier()
+
+    def of_first(self, value: str) -> str:
+        """The first process's value, on every process."""
+        values = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(values)
+        return values[0]
+
+    def sums(self, *counts: int) -> list[int]:
+        """Each count, summed over the processes."""
+        if self.world_size == 1:
+            return list(counts)
+        totals = torch.tensor(counts, device=self.device)
+        dist.all_reduce(totals)
+        return totals.tolist()
 
 
 def progress(process: Process, *arguments: Any, **options: Any) -> tqdm:
@@ -225,19 +257,27 @@ def start_process(device: str = "auto") -> Process:
     else:
         raise UserError(f"process {local_rank} has no GPU: {torch.cuda.device_count()} here; lower --nproc_per_node")
     if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+        if place.type == "cuda":
+            dist.init_process_group("nccl", device_id=place)
+        else:
+            dist.init_process_group("gloo")
     return Process(int(os.environ.get("RANK", 0)), world_size, place)
 
 
 def loader_workers(config: TrainConfig, process: Process) -> int:
     """Number of loader processes: `--workers`, or this process's share of the CPU cores, at most 8."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return config.workers if config.workers >= 0 else min(8, max(1, len(os.sched_getaffinity(0)) // local))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return config.workers if config.workers >= 0 else min(8, max(1, cores // local))
 
 
-def ignore_interrupts(_worker: int) -> None:
-    """Loader workers leave Ctrl-C, which a terminal sends to all processes, to the training process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def leave_signals(_worker: int) -> None:
+    """Takes a loader's worker out of the process group, which a terminal's Ctrl-C and a launcher's SIGTERM reach whole.
+
+    The training process decides, and needs its workers until it has saved.
+    """
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)
 
 
 def average_batch_norm(model: nn.Module) -> None:
@@ -263,7 +303,7 @@ def save_checkpoint(path: Path, state: dict) -> None:
 
 
 def load_checkpoint(path: str | Path) -> dict:
-    """A checkpoint of `fit`: {"method", "config", "model", "optimizer", "step", "world_size"}; runs no code in it.
+    """A checkpoint of `fit`: method, config, model, optimizer, step, steps_per_epoch, world_size; runs no code in it.
 
     Raises:
         UserError: no such file, or not a checkpoint of this project.
@@ -273,14 +313,25 @@ def load_checkpoint(path: str | Path) -> dict:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises whatever its readers meet: pickle, zip, runtime and end-of-file errors
-        raise UserError(f"{path} cannot be read as a checkpoint: {str(error).splitlines()[0]}") from error
-    if not isinstance(state, dict) or not {"method", "config", "model", "step"} <= state.keys():
-        raise UserError(f"{path} is no checkpoint of this project (no method, config, model and step in it)")
+        raise UserError(f"{path} is damaged, or no checkpoint, or holds code, which is never run") from error
+    expected = {"method", "config", "model", "optimizer", "step", "steps_per_epoch", "world_size"}
+    if not isinstance(state, dict) or not expected <= state.keys():
+        raise UserError(f"{path} is no checkpoint of this project: it lacks some of {', '.join(sorted(expected))}")
     return state
 
 
-def restore(path: str, method: nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig) -> dict:
-    """Loads a checkpoint into method and optimiser, and returns it.
+def restore(
+    path: str,
+    method: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    config: TrainConfig,
+    process: Process,
+    steps_per_epoch: int,
+) -> int:
+    """Loads a checkpoint into method and optimiser, and returns the step to go on from.
+
+    Where an epoch has other steps than it had, by another batch, data set or number of processes, this is the same
+    place in the schedule, and the run says so.
 
     Raises:
         UserError: it is of another architecture.
@@ -293,7 +344,14 @@ def restore(path: str, method: nn.Module, optimizer: torch.optim.Optimizer, conf
         changed = [f"{k} {v} (here {asked.get(k)})" for k, v in state["config"].items() if asked.get(k) != v]
         raise UserError(f"{path} does not fit this model; it was made with {', '.join(changed)}") from error
     optimizer.load_state_dict(state["optimizer"])
-    return state
+    step, before = state["step"], state["steps_per_epoch"]
+    if (before, state["world_size"]) != (steps_per_epoch, process.world_size):
+        step = round(step * steps_per_epoch / before)
+        process.say(
+            f"note: {path} was saved by {state['world_size']} processes with {before} steps an epoch, now it is "
+            f"{process.world_size} with {steps_per_epoch}: goes on at the same part of the schedule, with other batches"
+        )
+    return step
 
 
 # ------------------------------------------------------------------------------------------------------- run folder
@@ -319,6 +377,21 @@ def versions() -> dict[str, str]:
     return found
 
 
+def _replace(path: Path, text: str) -> None:
+    """Writes a small file so that it is never seen half-written."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+def _step_of(line: str) -> float:
+    """Step of a line of log.jsonl; infinite for one that a kill has cut."""
+    try:
+        return json.loads(line)["step"]
+    except json.JSONDecodeError:
+        return math.inf
+
+
 class RunFolder:
     """config, command, commit and versions in run.json; numbers in log.jsonl; unreadable videos in bad_videos.log.
 
@@ -328,10 +401,12 @@ class RunFolder:
     def __init__(self, path: Path, config: TrainConfig, process: Process, start_step: int):
         self.path, self.writes = path, process.rank == 0
         self.board = None
+        path.mkdir(parents=True, exist_ok=True)
         if not self.writes:
             return
-        path.mkdir(parents=True, exist_ok=True)
-        record = path / "run.json"
+        record, log = path / "run.json", path / "log.jsonl"
+        if start_step == 0 and (path / "checkpoint.pt").exists():
+            raise UserError(f"{path} holds a run already: continue it with --resume, or name another --out")
         starts = json.loads(record.read_text()) if record.exists() else []
         starts.append(
             {
@@ -347,12 +422,9 @@ class RunFolder:
                 else f"{os.cpu_count()} CPU cores",
             }
         )
-        record.write_text(json.dumps(starts, indent=1) + "\n")
-        log = path / "log.jsonl"
-        kept = (
-            log.read_text().splitlines(keepends=True) if log.exists() else []
-        )  # what came after the checkpoint comes again
-        log.write_text("".join(line for line in kept if json.loads(line)["step"] <= start_step))
+        _replace(record, json.dumps(starts, indent=1) + "\n")
+        kept = [line for line in log.read_text().splitlines() if _step_of(line) <= start_step] if log.exists() else []
+        _replace(log, "".join(line + "\n" for line in kept))  # what came after the checkpoint comes again
         with contextlib.suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter
 
@@ -416,11 +488,21 @@ def learning_rate(config: TrainConfig, total_batch: int, step: int, steps: int) 
 
 
 def autocast_bf16(config: TrainConfig, process: Process) -> bool:
-    """Whether to run in bf16. On GPUs, 3-D convolutions in bf16 are slow or wrong in the cuDNN of older torch."""
-    if process.device.type != "cuda" or config.precision != "auto":
-        return config.precision == "bf16"
+    """Whether to run in bf16; 3-D convolutions in it are slow or wrong in the cuDNN of older torch.
+
+    Raises:
+        UserError: bf16 asked for on a CPU, where the weight gradient of torch's conv3d is wrong under autocast.
+    """
+    if process.device.type != "cuda":
+        if config.precision == "bf16":
+            raise UserError(
+                "--precision bf16 needs a GPU: on a CPU, torch's 3-D convolutions get wrong gradients in it"
+            )
+        return False
+    if config.precision == "bf16" and (torch.backends.cudnn.version() or 0) < 91500:
+        process.say("warning: cuDNN before 9.15 has slow or wrong bf16 3-D convolutions; consider --precision float32")
     recent = tuple(int(n) for n in torch.__version__.split("+")[0].split(".")[:2]) >= (2, 11)
-    return recent and torch.cuda.is_bf16_supported()
+    return config.precision == "bf16" or (config.precision == "auto" and recent and torch.cuda.is_bf16_supported())
 
 
 def describe(losses: dict[str, float]) -> str:
@@ -452,27 +534,17 @@ def fit(
     method.to(process.device).train()
     trainable = [p for p in method.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trainable, config.lr, config.sgd_momentum, weight_decay=config.weight_decay)
-    start = 0
-    if config.resume:
-        state = restore(config.resume, method, optimizer, config)
-        start = state["step"]
-        if state["world_size"] != process.world_size:
-            process.say(
-                f"note: saved by {state['world_size']} processes, resumed by {process.world_size}: batches differ"
-            )
+    start = restore(config.resume, method, optimizer, config, process, steps_per_epoch) if config.resume else 0
     steps = config.epochs * steps_per_epoch
     stop = min(steps, config.max_steps or steps)
     total_batch = config.batch_size * process.world_size
     bf16 = autocast_bf16(config, process)
-    if bf16 and process.device.type == "cuda" and torch.backends.cudnn.version() < 91500:
-        process.say("warning: cuDNN before 9.15 has slow or wrong bf16 3-D convolutions; consider --precision float32")
-
-    with user_errors():
-        folder = RunFolder(Path(config.out or out), config, process, start)
-    checkpoint = folder.path / "checkpoint.pt"
     if start >= stop:
         process.say(f"{config.resume} is at step {start} of {stop}: nothing left to train (--epochs, --max_steps)")
         return Path(config.resume)
+    with user_errors():
+        folder = RunFolder(Path(process.of_first(config.out or out)), config, process, start)
+    checkpoint = folder.path / "checkpoint.pt"
     process.say("\n".join(f"  {name:<18}{value}" for name, value in dataclasses.asdict(config).items()))
     parameters = sum(p.numel() for p in trainable)
     process.say(
@@ -493,6 +565,7 @@ def fit(
                 "model": method.state_dict(),
                 "optimizer": optimizer.state_dict(),
                 "step": step,
+                "steps_per_epoch": steps_per_epoch,
                 "world_size": process.world_size,
                 "versions": versions(),
             }
@@ -516,7 +589,7 @@ def fit(
 
     handlers = {number: signal.signal(number, note_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     bar = progress(process, total=steps, initial=start, unit="step")
-    meter, epoch_lines, bad_in_epoch = Meter(), [], 0
+    meter, epoch_lines, bad_here = Meter(), [], 0
     try:
         batches = iter(make_loader(start))
         for step in range(start, stop):
@@ -526,12 +599,7 @@ def fit(
             waited = time.perf_counter() - waiting
             bad = batch.pop("bad", [])
             folder.log_bad(step, bad)
-            bad_in_epoch += len(bad)
-            if bad_in_epoch > config.max_bad * steps_per_epoch * config.batch_size:
-                raise UserError(
-                    f"{bad_in_epoch} videos of this epoch could not be read, more than --max_bad {config.max_bad:g} of "
-                    f"it; {folder.path / 'bad_videos.log'} names them; the last: {bad[-1][0]}: {bad[-1][1]}"
-                )
+            bad_here += len(bad)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, total_batch, step, steps)
             torch.manual_seed((config.seed * 1_000_003 + step) * 65_537 + process.rank)
@@ -548,7 +616,14 @@ def fit(
 
             done, epoch_ends = step + 1, (step + 1) % steps_per_epoch == 0
             bar.update()
-            interrupted = bool(caught) and process.world_size == 1
+            interrupted = False
+            if process.world_size == 1 or done % min(config.log_every, 10) == 0 or epoch_ends or done == stop:
+                interrupted, bad_in_epoch = process.sums(len(caught), bad_here)  # so that all stop after the same step
+                if bad_in_epoch > config.max_bad * steps_per_epoch * total_batch:
+                    raise UserError(
+                        f"{bad_in_epoch} videos of this epoch could not be read, more than --max_bad "
+                        f"{config.max_bad:g} of it; {folder.path / 'bad_videos.log'} names them and says why"
+                    )
             if done % config.log_every == 0 or epoch_ends or done == stop or interrupted:
                 count = meter.steps
                 line = meter.read(process, 2 * total_batch)
@@ -563,10 +638,6 @@ def fit(
                 bar.set_postfix_str(
                     f"loss {line['loss']:.2f}, {line['clips_per_s']:.0f} clips/s, data wait {line['data_wait']:.0%}"
                 )
-                if process.world_size > 1:  # all stop after the same step
-                    flag = torch.tensor(len(caught), device=process.device)
-                    dist.all_reduce(flag)
-                    interrupted = bool(flag)
             if epoch_ends or done == stop or interrupted:
                 save(done)
                 weight = sum(count for count, _ in epoch_lines)
@@ -576,9 +647,11 @@ def fit(
                     f"epoch {done / steps_per_epoch:g}/{config.epochs}  {describe(means)}  "
                     f"{means['clips_per_s']:.0f} clips/s  data wait {means['data_wait']:.0%}{unreadable}"
                 )
-                epoch_lines, bad_in_epoch = [], 0
+                epoch_lines, bad_here = [], 0
             if interrupted:
-                process.say(f"saved; continue with: python {sys.argv[0]} --resume {shlex.quote(str(checkpoint))}")
+                launch = f"torchrun --nproc_per_node={process.world_size}" if process.world_size > 1 else "python"
+                command = shlex.join([sys.argv[0], "--resume", str(checkpoint)])
+                process.say(f"saved; continue with: {launch} {command}")
                 raise Interrupted(caught[0] if caught else signal.SIGTERM)
     finally:
         bar.close()

@@ -15,18 +15,18 @@ from torch import Tensor
 
 import data
 from losses import bin_centers, frame_difference, positive_pairs
-from train import UserError, command_line, option, parse, user_errors
+from train import Options, UserError, command_line, option, parse, user_errors
 
 BLUE, ORANGE, GREEN, GRAY = "#0072B2", "#D55E00", "#009E73", "#555555"  # colour-blind safe (Okabe and Ito)
 
 
 @dataclasses.dataclass(frozen=True)
-class FigureConfig:
+class FigureConfig(Options):
     """Options of the figures."""
 
     data: str = option("datasets/synthetic", "folder of the generated videos, made there if need be")
-    video: int = option(2, "which video of the training set, from 0")
-    seed: int = option(3, "seed of the views")
+    video: int = option(2, "which video of the training set, from 0", least=0)
+    seed: int = option(3, "seed of the views", least=0, most=2**31 - 1)
     out: str = option("method.png", "picture to write; .pdf and .svg are vector graphics")
 
 
@@ -136,7 +136,8 @@ def draw_method(config: FigureConfig) -> None:
     ax.text(12.0, 1.93, text, ha="center", va="bottom", fontsize=10.5, color=GREEN)
     draw_pairs(ax, views["box"], clips[0, :, middle], moving[1, :, middle])
     arrow(ax, (14.7, 4.5), (15.2, 5.1), GREEN)
-    fig.savefig(config.out, dpi=110, bbox_inches="tight", pad_inches=0.05)
+    with user_errors():
+        fig.savefig(config.out, dpi=110, bbox_inches="tight", pad_inches=0.05)
     print(f"written to {config.out}")
 
 
@@ -163,7 +164,7 @@ def main() -> None:
     """`visualize.py FIGURE --flag value …`"""
     if len(sys.argv) < 2 or sys.argv[1] not in (*FIGURES, "-h", "--help"):
         raise UserError(f"name a figure: {', '.join(FIGURES)} (--help lists the flags)")
-    config = parse(FigureConfig, __doc__, argv=[a for a in sys.argv[1:] if a not in FIGURES])
+    config = parse(FigureConfig, __doc__, argv=sys.argv[1 + (sys.argv[1] in FIGURES) :])
     matplotlib.use("agg")
     FIGURES[sys.argv[1]](config)
 

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import conftest
@@ -21,6 +20,9 @@ import train
 
 ROOT, SMALL = Path(__file__).parents[1], [*conftest.SMALL, *conftest.DECODER]
 CLIPS = Path(__file__).parents[2] / "shared" / "clips"
+
+
+STATE = dict(method="M", config={}, model={}, optimizer={}, step=1, steps_per_epoch=1, world_size=1)
 
 
 def weights(path):
@@ -45,9 +47,9 @@ def test_two_steps_resumed_for_two_more_equal_four_steps_bit_for_bit(run):
     whole, half = (weights(run.path / name / "checkpoint.pt") for name in ("whole", "half"))
     assert whole["step"] == half["step"] == 6
     assert same(whole["model"], half["model"]) and same(whole["optimizer"], half["optimizer"])
-    first, last = (weights(run.path / "whole" / "checkpoint.pt")["model"], fima.FIMA)
-    fresh = last(fima.FIMAConfig(**whole["config"])).state_dict()
-    assert not same(first["encoder.stem.0.weight"], fresh["encoder.stem.0.weight"])  # and it did train
+    torch.manual_seed(0)
+    fresh = fima.FIMA(fima.FIMAConfig(**whole["config"])).state_dict()
+    assert not same(whole["model"]["encoder.stem.0.weight"], fresh["encoder.stem.0.weight"])  # and it did train
     lines = [json.loads(line) for line in (run.path / "half" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == sorted({line["step"] for line in lines})
 
@@ -57,7 +59,7 @@ def test_run_folder_holds_config_command_versions_and_every_loss_with_its_chance
     assert code == 0
     (start,) = json.loads((run.path / "run" / "run.json").read_text())
     assert start["config"]["lr"] == 0.1 and start["config"]["epochs"] == 1  # explicit flags win over the preset
-    assert "fima.py" in start["command"] and start["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert "fima.py" in start["command"] and start["versions"] == train.versions()
     lines = [json.loads(line) for line in (run.path / "run" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 4]
     for line in lines:
@@ -82,14 +84,20 @@ def test_moco_trains_with_the_same_command_line(run):
     assert code == 0 and "vd" in out
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(run):
-    timer = threading.Timer(4, os.kill, (os.getpid(), signal.SIGINT))
-    timer.start()
+def test_ctrl_c_saves_and_says_how_to_go_on(run, monkeypatch):
+    rate = train.learning_rate
+
+    def press(config, total_batch, step, steps):
+        if step == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        return rate(config, total_batch, step, steps)
+
+    monkeypatch.setattr(train, "learning_rate", press)
     code, out, _ = run(fima, "--epochs", 1000, "--out", "run")
-    timer.cancel()
+    monkeypatch.undo()
     assert code == 130 and "--resume run/checkpoint.pt" in out
     step = weights(run.path / "run" / "checkpoint.pt")["step"]
-    assert 0 < step < 4000
+    assert step == 6
     code, out, _ = run(fima, "--resume", "run/checkpoint.pt", "--max_steps", step + 1, small=False)
     assert code == 0 and f"resumed after step {step}" in out
 
@@ -103,6 +111,13 @@ BAD_INPUT = {
     "not a number": (fima, ["--lr", "fast"], ["--lr"]),
     "crop too small": (fima, ["--encoder", "i3d", "--crop", "32"], ["--crop 32", "64"]),
     "batch of 0": (fima, ["--batch_size", "0"], ["--batch_size 0"]),
+    "negative rate": (fima, ["--lr", "-1"], ["--lr -1", "at least 0"]),
+    "rate that is no number": (fima, ["--lr", "nan"], ["--lr nan"]),
+    "negative seed": (fima, ["--seed", "-1"], ["--seed -1"]),
+    "share above 1": (fima, ["--max_bad", "1.5"], ["--max_bad 1.5", "from 0 to 1"]),
+    "no width": (fima, ["--width", "0"], ["--width 0"]),
+    "bf16 on a CPU": (fima, ["--precision", "bf16", "--device", "cpu"], ["bf16", "GPU"]),
+    "no clips": (evaluate, ["retrieve", "--clips", "0"], ["--clips 0"]),
     "no checkpoint": (fima, ["--resume", "nowhere.pt"], ["nowhere.pt"]),
     "no CUDA": (fima, ["--device", "cuda"], ["CUDA"]),
     "no protocol": (evaluate, ["linearise"], ["retrieve"]),
@@ -115,9 +130,60 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(case, run):
     script, flags, says = BAD_INPUT[case]
     if case == "no CUDA" and torch.cuda.is_available():
         pytest.skip("there is a GPU here")
-    code, _, err = run(script, *flags, dataset=None, small=False)
+    dataset = "synthetic" if case == "bf16 on a CPU" else None
+    code, _, err = run(script, *flags, dataset=dataset, small=False)
     assert code == 2 and err.startswith("error: ") and err.count("\n") == 1
     assert all(word in err for word in says), err
+
+
+def test_a_run_is_not_overwritten(run):
+    assert run(fima, "--max_steps", 1, "--out", "run")[0] == 0
+    before = (run.path / "run" / "log.jsonl").read_text()
+    code, _, err = run(fima, "--max_steps", 1, "--out", "run")
+    assert code == 2 and "--resume" in err and (run.path / "run" / "log.jsonl").read_text() == before
+
+
+def test_resuming_with_other_batches_goes_on_at_the_same_part_of_the_schedule(run):
+    assert run(fima, "--epochs", 2, "--max_steps", 4, "--out", "run")[0] == 0  # of 4 steps an epoch
+    (run.path / "run" / "log.jsonl").write_text('{"step": 4}\n{"step": 4, "lo')  # a kill may cut the last line
+    flags = ["--resume", "run/checkpoint.pt", "--batch_size", 2, "--max_steps", 9]  # of 9 steps an epoch
+    code, out, _ = run(fima, *flags, small=False)
+    assert code == 0 and "resumed after step 9" not in out and "nothing left" in out and "note:" in out
+    code, out, _ = run(fima, *flags[:-1], 10, small=False)
+    assert code == 0 and "resumed after step 9" in out
+    assert [json.loads(line)["step"] for line in (run.path / "run" / "log.jsonl").open()] == [4, 10]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_all_processes_of_two_saves_once_for_all(number, videos, tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        "--standalone",
+        str(ROOT / "fima.py"),
+    ]
+    flags = ["--dataset", "synthetic", "--data", str(videos), "--epochs", "9999", "--workers", "1", "--out", "run"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    running = subprocess.Popen(
+        [*command, *flags, *SMALL, "--log_every", "2"],
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    )
+    out = ""
+    while "epoch 1/" not in out:
+        line = running.stdout.readline()
+        assert line, out
+        out += line
+    os.killpg(running.pid, number)
+    out += running.communicate(timeout=120)[0]
+    assert "torchrun --nproc_per_node=2" in out and "--resume run/checkpoint.pt" in out
+    assert weights(tmp_path / "run" / "checkpoint.pt")["step"] % 2 == 0
 
 
 def test_checkpoints_that_do_not_fit_are_refused(run):
@@ -169,7 +235,7 @@ def test_too_many_unreadable_videos_stop_the_run_and_are_named(run, videos):
         (tree / "a" / f"{n}.mp4").write_bytes(path.read_bytes() if n else b"")
     flags = ["--dataset", "folder", "--data", tree, "--out", "run", "--epochs", 2]
     code, _, err = run(fima, *flags, dataset=None)
-    assert code == 2 and "max_bad" in err and "0.mp4" in err
+    assert code == 2 and "max_bad" in err and "bad_videos.log names them" in err
     code, out, _ = run(fima, *flags, "--max_bad", 0.5, dataset=None)
     assert code == 0 and "unreadable" in out
     assert "0.mp4" in (run.path / "run" / "bad_videos.log").read_text()
@@ -223,7 +289,7 @@ def test_a_script_runs_from_any_folder_and_help_teaches(tmp_path):
 
 def test_a_checkpoint_is_whole_at_every_moment(tmp_path, monkeypatch):
     path = tmp_path / "checkpoint.pt"
-    train.save_checkpoint(path, {"method": "M", "config": {}, "model": {}, "step": 1})
+    train.save_checkpoint(path, STATE)
 
     def fail(state, file):
         file.write(b"half of it")
@@ -236,6 +302,6 @@ def test_a_checkpoint_is_whole_at_every_moment(tmp_path, monkeypatch):
 
 
 def test_a_checkpoint_with_code_in_it_is_refused(tmp_path):
-    torch.save({"method": "M", "config": {}, "model": {}, "step": Path("x")}, tmp_path / "code.pt")
-    with pytest.raises(train.UserError, match=r"code\.pt"):
+    torch.save(STATE | {"step": Path("x")}, tmp_path / "code.pt")
+    with pytest.raises(train.UserError, match=r"code\.pt.*holds code"):
         train.load_checkpoint(tmp_path / "code.pt")

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data import BadVideo, PretrainingViews, StepSampler, TestClips, Video, VideoList, collate, crop_resize, draw_region
+from losses import bin_centers
 
 
 def coordinates(height: int, width: int) -> np.ndarray:
@@ -22,14 +23,11 @@ def assert_shows_box(clip: torch.Tensor, box: torch.Tensor, height: int, width: 
     """Each of 7 × 7 bins of a clip of coordinates shows the place that the box says, within half a bin."""
     bins, size = 7, clip.shape[-1]
     x0, y0, x1, y1 = (box * torch.tensor([width, height, width, height])).tolist()
+    said = bin_centers(torch.tensor([[x0, y0, x1, y1]]), bins, bins)[0].unflatten(0, (bins, bins))  # (rows, columns, 2)
     seen = clip.double().mean(1)[:2].unflatten(1, (bins, -1)).unflatten(3, (bins, -1)).mean((2, 4)) / 2 + 0.5
-    centers = (torch.arange(bins) + 0.5) / bins
-    for seen_there, said, bin_size in (
-        (seen[0], x0 + centers * (x1 - x0), abs(x1 - x0) / bins),
-        (seen[1], (y0 + centers * (y1 - y0))[:, None], abs(y1 - y0) / bins),
-    ):
+    for axis, bin_size in ((0, abs(x1 - x0) / bins), (1, abs(y1 - y0) / bins)):
         pixel = max(bin_size * bins / size, 1)  # sampling without a low-pass filter is off by up to half of these
-        assert (seen_there - said).abs().max() <= min(bin_size / 2, pixel / 2 + noise)
+        assert (seen[axis] - said[..., axis]).abs().max() <= min(bin_size / 2, pixel / 2 + noise)
 
 
 @given(height=st.integers(24, 120), width=st.integers(24, 120), seed=st.integers(0, 2**32 - 1), flip=st.booleans())
