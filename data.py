@@ -265,11 +265,13 @@ def find_videos(
     root = os.path.abspath(root)
     if dataset == "synthetic":
         marker = Path(root, SYNTHETIC_MARKER)
-        outdated = marker.is_file() and json.loads(marker.read_text())["version"] != SYNTHETIC_VERSION
+        outdated = marker.is_file() and f'"version": {SYNTHETIC_VERSION},' not in marker.read_text()
         if outdated or not os.path.isdir(os.path.join(root, "train")):
             make_synthetic(root)
     if not os.path.isdir(root):
         raise FileNotFoundError(f"{root}: no such folder; {dataset} expects {LAYOUTS[dataset]}")
+    if not os.access(root, os.R_OK | os.X_OK):
+        raise PermissionError(f"{root}: no permission to list this folder")
     part = "train" if train else "validation" if dataset in ("k400", "ssv2") else "test"
     title = f"{dataset} {part} split {split}" if splits > 1 else f"{dataset} {part}"
     expected = f" of {OFFICIAL_COUNTS[dataset][split - 1][not train]} expected" if dataset in OFFICIAL_COUNTS else ""
@@ -317,9 +319,9 @@ class _Lists:
     def read(self, pattern: str) -> str:
         """Text of the first list whose name matches; raises FileNotFoundError."""
         if not (names := self.named(pattern)):
-            raise FileNotFoundError(pattern.replace("\\", ""))
+            raise FileNotFoundError(pattern.replace("\\", "").replace("(something-something-v2-)?", ""))
         self.last_read = self.paths[names[0]]
-        return Path(self.last_read).read_text(encoding="utf-8-sig")
+        return Path(self.last_read).read_text(encoding="utf-8-sig", errors="surrogateescape")  # as file names are
 
     def lines(self, pattern: str) -> list[str]:
         return [line.strip() for line in self.read(pattern).splitlines() if line.strip()]
@@ -462,7 +464,8 @@ def _read_list(root: str, list_file: str | Path) -> tuple[list[str], list[int], 
     if file is None:
         raise FileNotFoundError(f"{os.path.abspath(list_file)}: no such list file, and none by that name in {root}")
     paths, given = [], []
-    for number, line in enumerate(Path(file).read_text(encoding="utf-8-sig").splitlines(), 1):
+    text = Path(file).read_text(encoding="utf-8-sig", errors="surrogateescape")  # as file names are
+    for number, line in enumerate(text.splitlines(), 1):
         if not line.strip():
             continue
         match = re.fullmatch(rf"(.+\.(?:{'|'.join(SUFFIXES)}))(?:[\s,]+(.*))?", line.strip(), re.IGNORECASE)
@@ -473,6 +476,8 @@ def _read_list(root: str, list_file: str | Path) -> tuple[list[str], list[int], 
     named = sorted({label for label in given if label})
     if all(re.fullmatch(r"-?\d+", label) for label in named):
         labels = [max(int(label), -1) if label else -1 for label in given]
+        if max(labels, default=0) > 1_000_000:
+            raise ValueError(f"{file}: label {max(labels)}; labels count the classes from 0")
         return paths, labels, [str(i) for i in range(max(labels, default=-1) + 1)]
     return paths, [named.index(label) if label else -1 for label in given], named
 

@@ -396,3 +396,14 @@ def test_wrong_arguments_are_named(tmp_path):
     write(tmp_path / "a.txt", "a.mp4 1", "b.xyz 1")
     with pytest.raises(ValueError, match=r"a\.txt, line 2: no video file"):
         find_videos("folder", tmp_path, train=True, list_file="a.txt")
+
+
+def test_list_names_may_hold_any_bytes_and_labels_are_bounded(tmp_path):
+    name = os.fsdecode(b"caf\xe9 & ; ( ' \".mp4")
+    touch(tmp_path, name)
+    (tmp_path / "list.txt").write_bytes(os.fsencode(name) + b" 3\n")
+    videos = find_videos("folder", tmp_path, train=True, list_file="list.txt")
+    assert videos.paths == [str(tmp_path / name)] and videos.labels == [3]
+    (tmp_path / "list.txt").write_bytes(os.fsencode(name) + b" 999999999999\n")
+    with pytest.raises(ValueError, match="999999999999"):
+        find_videos("folder", tmp_path, train=True, list_file="list.txt")
