@@ -75,7 +75,7 @@ class MoCoConfig(TrainConfig):
 
 PRESETS = {
     "synthetic": dict(
-        encoder="r3d_18", width=0.125, crop=64, epochs=5, batch_size=16, lr=0.1, momentum=0.99, queue=256
+        encoder="r3d_18", width=0.125, crop=64, epochs=4, batch_size=16, lr=0.1, momentum=0.99, queue=256
     ),
     "ucf101": dict(encoder="i3d", crop=224, epochs=200, batch_size=8, lr=0.04, momentum=0.999, queue=2048),
     "k400": dict(encoder="i3d", crop=224, epochs=100, batch_size=8, lr=0.04, momentum=0.999, queue=65536),
