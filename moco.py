@@ -164,23 +164,17 @@ class MoCo(nn.Module):
         """L_VV (Eq. 1) and L_VD (Eq. 2), as far as asked for, in both directions, and their keys (2B, D)."""
         losses, keys = {}, {}
         v = self.project(self.head, pool(maps.query))  # (2, B, D)
-        self.metrics = {
-            "feature_std": v.detach().flatten(0, 1).std(0).mean()
-        }  # 1/√D when spread evenly, 0 when collapsed
+        spread = v.detach().flatten(0, 1).std(0).mean()  # 1/√D for features in all directions, 0 for collapsed ones
+        self.metrics = {"feature_std": spread}
         for name, key_maps in (("vv", maps.key), ("vd", maps.motion)):
             if name in self.config.terms:
                 with torch.no_grad():
                     k = self.project(self.key_head, pool(key_maps))  # (2, B, D)
-                losses[name] = self.contrast(
-                    name, v.flatten(0, 1), k.flip(0).flatten(0, 1)
-                )  # each meets the other view's key
+                other = k.flip(0).flatten(0, 1)  # to each query, the key of the other view
+                losses[name] = info_nce(v.flatten(0, 1), other, self.queues[name].keys, self.config.temperature)
+                self.metrics[f"chance/{name}"] = math.log(1 + self.config.queue)
                 keys[name] = k.flatten(0, 1)
         return losses, keys
-
-    def contrast(self, name: str, query: Tensor, positive: Tensor) -> Tensor:
-        """InfoNCE against the queue of that name, with its chance value among the metrics."""
-        self.metrics[f"chance/{name}"] = math.log(1 + self.config.queue)
-        return info_nce(query, positive, self.queues[name].keys, self.config.temperature)
 
     def enqueue(self, keys: dict[str, Tensor]) -> None:
         """Writes all queues, after all losses have read them: no video meets its own fresh key as a negative."""
