@@ -234,20 +234,26 @@ def test_queues_are_read_before_and_written_after_all_losses(flags, monkeypatch)
 
 
 def test_no_video_meets_its_own_fresh_key_as_a_negative(monkeypatch):
-    """Among the negatives of the first two steps, none equals a key of the step's own videos."""
-    model, seen = build(), []
-    original = moco.info_nce
+    """In the queue that a step reads, none equals a key of the step's own videos; the next step meets them."""
+    model, seen, local = build(), [], []
+    original, original_fra = moco.info_nce, fima.FRAME_LOSSES["infonce"]
 
     def watched(query, positive, negatives, temperature):
         seen.append((positive.clone(), negatives.clone()))
         return original(query, positive, negatives, temperature)
 
+    def watched_fra(prediction, target, negatives, temperature):
+        local.append((target.clone(), negatives.clone()))
+        return original_fra(prediction, target, negatives, temperature)
+
     monkeypatch.setattr(moco, "info_nce", watched)
+    monkeypatch.setitem(fima.FRAME_LOSSES, "infonce", watched_fra)
     for seed in range(2):
         model(make_views(seed=seed))
-    for positives, negatives in seen:
-        assert (positives @ negatives.T).max() < 1 - 1e-6
-    assert (seen[0][0] @ seen[1][1].T).max() > 1 - 1e-6  # while the second step meets the keys of the first
+    for steps in (seen, local):
+        for keys, queue in steps:
+            assert not (keys[:, None] == queue).all(2).any()
+        assert (steps[0][0][:, None] == steps[1][1]).all(2).any(1).all()  # the second step meets every key of the first
 
 
 def test_pixel_loss_is_zero_with_a_graph_when_the_views_do_not_overlap():
