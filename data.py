@@ -743,20 +743,19 @@ def _shift_hue_(clips: Tensor, shift: Tensor) -> None:
         channel.copy_(high).sub_(distance.sub_(chroma).clamp_(min=0).clamp_(max=chroma))
 
 
-def _blur_matrix(sigma: Tensor, size: int, radius: int) -> Tensor:
-    """Gaussian blur of a line of `size` pixels, reflected at its ends, as matrices (N, size, size); sigma (N, 1, 1)."""
-    i = torch.arange(size, device=sigma.device, dtype=sigma.dtype)
-    row, column = i[:, None], i
-    weight = torch.zeros_like(sigma)
-    far = torch.full_like(i, torch.inf)
-    for distance in (
-        (row - column).abs(),
-        torch.where(column > 0, row + column, far),
-        torch.where(column < size - 1, 2 * (size - 1) - row - column, far),
-    ):
-        distance = torch.where(distance <= radius, distance, far)
-        weight = weight + torch.exp(-0.5 * (distance / sigma.clamp(min=1e-6)) ** 2)  # sigma 0: the identity
-    return weight / weight.sum(-1, keepdim=True)
+def _blur(clips: Tensor, sigma: Tensor) -> Tensor:
+    """Gaussian blur of every frame, (N, 3, T, H, W), reflected at the border; sigma (N, 1), 0 for none."""
+    height, width = clips.shape[-2:]
+    radius = max(int(0.1 * height) // 2, 1)
+    distance = torch.arange(-radius, radius + 1, device=sigma.device, dtype=sigma.dtype)
+    weights = torch.exp(-0.5 * (distance / sigma.clamp(min=1e-6)) ** 2)  # sigma 0: the identity
+    weights = weights / weights.sum(1, keepdim=True)
+    images = clips.reshape(1, -1, height, width)  # every frame and colour a channel with a kernel of its own
+    kernels = weights.repeat_interleave(images.shape[1] // len(clips), 0)[:, None, None]
+    with torch.autocast(clips.device.type, enabled=False):
+        images = F.conv2d(F.pad(images, (radius, radius, 0, 0), mode="reflect"), kernels, groups=len(kernels))
+        images = F.conv2d(F.pad(images, (0, 0, radius, radius), mode="reflect"), kernels.mT, groups=len(kernels))
+    return images.view_as(clips)
 
 
 def color_augment(clips: Tensor, params: Tensor) -> Tensor:
@@ -774,17 +773,27 @@ def color_augment(clips: Tensor, params: Tensor) -> Tensor:
         (N, 3, T, H, W) in [0, 1].
     """
     params = params.to(clips.device, clips.dtype, non_blocking=True)
+    on_cpu = clips.device.type == "cpu"
+    if on_cpu and len(clips) > 1:  # one at a time, they stay in the processor's cache
+        output = torch.empty_like(clips, memory_format=torch.contiguous_format)
+        for n in range(len(clips)):
+            output[n : n + 1] = color_augment(clips[n : n + 1], params[n : n + 1])
+        return output
     brightness, contrast, saturation, hue, gray, sigma = params[:, :, None, None, None, None].unbind(1)
+
+    def applied(values: Tensor, identity: float) -> bool:
+        """Whether a clip needs this; yes on a GPU, where the host would have to wait for the answer."""
+        return not on_cpu or bool((values != identity).any())
+
     clips = (clips * brightness).clamp_(max=1)
-    clips.lerp_(_grayscale(clips.mean((2, 3, 4), keepdim=True)), 1 - contrast).clamp_(0, 1)
-    clips.lerp_(_grayscale(clips), 1 - saturation).clamp_(0, 1)
-    _shift_hue_(clips, hue[:, 0])
-    clips.lerp_(_grayscale(clips), gray)
-    height, width = clips.shape[-2:]
-    radius = max(int(0.1 * height) // 2, 1)
-    with torch.autocast(clips.device.type, enabled=False):
-        down, across = (_blur_matrix(sigma[:, 0, 0], size, radius) for size in (height, width))
-        clips = down[:, None, None] @ (clips.flatten(1, 3) @ across.mT).view_as(clips)
+    if applied(params[:, :3], 1) or applied(hue, 0):
+        clips.lerp_(_grayscale(clips.mean((2, 3, 4), keepdim=True)), 1 - contrast).clamp_(0, 1)
+        clips.lerp_(_grayscale(clips), 1 - saturation).clamp_(0, 1)
+        _shift_hue_(clips, hue[:, 0])
+    if applied(gray, 0):
+        clips.lerp_(_grayscale(clips), gray)
+    if applied(sigma, 0):
+        clips = _blur(clips, params[:, 5:])
     return clips.clamp_(0, 1)
 
 

@@ -171,10 +171,11 @@ class FIMA(MoCo):
     @torch.no_grad()
     def sub_clip_features(self, views: dict[str, Tensor]) -> Tensor:
         """l of Eq. 10, projected motion features of the sub-clips, by the key encoder: (2, B, T, D)."""
-        clips = views["sub_clips"].transpose(0, 1)  # (2, B, T, 3, frames, crop, crop)
-        color = views["color"].transpose(0, 1)[:, :, 2:]
-        features = pool(self.key_encoder(self.differences(clips.flatten(0, 2) / 255, color.flatten(0, 2))))
-        return self.project(self.key_head, features).unflatten(0, clips.shape[:3])
+        clips, color = views["sub_clips"].transpose(0, 1), views["color"].transpose(0, 1)[:, :, 2:]
+        shape = clips.shape[:3]  # 2, B, T
+        clips, color = self.deal(clips.flatten(0, 2)), self.deal(color.flatten(0, 2))
+        features = self.deal(pool(self.key_encoder(self.encoder_input(clips, color, difference=True))), back=True)
+        return self.project(self.key_head, features).unflatten(0, shape)
 
     def frame_loss(self, y_cls: Tensor, local: Tensor) -> tuple[Tensor, Tensor]:
         """L_Fra of Eq. 10 or a form of Table 9, mean of both directions and all sub-clips, and the keys (2·B·T, D)."""

@@ -13,6 +13,7 @@ import copy
 import dataclasses
 import math
 import time
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 import data
 import evaluate
 from losses import frame_difference, info_nce
-from models import ENCODERS, MomentumQueue, ProjectionHead, build_encoder, momentum_update
+from models import ENCODERS, MomentumQueue, ProjectionHead, build_encoder, deal, momentum_update
 from train import (
     TrainConfig,
     UserError,
@@ -34,6 +35,8 @@ from train import (
     start_process,
     user_errors,
 )
+
+MEMORY_FORMATS = {"channels_last": torch.channels_last_3d, "contiguous": torch.contiguous_format}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +62,18 @@ class MoCoConfig(TrainConfig):
     jitter_p: float = option(0.8, "probability of colour jitter (A.3 prints 0.2)", least=0, most=1)
     gray_p: float = option(0.2, "probability of grayscale", least=0, most=1)
     blur_p: float = option(0.5, "probability of Gaussian blur (A.3 prints 0.2)", least=0, most=1)
+    bn: str = option(
+        "shuffle",
+        "batch norm with several processes. shuffle: keys are made of clips dealt out over the processes, as in MoCo; "
+        "sync: statistics of all processes (on GPUs only); local: of each process's own clips",
+        ("shuffle", "sync", "local"),
+    )
+    memory_format: str = option(
+        "channels_last", "order of the encoder's input in memory, a matter of speed alone", tuple(MEMORY_FORMATS)
+    )
+    compile: str = option(
+        "off", "torch.compile encoders and augmentation: minutes of waiting, then faster steps", ("off", "on")
+    )
 
     KNOWN_LOSSES = ("vv", "vd")
 
@@ -127,6 +142,11 @@ class MoCo(nn.Module):
         instance_losses = [name for name in config.terms if name in MoCoConfig.KNOWN_LOSSES]
         self.queues = nn.ModuleDict({name: MomentumQueue(config.queue) for name in instance_losses})
         self.metrics: dict[str, Tensor | float] = {}
+        if config.compile == "on":
+            for part in (self.encoder, self.key_encoder):
+                part.compile(dynamic=False)  # there are no more than three batch sizes
+            if torch.cuda.is_available():  # on a CPU the augmentation goes by its parameters, clip by clip
+                self.encoder_input = torch.compile(self.encoder_input, dynamic=False)
 
     def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
         """Views as `data.PretrainingViews` makes them, batched → the named losses; enqueues the keys at the end."""
@@ -137,23 +157,34 @@ class MoCo(nn.Module):
 
     def encode(self, views: dict[str, Tensor], motion: bool) -> FeatureMaps:
         """Clips → feature maps. The key encoder first follows the query encoder by one momentum step."""
-        clips = views["clip"].transpose(0, 1).flatten(0, 1) / 255  # (2B, 3, frames, crop, crop) in [0, 1]
+        clips = views["clip"].transpose(0, 1).flatten(0, 1)  # (2B, 3, frames, crop, crop), uint8
         color = views["color"].transpose(0, 1).flatten(0, 1)  # (2B, 2 + sub-clips, parameters)
         if self.training:
             momentum_update(self.encoder, self.key_encoder, self.config.momentum)
             momentum_update(self.head, self.key_head, self.config.momentum)
-        rgb = data.normalize(data.color_augment(clips, color[:, 0]))
+        rgb = self.encoder_input(clips, color[:, 0])
         query = self.encoder(rgb)
+        dealt, dealt_color = self.deal(clips), self.deal(color)
         with torch.no_grad():
-            key = self.key_encoder(rgb)
-            difference = self.key_encoder(self.differences(clips, color[:, 1])) if motion else None
+            key = self.key_encoder(rgb if dealt is clips else self.encoder_input(dealt, dealt_color[:, 0]))
+            key, difference = self.deal(key, back=True), None
+            if motion:
+                difference = self.key_encoder(self.encoder_input(dealt, dealt_color[:, 1], difference=True))
+                difference = self.deal(difference, back=True)
         halves = (None if x is None else x.unflatten(0, (2, -1)) for x in (query, key, difference))
         return FeatureMaps(*halves)
 
-    @staticmethod
-    def differences(clips: Tensor, color: Tensor) -> Tensor:
-        """D of V before colour, then with a colour augmentation of its own, normalised as RGB is."""
-        return data.normalize(data.color_augment(frame_difference(clips), color))
+    def deal(self, rows: Tensor, back: bool = False) -> Tensor:
+        """With --bn shuffle, `models.deal`: no key's batch norm sees the same clips as its query's; else `rows`."""
+        return deal(rows, back) if self.config.bn == "shuffle" else rows
+
+    def encoder_input(self, clips: Tensor, color: Tensor, difference: bool = False) -> Tensor:
+        """uint8 clips (N, 3, frames, H, W) → V or, taken before the colours, D; then colours and normalisation."""
+        clips = clips.contiguous() / 255
+        if difference:
+            clips = frame_difference(clips)
+        clips = data.normalize(data.color_augment(clips, color))
+        return clips.contiguous(memory_format=MEMORY_FORMATS[self.config.memory_format])
 
     @staticmethod
     def project(head: ProjectionHead, features: Tensor) -> Tensor:
@@ -190,6 +221,10 @@ def main(method_class: type[MoCo], config_class: type[MoCoConfig], presets: dict
     with user_errors():
         torch.manual_seed(config.seed)
         method = method_class(config)
+        if config.bn == "sync" and process.world_size > 1:
+            if process.device.type != "cuda":
+                raise ValueError("--bn sync needs GPUs: on CPUs take shuffle or local")
+            method = torch.nn.SyncBatchNorm.convert_sync_batchnorm(method)
         untrained = copy.deepcopy(method.encoder) if config.dataset == "synthetic" else None
         root = config.data or f"datasets/{config.dataset}"
         with process.first():
@@ -222,15 +257,8 @@ def main(method_class: type[MoCo], config_class: type[MoCoConfig], presets: dict
             len(views), config.batch_size, config.epochs, config.seed, process.rank, process.world_size, start
         )
 
-    def make_loader(start: int) -> torch.utils.data.DataLoader:
-        return torch.utils.data.DataLoader(
-            views,
-            batch_sampler=sampler(start),
-            num_workers=loader_workers(config, process),
-            collate_fn=data.collate,
-            pin_memory=process.device.type == "cuda",
-            worker_init_fn=leave_signals,
-        )
+    def make_loader(start: int) -> Iterator[dict]:
+        return data.load_batches(views, sampler(start), loader_workers(config, process), leave_signals)
 
     name = method_class.__name__.lower()
     out = f"runs/{name}-{config.dataset}-{time.strftime('%Y%m%d-%H%M%S')}"

@@ -303,6 +303,35 @@ class MomentumQueue(nn.Module):
 
 
 @torch.no_grad()
+def deal(rows: Tensor, back: bool = False) -> Tensor:
+    """Deals rows out over the processes as one deals cards, for shuffled batch norm (MoCo, He et al. 2020, Sec. 3.3).
+
+    Row i of process r goes to process (r + i) mod the number of processes, so that every batch is made of rows of all
+    processes. Each process sends and receives as many rows as it has; `back` returns what has been made of them to
+    where they came from, in the old order. As the sampler draws who is in a batch, the pattern itself needs no chance.
+
+    Args:
+        rows: (N, ...), N the same on every process; any type, uint8 clips travel as such. One process keeps them.
+    """
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if not distributed or torch.distributed.get_world_size() == 1:
+        return rows
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    shares = [slice((other - rank) % world, None, world) for other in range(world)]  # what goes to each process
+    sent = [len(range(len(rows))[share]) for share in shares]
+    received = [len(range((rank - other) % world, len(rows), world)) for other in range(world)]
+    if not back:
+        sorted_rows, dealt = torch.cat([rows[share] for share in shares]), torch.empty_like(rows).contiguous()
+        torch.distributed.all_to_all_single(dealt, sorted_rows, received, sent)
+        return dealt
+    sorted_rows, dealt = torch.empty_like(rows).contiguous(), torch.empty_like(rows)
+    torch.distributed.all_to_all_single(sorted_rows, rows.contiguous(), sent, received)
+    for share, part in zip(shares, sorted_rows.split(sent), strict=True):
+        dealt[share] = part
+    return dealt
+
+
+@torch.no_grad()
 def momentum_update(query: nn.Module, key: nn.Module, momentum: float) -> None:
     """θ_key ← momentum · θ_key + (1 − momentum) · θ_query for every parameter (MoCo, Eq. 2); buffers stay."""
     torch._foreach_lerp_(list(key.parameters()), list(query.parameters()), 1 - momentum)

@@ -12,6 +12,7 @@ import data
 import fima
 import moco
 from losses import bin_centers
+from models import momentum_update
 from train import UserError, parse
 
 SMALL = dict(encoder="r3d_18", width=0.0625, crop=48, frames=16, queue=12, decoder_width=32, momentum=0.9, batch_size=3)
@@ -275,6 +276,53 @@ def test_background_pixels_are_in_no_pair():
     assert pairs.any() and not pairs[~foreground].any()
     assert not pairs.transpose(2, 3)[~foreground.flip(0)].any()
     assert torch.equal(pairs[0], pairs[1].transpose(1, 2))  # the second direction is the first, read backwards
+
+
+def features_process(rank: int, folder: str) -> None:
+    torch.distributed.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    for bn in ("shuffle", "local"):
+        model, views = build(bn=bn), make_views(seed=rank)
+        maps = model.encode(views, motion=True)
+        torch.save([maps.query, maps.key, maps.motion, model.sub_clip_features(views)], f"{folder}/{bn}{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_shuffled_batch_norm_makes_keys_of_clips_of_all_processes(tmp_path):
+    torch.multiprocessing.spawn(features_process, (str(tmp_path),), nprocs=2)
+    model, both = build(), [make_views(seed=rank) for rank in range(2)]
+    momentum_update(model.encoder, model.key_encoder, model.config.momentum)
+    momentum_update(model.head, model.key_head, model.config.momentum)
+    clips = [views["clip"].transpose(0, 1).flatten(0, 1) for views in both]
+    parts = [views["sub_clips"].transpose(0, 1).flatten(0, 2) for views in both]
+    colors = [views["color"].transpose(0, 1) for views in both]
+
+    def pass_keys(rows, color, bn, difference, finish):
+        """Features by the key encoder of the batches that the deal makes, back in their places: one list a process."""
+        batches = [
+            [(r, i) for r in range(2) for i in range(len(rows[r])) if (r if bn == "local" else (r + i) % 2) == receiver]
+            for receiver in range(2)
+        ]
+        made = [[None] * len(rows[0]) for _ in range(2)]
+        for batch in batches:
+            x = model.encoder_input(*(torch.stack([x[r][i] for r, i in batch]) for x in (rows, color)), difference)
+            with torch.no_grad():
+                for (r, i), features in zip(batch, finish(model.key_encoder(x)), strict=True):
+                    made[r][i] = features
+        return [torch.stack(features) for features in made]
+
+    for bn in ("shuffle", "local"):
+        found = [torch.load(tmp_path / f"{bn}{rank}.pt") for rank in range(2)]
+        rgb, difference = ([color.flatten(0, 1)[:, k] for color in colors] for k in range(2))
+        sub_clips = [color[:, :, 2:].flatten(0, 2) for color in colors]
+        for index, expected in (
+            (1, pass_keys(clips, rgb, bn, False, lambda x: x)),
+            (2, pass_keys(clips, difference, bn, True, lambda x: x)),
+            (3, pass_keys(parts, sub_clips, bn, True, lambda x: model.project(model.key_head, moco.pool(x)))),
+        ):
+            for rank in range(2):
+                torch.testing.assert_close(found[rank][index].flatten(0, 1 + (index == 3)), expected[rank])
+    queries = [[torch.load(tmp_path / f"{bn}{rank}.pt")[0] for rank in range(2)] for bn in ("shuffle", "local")]
+    assert all(torch.equal(*pair) for pair in zip(*queries, strict=True))  # queries stay where they are
 
 
 def test_moco_is_fima_without_its_losses():

@@ -331,6 +331,36 @@ def test_processes_hold_the_same_queue_in_the_order_of_ranks(tmp_path):
         assert oldest_first(queue) == [[1, 11], [2, 0], [2, 10], [2, 1], [2, 11]]
 
 
+def deal_process(rank: int, folder: str) -> None:
+    torch.distributed.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=3)
+    found = []
+    for n in (1, 3, 5, 8):
+        for dtype in (torch.uint8, torch.float32):
+            rows = (10 * rank + torch.arange(n, dtype=dtype))[:, None, None].expand(n, 2, 3)
+            dealt = models.deal(rows)
+            assert dealt.dtype == dtype and dealt.shape == rows.shape
+            assert torch.equal(models.deal(dealt, back=True), rows)
+            found.append(dealt[:, 0, 0].tolist())
+    torch.save(found, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_rows_are_dealt_over_the_processes_like_cards_and_come_back(tmp_path):
+    torch.multiprocessing.spawn(deal_process, (str(tmp_path),), nprocs=3)
+    for rank in range(3):
+        expected = [
+            [10 * source + i for source in range(3) for i in range(n) if (source + i) % 3 == rank]
+            for n in (1, 3, 5, 8)
+            for _ in range(2)
+        ]
+        assert torch.load(tmp_path / f"{rank}.pt") == expected
+
+
+def test_one_process_deals_to_itself():
+    rows = torch.rand(3, 2)
+    assert models.deal(rows) is rows and models.deal(rows, back=True) is rows
+
+
 @pytest.mark.parametrize("momentum", [0.0, 0.9, 0.999, 1.0])
 def test_momentum_update_moves_parameters_towards_the_query_and_nothing_else(momentum):
     torch.manual_seed(0)
