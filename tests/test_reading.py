@@ -42,6 +42,10 @@ FILES = {
     "h264.avi": functools.partial(encode, codec="libx264", g="15", bf="2", **H264),
     "raw.h264": functools.partial(encode, codec="libx264", g="15", bf="2", **H264),
     "stream.ts": functools.partial(encode, codec="libx264", g="15", bf="2", **H264),
+    "open_gop_hevc.mp4": functools.partial(
+        encode, codec="libx265", x265_params="open-gop=1:keyint=10:bframes=3:crf=12:pools=1:log-level=none"
+    ),
+    "av1.mkv": functools.partial(encode, codec="libsvtav1", g="15", preset="10", crf="20"),
     "mpeg2.mpg": functools.partial(encode, codec="mpeg2video", g="12", bf="2"),
     "odd.webm": functools.partial(encode, codec="libvpx-vp9", g="16", deadline="realtime", cpu_used="8"),
     "uneven_times.mp4": functools.partial(

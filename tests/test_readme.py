@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import benchmark
 import evaluate
 import fima
 import moco
@@ -23,6 +24,7 @@ CONFIGS = {
     "moco.py": (moco.MoCoConfig, moco.PRESETS),
     "evaluate.py": (evaluate.EvaluateConfig, {}),
     "visualize.py": (visualize.FigureConfig, {}),
+    "benchmark.py": (benchmark.BenchmarkConfig, {}),
 }
 
 
@@ -33,7 +35,8 @@ def test_every_command_parses(command, monkeypatch):
         return
     script = next(i for i, word in enumerate(words) if word.endswith(".py"))
     config, presets = CONFIGS[words[script]]
-    arguments = [word for word in words[script + 1 :] if word not in (*evaluate.PROTOCOLS, *visualize.FIGURES)]
+    named = (*evaluate.PROTOCOLS, *visualize.FIGURES, *benchmark.COMMANDS)
+    arguments = [word for word in words[script + 1 :] if word not in named]
     state = {"method": config.__name__.removesuffix("Config"), "config": {"dataset": "ucf101"}, "model": {}, "step": 1}
     monkeypatch.setattr(train, "load_checkpoint", lambda path: state)
     train.parse(config, "", presets, arguments)

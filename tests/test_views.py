@@ -5,11 +5,23 @@ import copy
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from encoding import encode, moving_texture
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import BadVideo, PretrainingViews, StepSampler, TestClips, Video, VideoList, collate, crop_resize, draw_region
+from data import (
+    BadVideo,
+    PretrainingViews,
+    StepSampler,
+    TestClips,
+    Video,
+    VideoList,
+    collate,
+    crop_resize,
+    draw_region,
+    empty_clips,
+)
 from losses import bin_centers
 
 
@@ -42,6 +54,21 @@ def test_a_box_says_what_its_crop_shows(height, width, seed, flip):
         expected[0], expected[2] = expected[2], expected[0]
     assert box.tolist() == pytest.approx(expected)
     assert_shows_box(clip, box, height, width, noise=0.5)
+
+
+@given(height=st.integers(1, 90), width=st.integers(1, 90), seed=st.integers(0, 2**32 - 1), flip=st.booleans())
+def test_a_crop_is_pytorchs_bilinear_image_written_where_it_is_told(height, width, seed, flip):
+    rng = np.random.default_rng(seed)
+    images = list(rng.integers(0, 256, (rng.integers(1, 10), height, width, 3), dtype=np.uint8))
+    top, left, h, w = region = draw_region(rng, height, width)
+    cropped = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)[..., top : top + h, left : left + w]
+    expected = F.interpolate(cropped.contiguous(), (24, 24), mode="bilinear").transpose(0, 1)
+    batch = empty_clips(2, 3, len(images), 24, 24).zero_()
+    clip, _ = crop_resize(images, region, flip, 24, out=batch[1])
+    assert clip.data_ptr() == batch[1].data_ptr()
+    assert torch.equal(batch[1], expected.flip(-1) if flip else expected)
+    assert not batch[0].any()
+    assert torch.equal(crop_resize(images, region, flip, 24)[0], clip)
 
 
 @given(seed=st.integers(0, 2**32 - 1), height=st.integers(1, 400), width=st.integers(1, 400), least=st.floats(0.05, 1))
@@ -91,6 +118,7 @@ def test_a_sample_is_what_it_says(videos):
         "sub_clips": ((2, 2, 3, 16, 28, 28), torch.uint8),
         "box": ((2, 4), torch.float32),
         "color": ((2, 4, sample["color"].shape[-1]), torch.float32),
+        "index": ((), torch.int64),
     }
     assert sample["index"] == 2
     assert sample["bad"] == []
@@ -236,8 +264,7 @@ def test_bad_videos_are_zeros_and_never_replaced_at_test(spoilt):
 
 
 def test_test_clips_are_uniformly_spaced_and_cover_the_video(videos, requested):
-    item = TestClips(videos, 28, frames=8, frame_stride=2, clips=5)[2]  # 70 frames: 56 starts
-    assert item["clips"].is_contiguous()
+    TestClips(videos, 28, frames=8, frame_stride=2, clips=5)[2]  # 70 frames: 56 starts
     frames = np.split(requested[0], 5)
     assert [part[0] for part in frames] == [0, 14, 28, 41, 55] or [part[0] for part in frames] == [0, 14, 28, 42, 55]
     assert all((np.diff(part) == 2).all() for part in frames)
