@@ -858,10 +858,7 @@ def color_augment(clips: Tensor, params: Tensor) -> Tensor:
     params = params.to(clips.device, clips.dtype, non_blocking=True)
     on_cpu = clips.device.type == "cpu"
     if on_cpu and len(clips) > 1:  # one at a time, they stay in the processor's cache
-        output = torch.empty_like(clips, memory_format=torch.contiguous_format)
-        for n in range(len(clips)):
-            output[n : n + 1] = color_augment(clips[n : n + 1], params[n : n + 1])
-        return output
+        return torch.cat([color_augment(*one) for one in zip(clips.split(1), params.split(1), strict=True)])
     brightness, contrast, saturation, hue, gray, sigma = params[:, :, None, None, None, None].unbind(1)
 
     def applied(values: Tensor, identity: float) -> bool:
