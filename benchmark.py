@@ -111,12 +111,14 @@ def timed(work: Callable[[], Any], clock: Callable[[], float], repeats: int = 1)
     return turn
 
 
-def take_turns(variants: dict[str, Callable[[], float]], rounds: int, process: Process) -> dict[str, list[float]]:
-    """Seconds of each variant in each round; they go round robin, after a warm-up of each."""
+def take_turns(
+    variants: dict[str, Callable[[], float]], rounds: int, process: Process, warm_up: int = 1
+) -> dict[str, list[float]]:
+    """Seconds of each variant in each round; they go round robin, after some rounds that do not count."""
     seconds = {name: [] for name in variants}
-    for name in progress(process, [*variants] * (rounds + 1), desc="turns", unit="turn", leave=False):
+    for name in progress(process, [*variants] * (warm_up + rounds), desc="turns", unit="turn", leave=False):
         seconds[name].append(variants[name]())
-    return {name: turns[1:] for name, turns in seconds.items()}
+    return {name: turns[warm_up:] for name, turns in seconds.items()}
 
 
 def ratio(seconds: dict[str, list[float]], name: str, base: str) -> float:
@@ -463,8 +465,7 @@ def step(config: BenchmarkConfig) -> None:
         variants[name] = training.step
         variants[f"{name}: encoders alone"] = functools.partial(training.encoders_alone, *uncompiled.encoder_inputs())
     turns = {name: timed(work, clock, 5 if on_gpu else 1) for name, work in variants.items()}
-    seconds = take_turns(turns, config.rounds + 2 * on_gpu, process)  # a GPU's pools and kernels settle in two more
-    seconds = {name: turns[-config.rounds :] for name, turns in seconds.items()}
+    seconds = take_turns(turns, config.rounds, process, warm_up=2)  # in the first, memory is new
     shape = f"{config.encoder} × {config.width:g}, {config.frames} × {config.crop}², {config.losses}"
     results = {"variants": compare(f"a training step, {shape}", seconds, "ours")}
     pairs = {name: (name, f"{name}: encoders alone") for name in settings}

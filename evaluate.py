@@ -110,8 +110,9 @@ def clip_features(
     found, bad = [], []
     for batch in progress(process, loader, desc=title, unit="batch", leave=False):
         batch_clips = batch["clips"].to(process.device, non_blocking=True)  # (B, N, 3, frames, crop, crop)
-        maps = encoder(data.normalize(batch_clips.flatten(0, 1) / 255))
-        features = F.normalize(maps.mean((2, 3, 4)), dim=1).unflatten(0, batch_clips.shape[:2])
+        batch_clips = data.normalize(batch_clips.flatten(0, 1).contiguous() / 255)
+        maps = encoder(batch_clips.contiguous(memory_format=torch.channels_last_3d))  # up to twice as fast
+        features = F.normalize(maps.mean((2, 3, 4)), dim=1).unflatten(0, batch["clips"].shape[:2])
         found.append((features.mean(1, keepdim=True) if average else features).cpu())
         bad += batch["bad"]
     shares = [(torch.cat(found) if found else None, bad)]

@@ -234,7 +234,7 @@ def keep_freed_memory() -> None:
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: None)  # other C libraries may lack it
         mallopt(-4, 0)  # M_MMAP_MAX: no separate mapping for large blocks
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
 
 
 def start_process(device: str = "auto") -> Process:
@@ -254,6 +254,7 @@ def start_process(device: str = "auto") -> Process:
     elif local_rank < torch.cuda.device_count():
         place = torch.device("cuda", local_rank)
         torch.cuda.set_device(place)
+        torch.backends.cudnn.benchmark = True  # shapes stay the same: let it look for the fastest convolutions
     else:
         raise UserError(f"process {local_rank} has no GPU: {torch.cuda.device_count()} here; lower --nproc_per_node")
     if world_size > 1 and not dist.is_initialized():
