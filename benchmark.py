@@ -111,14 +111,12 @@ def timed(work: Callable[[], Any], clock: Callable[[], float], repeats: int = 1)
     return turn
 
 
-def take_turns(
-    variants: dict[str, Callable[[], float]], rounds: int, process: Process, warm_up: int = 1
-) -> dict[str, list[float]]:
-    """Seconds of each variant in each round; they go round robin, after some rounds that do not count."""
+def take_turns(variants: dict[str, Callable[[], float]], rounds: int, process: Process) -> dict[str, list[float]]:
+    """Seconds of each variant in each round, round robin, after two rounds to warm up: at first, memory is new."""
     seconds = {name: [] for name in variants}
-    for name in progress(process, [*variants] * (warm_up + rounds), desc="turns", unit="turn", leave=False):
+    for name in progress(process, [*variants] * (2 + rounds), desc="turns", unit="turn", leave=False):
         seconds[name].append(variants[name]())
-    return {name: turns[warm_up:] for name, turns in seconds.items()}
+    return {name: turns[2:] for name, turns in seconds.items()}
 
 
 def ratio(seconds: dict[str, list[float]], name: str, base: str) -> float:
@@ -448,30 +446,35 @@ class Split:
 def step(config: BenchmarkConfig) -> None:
     """Times a training step: ours in several settings, plain, the encoder passes alone, and each part."""
     process = start_process(config.device)
-    clock, on_gpu = functools.partial(now, process.device), process.device.type == "cuda"
-    settings = {"ours": {}, "ours, contiguous": dict(memory_format="contiguous")}
+    clock, on_gpu, rounds = functools.partial(now, process.device), process.device.type == "cuda", config.rounds
+    settings = {"ours": {}}
     if on_gpu:  # the default is among these once more: how far its ratio is from 1 shows the noise
         torch._dynamo.config.cache_size_limit = 64  # beyond its 8 graphs, the later variants would run uncompiled
         grid = itertools.product(("float32", "bf16"), ("contiguous", "channels_last"), ("off", "on"))
         names = ("precision", "memory_format", "compile")
-        settings = {"ours": {}} | {
-            f"{p}, {m}, compile {c}": dict(zip(names, (p, m, c), strict=True)) for p, m, c in grid
-        }
+        settings |= {f"{p}, {m}, compile {c}": dict(zip(names, (p, m, c), strict=True)) for p, m, c in grid}
     variants = {"plain": Training(config, process, plain=True).step}
+    variants["ours, contiguous"] = Training(config, process, memory_format="contiguous").step
     variants |= {f"ours, {terms}": Training(config, process, losses=terms).step for terms in ("vv,vd", "vv,pix")}
+    floors = {}
     for name, flags in settings.items():
         training = Training(config, process, **flags)
         uncompiled = Training(config, process, **flags | dict(compile="off"))  # compiled calls pass hooks by
         variants[name] = training.step
-        variants[f"{name}: encoders alone"] = functools.partial(training.encoders_alone, *uncompiled.encoder_inputs())
-    turns = {name: timed(work, clock, 5 if on_gpu else 1) for name, work in variants.items()}
-    seconds = take_turns(turns, config.rounds, process, warm_up=2)  # in the first, memory is new
+        floors[name] = functools.partial(training.encoders_alone, *uncompiled.encoder_inputs())
+
+    def turns(works: dict[str, Callable[[], None]]) -> dict[str, list[float]]:
+        return take_turns({k: timed(work, clock, 5 if on_gpu else 1) for k, work in works.items()}, rounds, process)
+
+    seconds = turns(variants)
     shape = f"{config.encoder} × {config.width:g}, {config.frames} × {config.crop}², {config.losses}"
-    results = {"variants": compare(f"a training step, {shape}", seconds, "ours")}
-    pairs = {name: (name, f"{name}: encoders alone") for name in settings}
-    pairs |= {"ours, vv,pix / vv,vd": ("ours, vv,pix", "ours, vv,vd")}
-    results["ratios"] = {name: {"ratio": ratio(seconds, *pair)} for name, pair in pairs.items()}
-    show("step / encoders alone, and L_VV + L_Pix / L_VV + L_VD", results["ratios"])
+    results = {"variants": compare(f"a training step, {shape}", seconds, "ours"), "floors": {}}
+    for name, floor in floors.items():  # two by two: what shares a process shares its heap, and others stir it up
+        pair = turns({name: variants[name], "encoders alone": floor})
+        results["floors"][name] = compare(f"{name}, against the encoder passes that it needs", pair, "encoders alone")
+    extra = ratio(seconds, "ours, vv,pix", "ours, vv,vd")
+    results["pixel_loss_ratio"] = extra
+    print(f"\nL_VV + L_Pix / L_VV + L_VD: {extra:.3f}")
 
     training = Training(config, process)
     splits = [Split(clock).step(training) for _ in range(config.rounds + 1)][1:]
