@@ -43,6 +43,9 @@ import torch
 import torch.distributed as dist
 from av.video.reformatter import VideoReformatter
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import fima
@@ -151,7 +154,7 @@ def write(config: BenchmarkConfig, command: str, device: torch.device, results: 
     if device.type == "cuda":
         machine |= {"gpu": torch.cuda.get_device_name(device), "cudnn": torch.backends.cudnn.version()}
     record = {
-        "command": shlex.join([sys.executable, *sys.argv]),
+        "command": shlex.join(["python", *sys.argv]),
         "config": dataclasses.asdict(config),
         "machine": machine | {"threads": torch.get_num_threads()},
         "git_commit": train.git_commit(),
@@ -443,6 +446,20 @@ class Split:
         return dict(self.seconds) | {"step": whole}
 
 
+class Traffic(TorchDispatchMode):
+    """Counts the bytes that operators read and write: what memory has to move where nothing is fused."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, operator: Any, types: Any, arguments: tuple = (), options: dict | None = None) -> Any:
+        result = operator(*arguments, **(options or {}))
+        if not operator.is_view:
+            self.bytes += sum(x.nbytes for x in tree_leaves((arguments, options, result)) if isinstance(x, Tensor))
+        return result
+
+
 def step(config: BenchmarkConfig) -> None:
     """Times a training step: ours in several settings, plain, the encoder passes alone, and each part."""
     process = start_process(config.device)
@@ -485,6 +502,13 @@ def step(config: BenchmarkConfig) -> None:
         median = statistics.median(times[part] for times in splits)
         parts[part] = {"median_ms": 1e3 * median, "share": statistics.median(shares)}
     show("parts of a step of ours, in rounds of their own", parts)
+    with FlopCounterMode(display=False) as counter:
+        training.step()
+    with Traffic() as traffic:
+        training.step()
+    results["per_sample"] = {"gflop": counter.get_total_flops() / 1e9, "gb_moved": traffic.bytes / 1e9}
+    results["per_sample"] = {name: total / config.batch_size for name, total in results["per_sample"].items()}
+    show("a sample's operations, and the bytes its operators read and write", {"a sample": results["per_sample"]})
     write(config, "step", process.device, results)
 
 

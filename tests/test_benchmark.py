@@ -127,12 +127,20 @@ def test_decoding_alone_decodes_the_frames_and_makes_no_pixels(videos, monkeypat
     assert len(decoded) == 3
 
 
+def test_traffic_counts_what_operators_read_and_write():
+    x = torch.zeros(10)
+    with benchmark.Traffic() as traffic:
+        (x.view(2, 5) + 1).mul_(2)
+    assert traffic.bytes == 40 * 2 + 40 * 2
+
+
 def test_step_writes_its_json(run):
     code, record, err = run("step")
     assert code == 0, err
-    assert COMMON | {"variants", "floors", "pixel_loss_ratio", "split_rounds_s"} <= record.keys()
+    assert COMMON | {"variants", "floors", "pixel_loss_ratio", "split_rounds_s", "per_sample"} <= record.keys()
     assert record["variants"].keys() == {"plain", "ours", "ours, contiguous", "ours, vv,vd", "ours, vv,pix"}
     assert record["floors"].keys() == {"ours"}
+    assert record["per_sample"]["gflop"] > 0 and record["per_sample"]["gb_moved"] > 0
     floor = record["floors"]["ours"]
     ratios = [a / b for a, b in zip(*(floor[name]["rounds_ms"] for name in ("ours", "encoders alone")), strict=True)]
     assert floor["ours"]["ratio"] == pytest.approx(statistics.median(ratios))
