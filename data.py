@@ -548,14 +548,15 @@ class PretrainingViews(Dataset):
 
     A window spans `frames × frame_stride` frames and starts anywhere in the video with equal chance; a shorter video
     is continued with its last frame. Crops take from `min_scale` to all of the frame's area; `color` holds settings of
-    `draw_color`. An item is asked for by (epoch, index) and depends on nothing but these and the seed:
+    `draw_color`. With another number of `windows`, 1 to train a classifier, there are as many views instead of 2. An
+    item is asked for by (epoch, index) and depends on nothing but these and the seed:
 
     - "clip": uint8 (2, 3, frames, crop, crop), every `frame_stride`-th frame of each window.
     - "sub_clips": uint8 (2, S, 3, window // S, crop, crop), each window cut in S parts at stride 1, each with a crop
       and a flip of its own; absent for S = 0.
     - "box": float32 (2, 4), where the clips lie in the frame (see `crop_resize`).
     - "color": float32 (2, 2 + S, P), colour parameters of the clip, its frame difference, and each sub-clip's.
-    - "index": int64 (), the video's place in the list.
+    - "index", "label": int64 (), the video's place in the list and its class (-1: unknown).
     - "bad": list of (path, reason) of the unreadable videos drawn before it.
 
     Raises OSError when `attempts` videos drawn for one item are all unreadable.
@@ -573,24 +574,26 @@ class PretrainingViews(Dataset):
         flip_p: float = 0.5,
         color: dict | None = None,
         attempts: int = 10,
+        windows: int = 2,
     ):
         self.videos, self.crop, self.frames, self.frame_stride = videos, crop, frames, frame_stride
         self.sub_clips, self.seed, self.min_scale, self.flip_p = sub_clips, seed, min_scale, flip_p
-        self.color, self.attempts = color or {}, attempts
+        self.color, self.attempts, self.windows = color or {}, attempts, windows
 
     def __len__(self) -> int:
         return len(self.videos)
 
     def empty(self, *batch: int) -> dict[str, Tensor]:
         """Memory for an item, or for `batch` of them."""
-        parts, length = self.sub_clips, self.frames * self.frame_stride // max(self.sub_clips, 1)
+        views, parts, length = self.windows, self.sub_clips, self.frames * self.frame_stride // max(self.sub_clips, 1)
         colors = len(draw_color(np.random.default_rng(), **self.color))
         memory = {
-            "clip": empty_clips(*batch, 2, 3, self.frames, self.crop, self.crop),
-            "sub_clips": empty_clips(*batch, 2, parts, 3, length, self.crop, self.crop),
-            "box": torch.empty(*batch, 2, 4),
-            "color": torch.empty(*batch, 2, 2 + parts, colors),
+            "clip": empty_clips(*batch, views, 3, self.frames, self.crop, self.crop),
+            "sub_clips": empty_clips(*batch, views, parts, 3, length, self.crop, self.crop),
+            "box": torch.empty(*batch, views, 4),
+            "color": torch.empty(*batch, views, 2 + parts, colors),
             "index": torch.empty(batch, dtype=torch.int64),
+            "label": torch.empty(batch, dtype=torch.int64),
         }
         return {name: tensor for name, tensor in memory.items() if parts or name != "sub_clips"}
 
@@ -608,6 +611,7 @@ class PretrainingViews(Dataset):
             try:
                 self._write_views(rng, self.videos.paths[drawn], item)
                 item["index"].fill_(drawn)
+                item["label"].fill_(self.videos.labels[drawn])
                 return bad
             except BadVideo as error:
                 bad.append((error.path, error.reason))
@@ -617,9 +621,9 @@ class PretrainingViews(Dataset):
         window = self.frames * self.frame_stride
         step = 1 if self.sub_clips else self.frame_stride
         with Video(path) as video:
-            starts = rng.integers(max(len(video) - window, 0) + 1, size=(2, 1))
+            starts = rng.integers(max(len(video) - window, 0) + 1, size=(self.windows, 1))
             images = video.read(np.minimum(starts + np.arange(0, window, step), len(video) - 1).ravel())
-        for view in range(2):
+        for view in range(self.windows):
             seen = images[view * window // step : (view + 1) * window // step]
             _, item["box"][view] = self._random_crop(rng, seen[:: self.frame_stride // step], item["clip"][view])
             colors = [draw_color(rng, **self.color) for _ in range(2 + self.sub_clips)]

@@ -1,18 +1,39 @@
-"""Evaluation of an encoder: `retrieve`, R@k by nearest neighbours (Sec. 4.1, Table 6).
+"""Evaluation of an encoder, from a checkpoint of ours or untrained, by four protocols (FIMA Sec. 4.1).
 
-    python evaluate.py retrieve --checkpoint runs/…/checkpoint.pt
-    python evaluate.py retrieve --checkpoint runs/…/checkpoint.pt --dataset hmdb51 --data /data/hmdb51
-    torchrun --nproc_per_node=8 evaluate.py retrieve --checkpoint runs/…/checkpoint.pt
-    python evaluate.py retrieve --dataset ucf101 --data /data/ucf101 --encoder i3d    # an untrained encoder
+    linear      a linear classifier on the frozen encoder: top-1, top-5, per class
+    finetune    encoder and classifier trained together: top-1, top-5, per class
+    retrieve    R@k: is one of the k nearest training videos of the test video's class?
+    knn         the k nearest training videos vote, nothing is trained: top-1, top-5, per class
 
-Test videos are queries, training videos the gallery. A video's feature is the mean over 10 uniformly spaced clips
-(shorter side resized to 8/7 of the crop, centre crop) of the L2-normalised pooled features, compared by cosine; a query
-is a hit at k if any of its k nearest has its class. A test video that cannot be read counts as a miss.
+The whole path on UCF101, from nothing to every number:
+
+    python fima.py --dataset ucf101 --data /data/ucf101 --out runs/fima
+    python evaluate.py linear --checkpoint runs/fima/checkpoint.pt
+    python evaluate.py finetune --checkpoint runs/fima/checkpoint.pt
+    python evaluate.py retrieve --checkpoint runs/fima/checkpoint.pt
+    python evaluate.py knn --checkpoint runs/fima/checkpoint.pt
+
+    python evaluate.py linear --checkpoint runs/fima/checkpoint.pt --cached 10     # nearly the same, much faster
+    python evaluate.py finetune --checkpoint runs/fima/checkpoint.pt --fraction 0.1     # 10 % of each class's videos
+    python evaluate.py finetune --checkpoint runs/fima/checkpoint.pt --dataset hmdb51 --data /data/hmdb51
+    python evaluate.py finetune --resume runs/fima/finetune_ucf101/checkpoint.pt        # go on where it was stopped
+    python evaluate.py retrieve --dataset ucf101 --data /data/ucf101 --encoder i3d      # an untrained encoder
+    torchrun --nproc_per_node=8 evaluate.py linear --checkpoint runs/fima/checkpoint.pt --batch_size 2
+
+`evaluate.py PROTOCOL --help` says what a protocol does and lists its options; results go beside the checkpoint.
+
+A video is tested by 10 uniformly spaced clips (shorter side resized to 8/7 of the crop, centre crop). Every test video
+counts: one that cannot be read counts as wrong and is named. Processes share the videos batch by batch, so that the
+same batches are computed whatever their number.
 """
 
 import dataclasses
+import inspect
 import json
+import math
+import shlex
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,14 +41,18 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 import data
 from models import ENCODERS, build_encoder
 from train import (
     Options,
     Process,
+    TrainConfig,
     UserError,
     command_line,
+    fit,
+    git_commit,
     leave_signals,
     load_checkpoint,
     loader_workers,
@@ -40,99 +65,260 @@ from train import (
 )
 
 RECALLS = (1, 5, 10, 20, 50)
+UNTRAINED = dict(dataset="synthetic", data="", split=1, encoder="i3d", width=1.0, frames=16, frame_stride=2, crop=224)
+
+
+# ---------------------------------------------------------------------------------------------------------- options
 
 
 @dataclasses.dataclass(frozen=True)
-class EvaluateConfig(Options):
-    """Options of evaluation. What is left at "" or 0 is as in the checkpoint's training."""
+class RetrieveConfig(Options):
+    """Options of every protocol. What is left at "" or 0 is as in the checkpoint's training, or as in UNTRAINED."""
 
     checkpoint: str = option("", "checkpoint.pt of a run; without it, an untrained encoder")
     dataset: str = option("", "what to evaluate on", ("", *data.DATASETS))
     data: str = option("", "folder of the data set (default: the checkpoint's, or datasets/DATASET)")
-    split: int = option(0, "official split of the data set", least=0)
-    encoder: str = option("", "without a checkpoint: video encoder", ("", *ENCODERS))
-    width: float = option(1.0, "without a checkpoint: factor on the encoder's numbers of channels", least=0.01, most=8)
-    frames: int = option(0, "frames of a clip", least=0)
-    frame_stride: int = option(0, "a clip takes every how-manieth frame of the video", least=0)
-    crop: int = option(0, "height and width of a clip in pixels", least=0, most=1024)
-    clips: int = option(10, "uniformly spaced clips of a video", least=1)
-    batch_size: int = option(4, "videos a forward, in each process", least=1)
+    split: int = option(0, "official split of the data set; 0: as trained, or 1", least=0)
+    encoder: str = option("", "video encoder; without a checkpoint i3d", ("", *ENCODERS))
+    width: float = option(0.0, "factor on the encoder's numbers of channels; 0: as trained, or 1", least=0, most=8)
+    frames: int = option(0, "frames of a clip; 0: as trained, or 16", least=0)
+    frame_stride: int = option(0, "a clip takes every how-manieth frame; 0: as trained, or 2", least=0)
+    crop: int = option(0, "height and width of a clip in pixels; 0: as trained, or 224", least=0, most=1024)
+    clips: int = option(10, "uniformly spaced clips of a test video", least=1)
+    test_batch: int = option(4, "videos a forward in testing, in each process", least=1)
     workers: int = option(
         -1, "loader processes of each process; -1: as many as its share of CPU cores, at most 8", least=-1
     )
     device: str = option("auto", "auto takes a GPU if there is one", ("auto", "cpu", "cuda"))
-    seed: int = option(0, "seed of an untrained encoder", least=0)
-    out: str = option("", "JSON file to write (default: retrieve_DATASET.json beside the checkpoint)")
+    seed: int = option(0, "seed of everything random", least=0, most=2**31 - 1)
+    out: str = option("", "JSON file to write (default: PROTOCOL_DATASET.json beside the checkpoint)")
+
+    @property
+    def protocol(self) -> str:
+        """linear, finetune, retrieve or knn."""
+        return type(self).__name__.removesuffix("Config").lower()
 
 
-def load_encoder(path: str) -> tuple[nn.Module, dict]:
-    """The query encoder of a checkpoint of ours, and the options that it was trained with.
+@dataclasses.dataclass(frozen=True)
+class KnnConfig(RetrieveConfig):
+    """Options of the vote of nearest neighbours."""
+
+    k: int = option(20, "neighbours that vote", least=1)
+    temperature: float = option(0.07, "a neighbour's vote weighs exp(cosine / temperature)", least=0.001)
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassifyConfig(TrainConfig, RetrieveConfig):
+    """Options of the protocols that train a classifier."""
+
+    batch_size: int = option(16, "videos a process; the total batch is this times the number of processes", least=1)
+    fraction: float = option(1.0, "share of each class's training videos to train on, at least one", least=0, most=1)
+    min_scale: float = option(0.2, "least share of a frame's area that a random crop covers", least=0.01, most=1)
+    out: str = option("", "run folder (default: PROTOCOL_DATASET beside the checkpoint, or the folder of --resume)")
+
+    LR_BATCH = 16
+    DROPS = ()  # epochs at which the rate is divided by 10, of the default number of epochs
+
+    def learning_rate(self, total_batch: int, epoch: float) -> float:
+        """The linearly scaled rate, divided by 10 at each drop; these stay at the same parts of other --epochs."""
+        drops = sum(epoch * type(self).epochs >= drop * self.epochs for drop in self.DROPS)
+        return self.lr * total_batch / self.LR_BATCH / 10**drops
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearConfig(ClassifyConfig):
+    """Options of the linear probe; the defaults are the paper's."""
+
+    epochs: int = option(100, "passes over the training videos; the rate is divided by 10 after 60 % and 80 %", least=1)
+    lr: float = option(1.5, "learning rate at a total batch of 16, scaled linearly", least=0)
+    weight_decay: float = option(0.0, "weight decay of SGD", least=0)
+    cached: int = option(
+        0, "compute features of this many augmented views of a video once, and train on them; 0: new views", least=0
+    )
+
+    DROPS = (60, 80)
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneConfig(ClassifyConfig):
+    """Options of fine-tuning; the defaults are the paper's."""
+
+    epochs: int = option(150, "passes over the training videos; the rate is divided by 10 after 40 % and 80 %", least=1)
+    lr: float = option(0.0033, "learning rate at a total batch of 16, scaled linearly", least=0)
+    dropout: float = option(-1.0, "before the classifier; -1: 0.7 on ucf101, 0.5 on others", least=-1, most=1)
+    jitter_p: float = option(0.8, "probability of colour jitter", least=0, most=1)
+    gray_p: float = option(0.2, "probability of grayscale", least=0, most=1)
+
+    DROPS = (60, 120)
+
+
+Config = RetrieveConfig | ClassifyConfig
+
+
+# -------------------------------------------------------------------------------------------------- encoder and videos
+
+
+def load_encoder(config: Config) -> tuple[nn.Module, Config]:
+    """The encoder of the checkpoint, or of the run to resume, and the options with those that were left open filled in.
 
     Raises:
-        UserError: no such file, no checkpoint of this project, or one whose weights do not fit its own options.
+        UserError: no such checkpoint, none of this project, or one of another encoder.
     """
-    state = load_checkpoint(path)
-    encoder = build_encoder(state["config"]["encoder"], state["config"]["width"])
-    weights = {k.removeprefix("encoder."): v for k, v in state["model"].items() if k.startswith("encoder.")}
-    try:
-        encoder.load_state_dict(weights)
-    except RuntimeError as error:
-        raise UserError(f"the encoder in {path} is not a {state['config']['encoder']}: {error}") from error
-    return encoder, state["config"]
+    path = getattr(config, "resume", "") or config.checkpoint
+    state = load_checkpoint(path) if path else {"config": {}}
+    trained = UNTRAINED | state["config"]
+    if config.dataset not in ("", trained["dataset"]):
+        trained |= dict(data="", split=1)
+    config = dataclasses.replace(config, **{name: getattr(config, name) or trained[name] for name in UNTRAINED})
+    config = dataclasses.replace(config, data=config.data or f"datasets/{config.dataset}")
+    torch.manual_seed(config.seed)
+    encoder = build_encoder(config.encoder, config.width)
+    if path:
+        weights = {k.removeprefix("encoder."): v for k, v in state["model"].items() if k.startswith("encoder.")}
+        try:
+            encoder.load_state_dict(weights)
+        except RuntimeError as error:
+            wanted, held = (f"{c['encoder']} of width {c['width']:g}" for c in (dataclasses.asdict(config), trained))
+            raise UserError(f"{path} holds no whole {wanted}; it was trained as {held}") from error
+    return encoder, config
+
+
+def find_labelled(dataset: str, root: str, train: bool, split: int) -> data.VideoList:
+    """`data.find_videos`, for protocols that need to know the classes.
+
+    Raises:
+        ValueError: a video without a label.
+    """
+    videos = data.find_videos(dataset, root, train, split)
+    if -1 in videos.labels:
+        unknown = videos.labels.count(-1)
+        raise ValueError(f"{root}: {unknown} videos have no label, which this needs: put each class in a folder")
+    return videos
+
+
+def prepare(config: Config) -> tuple[Process, Config, nn.Module, data.VideoList, data.VideoList]:
+    """This process, the options filled in, the encoder, and the data set's training and test videos."""
+    process = start_process(config.device)
+    with user_errors():
+        encoder, config = load_encoder(config)
+        frames, size, _ = encoder.strides
+        if config.frames < frames or config.crop < size:
+            raise ValueError(
+                f"--frames {config.frames} --crop {config.crop}: {config.encoder} needs {frames} and {size} or more"
+            )
+        with process.first():
+            train, test = (find_labelled(config.dataset, config.data, part, config.split) for part in (True, False))
+        if set(train.paths) & set(test.paths):
+            raise ValueError(
+                f"{config.data}: a test video must not be a training video: divide it into train/ and test/ folders"
+            )
+    process.say(f"{train.report}\n{test.report}")
+    return process, config, encoder.to(process.device), train, test
+
+
+def share_of(videos: data.VideoList, fraction: float, seed: int) -> data.VideoList:
+    """A random share of each class's videos, drawn from (seed, class), rounded, at least one; all of them for 1."""
+    labels, kept = np.array(videos.labels), []
+    for label in range(len(videos.classes)):
+        own = np.random.default_rng([seed, label]).permutation(np.flatnonzero(labels == label))
+        kept += own[: max(round(fraction * len(own)), 1)].tolist()
+    kept.sort()
+    paths, labels = [videos.paths[i] for i in kept], [videos.labels[i] for i in kept]
+    return data.VideoList(paths, labels, videos.classes, f"{len(kept)} of {len(videos)} training videos")
+
+
+# ------------------------------------------------------------------------------------------------- outputs of videos
+
+
+def pooled_features(encoder: nn.Module, clips: Tensor, color: Tensor | None = None) -> Tensor:
+    """uint8 clips (N, 3, frames, H, W), with `color` (N, P) augmented by it → features pooled over T, H, W: (N, C)."""
+    clips = clips.contiguous() / 255
+    if color is not None:
+        clips = data.color_augment(clips, color)
+    clips = data.normalize(clips).contiguous(memory_format=torch.channels_last_3d)  # up to twice as fast
+    return encoder(clips).float().mean((2, 3, 4))
 
 
 @torch.no_grad()
-def clip_features(
-    encoder: nn.Module,
-    clips: data.TestClips,
+def clip_outputs(
+    function: Callable[[Tensor], Tensor],
+    clips: Dataset,
     process: Process,
     workers: int,
     batch_size: int,
     title: str,
     average: bool = False,
 ) -> tuple[Tensor, Tensor, list[tuple[str, str]]]:
-    """L2-normalised pooled features of every clip by an encoder in eval mode; each process takes a share of the videos.
+    """What a function gives for every clip of every video; the processes take turns in taking a batch of videos.
+
+    Args:
+        function: uint8 clips (n, 3, frames, crop, crop) on the device → (n, D).
+        clips: a data set like `data.TestClips`, with the list `videos`.
 
     Returns:
-        Features (videos, clips, C) on the CPU, or with `average` their means (videos, 1, C); whether each video could
-        be read (videos,); (path, reason) of those that could not.
+        (videos, clips, D) on the CPU, or with `average` the means over clips (videos, D); whether each video could be
+        read (videos,); (path, reason) of those that could not. The same on every process.
     """
-    encoder = encoder.to(process.device).eval()
-    mine = torch.utils.data.Subset(clips, range(process.rank, len(clips), process.world_size))
-    loader = torch.utils.data.DataLoader(
-        mine,
-        batch_size,
+    batches = [range(i, min(i + batch_size, len(clips))) for i in range(0, len(clips), batch_size)]
+    mine = batches[process.rank :: process.world_size]
+    loader = DataLoader(
+        clips,
+        batch_sampler=mine,
         num_workers=workers,
         collate_fn=data.collate,
         worker_init_fn=leave_signals,
         pin_memory=process.device.type == "cuda",
     )
-    found, bad = [], []
-    for batch in progress(process, loader, desc=title, unit="batch", leave=False):
+    found, bad = {}, []
+    for videos, batch in zip(mine, progress(process, loader, desc=title, unit="batch", leave=False), strict=True):
         batch_clips = batch["clips"].to(process.device, non_blocking=True)  # (B, N, 3, frames, crop, crop)
-        batch_clips = data.normalize(batch_clips.flatten(0, 1).contiguous() / 255)
-        maps = encoder(batch_clips.contiguous(memory_format=torch.channels_last_3d))  # up to twice as fast
-        features = F.normalize(maps.mean((2, 3, 4)), dim=1).unflatten(0, batch["clips"].shape[:2])
-        found.append((features.mean(1, keepdim=True) if average else features).cpu())
+        outputs = function(batch_clips.flatten(0, 1)).unflatten(0, batch_clips.shape[:2])
+        found[videos.start] = (outputs.mean(1) if average else outputs).cpu()
         bad += batch["bad"]
-    shares = [(torch.cat(found) if found else None, bad)]
+    shares = [(found, bad)]
     if process.world_size > 1:
         shares = shares * process.world_size
         dist.all_gather_object(shares, shares[0])
-    features = torch.empty(len(clips), *shares[0][0].shape[1:])
-    for rank, (share, _) in enumerate(shares):
-        if share is not None:  # more processes than videos
-            features[rank :: process.world_size] = share
-    bad = [entry for _, entries in shares for entry in entries]
-    unreadable = {path for path, _ in bad}
-    return features, torch.tensor([path not in unreadable for path in clips.videos.paths]), bad
+    found = {start: outputs for share, _ in shares for start, outputs in share.items()}
+    reasons = {path: reason for _, entries in shares for path, reason in entries}
+    good = torch.tensor([path not in reasons for path in clips.videos.paths])
+    for path, reason in sorted(reasons.items()):
+        process.say(f"{title}: {path!r} cannot be read: {reason}")
+    return torch.cat([found[batch.start] for batch in batches]), good, sorted(reasons.items())
 
 
-def nearest(queries: Tensor, gallery: Tensor, k: int) -> Tensor:
-    """The k rows of a gallery (G, C) nearest to each query (Q, C) by cosine: indices (Q, min(k, G)), nearest first."""
+def clip_features(encoder: nn.Module, *arguments, **options) -> tuple[Tensor, Tensor, list[tuple[str, str]]]:
+    """`clip_outputs` of an encoder in eval mode: L2-normalised pooled features."""
+    encoder.eval()
+    return clip_outputs(lambda clips: F.normalize(pooled_features(encoder, clips), dim=1), *arguments, **options)
+
+
+def video_features(
+    encoder: nn.Module, config: Config, process: Process, train: data.VideoList, test: data.VideoList
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[tuple[str, str]]]:
+    """Means of the clips' L2-normalised features: of the readable training videos (G, C) with their labels (G,), and
+    of the test videos (Q, C) with whether each could be read (Q,), and (path, reason) of those that could not.
+    """
+    parts = []
+    for title, videos in (("training videos", train), ("test videos", test)):
+        clips = data.TestClips(videos, config.crop, config.frames, config.frame_stride, config.clips)
+        workers = loader_workers(config, process)
+        parts.append(clip_features(encoder, clips, process, workers, config.test_batch, title, average=True))
+    (gallery, known, _), (queries, good, bad) = parts
+    if not known.any():
+        raise UserError(f"none of the training videos in {config.data} could be read")
+    return gallery[known], torch.tensor(train.labels)[known], queries, good, bad
+
+
+# ---------------------------------------------------------------------------------------------------------- measures
+
+
+def nearest(queries: Tensor, gallery: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Cosines and indices, (Q, min(k, G)), of the rows of a gallery (G, C) nearest to queries (Q, C), nearest first."""
     gallery = F.normalize(gallery, dim=1)
     chunks = [F.normalize(chunk, dim=1) @ gallery.T for chunk in queries.split(1024)]
-    return torch.cat([similarity.topk(min(k, len(gallery)), 1).indices for similarity in chunks])
+    cosines, indices = zip(*(chunk.topk(min(k, len(gallery)), 1) for chunk in chunks), strict=True)
+    return torch.cat(cosines), torch.cat(indices)
 
 
 def recall_at_k(
@@ -146,83 +332,294 @@ def recall_at_k(
     Returns:
         For each k, (Q,) bool; a k above G counts the whole gallery.
     """
-    same = gallery_labels[nearest(queries, gallery, max(ks))] == labels[:, None]
+    same = gallery_labels[nearest(queries, gallery, max(ks))[1]] == labels[:, None]
     return {k: same[:, :k].any(1) for k in ks}
 
 
-def find_labelled(dataset: str, root: str, train: bool, split: int) -> data.VideoList:
-    """`data.find_videos`, for protocols that need to know the classes.
-
-    Raises:
-        ValueError: a video without a label.
+def knn_scores(
+    queries: Tensor, gallery: Tensor, gallery_labels: Tensor, classes: int, k: int, temperature: float
+) -> Tensor:
+    """Votes of the k nearest, weighing exp(cosine / temperature) (Wu et al., CVPR 2018, Sec. 3.4), as shares that sum
+    to 1: queries (Q, C), gallery (G, C), gallery_labels (G,) → (Q, classes).
     """
-    videos = data.find_videos(dataset, root, train, split)
-    if -1 in videos.labels:
-        raise ValueError(
-            f"{root}: {videos.labels.count(-1)} videos have no label, which R@k needs: put each class in a folder"
-        )
-    return videos
+    cosines, indices = nearest(queries, gallery, k)
+    weights = (cosines / temperature).softmax(1)
+    return torch.zeros(len(queries), classes, dtype=weights.dtype).scatter_add_(1, gallery_labels[indices], weights)
 
 
-def retrieve(config: EvaluateConfig) -> None:
-    """R@k of a checkpoint's encoder: prints a table and writes a JSON file."""
-    process = start_process(config.device)
-    with user_errors():
-        trained = dict(encoder=config.encoder or "i3d", width=config.width, frames=16, frame_stride=2, crop=224)
-        trained |= dict(dataset="synthetic", data="", split=1)
-        if config.checkpoint:
-            encoder, trained = load_encoder(config.checkpoint)
-        else:
-            torch.manual_seed(config.seed)
-            encoder = build_encoder(trained["encoder"], trained["width"])
-        dataset = config.dataset or trained["dataset"]
-        root = config.data or (trained["data"] if dataset == trained["dataset"] else "") or f"datasets/{dataset}"
-        shape = [getattr(config, name) or trained[name] for name in ("crop", "frames", "frame_stride")]
-        split = config.split or trained["split"]
-        with process.first():
-            parts = [find_labelled(dataset, root, train, split) for train in (True, False)]
-        if set(parts[0].paths) & set(parts[1].paths):
-            raise ValueError(
-                f"{root}: a test video must not be in the gallery: divide it into train/ and test/ folders"
-            )
-    sets = {}
-    for name, videos in zip(("gallery", "queries"), parts, strict=True):
-        process.say(videos.report)
-        clips = data.TestClips(videos, *shape, config.clips)
-        workers = loader_workers(config, process)
-        features, good, bad = clip_features(encoder, clips, process, workers, config.batch_size, name, average=True)
-        sets[name] = features.mean(1), torch.tensor(videos.labels), good, bad
-        for path, reason in bad:
-            process.say(f"unreadable: {path!r}: {reason}" + (" (counts as a miss)" if name == "queries" else ""))
+def in_top_k(scores: Tensor, labels: Tensor, k: int) -> Tensor:
+    """Whether fewer than k other classes score as high as the true one: (N, classes), (N,) → (N,) bool.
+
+    A tie counts against the video, so that classes without a vote are no hits, and so does a score that is no number.
+    """
+    own = scores.gather(1, labels[:, None])
+    return (~(scores < own)).sum(1) <= k
+
+
+# ----------------------------------------------------------------------------------------------------------- results
+
+
+def default_out(config: Config) -> Path:
+    """PROTOCOL_DATASET[_splitK][_FRACTION] beside the checkpoint, or in a folder of the untrained encoder."""
+    folder = Path(config.checkpoint).parent if config.checkpoint else Path("runs", f"untrained_{config.encoder}")
+    split, fraction = config.split, getattr(config, "fraction", 1)
+    name = f"{config.protocol}_{config.dataset}"
+    return folder / (name + f"_split{split}" * (split > 1) + f"_{fraction:g}" * (fraction < 1))
+
+
+def save_result(process: Process, config: Config, path: Path, result: dict) -> None:
+    """Writes the numbers, and all that is needed to get them again, as JSON, on the first process."""
     if process.rank > 0:
         return
-    gallery, gallery_labels, known, _ = sets["gallery"]
-    queries, labels, good, bad = sets["queries"]
-    if not known.any():
-        raise UserError(f"none of the training videos in {root} could be read")
-    hits = recall_at_k(queries, labels, gallery[known], gallery_labels[known])
-    recalls = {f"R@{k}": round(100 * (hit & good).float().mean().item(), 2) for k, hit in hits.items()}
-    of = config.checkpoint or f"untrained {trained['encoder']}"
-    print(f"{of} on {dataset}, {len(queries)} queries, {int(known.sum())} in the gallery, {config.clips} clips a video")
-    print("  ".join(f"{name} {value:.1f} %" for name, value in recalls.items()))
-    result = {
-        "protocol": "retrieve",
-        "checkpoint": config.checkpoint,
-        "dataset": dataset,
-        "split": split,
-        "clips": config.clips,
-        "crop_frames_stride": shape,
-        "queries": len(queries),
-        "gallery": int(known.sum()),
-        "recall_percent": recalls,
-        "unreadable": [list(entry) for entry in bad],
+    record = {
+        "protocol": config.protocol,
+        "command": shlex.join([sys.executable, *sys.argv]),
+        "config": dataclasses.asdict(config),
+        "git_commit": git_commit(),
         "versions": versions(),
+        "processes": process.world_size,
+        "result": result,
     }
-    beside = Path(config.checkpoint).parent if config.checkpoint else Path()
-    out = Path(config.out) if config.out else beside / f"retrieve_{dataset}.json"
     with user_errors():
-        out.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"written to {out}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(record, indent=1) + "\n")
+    process.say(f"written to {path}")
+
+
+def save_accuracy(
+    process: Process,
+    config: Config,
+    path: Path,
+    test: data.VideoList,
+    scores: Tensor,
+    good: Tensor,
+    bad: list[tuple[str, str]],
+    **more: int | float,
+) -> None:
+    """Prints the accuracies of scores (N, classes); writes them, those of each class, and a confusion matrix."""
+    labels = torch.tensor(test.labels)
+    top1, top5 = ((in_top_k(scores, labels, k) & good).double() for k in (1, 5))
+    counts = torch.bincount(labels, minlength=len(test.classes))
+    per_class = torch.bincount(labels, top1, len(test.classes)) / counts  # nan for a class without test videos
+    percent = {"top1": top1.mean(), "top5": top5.mean(), "mean_class": per_class.nanmean()}
+    percent = {name: round(100 * value.item(), 2) for name, value in percent.items()}
+    confusion = torch.zeros(len(counts), len(counts))
+    confusion.index_put_((labels[good], scores[good].argmax(1)), torch.ones(()), accumulate=True)
+    process.say("  ".join(f"{name} {value:.1f} %" for name, value in percent.items()) + f"  of {len(test)} test videos")
+    result = {f"{name}_percent": value for name, value in percent.items()}
+    result["per_class_percent"] = {
+        name: round(100 * value, 2) if count else None
+        for name, value, count in zip(test.classes, per_class.tolist(), counts.tolist(), strict=True)
+    }
+    result |= {"test_videos": len(test), "unreadable": bad} | more
+    save_result(process, config, path, result)
+    if process.rank == 0:
+        picture = path.with_name(path.stem + "_confusion.png")
+        title = f"{config.protocol} on {config.dataset}, top-1 {percent['top1']:.1f} %"
+        draw_confusion(picture, 100 * confusion / counts.clamp(min=1)[:, None], test.classes, title)
+        process.say(f"written to {picture}")
+
+
+def draw_confusion(path: Path, percent: Tensor, classes: list[str], title: str) -> None:
+    """A picture of a confusion matrix (true classes, predicted classes), in percent of each class's test videos."""
+    from matplotlib.figure import Figure  # here, so that nothing else needs matplotlib
+
+    count = len(classes)
+    cell, font = (0.5, 9) if count <= 20 else (0.16, 7)  # inches, points
+    figure = Figure((3 + cell * count, 2.5 + cell * count), layout="constrained")
+    axes = figure.subplots()
+    picture = axes.imshow(percent.numpy(), cmap="cividis", vmin=0, vmax=100)  # even to the eye, and to the colour-blind
+    axes.set_xticks(range(count), classes, rotation=90, fontsize=font)
+    axes.set_yticks(range(count), classes, fontsize=font)
+    axes.set(xlabel="predicted", ylabel="true", title=title)
+    figure.colorbar(picture, label="% of the class's test videos", shrink=0.6)
+    for row, column in percent.nonzero().tolist() if count <= 20 else ():
+        value = percent[row, column].item()
+        color = "black" if value > 50 else "white"
+        axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=font, color=color)
+    figure.savefig(path, dpi=150)
+
+
+# -------------------------------------------------------------------------------------------------------- classifiers
+
+
+class Classifier(nn.Module):
+    """A linear layer on an encoder's pooled features, trained by cross-entropy.
+
+    Args:
+        frozen: the encoder is not trained and stays in eval mode, and its features are L2-normalised.
+        dropout: of the features, before the linear layer.
+    """
+
+    def __init__(self, encoder: nn.Module, classes: int, frozen: bool, dropout: float = 0.0):
+        super().__init__()
+        self.encoder, self.frozen = encoder.requires_grad_(not frozen), frozen
+        self.dropout, self.fc = nn.Dropout(dropout), nn.Linear(encoder.out_channels, classes)
+        self.metrics: dict[str, Tensor | float] = {}
+
+    def train(self, mode: bool = True) -> "Classifier":
+        """As of every module, but a frozen encoder stays in eval mode."""
+        super().train(mode)
+        self.encoder.train(mode and not self.frozen)
+        return self
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A batch of one view a video as `data.PretrainingViews` makes it, or of "feature"s (B, C) → cross-entropy."""
+        if "feature" in batch:
+            features = batch["feature"]
+        else:
+            color = None if self.frozen else batch["color"][:, 0, 0]
+            features = pooled_features(self.encoder, batch["clip"][:, 0], color)
+        scores, labels = self.scores(features), batch["label"]
+        accuracy = (scores.argmax(1) == labels).float().mean()
+        self.metrics = {"accuracy": accuracy, "chance/class": math.log(scores.shape[1])}
+        return {"class": F.cross_entropy(scores, labels)}
+
+    def scores(self, features: Tensor) -> Tensor:
+        """Pooled features (N, C) → logits (N, classes), float32."""
+        return self.fc(self.dropout(F.normalize(features, dim=1) if self.frozen else features)).float()
+
+    def probabilities(self, clips: Tensor) -> Tensor:
+        """uint8 clips (N, 3, frames, H, W) → (N, classes)."""
+        return self.scores(pooled_features(self.encoder, clips)).softmax(1)
+
+
+def training_views(config: ClassifyConfig, train: data.VideoList, **color: float) -> data.PretrainingViews:
+    """A random clip, cropped and flipped, of each of the training videos that --fraction leaves."""
+    few = share_of(train, config.fraction, config.seed)
+    shape = config.crop, config.frames, config.frame_stride
+    return data.PretrainingViews(few, *shape, 0, config.seed, config.min_scale, color=color, windows=1)
+
+
+class AugmentedClips(Dataset):
+    """Each video's views of the epochs 0 … N − 1, for `clip_outputs`."""
+
+    def __init__(self, views: data.PretrainingViews, count: int):
+        self.views, self.videos, self.count = views, views.videos, count
+
+    def __len__(self) -> int:
+        return len(self.views)
+
+    def __getitem__(self, index: int) -> dict:
+        items = [self.views[epoch, index] for epoch in range(self.count)]
+        return {"clips": torch.cat([item["clip"] for item in items]), "bad": [b for item in items for b in item["bad"]]}
+
+
+def cached_features(
+    encoder: nn.Module, config: LinearConfig, process: Process, views: data.PretrainingViews
+) -> tuple[Tensor, Tensor]:
+    """Features of --cached views of each video (videos, views, C), and labels (videos,), without unreadable videos."""
+    clips, workers = AugmentedClips(views, config.cached), loader_workers(config, process)
+    batch_size = max(config.test_batch * config.clips // config.cached, 1)  # as many clips a forward as in testing
+    with user_errors():
+        features, good, _ = clip_features(encoder, clips, process, workers, batch_size, "training videos")
+    return features[good], torch.tensor(views.videos.labels)[good]
+
+
+def cached_batches(features: Tensor, labels: Tensor, sampler: data.StepSampler) -> Iterator[dict[str, Tensor]]:
+    """A sampler's batches of cached features: epoch e takes view e mod views."""
+    for keys in sampler:
+        epochs, videos = torch.tensor(keys).unbind(1)
+        yield {"feature": features[videos, epochs % features.shape[1]], "label": labels[videos]}
+
+
+def train_and_test(
+    classifier: Classifier,
+    config: ClassifyConfig,
+    process: Process,
+    views: data.PretrainingViews,
+    test: data.VideoList,
+    cached: tuple[Tensor, Tensor] | None = None,
+) -> None:
+    """Trains on views, or on cached features and labels, by the loop of pretraining, and tests what the last step
+    leaves: mean class probabilities of a video's clips. Writes result.json and result_confusion.png in the run folder.
+    """
+    videos, workers = len(cached[1]) if cached else len(views), loader_workers(config, process)
+
+    def sampler(start: int) -> data.StepSampler:
+        return data.StepSampler(
+            videos, config.batch_size, config.epochs, config.seed, process.rank, process.world_size, start
+        )
+
+    def make_loader(start: int) -> Iterator[dict]:
+        if cached:
+            return cached_batches(*cached, sampler(start))
+        return data.load_batches(views, sampler(start), workers, leave_signals)
+
+    with user_errors():
+        steps = sampler(0).steps_per_epoch
+    checkpoint = fit(classifier, config, process, make_loader, steps, str(default_out(config)), clips_per_video=1)
+    clips = data.TestClips(test, config.crop, config.frames, config.frame_stride, config.clips)
+    probabilities, good, bad = clip_outputs(
+        classifier.eval().probabilities, clips, process, workers, config.test_batch, "test videos", average=True
+    )
+    more = {"training_videos": videos, "trained_epochs": load_checkpoint(checkpoint)["step"] / steps}
+    save_accuracy(process, config, checkpoint.with_name("result.json"), test, probabilities, good, bad, **more)
+
+
+# --------------------------------------------------------------------------------------------------------- protocols
+
+
+def linear(config: LinearConfig) -> None:
+    """Linear probe: how well do a frozen encoder's features tell the classes apart by a linear layer?
+
+    The encoder stays in eval mode; L2-normalised pooled feature → linear layer, without dropout or weight decay.
+    Training clips are cropped and flipped at random, without colour augmentation. SGD at 1.5 for a total batch of 16,
+    100 epochs, ÷10 at 60 and 80. The last checkpoint is tested: mean class probability of 10 clips a video.
+
+    --cached N computes the features of N such clips of each video once and trains on them: with N = --epochs the
+    same probe, with fewer nearly the same in a fraction of the time.
+    """
+    process, config, encoder, train, test = prepare(config)
+    classifier = Classifier(encoder, len(train.classes), frozen=True)
+    views = training_views(config, train, jitter_p=0, gray_p=0, blur_p=0)
+    cached = cached_features(encoder, config, process, views) if config.cached else None
+    train_and_test(classifier, config, process, views, test, cached)
+
+
+def finetune(config: FinetuneConfig) -> None:
+    """Fine-tuning: how well does the encoder classify after being trained to, as a whole?
+
+    Pooled feature → dropout (0.7 on UCF101, else 0.5) → linear layer; encoder and layer are trained together. Training
+    clips are augmented as in pretraining, without blur. SGD at 0.0033 for a total batch of 16, weight decay 1e-4,
+    150 epochs, ÷10 at 60 and 120. The last checkpoint is tested: mean class probability of 10 clips a video.
+    """
+    process, config, encoder, train, test = prepare(config)
+    if config.dropout < 0:
+        config = dataclasses.replace(config, dropout=0.7 if config.dataset == "ucf101" else 0.5)
+    classifier = Classifier(encoder, len(train.classes), frozen=False, dropout=config.dropout)
+    views = training_views(config, train, jitter_p=config.jitter_p, gray_p=config.gray_p, blur_p=0)
+    train_and_test(classifier, config, process, views, test)
+
+
+def retrieve(config: RetrieveConfig) -> None:
+    """Retrieval: R@k, is any of the k training videos nearest to a test video of its class? (Table 6)
+
+    A video's feature is the mean over 10 uniformly spaced clips of the L2-normalised pooled features; videos are
+    compared by cosine.
+    """
+    process, config, encoder, train, test = prepare(config)
+    gallery, gallery_labels, queries, good, bad = video_features(encoder, config, process, train, test)
+    hits = recall_at_k(queries, torch.tensor(test.labels), gallery, gallery_labels)
+    recalls = {f"R@{k}": round(100 * (hit & good).float().mean().item(), 2) for k, hit in hits.items()}
+    process.say("  ".join(f"{name} {value:.1f} %" for name, value in recalls.items()) + f"  of {len(test)} test videos")
+    result = {"recall_percent": recalls, "queries": len(queries), "gallery": len(gallery), "unreadable": bad}
+    save_result(process, config, Path(config.out or f"{default_out(config)}.json"), result)
+
+
+def knn(config: KnnConfig) -> None:
+    """k nearest neighbours: which class do the training videos nearest to a test video vote for?
+
+    Features and cosine as in `retrieve`; a vote weighs exp(cosine / 0.07) (Wu et al., CVPR 2018). Nothing is trained.
+    """
+    process, config, encoder, train, test = prepare(config)
+    gallery, gallery_labels, queries, good, bad = video_features(encoder, config, process, train, test)
+    scores = knn_scores(queries, gallery, gallery_labels, len(test.classes), config.k, config.temperature)
+    path = Path(config.out or f"{default_out(config)}.json")
+    save_accuracy(process, config, path, test, scores, good, bad, gallery=len(gallery))
+
+
+# ------------------------------------------------------------------------------------- after pretraining's first run
 
 
 class CroppedHalves(data.TestClips):
@@ -255,7 +652,7 @@ def first_look(
     rows = [("chance", 1 / len(test.classes), 1 / len(test))]
     for name, encoder in encoders.items():
         gallery, queries, halves = (
-            clip_features(encoder, clips, process, workers, 8, f"{name}, {part}")[0]
+            clip_features(encoder.to(process.device), clips, process, workers, 8, f"{name}, {part}")[0]
             for part, clips in (
                 ("training videos", data.TestClips(train, *shape, 2)),
                 ("held-out videos", data.TestClips(test, *shape, 2)),
@@ -270,16 +667,24 @@ def first_look(
         process.say(f"  {name:<20}{motion:>15.1%}{half:>22.1%}")
 
 
-PROTOCOLS = {"retrieve": retrieve}
+PROTOCOLS = {
+    "linear": (linear, LinearConfig),
+    "finetune": (finetune, FinetuneConfig),
+    "retrieve": (retrieve, RetrieveConfig),
+    "knn": (knn, KnnConfig),
+}
 
 
 def main() -> None:
     """`evaluate.py PROTOCOL --flag value …`"""
-    if len(sys.argv) < 2 or sys.argv[1] not in (*PROTOCOLS, "-h", "--help"):
-        raise UserError(f"name what to evaluate: {', '.join(PROTOCOLS)} (--help lists the flags)")
-    protocol = sys.argv[1]
-    config = parse(EvaluateConfig, __doc__, argv=sys.argv[1:] if protocol.startswith("-") else sys.argv[2:])
-    PROTOCOLS[protocol](config)
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name in ("-h", "--help"):
+        print(__doc__)
+        return
+    if name not in PROTOCOLS:
+        raise UserError(f"name what to evaluate: {', '.join(PROTOCOLS)} (--help explains them)")
+    protocol, config_class = PROTOCOLS[name]
+    protocol(parse(config_class, inspect.getdoc(protocol), argv=sys.argv[2:]))
 
 
 if __name__ == "__main__":

@@ -269,6 +269,7 @@ def main(method_class: type[MoCo], config_class: type[MoCoConfig], presets: dict
         evaluate.first_look(encoders, root, shape, process, loader_workers(config, process))
     process.say(
         f"\nnext:\n  python evaluate.py retrieve --checkpoint {checkpoint}    # R@k, 10 clips a video\n"
+        f"  python evaluate.py linear --checkpoint {checkpoint} --cached 10    # accuracy of a linear classifier\n"
         f"  python {name}.py --dataset folder --data YOUR_VIDEOS --encoder {config.encoder} --width {config.width} "
         f"--crop {config.crop}    # your own videos\n"
         f"  python {name}.py --help    # every option, and what each data set's preset sets"

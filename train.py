@@ -13,6 +13,7 @@ import contextlib
 import ctypes
 import dataclasses
 import importlib.metadata
+import itertools
 import json
 import math
 import os
@@ -132,8 +133,24 @@ class TrainConfig(Options):
     keep_every: int = option(0, "epochs between two checkpoints kept for good; 0: keep the latest only", least=0)
     max_bad: float = option(0.05, "stop when more than this share of an epoch's videos cannot be read", least=0, most=1)
 
+    LR_BATCH = 256  # total batch at which `lr` holds
+
+    def learning_rate(self, total_batch: int, epoch: float) -> float:
+        """Half-period cosine per step from the linearly scaled rate (Goyal et al. 2017; FIMA Sec. 4.1)."""
+        return self.lr * total_batch / self.LR_BATCH * 0.5 * (1 + math.cos(math.pi * epoch / self.epochs))
+
 
 Config = TypeVar("Config", bound=Options)
+
+
+def _method_name(config_class: type[Options]) -> str:
+    """What a checkpoint is said to be of: FIMA for FIMAConfig."""
+    return config_class.__name__.removesuffix("Config")
+
+
+def _program() -> list[str]:
+    """How the program was called, without its flags: the script and, where it has such, the sub-command."""
+    return list(itertools.takewhile(lambda word: not word.startswith("-"), sys.argv))
 
 
 class _Parser(argparse.ArgumentParser):
@@ -151,7 +168,9 @@ def parse(
         UserError: unknown flag or value, no such checkpoint, or one of another method.
     """
     presets = presets or {}
-    parser = _Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = _Parser(
+        " ".join(_program()), description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     for field in dataclasses.fields(config_class):
         names = dict.fromkeys(["--" + field.name, "--" + field.name.replace("_", "-")])
         shown = "" if field.default == "" else f" (default: {field.default})"
@@ -171,7 +190,7 @@ def parse(
     saved = {}
     if given.get("resume"):
         own = {field.name for field in dataclasses.fields(config_class)} - {"out", "resume", "max_steps"}
-        state, method = load_checkpoint(given["resume"]), config_class.__name__.removesuffix("Config")
+        state, method = load_checkpoint(given["resume"]), _method_name(config_class)
         if state["method"] != method:
             raise UserError(f"{given['resume']} is a checkpoint of {state['method']}, not of {method}")
         saved = {k: v for k, v in state["config"].items() if k in own}
@@ -284,7 +303,7 @@ def leave_signals(_worker: int) -> None:
 def average_batch_norm(model: nn.Module) -> None:
     """Averages the running statistics of batch norm, the one thing in which the processes differ, over them."""
     for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:  # a frozen one stays bit for bit
             for statistic in (module.running_mean, module.running_var):
                 dist.all_reduce(statistic)
                 statistic /= dist.get_world_size()
@@ -483,11 +502,6 @@ class Meter:
 # -------------------------------------------------------------------------------------------------------------- fit
 
 
-def learning_rate(config: TrainConfig, total_batch: int, step: int, steps: int) -> float:
-    """Half-period cosine per step from the linearly scaled rate (Goyal et al. 2017; FIMA Sec. 4.1)."""
-    return config.lr * total_batch / 256 * 0.5 * (1 + math.cos(math.pi * step / steps))
-
-
 def autocast_bf16(config: TrainConfig, process: Process) -> bool:
     """Whether to run in bf16; 3-D convolutions in it are slow or wrong in the cuDNN of older torch.
 
@@ -533,6 +547,7 @@ def fit(
     make_loader: Callable[[int], Iterable[dict]],
     steps_per_epoch: int,
     out: str,
+    clips_per_video: int = 2,
 ) -> Path:
     """Trains `method` and returns the path of its last checkpoint.
 
@@ -541,6 +556,7 @@ def fit(
             "bad", the list of (path, reason) of videos that could not be read and were replaced.
         steps_per_epoch: batches in an epoch.
         out: run folder when config names none.
+        clips_per_video: of a batch, for the log's clips/s.
 
     Raises:
         UserError: a checkpoint that does not fit, more unreadable videos than `max_bad`, or a loss that is not finite.
@@ -565,8 +581,8 @@ def fit(
     process.say(
         f"{parameters:,} trainable parameters, {'bf16' if bf16 else 'float32'} on {process.device}\n"
         f"total batch {config.batch_size} × {process.world_size} = {total_batch}, learning rate {config.lr} × "
-        f"{total_batch} / 256 = {learning_rate(config, total_batch, 0, steps):.3g}, {steps_per_epoch} steps an epoch, "
-        f"{steps} in all\n"
+        f"{total_batch} / {config.LR_BATCH} = {config.learning_rate(total_batch, 0):.3g}, {steps_per_epoch} steps an "
+        f"epoch, {steps} in all\n"
         f"run folder {folder.path}" + (f", resumed after step {start}" if config.resume else "")
     )
 
@@ -575,7 +591,7 @@ def fit(
             average_batch_norm(method)
         if process.rank == 0:
             state = {
-                "method": type(method).__name__,
+                "method": _method_name(type(config)),
                 "config": dataclasses.asdict(config),
                 "model": method.state_dict(),
                 "optimizer": optimizer.state_dict(),
@@ -617,7 +633,7 @@ def fit(
             folder.log_bad(step, bad)
             bad_here += len(bad)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(config, total_batch, step, steps)
+                group["lr"] = config.learning_rate(total_batch, step / steps_per_epoch)
             torch.manual_seed((config.seed * 1_000_003 + step) * 65_537 + process.rank)
             batch = to_device(batch, process.device, copies)
             with torch.autocast(process.device.type, torch.bfloat16, enabled=bf16):
@@ -640,7 +656,7 @@ def fit(
                     )
             if done % config.log_every == 0 or epoch_ends or done == stop or interrupted:
                 count = meter.steps
-                line = meter.read(process, 2 * total_batch)
+                line = meter.read(process, clips_per_video * total_batch)
                 if not math.isfinite(line["loss"]):
                     raise UserError(
                         f"the loss is not finite by step {done}: {describe(line)}; {checkpoint} holds the end of the "
@@ -664,7 +680,7 @@ def fit(
                 epoch_lines, bad_here = [], 0
             if interrupted:
                 launch = f"torchrun --nproc_per_node={process.world_size}" if process.world_size > 1 else "python"
-                command = shlex.join([sys.argv[0], "--resume", str(checkpoint)])
+                command = shlex.join([*_program(), "--resume", str(checkpoint)])
                 process.say(f"saved; continue with: {launch} {command}")
                 raise Interrupted(caught[0] if caught else signal.SIGTERM)
     finally:

@@ -1,42 +1,84 @@
-"""Retrieval: against plain loops, from checkpoints and untrained, over processes, and with unreadable videos."""
+"""Evaluation: measures against plain loops, each protocol from its command line, resuming, processes, bad videos."""
 
+import contextlib
+import dataclasses
+import itertools
 import json
+import math
 import os
+import shlex
 import shutil
-import subprocess
+import signal
+import socket
 import sys
 from pathlib import Path
 
+import conftest
+import encoding
+import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
+import data
 import evaluate
 import fima
+import moco
+import train
 from train import Process
 
 ROOT = Path(__file__).parents[1]
+UNTRAINED = ["--encoder", "r3d_18", "--width", 0.0625, "--crop", 48]
+FAST = ["--clips", 2, "--workers", 0, "--device", "cpu"]
+ALONE = Process(0, 1, torch.device("cpu"))
 
 
-def recall_by_loops(queries, labels, gallery, gallery_labels, k):
-    """R@k of Table 6: a query is a hit if any of its k most similar gallery videos has its label."""
-    hits = []
-    for query, label in zip(queries, labels, strict=True):
-        cosines = [float(query @ other / (query.norm() * other.norm())) for other in gallery]
-        nearest = sorted(range(len(gallery)), key=lambda i: -cosines[i])[:k]
-        hits.append(any(gallery_labels[i] == label for i in nearest))
-    return hits
+@pytest.fixture(scope="module")
+def pretrained(videos, tmp_path_factory):
+    """A checkpoint of two steps of MoCo, whose batch-norm statistics are no round numbers."""
+    out = tmp_path_factory.mktemp("pretrained")
+    flags = [*conftest.SMALL, "--workers=0", "--max_steps=2", "--dataset=synthetic", f"--data={videos}", f"--out={out}"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["moco.py", *flags])
+        moco.main(moco.MoCo, moco.MoCoConfig, moco.PRESETS, "")
+    return out / "checkpoint.pt"
 
 
-@given(st.integers(0, 2**31), st.integers(1, 12), st.integers(1, 15), st.integers(1, 4))
-def test_recall_equals_the_plain_loop(seed, queries, gallery, classes):
+def numbers(path):
+    return json.loads(path.read_text())["result"]
+
+
+def encoder_of(path):
+    return {k: v for k, v in train.load_checkpoint(path)["model"].items() if k.startswith("encoder.")}
+
+
+# --------------------------------------------------------------------------------------------------------- measures
+
+
+def neighbours_by_loops(query, gallery):
+    """(cosine, index) of every gallery video, nearest first."""
+    cosines = [float(query @ other / (query.norm() * other.norm())) for other in gallery]
+    return sorted(((cosine, i) for i, cosine in enumerate(cosines)), reverse=True)
+
+
+def draw(seed, queries, gallery, classes):
     generator = torch.Generator().manual_seed(seed)
     q, g = (torch.randn(n, 3, generator=generator, dtype=torch.float64) for n in (queries, gallery))
-    labels, gallery_labels = (torch.randint(classes, (n,), generator=generator) for n in (queries, gallery))
+    return q, g, *(torch.randint(classes, (n,), generator=generator) for n in (queries, gallery))
+
+
+SIZES = (st.integers(0, 2**31), st.integers(1, 12), st.integers(1, 15), st.integers(1, 7))
+
+
+@given(*SIZES)
+def test_recall_equals_the_plain_loop(seed, queries, gallery, classes):
+    q, g, labels, gallery_labels = draw(seed, queries, gallery, classes)
     hits = evaluate.recall_at_k(q, labels, g, gallery_labels, (1, 2, 5, 50))
     for k, hit in hits.items():
-        assert hit.tolist() == recall_by_loops(q, labels, g, gallery_labels, k)
+        for query, label, found in zip(q, labels, hit.tolist(), strict=True):
+            assert found == any(gallery_labels[i] == label for _, i in neighbours_by_loops(query, g)[:k])
     assert (hits[1] <= hits[2]).all() and (hits[2] <= hits[5]).all() and (hits[5] <= hits[50]).all()
 
 
@@ -46,8 +88,81 @@ def test_a_perfect_feature_retrieves_everything():
     assert all(hit.all() for hit in evaluate.recall_at_k(features, labels, features * 3, labels).values())
 
 
+@given(*SIZES, st.sampled_from([1, 3, 20]), st.sampled_from([0.07, 1.0]))
+def test_votes_of_neighbours_equal_the_plain_loop(seed, queries, gallery, classes, k, temperature):
+    q, g, _, gallery_labels = draw(seed, queries, gallery, classes)
+    scores = evaluate.knn_scores(q, g, gallery_labels, classes, k, temperature)
+    for query, found in zip(q, scores.tolist(), strict=True):
+        votes = [0.0] * classes
+        for cosine, i in neighbours_by_loops(query, g)[:k]:
+            votes[gallery_labels[i]] += math.exp(cosine / temperature)
+        assert found == pytest.approx([vote / sum(votes) for vote in votes])
+
+
+@given(st.integers(0, 2**31), st.integers(1, 9), st.integers(1, 7), st.integers(1, 5))
+def test_top_k_equals_the_plain_loop_and_ties_count_against(seed, videos, classes, k):
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randint(4, (videos, classes), generator=generator).float()  # many ties
+    labels = torch.randint(classes, (videos,), generator=generator)
+    for row, label, found in zip(scores.tolist(), labels.tolist(), evaluate.in_top_k(scores, labels, k), strict=True):
+        others = [score for c, score in enumerate(row) if c != label]
+        assert bool(found) == (sum(score >= row[label] for score in others) < k)
+
+
+def test_a_score_that_is_no_number_is_no_hit():
+    scores = torch.full((1, 6), float("nan"))
+    assert not evaluate.in_top_k(scores, torch.tensor([2]), 5).any()
+
+
+def test_accuracies_by_hand(tmp_path, capsys):
+    """Five test videos of four classes, of which one has none, and the last video is unreadable."""
+    test = data.VideoList(["a", "b", "c", "d", "e"], [0, 0, 1, 3, 3], ["w", "x", "y", "z"], "")
+    scores = torch.eye(4)[[0, 1, 1, 3, 3]]
+    good, config = torch.tensor([True, True, True, True, False]), evaluate.KnnConfig(dataset="folder", encoder="i3d")
+    evaluate.save_accuracy(ALONE, config, tmp_path / "knn.json", test, scores, good, [("e", "cut")], gallery=7)
+    record = json.loads((tmp_path / "knn.json").read_text())
+    assert record["result"] == {
+        "top1_percent": 60.0,
+        "top5_percent": 80.0,
+        "mean_class_percent": 66.67,
+        "per_class_percent": {"w": 50.0, "x": 100.0, "y": None, "z": 50.0},
+        "test_videos": 5,
+        "unreadable": [["e", "cut"]],
+        "gallery": 7,
+    }
+    assert record["protocol"] == "knn" and record["config"]["k"] == 20 and record["versions"] == train.versions()
+    assert {"command", "git_commit", "processes"} <= record.keys()
+    assert "top1 60.0 %" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("count", [10, 101])
+def test_confusion_matrix_is_drawn_with_every_name(count, tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(Figure, "colorbar", lambda figure, *_, **__: drawn.append(figure))
+    names = [f"PlayingInstrument{i:03}" for i in range(count)]
+    evaluate.draw_confusion(tmp_path / "confusion.png", 100 * torch.eye(count), names, "title")
+    assert (tmp_path / "confusion.png").read_bytes().startswith(b"\x89PNG")
+    (axes,) = drawn[0].axes
+    assert isinstance(axes, Axes)
+    for axis, side in ((axes.yaxis, "height"), (axes.xaxis, "width")):
+        labels = axis.get_ticklabels()
+        assert [label.get_text() for label in labels] == names
+        edges = [label.get_window_extent().extents.tolist() for label in labels]
+        low, high = (1, 3) if side == "height" else (0, 2)
+        edges.sort(key=lambda box: box[low])
+        assert all(a[high] <= b[low] for a, b in itertools.pairwise(edges)), "names overlap"
+
+
+# ------------------------------------------------------------------------------------------------ videos and outputs
+
+
 class Constant(torch.nn.Module):
     """An encoder whose two features are a clip's mean brightness and 1."""
+
+    out_channels = 2
 
     def forward(self, clips):
         mean = clips.mean((1, 2, 3, 4))
@@ -57,69 +172,390 @@ class Constant(torch.nn.Module):
 def test_features_come_in_the_order_of_the_videos_and_bad_ones_are_marked(videos):
     found = evaluate.find_labelled("synthetic", videos, train=False, split=1)
     found.paths[3] = "nowhere.mp4"
-    clips = evaluate.data.TestClips(found, 48, clips=2)
-    process = Process(0, 1, torch.device("cpu"))
-    features, good, bad = evaluate.clip_features(Constant(), clips, process, workers=2, batch_size=3, title="")
+    clips = data.TestClips(found, 48, clips=2)
+    features, good, bad = evaluate.clip_features(Constant(), clips, ALONE, workers=2, batch_size=3, title="")
     assert good.tolist() == [i != 3 for i in range(10)] and [path for path, _ in bad] == ["nowhere.mp4"]
     for i in (0, 9):
-        expected = Constant()(evaluate.data.normalize(clips[i]["clips"] / 255))[..., 0, 0, 0]
+        expected = Constant()(data.normalize(clips[i]["clips"] / 255))[..., 0, 0, 0]
         torch.testing.assert_close(features[i], torch.nn.functional.normalize(expected, dim=1))
 
 
-def test_retrieve_from_a_checkpoint_counts_an_unreadable_video_as_a_miss(run, videos):
-    assert run(fima, "--max_steps", 1, "--out", "run")[0] == 0
+def test_class_probabilities_are_averaged_over_clips(videos):
+    clips = data.TestClips(evaluate.find_labelled("synthetic", videos, train=False, split=1), 48, clips=3)
+    classifier = evaluate.Classifier(Constant(), 10, frozen=False, dropout=0.9).eval()
+    torch.nn.init.normal_(classifier.fc.weight, std=5)
+    found, _, _ = evaluate.clip_outputs(classifier.probabilities, clips, ALONE, 0, 4, "", average=True)
+    for i, row in enumerate(found.tolist()):
+        expected = [0.0] * 10
+        for clip in clips[i]["clips"]:
+            logits = classifier.fc(Constant()(data.normalize(clip[None] / 255))[0, :, 0, 0, 0]).tolist()
+            total = sum(math.exp(logit) for logit in logits)
+            expected = [p + math.exp(logit) / total / 3 for p, logit in zip(expected, logits, strict=True)]
+        assert row == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_fraction_is_of_each_class_and_at_least_one_video():
+    labels = [0] * 40 + [1] * 4 + [2] * 21
+    videos = data.VideoList([f"{i}" for i in range(65)], labels, ["a", "b", "c", "none"], "")
+    few = evaluate.share_of(videos, 0.1, seed=0)
+    assert [few.labels.count(label) for label in range(4)] == [4, 1, 2, 0]
+    assert all(labels[int(path)] == label for path, label in zip(few.paths, few.labels, strict=True))
+    assert few == evaluate.share_of(videos, 0.1, seed=0) and few.paths != evaluate.share_of(videos, 0.1, seed=1).paths
+    assert evaluate.share_of(videos, 1.0, seed=0).paths == videos.paths
+
+
+# -------------------------------------------------------------------------------------------------------- protocols
+
+
+def test_learning_rates_are_the_papers_at_each_epoch():
+    linear, finetune = evaluate.LinearConfig(), evaluate.FinetuneConfig()
+    assert (linear.epochs, finetune.epochs) == (100, 150) and linear.weight_decay == 0 and finetune.weight_decay == 1e-4
+    rates = [linear.learning_rate(16, epoch) for epoch in range(100)]
+    assert rates == pytest.approx([1.5] * 60 + [0.15] * 20 + [0.015] * 20)
+    rates = [finetune.learning_rate(16, epoch) for epoch in range(150)]
+    assert rates == pytest.approx([0.0033] * 60 + [0.00033] * 60 + [0.000033] * 30)
+    assert linear.learning_rate(128, 59.99) == pytest.approx(12) and linear.learning_rate(128, 60) == pytest.approx(1.2)
+    for epochs in (5, 35, 200):  # the drops stay at the same parts of the schedule, to the step
+        short = dataclasses.replace(linear, epochs=epochs)
+        steps = [short.learning_rate(16, step / 7) for step in range(7 * epochs)]
+        assert [steps.count(rate) for rate in dict.fromkeys(steps)] == [7 * epochs * n // 5 for n in (3, 1, 1)]
+
+
+@pytest.mark.parametrize("cached", [0, 2])
+def test_linear_moves_the_classifier_alone(run, pretrained, cached):
+    flags = ["--batch_size", 8, "--cached", cached, "--log_every", 1, "--epochs", 5, "--out", "run"]
+    code, out, err = run(evaluate, "linear", "--checkpoint", pretrained, *FAST, *flags)
+    assert code == 0, err
+    before, after = encoder_of(pretrained), encoder_of(run.path / "run" / "checkpoint.pt")
+    assert len(before) > 100 and any("running_var" in name for name in before)
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    lines = [json.loads(line) for line in (run.path / "run" / "log.jsonl").open()]
+    assert [line["lr"] for line in lines] == pytest.approx([0.75] * 6 + [0.075] * 2 + [0.0075] * 2)
+    assert lines[0]["chance/class"] == pytest.approx(math.log(10)) and lines[-1]["loss"] != lines[0]["loss"]
+    assert all(0 <= line["accuracy"] <= 1 for line in lines) and "lr                1.5" in out
+    result = numbers(run.path / "run" / "result.json")
+    assert result["test_videos"] == 10 and result["training_videos"] == 18 and result["trained_epochs"] == 5
+    assert (run.path / "run" / "result_confusion.png").is_file()
+
+
+def test_all_views_cached_are_the_views_of_the_epochs(run, pretrained):
+    flags = ["linear", "--checkpoint", pretrained, *FAST, "--batch_size", 8, "--epochs", 3]
+    weights = []
+    for cached in (0, 3, 1):
+        assert run(evaluate, *flags, "--cached", cached, "--out", f"{cached}")[0] == 0
+        weights.append(train.load_checkpoint(run.path / f"{cached}" / "checkpoint.pt")["model"]["fc.weight"])
+    torch.testing.assert_close(weights[0], weights[1], atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(weights[0], weights[2], atol=1e-5, rtol=1e-4)
+
+
+def test_finetune_moves_the_encoder_and_what_it_leaves_can_be_retrieved_with(run, pretrained):
+    flags = ["finetune", "--checkpoint", pretrained, *FAST, "--batch_size", 8, "--epochs", 1, "--out", "run"]
+    code, out, err = run(evaluate, *flags)
+    assert code == 0, err
+    before, after = encoder_of(pretrained), encoder_of(run.path / "run" / "checkpoint.pt")
+    assert all((before[name] != after[name]).any() for name in before)
+    assert "dropout           0.5" in out and "weight_decay      0.0001" in out
+    code, _, err = run(evaluate, "retrieve", "--checkpoint", "run/checkpoint.pt", *FAST, dataset=None)
+    assert code == 0, err
+    assert numbers(run.path / "run" / "retrieve_synthetic.json")["gallery"] == 18
+
+
+def test_linear_normalises_features_and_finetune_does_not():
+    features = torch.tensor([[3.0, 4.0]])
+    for frozen in (True, False):
+        classifier = evaluate.Classifier(Constant(), 3, frozen)
+        torch.nn.init.eye_(classifier.fc.weight)
+        torch.nn.init.zeros_(classifier.fc.bias)
+        expected = [0.6, 0.8, 0.0] if frozen else [3.0, 4.0, 0.0]
+        assert classifier.scores(features)[0].tolist() == pytest.approx(expected)
+
+
+def test_only_finetune_augments_colours(videos):
+    found, clips = evaluate.find_labelled("synthetic", videos, True, 1), {}
+    for config, color in ((evaluate.LinearConfig, {}), (evaluate.FinetuneConfig, dict(jitter_p=1, gray_p=1))):
+        config = config(crop=48, frames=8, frame_stride=2)
+        views = evaluate.training_views(config, found, **{"jitter_p": 0, "gray_p": 0, "blur_p": 0} | color)
+        batch = data.collate([views[0, index] for index in range(4)])
+        seen = []
+        classifier = evaluate.Classifier(Constant(), 10, frozen=not color).train()
+        classifier.encoder.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0]))
+        classifier(batch)
+        clips[bool(color)] = seen[0], data.normalize(batch["clip"][:, 0] / 255)
+    torch.testing.assert_close(*clips[False])
+    assert not torch.allclose(*clips[True], atol=0.1)
+    assert batch["label"].tolist() == found.labels[:4]
+
+
+COLORS = {"blue": (40, 40, 200), "gray": (128, 128, 128), "green": (40, 200, 40), "red": (200, 40, 40)}
+
+
+class Color(torch.nn.Module):
+    """An encoder whose features are a clip's mean colour, in which classes of plain colours are separable."""
+
+    out_channels, strides = 3, (1, 1, 1)
+
+    def forward(self, clips):
+        return clips.mean((2, 3, 4), keepdim=True)
+
+
+@pytest.mark.parametrize("cached", [0, 1])
+def test_a_linear_probe_on_separable_features_reaches_100_percent(run, monkeypatch, cached):
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 4), ("test", 3)):
+        for name, color in COLORS.items():
+            (run.path / "videos" / part / name).mkdir(parents=True)
+            for n in range(count):
+                video = np.clip(rng.normal(color, 20, (6, 32, 32, 3)), 0, 255).astype(np.uint8)
+                encoding.encode(run.path / "videos" / part / name / f"{n}.avi", video, "mpeg4")
+    monkeypatch.setattr(evaluate, "build_encoder", lambda *_: Color())
+    flags = ["linear", "--dataset", "folder", "--data", "videos", "--crop", 16, "--frames", 2, "--cached", cached]
+    code, out, err = run(evaluate, *flags, *FAST, "--epochs", 20, "--batch_size", 16, "--out", "run", dataset=None)
+    assert code == 0, err
+    result = numbers(run.path / "run" / "result.json")
+    assert result["top1_percent"] == 100 and set(result["per_class_percent"].values()) == {100} and "100.0 %" in out
+    assert json.loads((run.path / "run" / "log.jsonl").read_text().splitlines()[-1])["accuracy"] == 1
+
+
+@pytest.mark.parametrize(
+    "protocol, flags", [("linear", []), ("linear", ["--cached", 2]), ("finetune", ["--fraction", 0.5])]
+)
+def test_resuming_is_exact_to_the_last_bit(run, pretrained, protocol, flags):
+    flags = [*FAST, "--batch_size", 5, "--epochs", 3, *flags]
+    for out, stop in (("whole", 0), ("half", 1)):
+        start = [protocol, "--checkpoint", pretrained, *flags, "--max_steps", stop, "--out", out]
+        assert run(evaluate, *start)[0] == 0
+    assert numbers(run.path / "half" / "result.json")["trained_epochs"] < 1
+    pretrained_elsewhere = ["--checkpoint", "gone.pt"]  # not needed any more
+    resume = [protocol, "--resume", "half/checkpoint.pt", "--workers", 1, *pretrained_elsewhere]
+    code, out, err = run(evaluate, *resume, dataset=None)
+    assert code == 0 and "resumed after step 1" in out, err
+    weights = {name: train.load_checkpoint(run.path / name / "checkpoint.pt") for name in ("whole", "half")}
+    assert weights["whole"]["step"] == weights["half"]["step"] == 3 * (2 if protocol == "finetune" else 3)
+    assert weights["whole"]["model"].keys() == weights["half"]["model"].keys()
+    assert all(torch.equal(v, weights["half"]["model"][k]) for k, v in weights["whole"]["model"].items())
+    assert numbers(run.path / "whole" / "result.json") == numbers(run.path / "half" / "result.json")
+    other = "finetune" if protocol == "linear" else "linear"
+    code, _, err = run(evaluate, other, "--resume", "half/checkpoint.pt", dataset=None)
+    assert code == 2 and "checkpoint of " + protocol.title() in err
+
+
+def test_ctrl_c_says_how_to_go_on(run, pretrained, monkeypatch):
+    rate = evaluate.ClassifyConfig.learning_rate
+
+    def press(config, total_batch, epoch):
+        if epoch == 1.5:
+            os.kill(os.getpid(), signal.SIGINT)
+        return rate(config, total_batch, epoch)
+
+    monkeypatch.setattr(evaluate.ClassifyConfig, "learning_rate", press)
+    code, out, _ = run(evaluate, "finetune", "--checkpoint", pretrained, *FAST, "--batch_size", 8, "--out", "run")
+    assert code == 130 and "evaluate.py finetune --resume run/checkpoint.pt" in out
+    assert train.load_checkpoint(run.path / "run" / "checkpoint.pt")["step"] == 4
+
+
+def evaluate_as(rank, pretrained, videos, out, ports):
+    """Process `rank` of 3, of 2 and of 1: three probe a checkpoint, all test the probe, and vote; scores are kept."""
+    save = evaluate.save_accuracy
+    for world, port in zip((3, 2, 1), ports, strict=True):
+        if rank >= world:
+            return
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1")
+
+        def keep(process, config, path, test, scores, *rest, world=world, **more):
+            torch.save(scores, out / f"{config.protocol}-{rank}-{world}.pt")
+            save(process, config, path, test, scores, *rest, **more)
+
+        evaluate.save_accuracy = keep
+        start = ["--checkpoint", pretrained, "--data", videos, *FAST]
+        probe = ["linear", *start, "--test_batch", 3, "--epochs", 2, "--batch_size", 4, "--out", out / "run"]
+        test = ["linear", "--resume", out / "run" / "checkpoint.pt", "--batch_size", 12 // world]
+        vote = ["knn", *start, "--test_batch", 8, "--out", out / f"{world}.json"]  # 2 batches, fewer than 3 processes
+        for flags in (probe if world == 3 else test, vote):
+            sys.argv = ["evaluate.py", *map(str, flags)]
+            evaluate.main()
+        if world > 1:
+            dist.destroy_process_group()
+
+
+def test_one_two_and_three_processes_test_the_same_to_the_last_bit(pretrained, videos, tmp_path, monkeypatch):
+    """And the probe's encoder stays bit for bit, which averaging over three processes would not leave it."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(3)]
+        for free in sockets:
+            free.bind(("127.0.0.1", 0))
+        ports = [free.getsockname()[1] for free in sockets]
+    torch.multiprocessing.spawn(evaluate_as, (pretrained, videos, tmp_path, ports), 3)
+    before, after = encoder_of(pretrained), encoder_of(tmp_path / "run" / "checkpoint.pt")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    for protocol in ("linear", "knn"):
+        scores = {name: torch.load(tmp_path / f"{protocol}-{name}.pt") for name in ("0-3", "1-3", "2-3", "0-2", "0-1")}
+        assert scores["0-1"].shape == (10, 10) and len(scores["0-1"].unique(dim=0)) == 10
+        assert all(torch.equal(found, scores["0-1"]) for found in scores.values())
+    results = [numbers(tmp_path / f"{world}.json") for world in (1, 2, 3)]
+    assert results[0] == results[1] == results[2]
+
+
+@pytest.mark.parametrize("protocol", ["retrieve", "knn", "linear"])
+def test_an_unreadable_test_video_counts_as_wrong_and_is_named(run, pretrained, videos, protocol):
     damaged = run.path / "damaged"
     shutil.copytree(videos, damaged)
-    for path in sorted(damaged.glob("test/*/*.mp4"))[:4]:
+    for path in [*sorted(damaged.glob("test/*/*.mp4"))[:4], *sorted(damaged.glob("train/*/*.mp4"))[:2]]:
         path.write_bytes(b"not a video")
-    recalls = {}
-    for root in (videos, damaged):
-        flags = ["retrieve", "--checkpoint", "run/checkpoint.pt", "--clips", 2, "--workers", 0]
-        code, out, err = run(evaluate, *flags, "--dataset", "synthetic", "--data", root, dataset=None)
-        assert code == 0, err
-        result = json.loads((run.path / "run" / "retrieve_synthetic.json").read_text())
-        recalls[root] = result["recall_percent"]
-        assert result["queries"] == 10 and result["gallery"] == 18
-        assert len(result["unreadable"]) == out.count("counts as a miss") == (4 if root is damaged else 0)
-    assert recalls[videos]["R@50"] == 100 and recalls[damaged]["R@50"] == 60
-    assert list(recalls[videos]) == ["R@1", "R@5", "R@10", "R@20", "R@50"]
+    flags = [protocol, "--checkpoint", pretrained, *FAST, "--data", damaged, "--out", "run/result.json"]
+    if protocol == "linear":
+        flags = [*flags[:-1], "run", "--cached", 1, "--epochs", 1]
+    code, out, err = run(evaluate, *flags, dataset=None)
+    assert code == 0, err
+    result = numbers(run.path / "run" / "result.json")
+    assert len(result["unreadable"]) == out.count("test videos: '") == 4 and out.count("training videos: '") == 2
+    if protocol == "linear":
+        assert result["training_videos"] == 16 and result["test_videos"] == 10
+    else:
+        assert result["gallery"] == 16
+    if protocol == "retrieve":
+        assert result["recall_percent"]["R@50"] == 60 and result["queries"] == 10
+        assert list(result["recall_percent"]) == ["R@1", "R@5", "R@10", "R@20", "R@50"]
+    else:
+        assert all(
+            name in [Path(path).parent.name for path, _ in result["unreadable"]] or value is not None
+            for name, value in result["per_class_percent"].items()
+        )
 
 
-def test_an_untrained_encoder_gives_the_same_numbers_on_one_and_two_processes(videos, tmp_path):
-    flags = ["retrieve", "--dataset", "synthetic", "--data", str(videos), "--encoder", "r3d_18", "--width", "0.0625"]
-    flags += ["--crop", "48", "--clips", "2", "--workers", "0", "--batch_size", "1", "--device", "cpu"]
-    results = {}
-    for processes in (1, 2):
-        out = tmp_path / f"{processes}.json"
-        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        command = [sys.executable, *launch, str(ROOT / "evaluate.py"), *flags, "--out", str(out)]
-        done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-2000:]
-        results[processes] = json.loads(out.read_text())
-    assert results[1] == results[2]
+def test_results_lie_beside_the_checkpoint_or_in_a_folder_of_the_untrained_encoder(run, pretrained, videos):
+    shutil.copy(pretrained, run.path / "checkpoint.pt")
+    assert run(evaluate, "knn", "--checkpoint", "checkpoint.pt", *FAST)[0] == 0
+    flags = [*FAST, "--cached", 1, "--epochs", 1, "--batch_size", 8, "--fraction", 0.5]
+    assert run(evaluate, "linear", "--checkpoint", "checkpoint.pt", *flags)[0] == 0
+    assert run(evaluate, "retrieve", *UNTRAINED, *FAST)[0] == 0
+    for name in ("knn_synthetic.json", "knn_synthetic_confusion.png", "linear_synthetic_0.5/result.json"):
+        assert (run.path / name).is_file(), name
+    assert (run.path / "runs" / "untrained_r3d_18" / "retrieve_synthetic.json").is_file()
+    code, _, err = run(evaluate, "linear", "--checkpoint", "checkpoint.pt", *flags)
+    assert code == 2 and "holds a run already" in err
 
 
-def test_a_folder_that_is_not_divided_is_refused(run, videos):
-    flags = ["retrieve", "--encoder", "r3d_18", "--dataset", "folder", "--data", videos / "test"]
+def test_what_is_left_open_is_as_in_the_checkpoints_training(pretrained, videos):
+    _, config = evaluate.load_encoder(evaluate.RetrieveConfig(checkpoint=str(pretrained)))
+    assert (config.dataset, config.data, config.encoder) == ("synthetic", str(videos), "r3d_18")
+    assert (config.crop, config.frames, config.frame_stride, config.width) == (48, 16, 2, 0.0625)
+    _, config = evaluate.load_encoder(evaluate.RetrieveConfig(checkpoint=str(pretrained), dataset="ucf101", frames=8))
+    assert (config.data, config.split, config.frames, config.crop) == ("datasets/ucf101", 1, 8, 48)
+    _, config = evaluate.load_encoder(evaluate.RetrieveConfig(dataset="hmdb51", encoder="r3d_18", split=2))
+    assert (config.width, config.crop, config.split) == (1.0, 224, 2)
+
+
+@pytest.mark.parametrize("name", ["i3d", "r2plus1d_18", "r3d_18", "s3d"])
+def test_every_encoder_is_classified_with(name):
+    classifier = evaluate.Classifier(evaluate.build_encoder(name, 1.0 if name == "s3d" else 0.0625), 5, frozen=True)
+    assert classifier.eval().probabilities(torch.zeros(2, 3, 8, 64, 64, dtype=torch.uint8)).shape == (2, 5)
+
+
+UCF_CLASSES = [f"Class{chr(65 + i // 26)}{chr(65 + i % 26)}" for i in range(101)]
+
+
+def make_ucf101(root, clips):
+    """The tree of UCF101 with its lists in the published format and numbers; its videos link to a few clips."""
+    lists = {"train": [], "test": []}
+    for n in range(13320):
+        part = "train" if n < 9537 else "test"
+        name = UCF_CLASSES[n % 101]
+        file = f"{name}/v_{name}_g{n // 404 + 1:02}_c{n // 101 + 1:03}.avi"
+        lists[part].append(f"{file} {n % 101 + 1}" if part == "train" else file)
+        link = root / "UCF-101" / file
+        if n < 101:
+            link.parent.mkdir(parents=True)
+        link.symlink_to(clips[n % len(clips)])
+    folder = root / "ucfTrainTestlist"
+    folder.mkdir()
+    for part, lines in lists.items():
+        (folder / f"{part}list01.txt").write_text("".join(line + "\r\n" for line in lines), newline="")
+    text = "".join(f"{i} {name}\r\n" for i, name in enumerate(UCF_CLASSES, 1))
+    (folder / "classInd.txt").write_text(text, newline="")
+
+
+def test_the_whole_of_ucf101_is_probed(run):
+    """13 320 linked files; one small clip a video and 2 % of the training videos, so that it takes seconds."""
+    clips = []
+    for n in range(5):
+        video = np.full((4, 16, 16, 3), 40 + 40 * n, np.uint8)
+        clips.append(encoding.encode(run.path / f"{n}.avi", video, "mpeg4"))
+    make_ucf101(run.path / "ucf101", clips)
+    flags = ["linear", "--dataset", "ucf101", "--data", "ucf101", "--encoder", "r3d_18", "--width", 0.0625]
+    flags += ["--crop", 16, "--frames", 8, *FAST, "--clips", 1, "--test_batch", 64, "--fraction", 0.02, "--cached", 1]
+    code, out, err = run(evaluate, *flags, "--epochs", 1, "--out", "run", dataset=None)
+    assert code == 0, err
+    assert "train split 1: 9537 videos of 9537 expected, 101 classes" in out
+    assert "test split 1: 3783 videos of 3783 expected, 101 classes" in out
+    result = numbers(run.path / "run" / "result.json")
+    assert result["test_videos"] == 3783 and result["unreadable"] == [] and result["training_videos"] == 202
+    assert list(result["per_class_percent"]) == UCF_CLASSES and None not in result["per_class_percent"].values()
+
+
+# ------------------------------------------------------------------------------------------------------ command line
+
+
+def test_help_teaches_one_protocol_or_the_whole_path(run):
+    code, out, _ = run(evaluate, "--help", dataset=None)
+    assert code == 0
+    commands = [line.partition("#")[0].strip() for line in out.splitlines() if ".py " in line and line[:4] == "    "]
+    assert len(commands) > 9
+    configs = {name: config for name, (_, config) in evaluate.PROTOCOLS.items()}
+    for command in commands:
+        words = shlex.split(command)
+        script = next(i for i, word in enumerate(words) if word.endswith(".py"))
+        if words[script] == "fima.py":
+            train.parse(fima.FIMAConfig, "", fima.PRESETS, words[script + 1 :])
+        elif "--resume" not in words:
+            train.parse(configs[words[script + 1]], "", {}, words[script + 2 :])
+    for name, config in configs.items():
+        code, out, _ = run(evaluate, name, "--help", dataset=None)
+        assert code == 0 and f"evaluate.py {name}" in out
+        flags = {f"--{field.name}" for field in dataclasses.fields(config)}
+        others = {f"--{field.name}" for other in configs.values() for field in dataclasses.fields(other)} - flags
+        words = set(out.replace("[", " ").replace(",", " ").split())
+        assert flags <= words and not others & words
+
+
+BAD_INPUT = {
+    "no protocol": (["--clips", 1], ["linear, finetune, retrieve, knn"]),
+    "not divided": (["knn", *UNTRAINED, "--dataset", "folder", "--data", "{videos}/test"], ["train/ and test/"]),
+    "too few": (
+        ["linear", *UNTRAINED, "--dataset", "synthetic", "--data", "{videos}", *FAST, "--batch_size", 19],
+        ["19"],
+    ),
+    "other encoder": (["linear", "--checkpoint", "{pretrained}", "--encoder", "i3d"], ["checkpoint.pt", "i3d"]),
+    "other width": (["knn", "--checkpoint", "{pretrained}", "--width", 0.5], ["checkpoint.pt", "width 0.5"]),
+    "no split": (["retrieve", *UNTRAINED, "--dataset", "synthetic", "--data", "{videos}", "--split", 2], ["split 2"]),
+    "crop too small": (["knn", "--encoder", "s3d", "--crop", 16], ["--crop 16", "32"]),
+    "another's flag": (["retrieve", "--k", 3], ["--k"]),
+    "resume pretraining": (["linear", "--resume", "{pretrained}"], ["checkpoint of MoCo, not of Linear"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_is_one_clear_line(run, pretrained, videos, case):
+    flags, says = BAD_INPUT[case]
+    flags = [str(flag).format(videos=videos, pretrained=pretrained) for flag in flags]
     code, _, err = run(evaluate, *flags, dataset=None)
-    assert code == 2 and "train/ and test/" in err and err.count("\n") == 1
+    assert code == 2 and err.startswith("error: ") and err.count("\n") == 1, err
+    assert all(word in err for word in says), err
 
 
 def test_videos_without_labels_are_refused(run, videos):
     for path in videos.glob("test/*/*.mp4"):
         shutil.copy(path, run.path / path.name)
-    flags = ["retrieve", "--encoder", "r3d_18", "--dataset", "folder", "--data", run.path]
-    code, _, err = run(evaluate, *flags, dataset=None)
+    code, _, err = run(evaluate, "knn", *UNTRAINED, "--dataset", "folder", "--data", run.path, dataset=None)
     assert code == 2 and "label" in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("key", ["encoder.stem.0.weight", "encoder.layer4.1.bn.weight"])
-def test_a_checkpoint_without_all_of_its_encoder_is_refused(run, key):
-    assert run(fima, "--max_steps", 1, "--out", "run")[0] == 0
-    path = run.path / "run" / "checkpoint.pt"
-    state = torch.load(path, weights_only=True)
+def test_a_checkpoint_without_all_of_its_encoder_is_refused(run, pretrained, key):
+    state = torch.load(pretrained, weights_only=True)
     for name in [name for name in state["model"] if name.startswith(key[:14])]:
         del state["model"][name]
-    torch.save(state, path)
-    code, _, err = run(evaluate, "retrieve", "--checkpoint", path, dataset="synthetic")
+    torch.save(state, run.path / "checkpoint.pt")
+    code, _, err = run(evaluate, "retrieve", "--checkpoint", "checkpoint.pt")
     assert code == 2 and "checkpoint.pt" in err

@@ -22,7 +22,7 @@ COMMANDS = [
 CONFIGS = {
     "fima.py": (fima.FIMAConfig, fima.PRESETS),
     "moco.py": (moco.MoCoConfig, moco.PRESETS),
-    "evaluate.py": (evaluate.EvaluateConfig, {}),
+    **{f"evaluate.py {name}": (config, {}) for name, (_, config) in evaluate.PROTOCOLS.items()},
     "visualize.py": (visualize.FigureConfig, {}),
     "benchmark.py": (benchmark.BenchmarkConfig, {}),
 }
@@ -34,7 +34,7 @@ def test_every_command_parses(command, monkeypatch):
     if words[:3] == ["python", "-m", "pytest"]:
         return
     script = next(i for i, word in enumerate(words) if word.endswith(".py"))
-    config, presets = CONFIGS[words[script]]
+    config, presets = CONFIGS.get(" ".join(words[script : script + 2])) or CONFIGS[words[script]]
     named = (*evaluate.PROTOCOLS, *visualize.FIGURES, *benchmark.COMMANDS)
     arguments = [word for word in words[script + 1 :] if word not in named]
     state = {"method": config.__name__.removesuffix("Config"), "config": {"dataset": "ucf101"}, "model": {}, "step": 1}

@@ -72,11 +72,11 @@ def test_run_folder_holds_config_command_versions_and_every_loss_with_its_chance
 
 
 def test_learning_rate_is_a_half_cosine_per_step_scaled_with_the_total_batch():
-    config = train.TrainConfig(lr=0.04)
-    rates = [train.learning_rate(config, 64, step, 100) for step in range(101)]
+    config = train.TrainConfig(lr=0.04, epochs=100)
+    rates = [config.learning_rate(64, epoch) for epoch in range(101)]
     assert rates[0] == pytest.approx(0.01) and rates[50] == pytest.approx(0.005) and rates[100] == pytest.approx(0)
     assert rates == sorted(rates, reverse=True)
-    assert train.learning_rate(config, 24, 0, 100) == pytest.approx(0.00375)
+    assert config.learning_rate(24, 0) == pytest.approx(0.00375)
 
 
 def test_moco_trains_with_the_same_command_line(run):
@@ -85,14 +85,14 @@ def test_moco_trains_with_the_same_command_line(run):
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(run, monkeypatch):
-    rate = train.learning_rate
+    rate = train.TrainConfig.learning_rate
 
-    def press(config, total_batch, step, steps):
-        if step == 5:
+    def press(config, total_batch, epoch):
+        if epoch == 1.25:  # step 5 of 4 an epoch
             os.kill(os.getpid(), signal.SIGINT)
-        return rate(config, total_batch, step, steps)
+        return rate(config, total_batch, epoch)
 
-    monkeypatch.setattr(train, "learning_rate", press)
+    monkeypatch.setattr(train.TrainConfig, "learning_rate", press)
     code, out, _ = run(fima, "--epochs", 1000, "--out", "run")
     monkeypatch.undo()
     assert code == 130 and "--resume run/checkpoint.pt" in out

@@ -119,6 +119,7 @@ def test_a_sample_is_what_it_says(videos):
         "box": ((2, 4), torch.float32),
         "color": ((2, 4, sample["color"].shape[-1]), torch.float32),
         "index": ((), torch.int64),
+        "label": ((), torch.int64),
     }
     assert sample["index"] == 2
     assert sample["bad"] == []
