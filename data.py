@@ -197,7 +197,7 @@ class Video:
         rgb = self._to_rgb.reformat(image, *self._size, "rgb24", threads=1)  # unscaled: several times faster
         plane, (width, height) = rgb.planes[0], self._size
         pixels = np.ndarray((height, width, 3), np.uint8, buffer=plane, strides=(plane.line_size, 3, 1))  # no copy
-        return np.rot90(pixels, image.rotation // 90 % 4)
+        return np.rot90(pixels, image.rotation // 90 % 4) if image.rotation else pixels
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -800,11 +800,12 @@ def draw_color(
     """
     if min(jitter) < 0 or jitter[3] > 0.5:
         raise ValueError(f"colour jitter {tuple(jitter)}: strengths must be ≥ 0, and that of hue (the last) ≤ 0.5")
-    center, strength = np.array([1, 1, 1, 0]), np.array(jitter)
-    factors = rng.uniform(np.maximum(center - strength, (0, 0, 0, -0.5)), center + strength)
-    sigma = rng.uniform(0.1, 2)
-    jittered, gray, blurred = rng.random(3) < (jitter_p, gray_p, blur_p)
-    return np.array([*(factors if jittered else center), gray, sigma * blurred], dtype=np.float32)
+    uniform = rng.random(8).tolist()  # all at once: NumPy's calls cost more than what they compute
+    ranges = [(max(1 - s, 0), 1 + s) for s in jitter[:3]] + [(-jitter[3], jitter[3])]
+    factors = [low + (high - low) * u for (low, high), u in zip(ranges, uniform, strict=False)]
+    jittered, gray, blurred = (u < p for u, p in zip(uniform[5:], (jitter_p, gray_p, blur_p), strict=True))
+    sigma = (0.1 + 1.9 * uniform[4]) * blurred
+    return np.array([*(factors if jittered else (1, 1, 1, 0)), gray, sigma], dtype=np.float32)
 
 
 def _grayscale(clips: Tensor) -> Tensor:
