@@ -15,7 +15,7 @@ from torchvision.models import video as torchvision_video
 
 import models
 
-WIDTHS = [("i3d", 0.125), ("r3d_18", 0.125), ("r2plus1d_18", 0.125), ("s3d", 1.0)]
+WIDTHS = [("conv4", 1.0), ("i3d", 0.125), ("r3d_18", 0.125), ("r2plus1d_18", 0.125), ("s3d", 1.0)]
 
 
 def shape_of(name: str, frames: int, height: int, width: int) -> tuple[int, ...]:
@@ -55,6 +55,12 @@ def test_i3d_has_the_size_and_names_of_released_checkpoints():
     assert {m.eps for m in encoder.modules() if isinstance(m, nn.BatchNorm3d)} == {1e-5}
 
 
+def test_conv4_is_four_convolutions_of_the_documented_size():
+    encoder = models.build_encoder("conv4")
+    assert count(encoder) == 236_720
+    assert [type(m) for m in encoder.modules() if not list(m.children())] == [nn.Conv3d, nn.BatchNorm3d] * 4
+
+
 @pytest.mark.parametrize(
     ("name", "crop", "shape"),
     [
@@ -66,6 +72,8 @@ def test_i3d_has_the_size_and_names_of_released_checkpoints():
         ("r3d_18", 224, (512, 2, 14, 14)),
         ("s3d", 112, (1024, 2, 3, 3)),
         ("s3d", 224, (1024, 2, 7, 7)),
+        ("conv4", 32, (96, 2, 4, 4)),
+        ("conv4", 64, (96, 2, 8, 8)),
     ],
 )
 def test_published_shapes_of_feature_maps(name, crop, shape):
@@ -150,7 +158,7 @@ def test_i3d_is_that_of_a_plain_reimplementation_at_even_and_odd_sizes(size):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(("i2d",), "unknown encoder 'i2d'; choose from i3d, "), (("s3d", 0.5), "width 1 only"), (("i3d", 0), "positive")],
+    [(("i2d",), "unknown encoder 'i2d'; choose from conv4, i3d, "), (("s3d", 0.5), "width 1 only"), (("i3d", 0), "positive")],
 )
 def test_an_encoder_that_does_not_exist_is_an_error(arguments, message):
     with pytest.raises(ValueError, match=message):
