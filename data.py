@@ -9,19 +9,29 @@ which batch. Clips leave the loader as uint8; colour augmentation and normalisat
 Letters: N clips, S sub-clips of a view, T frames of a clip, H, W height and width in pixels, P colour parameters.
 """
 
+import argparse
+import ast
+import contextlib
 import csv
+import datetime
+import itertools
 import json
 import math
+import multiprocessing.connection
 import os
 import re
 import shutil
+import signal
 import sys
 import tempfile
+import traceback
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from time import monotonic
 
 import av
 import numpy as np
@@ -30,13 +40,18 @@ import torch.nn.functional as F
 from av.stream import Discard
 from av.video.reformatter import VideoReformatter
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import Dataset, Sampler, default_collate
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading
 # ---------------------------------------------------------------------------------------------------------------------
 
 SKIPPING_CODECS = ("h264", "hevc", "mpeg4", "mpeg1video", "mpeg2video")  # others lose frames when told to skip some
+CONTAINERS = "avi,mov,matroska,webm,mpeg,mpegts,mpegvideo,m4v,h264,hevc,flv,asf"  # no playlists: they open other files
+DEADLINE = 60.0  # seconds that opening a video may take, and one reading of frames
+MAX_FRAMES = 1_000_000  # of a video
+MAX_PIXELS = 8192 * 4320  # of a frame
+MAX_BYTES = 4 * 2**30  # of a video's packets, and of the frames of one reading
 
 
 class BadVideo(Exception):
@@ -61,21 +76,42 @@ class Video:
     (UCF101, HMDB51) come out as 1, 2, 4, 3, 5, 7, 6, …. Decoding starts at the last key frame before each group of
     wanted frames.
 
-    Raises BadVideo when the file can't be opened or holds fewer than two frames of video.
+    Raises BadVideo when the file can't be opened, is none of `CONTAINERS`, holds fewer than two frames of video, or
+    more than `MAX_FRAMES`, `MAX_PIXELS` or `MAX_BYTES`, or when that is not known after `DEADLINE` seconds.
     """
 
     def __init__(self, path: str | Path):
         self.path = str(path)
         self._container = None
         try:
-            self._container = av.open(self.path, metadata_errors="ignore")
-            self._index()
-        except av.error.FFmpegError as error:
-            self.close()
-            raise BadVideo(self.path, error.strerror or type(error).__name__) from error
+            with self._bad_video():
+                if os.path.exists(self.path) and not os.path.isfile(self.path):
+                    raise BadVideo(self.path, "not a file")  # opening a pipe would wait for its other end
+                options = {"format_whitelist": CONTAINERS, "protocol_whitelist": "file", "max_pixels": str(MAX_PIXELS)}
+                self._container = av.open(
+                    f"file:{self.path}", metadata_errors="ignore", options=options, timeout=DEADLINE
+                )
+                self._index()
         except BaseException:
             self.close()
             raise
+
+    @contextlib.contextmanager
+    def _bad_video(self) -> Iterator[None]:
+        """Starts the clock for a block, whose failures in FFmpeg are a BadVideo."""
+        self._deadline = monotonic() + DEADLINE
+        try:
+            yield
+        except (av.error.FFmpegError, MemoryError) as error:
+            reasons = {av.error.ExitError: f"not read within {DEADLINE:g} s", MemoryError: "not enough memory"}
+            if self._container is None:
+                reasons[av.error.ArgumentError] = f"in none of the formats {CONTAINERS.replace(',', ', ')}"
+            reason = reasons.get(type(error)) or getattr(error, "strerror", None) or type(error).__name__
+            raise BadVideo(self.path, reason) from error
+
+    def _check_time(self) -> None:
+        if monotonic() > self._deadline:
+            raise BadVideo(self.path, f"not read within {DEADLINE:g} s")
 
     def _index(self) -> None:
         """Read the packets; fill `_times` (one each packet), `_order` (the frames' times, sorted) and `_starts`."""
@@ -89,9 +125,20 @@ class Video:
         if self._codec is None:
             raise BadVideo(self.path, "no decoder for its video codec")
         self._codec.thread_type, self._codec.thread_count = "SLICE", 1  # the default takes every core from the others
-        self._size = (self._codec.width, self._codec.height)
+        self._codec.options = {"max_pixels": str(MAX_PIXELS)}  # a stream may change its size
+        self._size = width, height = (self._codec.width, self._codec.height)
+        if not 0 < width * height <= MAX_PIXELS:
+            raise BadVideo(self.path, f"no frames of 1 to {MAX_PIXELS} pixels (said to have {width} × {height})")
         self._to_rgb = VideoReformatter()
-        self._packets = [packet for packet in self._container.demux(stream) if packet.size]
+        self._packets, size = [], 0
+        for packet in self._container.demux(stream):
+            self._check_time()
+            if packet.size:
+                self._packets.append(packet)
+                size += packet.size
+            if len(self._packets) > MAX_FRAMES or size > MAX_BYTES:
+                limits = f"{MAX_FRAMES} frames or {MAX_BYTES / 2**30:g} GiB"
+                raise BadVideo(self.path, f"more than {limits} of video: cut it into clips")
         self._delay = 0
         shown = [packet.pts for packet in self._packets if not packet.is_discard]
         avi = "avi" in self._container.format.name.split(",")
@@ -144,14 +191,20 @@ class Video:
 
         Returns one uint8 array (H, W, 3) of RGB for each index, turned upright; repeats share one array. A frame that
         can't be decoded is replaced by its nearest neighbour in time. Raises BadVideo when that befalls more than a
-        quarter of the different frames asked for, IndexError when an index is out of range.
+        quarter of the different frames asked for, when these take more than `MAX_BYTES`, or after `DEADLINE` seconds;
+        IndexError when an index is out of range.
         """
         times = [self._order[k] for k in frames]
         wanted = set(times)
+        width, height = self._size
+        if 3 * width * height * len(wanted) > MAX_BYTES:
+            limit = f"{MAX_BYTES / 2**30:g} GiB"
+            raise BadVideo(self.path, f"{len(wanted)} frames of {width} × {height} pixels take more than {limit}")
         runs = self._runs(wanted)
-        found = self._decode(wanted, runs, skip=self._clock != "count" and self._codec.name in SKIPPING_CODECS)
-        if len(found) < len(wanted):  # streams refreshed bit by bit need more than their last "key" frame
-            found = self._decode(wanted, [(0, runs[-1][1])], skip=False)
+        with self._bad_video():
+            found = self._decode(wanted, runs, skip=self._clock != "count" and self._codec.name in SKIPPING_CODECS)
+            if len(found) < len(wanted):  # streams refreshed bit by bit need more than their last "key" frame
+                found = self._decode(wanted, [(0, runs[-1][1])], skip=False)
         missing = wanted - found.keys()
         if 4 * len(missing) > len(wanted):
             raise BadVideo(self.path, f"{len(missing)} of {len(wanted)} frames could not be decoded")
@@ -179,6 +232,7 @@ class Video:
             self._codec.flush_buffers()
             count = 0
             for i in range(first, last + 2):  # one past the last: take what the decoder still holds
+                self._check_time()
                 self._codec.skip_frame = "NONREF" if skip and i not in needed else "DEFAULT"
                 try:
                     images = self._codec.decode(self._packets[i] if i <= last else None)
@@ -240,7 +294,12 @@ class VideoList:
 
 
 def find_videos(
-    dataset: str, root: str | Path, train: bool, split: int = 1, list_file: str | Path | None = None
+    dataset: str,
+    root: str | Path,
+    train: bool,
+    split: int = 1,
+    list_file: str | Path | None = None,
+    exclude: str | Path | None = None,
 ) -> VideoList:
     """List the training or test videos of a data set (validation where the test labels are not public: k400, ssv2).
 
@@ -249,11 +308,12 @@ def find_videos(
     Videos that are listed and not on disk are left out and counted in the report. Class indices follow the data set's
     own list where it has one (UCF101: classInd.txt), else the sorted names.
 
-    `list_file`, for "folder" only, names a file of "path label" lines instead: paths relative to `root` or absolute,
-    spaces allowed; labels optional, all integers or names.
+    `list_file`, for "folder" only, names a file of "path label" lines instead: paths below `root`, relative to it or
+    absolute (`root` "/" takes any), spaces allowed; labels optional, all integers or names. Links below `root` are
+    followed, wherever they lead. `exclude` names a file of videos to leave out, as `check_videos` writes it.
 
-    Raises ValueError for an unknown data set or split and for a list that can't be understood, FileNotFoundError for a
-    missing folder or list or when no video is found.
+    Raises ValueError for an unknown data set or split and for a list that can't be understood or names a path outside
+    `root`, FileNotFoundError for a missing folder or list or when no video is found.
     """
     if dataset not in DATASETS:
         raise ValueError(f"unknown data set {dataset!r}; known are {', '.join(DATASETS)}")
@@ -290,12 +350,15 @@ def find_videos(
             names, labels, classes, halved = _read_tree(root, videos, train, kinetics=dataset == "k400")
             paths = names
             title = title if halved else f"{dataset} (no train/ and test/ folders: one list for both)"
-    found = [(path, label) for path, label in zip(paths, labels, strict=True) if path]
+    excluded = _read_bad(root, exclude) if exclude else set()
+    found = [(path, label) for path, label in zip(paths, labels, strict=True) if path and path not in excluded]
     missing = [name for path, name in zip(paths, names, strict=True) if not path]
     report = f"{title}: {len(found)} videos{expected}, {f'{len(classes)} classes' if classes else 'no labels'}"
     if missing:
         some = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
         report += f"; {len(missing)} of {len(names)} listed videos are not on disk: {some}"
+    if excluded:
+        report += f"; {sum(path in excluded for path in paths)} of the {len(excluded)} named in {exclude} left out"
     if not found:
         raise FileNotFoundError(f"{root}: no videos found ({report}); {dataset} expects {LAYOUTS[dataset]}")
     return VideoList([path for path, _ in found], [label for _, label in found], classes, report)
@@ -465,13 +528,17 @@ def _read_list(root: str, list_file: str | Path) -> tuple[list[str], list[int], 
         raise FileNotFoundError(f"{os.path.abspath(list_file)}: no such list file, and none by that name in {root}")
     paths, given = [], []
     text = Path(file).read_text(encoding="utf-8-sig", errors="surrogateescape")  # as file names are
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         match = re.fullmatch(rf"(.+\.(?:{'|'.join(SUFFIXES)}))(?:[\s,]+(.*))?", line.strip(), re.IGNORECASE)
         if match is None:
             raise ValueError(f"{file}, line {number}: no video file (.{', .'.join(SUFFIXES)}) in {line!r}")
-        paths.append(os.path.join(root, match[1]))
+        path = os.path.normpath(os.path.join(root, match[1]))
+        if os.path.commonpath([root, path]) != root:
+            where = f"{file}, line {number}: {match[1]!r}"
+            raise ValueError(f"{where} is not in {root}: give a folder that holds all videos (--data)")
+        paths.append(path)
         given.append(match[2])
     named = sorted({label for label in given if label})
     if all(re.fullmatch(r"-?\d+", label) for label in named):
@@ -480,6 +547,22 @@ def _read_list(root: str, list_file: str | Path) -> tuple[list[str], list[int], 
             raise ValueError(f"{file}: label {max(labels)}; labels count the classes from 0")
         return paths, labels, [str(i) for i in range(max(labels, default=-1) + 1)]
     return paths, [named.index(label) if label else -1 for label in given], named
+
+
+def _read_bad(root: str, file: str | Path) -> set[str]:
+    """Paths named by a list of `check_videos`, by a run's bad_videos.log, or by a file of bare paths, one a line."""
+    paths = set()
+    text = Path(file).read_text(encoding="utf-8-sig", errors="surrogateescape")
+    for number, line in enumerate(text.split("\n"), 1):
+        fields = line.rstrip("\r").split("\t")
+        name = next((field for field in fields if field[:1] in ("'", '"')), "")
+        try:
+            name = ast.literal_eval(name) if name else fields[0]
+        except (SyntaxError, ValueError):
+            raise ValueError(f"{file}, line {number}: no path in quotes, {name}") from None
+        if name:
+            paths.add(os.path.normpath(os.path.join(root, name)))
+    return paths
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -559,7 +642,9 @@ class PretrainingViews(Dataset):
     - "index", "label": int64 (), the video's place in the list and its class (-1: unknown).
     - "bad": list of (path, reason) of the unreadable videos drawn before it.
 
-    Raises OSError when `attempts` videos drawn for one item are all unreadable.
+    Each draw is noted in `current` as (epoch, index, attempt), which may be shared memory, and one that is in `crashed`
+    counts as unreadable: a process died of it. Raises OSError when `attempts` videos drawn for one item are all
+    unreadable.
     """
 
     def __init__(
@@ -579,6 +664,7 @@ class PretrainingViews(Dataset):
         self.videos, self.crop, self.frames, self.frame_stride = videos, crop, frames, frame_stride
         self.sub_clips, self.seed, self.min_scale, self.flip_p = sub_clips, seed, min_scale, flip_p
         self.color, self.attempts, self.windows = color or {}, attempts, windows
+        self.current, self.crashed = torch.zeros(3, dtype=torch.int64), {}
 
     def __len__(self) -> int:
         return len(self.videos)
@@ -608,14 +694,18 @@ class PretrainingViews(Dataset):
         for attempt in range(self.attempts):
             rng = np.random.default_rng([self.seed, epoch, index, attempt])
             drawn = int(rng.integers(len(self.videos))) if attempt else index
+            path, draw = self.videos.paths[drawn], (epoch, index, attempt)
+            self.current[:] = torch.tensor(draw)
             try:
-                self._write_views(rng, self.videos.paths[drawn], item)
+                if draw in self.crashed:
+                    raise BadVideo(path, self.crashed[draw])
+                self._write_views(rng, path, item)
                 item["index"].fill_(drawn)
                 item["label"].fill_(self.videos.labels[drawn])
                 return bad
             except BadVideo as error:
                 bad.append((error.path, error.reason))
-        raise OSError(f"{self.attempts} videos in a row can't be read; the last: {': '.join(bad[-1])}")
+        raise OSError(f"{self.attempts} videos in a row can't be read; the last: {bad[-1][0]!r}: {bad[-1][1]}")
 
     def _write_views(self, rng: np.random.Generator, path: str, item: dict[str, Tensor]) -> None:
         window = self.frames * self.frame_stride
@@ -716,21 +806,107 @@ def collate(items: list[dict]) -> dict:
     return {**batch, "bad": [entry for item in items for entry in item["bad"]]}
 
 
+def _serve(pipe: multiprocessing.connection.Connection, function: Callable, start: Callable | None, i: int) -> None:
+    """What process i of `_in_processes` does, until its parent ends it or is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C reaches the parent, which decides
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the parent's handler
+    torch.set_num_threads(1)
+    if start:
+        start(i)
+    parent = multiprocessing.parent_process().sentinel
+    while parent not in multiprocessing.connection.wait([pipe, parent]):
+        try:
+            answer = function(pipe.recv()), None
+        except Exception as error:
+            error.add_note(traceback.format_exc())
+            answer = None, error
+        pipe.send(answer)
+
+
+def _in_processes(functions: Sequence, tasks: Iterable, ahead: int, start: Callable | None = None) -> Iterator:
+    """Yield what the functions, each in a process of its own, make of the tasks, in turn and in order.
+
+    torch's DataLoader ends the run when a process of its own dies. Here the function's method `crashed` is told the
+    task and how the process died (of a fault in FFmpeg, or of want of memory), and another process goes on with it.
+    Each process has up to `ahead` tasks and calls `start`, given its number, at first.
+
+    Raises what the functions raise, and OSError when processes die more than ten times in a row of one task.
+    """
+    tasks, deaths = iter(tasks), 0
+    pending, processes, pipes = [deque() for _ in functions], [None] * len(functions), [None] * len(functions)
+
+    def launch(i: int) -> None:
+        pipes[i], end = multiprocessing.Pipe()
+        processes[i] = torch.multiprocessing.Process(target=_serve, args=(end, functions[i], start, i), daemon=True)
+        processes[i].start()
+        end.close()  # the process has the only one, so that its death is the end of the pipe
+        send(i, pending[i])
+
+    def send(i: int, tasks: Iterable) -> None:
+        with contextlib.suppress(BrokenPipeError):  # it died, which the wait for its answer will find
+            for task in tasks:
+                pipes[i].send(task)
+
+    def hand_out(i: int) -> None:
+        new = list(itertools.islice(tasks, 1))
+        pending[i].extend(new)
+        send(i, new)
+
+    try:
+        for i in range(len(functions)):
+            launch(i)
+        for i in list(range(len(functions))) * ahead:
+            hand_out(i)
+        turns = itertools.cycle(range(len(functions)))
+        i = next(turns)
+        while pending[i]:
+            try:
+                result, error = pipes[i].recv()
+            except (EOFError, ConnectionResetError):
+                processes[i].join()
+                deaths += 1
+                how = f"the process that read it died (exit code {processes[i].exitcode})"
+                if deaths > 10:
+                    raise OSError(f"{deaths} times in a row, {how}") from None
+                functions[i].crashed(pending[i][0], how)
+                launch(i)
+                continue
+            if error:
+                raise error
+            deaths = 0
+            pending[i].popleft()
+            hand_out(i)
+            yield result
+            i = next(turns)
+    finally:
+        for process, pipe in zip(processes, pipes, strict=True):
+            if process is not None:
+                process.kill()
+                process.join()
+                pipe.close()
+
+
 PREFETCH = 2  # batches that each worker makes ahead
 
 
-class _BatchWriter(Dataset):
-    """Makes the batch of some keys in a slot of a ring of batches; an item is (slot, the batch's "bad")."""
+@dataclass
+class _BatchWriter:
+    """Makes the batch of some keys in a slot of a ring of batches; returns (slot, the batch's "bad")."""
 
-    def __init__(self, views: PretrainingViews, ring: dict[str, Tensor]):
-        self.views, self.ring = views, ring
+    views: PretrainingViews
+    ring: dict[str, Tensor]
+    current: Tensor
 
-    def __getitem__(self, task: tuple[int, list[tuple[int, int]]]) -> tuple[int, list[tuple[str, str]]]:
+    def __call__(self, task: tuple[int, list[tuple[int, int]]]) -> tuple[int, list[tuple[str, str]]]:
+        self.views.current = self.current
         slot, keys = task
         bad = []
         for place, key in enumerate(keys):
             bad += self.views.write(key, {name: memory[slot, place] for name, memory in self.ring.items()})
         return slot, bad
+
+    def crashed(self, _task: tuple, how: str) -> None:
+        self.views.crashed[tuple(self.current.tolist())] = how
 
 
 def load_batches(
@@ -742,14 +918,16 @@ def load_batches(
     """Yield the sampler's batches: dicts of the views' entries, stacked, and the joined lists "bad".
 
     A batch is valid until the next one is asked for: `workers` processes (0: this one) write into a ring of batches
-    in shared memory, which is made once. Sending each batch in new memory would cost as much as decoding it.
+    in shared memory, which is made once. Sending each batch in new memory would cost as much as decoding it. A video
+    that kills a worker counts as unreadable.
 
     Raises OSError when there is too little shared memory, and what making the items raises.
     """
-    slots = PREFETCH * workers + 1  # those the loader may have asked its workers for, and the one in use
+    slots = PREFETCH * workers + 1  # those the workers may have been asked for, and the one in use
     ring = views.empty(slots, sampler.batch_size)
+    current = torch.zeros(workers or 1, 3, dtype=torch.int64)
     try:
-        for memory in ring.values() if workers else ():
+        for memory in (*ring.values(), current) if workers else ():
             memory.share_memory_()
     except RuntimeError as error:
         size = sum(memory.nbytes for memory in ring.values()) / 2**30
@@ -757,16 +935,9 @@ def load_batches(
             f"no {size:.2g} GiB of shared memory for {slots} batches: take fewer loader workers or smaller batches, or "
             "enlarge /dev/shm (docker run --shm-size)"
         ) from error
-    loader = DataLoader(
-        _BatchWriter(views, ring),
-        batch_size=None,
-        sampler=((step % slots, keys) for step, keys in enumerate(sampler)),
-        num_workers=workers,
-        collate_fn=tuple,
-        worker_init_fn=worker_init_fn,
-        prefetch_factor=PREFETCH if workers else None,
-    )
-    for slot, bad in loader:
+    writers = [_BatchWriter(views, ring, row) for row in current]
+    tasks = ((step % slots, keys) for step, keys in enumerate(sampler))
+    for slot, bad in _in_processes(writers, tasks, PREFETCH, worker_init_fn) if workers else map(writers[0], tasks):
         yield {**{name: memory[slot] for name, memory in ring.items()}, "bad": bad}
 
 
@@ -889,14 +1060,78 @@ def normalize(clips: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Checking videos
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _progress(items: Iterable, total: int, what: str) -> Iterator:
+    """Passes items on and says how far it is: twice a second in a terminal, twice a minute in a file."""
+    terminal = sys.stderr.isatty()
+    begin = shown = monotonic()
+    for done, item in enumerate(items, 1):
+        yield item
+        now = monotonic()
+        if done == total or now - shown > (0.5 if terminal else 30):
+            shown, left = now, datetime.timedelta(seconds=round((now - begin) / done * (total - done)))
+            end = "\r" if terminal and done < total else "\n"
+            print(f"{what}: {done}/{total}, {left} left ", end=end, file=sys.stderr, flush=True)
+
+
+class _Checker:
+    """Gives (path, why the video can't be read, or ""), by its first, middle and last 32 frames, or by all."""
+
+    def __init__(self, full: bool):
+        self.full, self.reasons = full, {}
+
+    def __call__(self, path: str) -> tuple[str, str]:
+        try:
+            if path in self.reasons:
+                raise BadVideo(path, self.reasons[path])
+            with Video(path) as video:
+                last = max(len(video) - 32, 0)
+                step = 32 if self.full else max(math.ceil(last / 2), 1)
+                for start in (*range(0, last, step), last):
+                    video.read(range(start, min(start + 32, len(video))))
+        except BadVideo as error:
+            return path, error.reason
+        return path, ""
+
+    def crashed(self, path: str, how: str) -> None:
+        self.reasons[path] = how
+
+
+def check_videos(root: str | Path, out: str | Path, workers: int, full: bool = False) -> tuple[int, int]:
+    """Reads frames of all videos below a folder, in processes; returns how many there are and how many are bad.
+
+    Reads the first, middle and last 32 frames of each, or with `full` all, several times slower. Each bad video found
+    is a line of the file `out`: its path from `root` in quotes, a tab, the reason; `find_videos` takes it as `exclude`.
+
+    Raises FileNotFoundError when there is no video.
+    """
+    root = os.path.abspath(root)
+    paths = _walk(root)[0]
+    if not paths:
+        raise FileNotFoundError(f"{root}: no videos (.{', .'.join(SUFFIXES)}) below it")
+    bad = 0
+    with open(out, "w", encoding="utf-8", buffering=1) as file:  # by lines, so that an interrupt loses none
+        answers = _in_processes([_Checker(full) for _ in range(workers)], paths, ahead=8)
+        for path, reason in _progress(answers, len(paths), f"checking {root}"):
+            if reason:
+                bad += 1
+                file.write(f"{os.path.relpath(path, root)!a}\t{reason}\n")
+    return len(paths), bad
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The embedded data set: real video files in which the class is the motion and nothing else
 # ---------------------------------------------------------------------------------------------------------------------
 
 MOTIONS = ("bounce", "fall", "grow", "orbit", "pulse", "rise", "shrink", "spin", "sway", "sway_then_bounce")
 SHAPES = ("disc", "ring", "square", "triangle", "star", "cross")
-SYNTHETIC_VERSION = 1  # to be raised with every change of what is drawn, so that older copies are made anew
+SYNTHETIC_VERSION = 2  # to be raised with every change of what is drawn, so that older copies are made anew
 SYNTHETIC_MARKER = "synthetic.json"  # says how the set was made
-SPRITE = 64  # pixels of the object's picture, in each direction; objects are drawn smaller than this
+OBJECTS = 3  # in a video, all in the same motion, so that crops hold one
+SPRITE = 64  # pixels of an object's picture, in each direction; objects are drawn smaller than this
 
 
 def _motion(name: str, rng: np.random.Generator, frames: int) -> tuple[np.ndarray, ...]:
@@ -906,10 +1141,10 @@ def _motion(name: str, rng: np.random.Generator, frames: int) -> tuple[np.ndarra
     does so both ways. The draws are the same for all motions; what a motion leaves alone stays where it was drawn.
     """
     travel, amplitude, doublings, period, phase, direction, size, turns = rng.uniform(
-        (0.4, 0.11, 1.2, 18, 0, -1, -0.5, 0), (0.5, 0.18, 1.6, 28, 2, 1, 0.5, 1)
+        (0.5, 0.17, 1.2, 11, 0, -1, -0.5, 0), (0.6, 0.28, 1.6, 17, 2, 1, 0.5, 1)
     )
     if name == "sway_then_bounce":
-        period = 9 + period / 4  # at most 16, so that 32 frames hold both
+        period = 6 + period / 4  # at most 16, so that 32 frames hold both
     progress = np.arange(frames) / frames - 0.5
     cycle = np.arange(frames) / period + phase
     wave = np.sin(2 * np.pi * cycle)
@@ -984,21 +1219,24 @@ def _sprite(rng: np.random.Generator) -> np.ndarray:
 
 
 def _draw_video(motion: str, rng: np.random.Generator, frames: int, height: int, width: int) -> np.ndarray:
-    """Draws one video: an object in the given motion before a background, a shaky camera; uint8 (frames, H, W, 3)."""
+    """Draws one video: objects in the given motion before a background, a shaky camera; uint8 (frames, H, W, 3)."""
     side = min(height, width)
-    right, down, size, turns = _motion(motion, rng, frames)
-    radius = rng.uniform(0.115, 0.135) * side * 2**size
     time = np.arange(frames)[:, None] / frames
     shake = np.sin(2 * np.pi * (time * rng.uniform(1, 4, 2) + rng.random(2))) * rng.uniform(0.002, 0.008, 2) * side
-    centers = []
-    for path, shaken, length in ((right * side, shake[:, 0], width), (down * side, shake[:, 1], height)):
-        path = path - shaken
-        low, high = (radius - path).max(), (length - radius - path).min()  # from here to there it stays in the frame
-        centers.append(path + rng.uniform(low, high))
     margin = math.ceil(np.abs(shake).max())
     background = 0.6 * _texture(rng, height + 2 * margin + 1, width + 2 * margin + 1)
-    sprite = _sprite(rng)
-    sprite[..., :3] = 1 - 0.6 * sprite[..., :3]  # lighter than most of the background
+    objects = []
+    for _ in range(OBJECTS):
+        right, down, size, turns = _motion(motion, rng, frames)
+        radius = rng.uniform(0.092, 0.108) * side * 2**size
+        centers = []
+        for path, shaken, length in ((right * side, shake[:, 0], width), (down * side, shake[:, 1], height)):
+            path = path - shaken
+            low, high = (radius - path).max(), (length - radius - path).min()  # so far it stays inside
+            centers.append(path + rng.uniform(low, high))
+        sprite = _sprite(rng)
+        sprite[..., :3] = 1 - 0.6 * sprite[..., :3]  # lighter than most of the background
+        objects.append((*centers, radius, 2 * np.pi * turns, sprite))
     inverted = rng.random() < 0.5
     rows, columns = np.ogrid[:height, :width]
     video = np.empty((frames, height, width, 3), np.uint8)
@@ -1007,11 +1245,12 @@ def _draw_video(motion: str, rng: np.random.Generator, frames: int, height: int,
         view = background[top : top + height + 1, left : left + width + 1]
         view = view[:-1] + np.float32(dy % 1) * (view[1:] - view[:-1])
         view = view[:, :-1] + np.float32(dx % 1) * (view[:, 1:] - view[:, :-1])
-        x, y = (columns - centers[0][t]) / radius[t], (rows - centers[1][t]) / radius[t]
-        cos, sin = np.cos(2 * np.pi * turns[t]), np.sin(2 * np.pi * turns[t])
-        turned = np.stack([cos * y - sin * x, cos * x + sin * y])  # rows, columns
-        drawn = sprite[tuple(((turned + 1) * (SPRITE / 2)).clip(0, SPRITE - 1).astype(int))]
-        view += drawn[..., 3:] * (drawn[..., :3] - view)
+        for center_x, center_y, radius, angle, sprite in objects:
+            x, y = (columns - center_x[t]) / radius[t], (rows - center_y[t]) / radius[t]
+            cos, sin = np.cos(angle[t]), np.sin(angle[t])
+            turned = np.stack([cos * y - sin * x, cos * x + sin * y])  # rows, columns
+            drawn = sprite[tuple(((turned + 1) * (SPRITE / 2)).clip(0, SPRITE - 1).astype(int))]
+            view += drawn[..., 3:] * (drawn[..., :3] - view)
         video[t] = 255 * (1 - view if inverted else view) + 0.5
     return video
 
@@ -1033,11 +1272,11 @@ def _write_video(path: Path, video: np.ndarray) -> None:
 
 def make_synthetic(
     root: str | Path,
-    train: int = 500,
-    test: int = 250,
+    train: int = 1500,
+    test: int = 500,
     seed: int = 0,
-    frames: int = 64,
-    size: tuple[int, int] = (80, 80),
+    frames: int = 48,
+    size: tuple[int, int] = (40, 40),
 ) -> None:
     """Writes the embedded data set once: root/{train,test}/<motion>/<motion>_0001.mp4, classes `MOTIONS` in turn.
 
@@ -1079,11 +1318,47 @@ def make_synthetic(
     with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as partial:
         made = Path(partial) / "made"
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # NumPy and FFmpeg run without the interpreter's lock
-            for done, _ in enumerate(pool.map(make, jobs), 1):
-                if done % 50 == 0 or done == len(jobs):
-                    end = "\n" if done == len(jobs) else ""
-                    print(f"\rmaking the synthetic data set in {root}: {done}/{len(jobs)}", end=end, file=sys.stderr)
+            for _ in _progress(pool.map(make, jobs), len(jobs), f"making the synthetic data set in {root}"):
+                pass
         (made / SYNTHETIC_MARKER).write_text(recipe)
         if not is_complete():  # else another process was faster
             shutil.rmtree(root, ignore_errors=True)
             made.rename(root)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Check the videos below a folder, or make the synthetic data set.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    check = commands.add_parser("check", help="find videos that can't be read; exit code 1 if there are any")
+    check.add_argument("root", help="the folder given as --data in training")
+    check.add_argument("--out", default="bad_videos.txt", help="list to write, for --exclude (default: %(default)s)")
+    check.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one a core)")
+    check.add_argument("--full", action="store_true", help="read all frames, not only 32 at three places: slower")
+    synthetic = commands.add_parser("synthetic", help="make videos in which the class is the motion alone")
+    synthetic.add_argument("root", help="folder to make")
+    for name, default in (("train", 1500), ("test", 500), ("seed", 0), ("frames", 48), ("size", 40)):
+        synthetic.add_argument(f"--{name}", type=int, default=default, help="(default: %(default)s)")
+    return parser
+
+
+def main() -> int:
+    """Command line: `python data.py check ROOT`, `python data.py synthetic ROOT`; returns the exit code."""
+    options = _parser().parse_args()
+    try:
+        if options.command == "synthetic":
+            size = (options.size, options.size)
+            make_synthetic(options.root, options.train, options.test, options.seed, options.frames, size)
+            return 0
+        count, bad = check_videos(options.root, options.out, max(options.workers, 1), options.full)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    print(f"{bad} of {count} videos can't be read" + (f": leave them out with --exclude {options.out}" if bad else ""))
+    return int(bad > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

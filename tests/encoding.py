@@ -21,6 +21,7 @@ def encode(
     codec: str,
     times: Iterable[int] | None = None,
     index_first: bool = False,
+    pix_fmt: str = "yuv420p",
     **options: str,
 ) -> Path:
     """Write RGB images (H, W, 3) as a video at 25 frames a second, or at `times` in units of 1/25 s."""
@@ -29,7 +30,7 @@ def encode(
     with av.open(str(path), "w", options={"movflags": "faststart"} if index_first else {}) as container:
         stream = container.add_stream(codec, rate=25, options=options)
         stream.height, stream.width = images[0].shape[:2]
-        stream.pix_fmt = "yuv420p"
+        stream.pix_fmt = pix_fmt
         stream.codec_context.thread_count = 1
         for image, time in zip(images, times if times is not None else range(len(images)), strict=True):
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")

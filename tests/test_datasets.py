@@ -336,12 +336,31 @@ def test_any_name_goes_through_a_list_file(tmp_path_factory, name, spaces, label
 
 
 def test_list_file_counts_what_is_missing_and_takes_absolute_paths(tmp_path):
-    touch(tmp_path, "elsewhere/a.mp4")
-    (tmp_path / "root").mkdir()
-    write(tmp_path / "mine.txt", f"{tmp_path}/elsewhere/a.mp4 1", "gone.mp4 0", "no/such/folder.mp4 0")
-    videos = find_videos("folder", tmp_path / "root", train=True, list_file=tmp_path / "mine.txt")
-    assert videos.paths == [str(tmp_path / "elsewhere" / "a.mp4")]
-    assert "1 videos, 2 classes; 2 of 3 listed videos are not on disk: " in videos.report
+    touch(tmp_path, "root/a.mp4")
+    write(tmp_path / "mine.txt", f"{tmp_path}/root/a.mp4 1", "gone.mp4 0", "no/such/folder.mp4 0")
+    for root in (tmp_path / "root", "/"):
+        videos = find_videos("folder", root, train=True, list_file=tmp_path / "mine.txt")
+        assert videos.paths == [str(tmp_path / "root" / "a.mp4")]
+        assert "1 videos, 2 classes; 2 of 3 listed videos are not on disk: " in videos.report
+
+
+@pytest.mark.parametrize(
+    "line", ["{}/elsewhere/a.mp4 1", "../elsewhere/a.mp4", "b/../../elsewhere/a.mp4", "../root2/a.mp4"]
+)
+def test_a_list_file_does_not_lead_out_of_its_root(tmp_path, line):
+    touch(tmp_path, "elsewhere/a.mp4", "root/a.mp4", "root2/a.mp4")
+    write(tmp_path / "mine.txt", "a.mp4 1", line.format(tmp_path))
+    with pytest.raises(ValueError, match=r"mine\.txt, line 2: .* is not in .*/root: give a folder .*--data"):
+        find_videos("folder", tmp_path / "root", train=True, list_file=tmp_path / "mine.txt")
+
+
+def test_links_below_the_root_are_followed_and_dots_do_not_go_through_them(tmp_path):
+    touch(tmp_path, "far/away/a.mp4", "far/b.mp4", "root/b.mp4")
+    (tmp_path / "root" / "link").symlink_to(tmp_path / "far" / "away")
+    write(tmp_path / "mine.txt", "link/a.mp4", "link/../b.mp4")
+    for list_file in (None, tmp_path / "mine.txt"):
+        videos = find_videos("folder", tmp_path / "root", train=True, list_file=list_file)
+        assert {os.path.relpath(path, tmp_path / "root") for path in videos.paths} == {"link/a.mp4", "b.mp4"}
 
 
 @pytest.mark.parametrize("dataset", [name for name in data.DATASETS if name != "synthetic"])

@@ -1,6 +1,5 @@
 """Batches made by worker processes in shared memory."""
 
-import functools
 import os
 import time
 from pathlib import Path
@@ -9,7 +8,7 @@ import pytest
 import torch
 from encoding import encode, moving_texture
 
-import data
+import moco
 from data import PretrainingViews, StepSampler, VideoList, collate, load_batches
 
 
@@ -66,11 +65,25 @@ def test_a_batch_stays_as_it_is_until_the_next_one_is_asked_for(workers):
 
 
 def test_workers_that_are_not_forked_share_the_memory_too(views, monkeypatch):
-    spawning = functools.partial(torch.utils.data.DataLoader, multiprocessing_context="spawn")
-    monkeypatch.setattr(data, "DataLoader", spawning)
+    monkeypatch.setattr(torch.multiprocessing, "Process", torch.multiprocessing.get_context("spawn").Process)
     sampler = StepSampler(len(views), batch_size=2, epochs=2)
     for keys, batch in zip(sampler, load_batches(views, sampler, workers=1), strict=True):
         assert_same(batch, collate([views[key] for key in keys]))
+
+
+def test_weights_are_the_same_whatever_the_number_of_workers(run, videos):
+    bad = videos / "train" / "rise" / "bad.mp4"
+    bad.touch()
+    for workers in (0, 1, 3):
+        flags = ["--epochs", 2, "--frames", 8, "--crop", 32, "--max_bad", 1, "--out", str(workers)]
+        code, _, err = run(moco, *flags, "--batch_size", 9, "--workers", workers, dataset="folder")
+        assert code == 0, err
+    bad.unlink()
+    states = [torch.load(run.path / str(workers) / "checkpoint.pt")["model"] for workers in (0, 1, 3)]
+    for state in states[1:]:
+        assert_same(state, states[0])
+    logs = [(run.path / str(workers) / "bad_videos.log").read_text() for workers in (0, 1, 3)]
+    assert logs[0].count("\n") == 1 and logs == logs[:1] * 3
 
 
 def test_too_little_shared_memory_is_an_error_that_says_what_to_do(monkeypatch):

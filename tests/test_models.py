@@ -158,7 +158,11 @@ def test_i3d_is_that_of_a_plain_reimplementation_at_even_and_odd_sizes(size):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(("i2d",), "unknown encoder 'i2d'; choose from conv4, i3d, "), (("s3d", 0.5), "width 1 only"), (("i3d", 0), "positive")],
+    [
+        (("i2d",), "unknown encoder 'i2d'; choose from conv4, i3d, "),
+        (("s3d", 0.5), "width 1 only"),
+        (("i3d", 0), "positive"),
+    ],
 )
 def test_an_encoder_that_does_not_exist_is_an_error(arguments, message):
     with pytest.raises(ValueError, match=message):

@@ -197,7 +197,7 @@ def bad_file(kind: str, folder: Path) -> Path:
         whole = encode(folder / "uncut.mp4", moving_texture(30), "libx264", **H264).read_bytes()
         path.write_bytes(whole[: len(whole) // 2])
     elif kind == "sound":
-        path = path.with_suffix(".wav")
+        path = path.with_suffix(".mkv")
         with av.open(str(path), "w") as container:
             stream = container.add_stream("pcm_s16le", rate=8000)
             sound = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.int16), format="s16", layout="mono")

@@ -1,0 +1,422 @@
+"""What scraped files do to the loader: mutated, huge, slow, strangely named and fatal ones; the checker; --exclude."""
+
+import os
+import re
+import signal
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from encoding import encode, moving_texture
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+import data
+import moco
+from data import BadVideo, PretrainingViews, Video, VideoList, find_videos, load_batches
+
+FRAMES = moving_texture(12)
+LOSSLESS = dict(codec="ffv1", pix_fmt="bgr0")
+
+
+def write_sound(path: Path) -> Path:
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("pcm_s16le", rate=8000)
+        sound = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.int16), format="s16", layout="mono")
+        sound.sample_rate = 8000
+        container.mux(stream.encode(sound))
+        container.mux(stream.encode(None))
+    return path
+
+
+def write_turned(path: Path) -> Path:
+    content = bytearray(encode(path, FRAMES, "libx264").read_bytes())
+    identity = struct.pack(">9i", 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
+    at = content.index(identity, content.index(b"tkhd"))
+    content[at : at + 36] = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30)
+    path.write_bytes(content)
+    return path
+
+
+def write_huge(path: Path) -> Path:
+    """16 384 × 16 384 pixels, as the header has it."""
+    content = bytearray(encode(path, FRAMES, **LOSSLESS).read_bytes())
+    at = content.index(b"strf") + 12
+    content[at : at + 8] = struct.pack("<2i", 16384, 16384)
+    path.write_bytes(content)
+    return path
+
+
+def write_million(path: Path) -> Path:
+    """10⁶ frames of one byte, as the header has it."""
+    content = bytearray(encode(path, FRAMES, "libx264").read_bytes())
+    at = content.index(b"stsz") + 8
+    content[at : at + 8] = struct.pack(">2I", 1, 10**6)
+    path.write_bytes(content)
+    return path
+
+
+GOOD = {
+    "h264.mp4": lambda path: encode(path, FRAMES, "libx264", bf="2", g="6"),
+    "index_first.mp4": lambda path: encode(path, FRAMES, "libx264", index_first=True),
+    "packed.avi": lambda path: encode(path, FRAMES, "mpeg4", bf="2", g="6"),
+    "no_frame_count.webm": lambda path: encode(path, FRAMES, "libvpx-vp9", deadline="realtime", cpu_used="8"),
+    "stream.ts": lambda path: encode(path, FRAMES, "libx264", bf="2"),
+    "program.mpg": lambda path: encode(path, FRAMES, "mpeg2video", bf="2"),
+    "flash.flv": lambda path: encode(path, FRAMES, "flv"),
+    "windows.wmv": lambda path: encode(path, FRAMES, "wmv2"),
+    "raw.h264": lambda path: encode(path, FRAMES, "libx264"),
+    "uneven.mp4": lambda path: encode(path, FRAMES, "libx264", times=np.cumsum(np.arange(12) % 4 + 1).tolist()),
+    "turned.mp4": write_turned,
+    "odd.avi": lambda path: encode(path, moving_texture(12, 33, 17), **LOSSLESS),
+    "tiny.avi": lambda path: encode(path, moving_texture(12, 2, 2), **LOSSLESS),
+    "ten_bit.mkv": lambda path: encode(path, FRAMES, "libx264", pix_fmt="yuv420p10le"),
+    "gray.mkv": lambda path: encode(path, FRAMES, "ffv1", pix_fmt="gray"),
+    "alpha.mov": lambda path: encode(path, FRAMES, "qtrle", pix_fmt="argb"),
+    "intra.mov": lambda path: encode(path, FRAMES, "prores_ks", pix_fmt="yuv422p10le"),
+}
+BAD = {
+    "empty.mp4": lambda path: path.write_bytes(b""),
+    "text.avi": lambda path: path.write_text("no video\n" * 100),
+    "sound.mkv": write_sound,
+    "one_frame.mp4": lambda path: encode(path, FRAMES[:1], "libx264"),
+    "picture.mp4": lambda path: encode(path.with_suffix(".png"), FRAMES[:1], "png", pix_fmt="rgb24").rename(path),
+    "huge.avi": write_huge,
+    "million.mp4": write_million,
+    "playlist.mp4": lambda path: path.write_text("ffconcat version 1.0\nfile h264.mp4\n"),
+}
+
+
+def mutate(content: bytes, kind: str, rng: np.random.Generator) -> bytes:
+    """A damaged copy. Headers lie at the beginning or the end; "header" and "number" aim there."""
+    content = bytearray(content)
+    size = len(content)
+    near = int(rng.integers(min(size, 1024))) * rng.choice([1, -1]) % size
+    at = int(rng.integers(size))
+    if kind == "cut":
+        del content[at:]
+    elif kind == "flip":
+        for i in rng.integers(size, size=int(rng.choice([1, 10, 100]))):
+            content[i] ^= 1 << rng.integers(8)
+    elif kind == "header":
+        content[near] ^= 1 << rng.integers(8)
+    elif kind == "number":
+        number = int(rng.choice([0, 10**6, 16384, 65535, 2**24, 2**31 - 1, 2**32 - 1]))
+        content[near : near + 4] = number.to_bytes(4, str(rng.choice(["big", "little"])))[: size - near]
+    elif kind == "zero":
+        end = min(at + int(rng.choice([1, 16, 1000])), size)
+        content[at:end] = bytes(end - at)
+    return bytes(content)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("files")
+    for name, make in {**GOOD, **BAD}.items():
+        make(root / name)
+    (root / "named_wrongly.mp4").write_bytes((root / "no_frame_count.webm").read_bytes())
+    return root
+
+
+def views_of(paths: list, **options) -> PretrainingViews:
+    return PretrainingViews(VideoList([str(path) for path in paths], [-1] * len(paths), [], ""), 16, 4, **options)
+
+
+class Keys(list):
+    batch_size = 1
+
+
+@pytest.fixture
+def small_limits(monkeypatch):
+    """So that a mutated size takes little memory and time."""
+    monkeypatch.setattr(data, "MAX_PIXELS", 2**18)
+    monkeypatch.setattr(data, "MAX_BYTES", 2**25)
+    monkeypatch.setattr(data, "DEADLINE", 20)
+
+
+def test_mutated_files_are_read_or_named_with_a_reason(folder, tmp_path, small_limits):
+    """Over 500 of them: no process dies or hangs, every item has its shape, every skip is named once."""
+    rng = np.random.default_rng(0)
+    whole = sorted(folder.iterdir())
+    mutated = []
+    for path in whole:
+        content = path.read_bytes()
+        for kind in ("cut", "flip", "header", "number", "zero") if content else ():
+            for n in range(5):
+                other = str(rng.choice(data.SUFFIXES)) if n == 0 else path.suffix[1:]
+                mutated.append(tmp_path / f"{path.stem}_{kind}_{n}.{other}")
+                mutated[-1].write_bytes(mutate(content, kind, rng))
+    assert len(mutated) > 500
+    views = views_of([*whole, *mutated, *[folder / "h264.mp4"] * 5000])  # most replacements can be read
+    keys = Keys([(0, index)] for index in range(len(whole) + len(mutated)))
+    unread = {}
+    for [(_, index)], batch in zip(keys, load_batches(views, keys, workers=2), strict=True):
+        assert {name: value.shape for name, value in batch.items() if name != "bad"} == {
+            name: value.shape for name, value in views.empty(1).items()
+        }
+        assert all(reason and "\n" not in reason and "died" not in reason for _, reason in batch["bad"]), batch["bad"]
+        named = [path for path, _ in batch["bad"]]
+        assert len(set(named)) == len(named)
+        assert (batch["index"].item() == index) == (not named)
+        if named:
+            assert named[0] == views.videos.paths[index]
+            unread[Path(named[0]).name] = batch["bad"][0][1]
+    assert unread.keys() & {path.name for path in whole} == BAD.keys()
+    assert "no frames of 1 to 262144 pixels" in unread["huge.avi"]
+    assert "none of the formats" in unread["playlist.mp4"] and "none of the formats" in unread["picture.mp4"]
+    assert len(mutated) / 10 < len(unread) < len(mutated) * 9 / 10  # neither harmless nor hopeless
+    assert len(set(unread.values())) > 10
+
+
+def test_limits_are_reasons(folder, monkeypatch):
+    path = folder / "h264.mp4"
+    for limit, value, reason in (
+        ("MAX_FRAMES", 11, "more than 11 frames or 4 GiB of video: cut it into clips"),
+        ("MAX_BYTES", 1000, "more than 1000000 frames or .* GiB of video"),
+        ("MAX_PIXELS", 48 * 64 - 1, r"no frames of 1 to 3071 pixels \(said to have \d+ × \d+\)"),
+        ("DEADLINE", 0, "not read within 0 s"),
+    ):
+        with monkeypatch.context() as patch, pytest.raises(BadVideo, match=reason):
+            patch.setattr(data, limit, value)
+            Video(path)
+    with Video(path) as video:
+        monkeypatch.setattr(data, "MAX_BYTES", 5 * 48 * 64 * 3)
+        assert len(video.read([0, 3, 5, 7, 11, 11])) == 6
+        with pytest.raises(BadVideo, match="6 frames of 64 × 48 pixels take more than"):
+            video.read(range(6))
+        monkeypatch.setattr(data, "DEADLINE", -1)
+        with pytest.raises(BadVideo, match="not read within -1 s"):
+            video.read([0])
+
+
+@pytest.mark.parametrize("error", [av.error.OSError(95, "Operation not supported"), MemoryError()])
+def test_pixels_that_cannot_be_converted_make_a_bad_video(folder, monkeypatch, error):
+    def refuse(*_):
+        raise error
+
+    monkeypatch.setattr(Video, "_pixels", refuse)
+    with (
+        Video(folder / "h264.mp4") as video,
+        pytest.raises(BadVideo, match=r"Operation not supported|not enough memory"),
+    ):
+        video.read([0])
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.mp4")
+    with pytest.raises(BadVideo, match="not a file"):
+        Video(tmp_path / "pipe.mp4")
+
+
+class Fatal(PretrainingViews):
+    """Its process dies of videos named fatal, in even epochs."""
+
+    def _write_views(self, rng, path, item):
+        if "fatal" in path and self.current[0] % 2 == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        super()._write_views(rng, path, item)
+
+
+def test_a_video_that_kills_its_process_is_replaced_whatever_the_number_of_workers(folder, tmp_path):
+    fatal = tmp_path / "fatal.mp4"
+    fatal.write_bytes((folder / "h264.mp4").read_bytes())
+    videos = VideoList([str(path) for path in (folder / "h264.mp4", fatal, folder / "packed.avi")], [0, 1, 2], [], "")
+    sampler = data.StepSampler(3, batch_size=3, epochs=4)
+
+    def run(workers):
+        batches = load_batches(Fatal(videos, 16, 4), sampler, workers)
+        return [{name: torch.as_tensor(v).clone() if name != "bad" else v for name, v in b.items()} for b in batches]
+
+    one, three = run(1), run(3)
+    for batch, other in zip(one, three, strict=True):
+        assert batch["bad"] == other["bad"]
+        assert all(torch.equal(batch[name], other[name]) for name in ("clip", "sub_clips", "box", "color", "index"))
+    how = (str(fatal), "the process that read it died (exit code -9)")
+    assert [set(batch["bad"]) for batch in one] == [{how}, set(), {how}, set()]
+    assert [1 in batch["index"] for batch in one] == [False, True, False, True]
+
+
+def test_processes_that_always_die_end_the_run(folder, tmp_path):
+    fatal = tmp_path / "fatal.mp4"
+    fatal.touch()
+    with pytest.raises(OSError, match=r"10 videos in a row can't be read; the last: .*fatal\.mp4.* died"):
+        next(load_batches(Fatal(VideoList([str(fatal)], [0], [], ""), 16), data.StepSampler(1, 1, 1), workers=1))
+
+
+class Broken(PretrainingViews):
+    def write(self, key, item):
+        os._exit(3)
+
+
+def test_processes_that_die_before_they_read_end_the_run(folder):
+    views = Broken(VideoList([str(folder / "h264.mp4")], [0], [], ""), 16)
+    with pytest.raises(OSError, match=r"11 times in a row, the process that read it died \(exit code 3\)"):
+        next(load_batches(views, data.StepSampler(1, 1, 1), workers=1))
+
+
+NAMES = [
+    "! # & ; ( ' \".mp4",
+    "a  b.mp4",
+    "new\nline\tand tab.mp4",
+    os.fsdecode(b"caf\xe9.mp4"),
+    "été 視.mp4",
+    "$(touch owned); `touch owned`.mp4",
+    "-rf %03d http:name*?.mp4",
+]
+
+
+@pytest.fixture
+def names(folder, tmp_path):
+    """A folder of good videos named NAMES in bow/ and class/, and bad ones of the same names in bad/."""
+    root = tmp_path / "any names\n"
+    for part in ("bad", "bow", "class"):
+        (root / part).mkdir(parents=True)
+    content = (folder / "h264.mp4").read_bytes()
+    for name in NAMES:
+        try:
+            (root / "bow" / name).write_bytes(content)
+        except OSError:
+            pytest.skip(f"the file system has no {name!r}")
+        (root / "class" / name).symlink_to(root / "bow" / name)
+        (root / "bad" / name).write_bytes(content[:100])
+    return root
+
+
+@pytest.fixture
+def check(monkeypatch, capsys, tmp_path):
+    """Runs `data.py check` in this process; gives exit code, output, errors and the list written."""
+
+    def call(*arguments):
+        out = tmp_path / "bad.txt"
+        monkeypatch.setattr(sys, "argv", ["data.py", "check", "--out", str(out), *map(str, arguments)])
+        code = data.main()
+        return code, *capsys.readouterr(), out.read_text(encoding="ascii") if out.exists() else ""
+
+    return call
+
+
+def paths_in(root: Path, *folders: str) -> list[str]:
+    return [str(root / folder / name) for folder in folders for name in sorted(NAMES)]
+
+
+def test_any_name_is_found_read_checked_and_left_out(names, tmp_path, check):
+    good = paths_in(names, "bow", "class")
+    assert find_videos("folder", names, train=True).paths == paths_in(names, "bad") + good
+    for path in good:
+        with Video(path) as video:
+            assert len(video.read([0, 11])) == 2
+    code, out, _, listed = check(names, "--workers", 2)
+    assert code == 1
+    assert out == f"7 of 21 videos can't be read: leave them out with --exclude {tmp_path}/bad.txt\n"
+    lines = listed.splitlines()
+    assert len(lines) == 7 and all(line.endswith("\tInvalid data found when processing input") for line in lines)
+    videos = find_videos("folder", names, train=True, exclude=tmp_path / "bad.txt")
+    assert videos.paths == good
+    assert videos.report.endswith(f"; 7 of the 7 named in {tmp_path}/bad.txt left out")
+
+
+def test_a_runs_log_of_bad_videos_can_be_left_out(names, run):
+    flags = ["--dataset", "folder", "--data", names, "--max_bad", 1, "--frames", 8, "--crop", 32, "--epochs", 1]
+    code, _, err = run(moco, *flags, "--batch_size", 21, "--out", "first", dataset=None)
+    assert code == 0, err
+    log = run.path / "first" / "bad_videos.log"
+    good = paths_in(names, "bow", "class")
+    assert find_videos("folder", names, train=True, exclude=log).paths == good
+    code, out, err = run(moco, *flags, "--batch_size", 14, "--out", "second", "--exclude", log, dataset=None)
+    assert code == 0, err
+    assert "7 of the 7 named in" in out
+    assert not (run.path / "second" / "bad_videos.log").exists()
+
+
+def test_no_shell_sees_a_name():
+    """Videos' names reach FFmpeg as files, and no other program."""
+    for path in Path(data.__file__).parent.glob("*.py"):
+        assert not re.search(r"shell\s*=|os\.system|os\.popen|getoutput", path.read_text(encoding="utf-8")), path.name
+
+
+@given(name=st.binary(min_size=1).filter(lambda name: not set(name) & {0, 47} and name not in (b".", b"..")))
+@example(b"'")
+@example(b"\"'\t\r\n\\")
+def test_any_name_comes_back_from_a_list_of_bad_videos(tmp_path_factory, name):
+    file = tmp_path_factory.getbasetemp() / "list.txt"
+    path = os.path.join("/videos", os.fsdecode(name))
+    for line in (f"{os.fsdecode(name)!a}\tno reason\n", f"step 3\t{path!r}\tit's\n"):
+        file.write_text(line, encoding="utf-8")
+        assert data._read_bad("/videos", file) == {path}
+
+
+def test_lists_of_bad_videos_may_be_written_by_hand(tmp_path):
+    (tmp_path / "list.txt").write_text("a b.mp4\r\n/videos/c/d.mp4\n\n")
+    assert data._read_bad("/videos", tmp_path / "list.txt") == {"/videos/a b.mp4", "/videos/c/d.mp4"}
+    (tmp_path / "list.txt").write_text("a.mp4\n'b.mp4\n")
+    with pytest.raises(ValueError, match=r"list\.txt, line 2: no path in quotes, 'b\.mp4"):
+        data._read_bad("/videos", tmp_path / "list.txt")
+
+
+def test_check_reads_the_ends_and_in_full_all(tmp_path, check):
+    path = encode(tmp_path / "film.mp4", moving_texture(300), "libx264", g="1", crf="30")
+    assert check(tmp_path)[1:] == ("0 of 1 videos can't be read\n", f"checking {tmp_path}: 1/1, 0:00:00 left \n", "")
+    with Video(path) as video:
+        damaged = [(packet.pos, packet.size) for packet in video._packets[64:100]]
+    content = bytearray(path.read_bytes())
+    for position, size in damaged:
+        content[position : position + size] = bytes(size)
+    path.write_bytes(content)
+    assert check(tmp_path)[0] == 0
+    code, *_, listed = check(tmp_path, "--full")
+    assert (code, listed) == (1, "'film.mp4'\t32 of 32 frames could not be decoded\n")
+
+
+def test_the_command_line_says_what_it_cannot_do(tmp_path, check):
+    code, _, err, _ = check(tmp_path)
+    assert code == 2 and err.startswith(f"error: {tmp_path}: no videos (") and err.count("\n") == 1
+    (tmp_path / "a.mp4").touch()
+    code, _, err, _ = check(tmp_path, "--out", tmp_path / "no" / "bad.txt")
+    assert code == 2 and "No such file" in err and err.count("\n") == 1
+
+
+def test_the_command_line_runs_as_a_script(tmp_path):
+    make = [sys.executable, data.__file__, "synthetic", tmp_path / "set", "--train", "3", "--test", "2", "--seed", "1"]
+    subprocess.run([*make, "--frames", "8", "--size", "32"], check=True, timeout=120)
+    data.make_synthetic(tmp_path / "other", train=3, test=2, seed=1, frames=8, size=(32, 32))
+    made, other = (
+        {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*.*")}
+        for root in (tmp_path / "set", tmp_path / "other")
+    )
+    assert len(made) == 6 and made == other
+
+
+def test_an_interrupted_check_keeps_what_it_found(tmp_path, monkeypatch, check):
+    for n in range(5):
+        (tmp_path / f"{n}.mp4").touch()
+
+    def interrupted(items, _total, _what):
+        for n, item in enumerate(items):
+            if n == 3:
+                raise KeyboardInterrupt
+            yield item
+
+    monkeypatch.setattr(data, "_progress", interrupted)
+    code, _, err, listed = check(tmp_path)
+    assert (code, err, listed.count("\n")) == (130, "interrupted\n", 3)
+    assert not torch.multiprocessing.active_children()
+
+
+def test_check_names_a_video_that_kills_its_process(tmp_path, monkeypatch):
+    for name in ("a", "fatal", "z"):
+        (tmp_path / f"{name}.mp4").touch()
+    call = data._Checker.__call__
+
+    def die(checker, path):
+        if "fatal" in path and path not in checker.reasons:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return call(checker, path)
+
+    monkeypatch.setattr(data._Checker, "__call__", die)
+    assert data.check_videos(tmp_path, tmp_path / "bad.txt", workers=1) == (3, 3)
+    assert "'fatal.mp4'\tthe process that read it died (exit code -9)\n" in (tmp_path / "bad.txt").read_text()
