@@ -4,6 +4,7 @@
     python benchmark.py step                    # a training step and its parts, against its encoder passes alone
     python benchmark.py scale                   # a step by processes, batch, crop, frames and queue, with a plot
     python benchmark.py memory                  # peak memory by batch
+    python benchmark.py soak --steps 2000       # does a training run keep to its memory and open files?
 
 A machine's speed wanders, so milliseconds of two runs do not compare. After a warm-up of each, variants go round robin
 (A B C A B C …), and what to quote is the ratio: the median over the rounds of a variant's time by the base's in the
@@ -26,11 +27,13 @@ import json
 import math
 import os
 import platform
+import re
 import resource
 import shlex
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -60,9 +63,11 @@ from train import Options, Process, UserError, command_line, option, parse, prog
 class BenchmarkConfig(Options):
     """Options of the benchmarks; lists are numbers separated by commas."""
 
-    data: str = option("datasets/synthetic", "data: a video or a folder of videos; the default's are made if need be")
+    data: str = option(
+        "datasets/synthetic", "data, soak: a video or a folder of videos; the default's are made if need be"
+    )
     samples: int = option(32, "data: samples a turn", least=1)
-    workers: str = option("0,1,2", "data: numbers of loader processes")
+    workers: str = option("0,1,2", "data: numbers of loader processes; soak takes the largest")
     encoder: str = option("i3d", "video encoder", tuple(ENCODERS))
     width: float = option(1.0, "factor on the encoder's numbers of channels", least=0.01, most=8)
     crop: int = option(224, "height and width of a clip in pixels", least=1, most=1024)
@@ -76,6 +81,7 @@ class BenchmarkConfig(Options):
     crops: str = option("112,160,224", "scale: crops")
     lengths: str = option("8,16,32", "scale: frames of a clip")
     queues: str = option("2048,16384,65536", "scale: lengths of the queues")
+    steps: int = option(200, "soak: steps of training", least=8)
     way: str = option("ours", "one: which way of writing the step", ("ours", "plain"))
     device: str = option("auto", "auto takes a GPU if there is one", ("auto", "cpu", "cuda"))
     seed: int = option(0, "seed of weights, views and samples", least=0, most=2**31 - 1)
@@ -635,7 +641,68 @@ def memory(config: BenchmarkConfig) -> None:
     write(config, "memory", process.device, {"rows": list(rows.values())})
 
 
-COMMANDS = {"data": reading, "step": step, "scale": scale, "memory": memory, "one": one}
+def used(process_id: int) -> tuple[int, int]:
+    """Bytes of memory (shared by its share, pages of files not at all) and open files of a process and its children.
+
+    0 for one that has just ended.
+    """
+    folder = Path("/proc", str(process_id))
+    try:
+        memory = re.findall(r"^Pss_(?:Anon|Shmem):\s+(\d+) kB", (folder / "smaps_rollup").read_text(), re.MULTILINE)
+        files = len(os.listdir(folder / "fd"))
+        children = [used(int(child)) for path in folder.glob("task/*/children") for child in path.read_text().split()]
+    except OSError:
+        return 0, 0
+    return sum(map(int, memory)) * 1024 + sum(m for m, _ in children), files + sum(f for _, f in children)
+
+
+def growth(values: list[float]) -> float:
+    """What a measure has gained since a run was warm: median of its last quarter less that of its second."""
+    quarter = len(values) // 4
+    return statistics.median(values[-quarter:]) - statistics.median(values[quarter : 2 * quarter])
+
+
+def soak(config: BenchmarkConfig) -> None:
+    """Trains by fima.py in a process of its own, and fails where memory or the number of open files grows."""
+    if not Path("/proc/self/smaps_rollup").exists():
+        raise UserError("soak reads memory and open files in /proc, which Linux has")
+    names = ("data", "encoder", "width", "crop", "frames", "batch_size", "losses", "queue", "device", "seed")
+    flags = {name: getattr(config, name) for name in names} | {"epochs": config.steps, "max_steps": config.steps}
+    flags["dataset"] = "synthetic" if config.data == BenchmarkConfig.data else "folder"
+    flags |= {"workers": max(config.numbers("workers", least=0)), "log_every": max(config.steps // 40, 1)}
+    process, rows, reached = start_process(config.device), {}, 0
+    with tempfile.TemporaryDirectory() as folder, progress(process, total=config.steps, unit="step") as bar:
+        log, errors = Path(folder, "run", "log.jsonl"), Path(folder, "errors")
+        command = [sys.executable, fima.__file__, *(f"--{k}={v}" for k, v in flags.items()), f"--out={log.parent}"]
+        with open(errors, "wb") as stream:
+            run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stream)
+        try:
+            while reached < config.steps:
+                ended = run.poll() is not None
+                lines = log.read_text().split("\n")[:-1] if log.exists() else []  # whole ones
+                step = json.loads(lines[-1])["step"] if lines else 0
+                if step == reached and ended:
+                    raise UserError(f"training ended after step {step}: {errors.read_text().strip().splitlines()[-1]}")
+                if step > reached:
+                    memory, files = used(run.pid)
+                    rows[f"step {step}"] = {"step": step, "memory_mb": memory / 1e6, "open_files": float(files)}
+                    bar.update(step - reached)
+                    reached = step
+                time.sleep(0.05)
+        finally:
+            run.kill()
+            run.wait()
+    grown = {name: growth([row[name] for row in rows.values()]) for name in ("memory_mb", "open_files")}
+    show("training and its loader, all processes together", rows)
+    write(config, "soak", process.device, {"rows": list(rows.values()), "grown": grown})
+    limit = max(16, 0.02 * rows[f"step {config.steps}"]["memory_mb"])
+    said = ", ".join(f"{name.replace('_', ' ')} by {value:g}" for name, value in grown.items())
+    if grown["memory_mb"] > limit or grown["open_files"] >= 1:
+        raise UserError(f"since the first quarter of the run, {said}: more than {limit:.0f} MB or a file")
+    print(f"since the first quarter of the run, {said}")
+
+
+COMMANDS = {"data": reading, "step": step, "scale": scale, "memory": memory, "soak": soak, "one": one}
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ method is `FIMA.forward`.
 Tables of the paper as flags: 1 --losses; 2 --mask_position none leaves FS out, --decoder none leaves MD out; 3a
 --threshold; 3b --decoder_depth; 3c, 7 --decoder_width, --decoder_heads; 3d --foreground; 3e --mask_source; 3f
 --mask_position; 8 --decoder; 9 --frame_loss; 10 --pixel_negatives video (98 pixels at 2×7×7) or batch (784 at 8 videos
-a process), and --pixel_queue 784 (1568).
+a process), and --pixel_queue 784 (1568). --fame single puts FAME's augmentation (fame.py) before the method.
 """
 
 import dataclasses
@@ -20,7 +20,14 @@ import math
 import torch
 from torch import Tensor
 
-from losses import FRAME_LOSSES, activation_map, foreground_mask, pixel_contrast, positive_pairs
+from losses import (
+    FRAME_LOSSES,
+    ForegroundBackgroundMerging,
+    activation_map,
+    foreground_mask,
+    pixel_contrast,
+    positive_pairs,
+)
 from moco import PRESETS as MOCO_PRESETS
 from moco import FeatureMaps, MoCo, MoCoConfig, main, pool
 from models import MomentumQueue, MotionDecoder
@@ -59,6 +66,12 @@ class FIMAConfig(MoCoConfig):
     pixel_queue: int = option(
         0, "motion pixels of earlier batches added to the denominator (Table 10)", least=0, most=2**24
     )
+    fame: str = option(
+        "none",
+        "FAME's augmentation beside the method: the foreground of the first view, or of each, on another video; motion "
+        "stays that of the video itself",
+        ("none", *ForegroundBackgroundMerging.BRANCHES),
+    )
 
     KNOWN_LOSSES = ("vv", "vd", "pix", "fra")
 
@@ -66,6 +79,8 @@ class FIMAConfig(MoCoConfig):
         super().__post_init__()
         if self.decoder == "none" and "fra" in self.terms:
             raise UserError("--decoder none leaves nothing to reconstruct with: take fra out of --losses")
+        if self.fame != "none" and self.batch_size < 2:
+            raise UserError("--fame takes the background of another video of the batch: --batch_size 2 or more")
 
 
 PRESETS = MOCO_PRESETS | {
@@ -88,6 +103,8 @@ class FIMA(MoCo):
 
     def __init__(self, config: FIMAConfig):
         super().__init__(config)
+        if config.fame != "none":
+            self.merge = ForegroundBackgroundMerging(branches=config.fame)
         self.decoder = self.cls_decoder = None
         wanted = {"pix", "fra"} & set(config.terms)
         size = self.encoder.out_channels, config.decoder_width, config.decoder_depth, config.decoder_heads
@@ -104,6 +121,8 @@ class FIMA(MoCo):
     def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
         """Views as `data.PretrainingViews` makes them, batched → the named losses; enqueues the keys at the end."""
         terms = self.config.terms
+        if self.config.fame != "none":
+            views = views | {"clip": self.merge(views["clip"]), "original": views["clip"]}
         maps = self.encode(views, motion="vd" in terms or "pix" in terms)  # F^q, F^k, M^k of V and Ṽ
         losses, keys = self.instance_losses(maps)  # Eq. 1, Eq. 2
         y, y_cls = self.decode(maps.query)  # Eq. 7, Eq. 9
@@ -140,6 +159,7 @@ class FIMA(MoCo):
             ]
             fused = sum(activation_map(features.flatten(0, 1)) for features in sources)
             mask = foreground_mask(fused, config.foreground).flatten(1).unflatten(0, (2, -1))  # (2, B, HW)
+            self.metrics["foreground_share"] = mask.float().mean()
             if config.mask_position in ("prediction", "both"):
                 pairs = pairs & mask[..., :, None]
             if config.mask_position in ("target", "both"):
@@ -186,6 +206,15 @@ class FIMA(MoCo):
         options = {"temperature": self.config.temperature} if self.config.frame_loss == "infonce" else {}
         loss = FRAME_LOSSES[self.config.frame_loss](prediction, target, queue, **options)
         return loss, local.flatten(0, 2)
+
+    def warnings(self, line: dict[str, float]) -> list[str]:
+        """Those of MoCo, and of L_Pix where it has little to go by."""
+        found = super().warnings(line)
+        if line["epoch"] > 1 and line.get("pixels_with_positive", 1) < 0.01:
+            found.append("hardly any pixel has a positive (pixels_with_positive): try a larger --threshold")
+        if line["epoch"] > 1 and line.get("foreground_share", 1) < 0.5 * self.config.foreground:
+            found.append("activation maps are flat (foreground_share), so that nothing stands out as foreground")
+        return found
 
 
 if __name__ == "__main__":

@@ -190,3 +190,267 @@ def frame_mse(prediction: Tensor, target: Tensor, negatives: Tensor | None = Non
 
 
 FRAME_LOSSES = {"infonce": frame_info_nce, "triplet": frame_triplet, "mse": frame_mse}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# FAME: "Eq.", "Sec." and "Table" below are those of Ding et al., CVPR 2022
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class ForegroundBackgroundMerging:
+    """FAME's augmentation (Sec. 3.2): the moving foreground of a clip on the background of another video of the batch.
+
+    Works on the clips' device, all clips at once, and never makes the host wait for the device. Which video lends its
+    background is drawn from torch's generator of that device: never the video itself, and for the two views of a video
+    two different ones wherever the batch has three. Can be copied alone, with this file's imports.
+
+    Args:
+        foreground: β, the portion of the picture that is foreground (Table 1: 0.3, 0.5, 0.7; 1 leaves clips as they
+            are).
+        mask: how the foreground is found (Table 4). fame: colour statistics of the seed region; seed: the seed region
+            alone; grid: the cells of a 4 × 4 grid that move most; gauss: the middle of the picture.
+        background: whose background it gets (Table 3). inter: another video's; intra: that of the video's other view;
+            none: clips stay as they are.
+        branches: merge the first view only ("single") or "both" (Table 1).
+
+    Raises:
+        ValueError: an unknown mask, background or branches, or a portion outside (0, 1].
+    """
+
+    MASKS, BACKGROUNDS, BRANCHES = ("fame", "gauss", "seed", "grid"), ("inter", "intra", "none"), ("single", "both")
+    FRONT, BACK = 0.5, 0.1  # the portions of S, from the top and from the bottom, that lend their colours (Sec. 3.2)
+    LEVELS = 8  # of each of red, green and blue: what counts as one colour
+    CELLS = 4  # rows and columns of the grid
+
+    def __init__(
+        self, foreground: float = 0.5, mask: str = "fame", background: str = "inter", branches: str = "single"
+    ):
+        for value, known in ((mask, self.MASKS), (background, self.BACKGROUNDS), (branches, self.BRANCHES)):
+            if value not in known:
+                raise ValueError(f"merging knows no {value!r}: choose from {', '.join(known)}")
+        if not 0 < foreground <= 1:
+            raise ValueError(f"the foreground is a portion in (0, 1], not {foreground}")
+        self.foreground, self.mask, self.background, self.branches = foreground, mask, background, branches
+
+    def __call__(self, clips: Tensor) -> Tensor:
+        """Both views of B ≥ 2 videos, (B, 2, 3, T, H, W) of uint8 or floating point in [0, 1] → the same, merged.
+
+        Raises:
+            ValueError: no other video in the batch to take a background from.
+        """
+        if self.background == "none":
+            return clips
+        if self.background == "inter" and len(clips) < 2:
+            raise ValueError("a background of another video needs a batch of two videos or more")
+        views = 2 if self.branches == "both" else 1
+        front, behind = clips[:, :views], self.backgrounds(clips, views)
+        mask = self.foreground_of(front.flatten(0, 1)).unflatten(0, (-1, views))
+        return torch.cat([self.merge(front, behind, mask), clips[:, views:]], 1)
+
+    def backgrounds(self, clips: Tensor, views: int) -> Tensor:
+        """Y of Eq. 4 for the first `views` views: the last and the next video in a random circle of the batch's."""
+        if self.background == "intra":
+            return clips.flip(1)[:, :views]
+        order = torch.randperm(len(clips), device=clips.device)
+        partner = torch.stack([order.roll(1), order.roll(-1)], 1)[order.argsort(), :views]  # (B, views)
+        return clips[partner, torch.arange(views, device=clips.device)]
+
+    def foreground_of(self, clips: Tensor) -> Tensor:
+        """M̃, (N, 3, T, H, W) → (N, H, W) bool, the same for all frames of a clip."""
+        seed = self.seed_region(clips)  # S, Eq. 2
+        if self.mask == "grid":
+            return self.top_cells(seed, self.foreground, self.CELLS)
+        soft = {"fame": self.color_likelihood, "seed": lambda *_: seed, "gauss": self.center}[self.mask](clips, seed)
+        return self.top_portion(soft, self.foreground, seed)  # Eq. 3
+
+    @staticmethod
+    def seed_region(clips: Tensor) -> Tensor:
+        """S of Eq. 2, the magnitude of frame differences: (N, 3, T, H, W) → (N, H, W), in the units of the clips."""
+        earlier, later = clips[:, :, :-1], clips[:, :, 1:]
+        change = torch.maximum(later, earlier) - torch.minimum(later, earlier)  # uint8 knows no negative numbers
+        change = change.sum(1, dtype=torch.promote_types(clips.dtype, torch.int16))
+        return change.sum(1) / max(clips.shape[2] - 1, 1)
+
+    @classmethod
+    def color_likelihood(cls, clips: Tensor, seed: Tensor) -> Tensor:
+        """The soft mask M_ij = P(F | x_ij) = P(x | F) / (P(x | F) + P(x | B)) (Sec. 3.2): (N, H, W) in [0, 1].
+
+        x is the colour of the clip's mean over time. F is the top half of S, B its last tenth, with all pixels that
+        equal the last one in. A colour that neither has shown gets ½.
+        """
+        white = clips.shape[2] * (255 if clips.dtype == torch.uint8 else 1)  # summed over the frames
+        levels = clips.sum(2, dtype=torch.promote_types(clips.dtype, torch.int32)) * (cls.LEVELS / white)
+        levels = levels.long().clamp(max=cls.LEVELS - 1)
+        red, green, blue = levels.flatten(2).unbind(1)
+        color = (red * cls.LEVELS + green) * cls.LEVELS + blue  # (N, HW)
+        pixels = seed.flatten(1)
+        count = pixels.shape[1]
+        regions = (
+            pixels >= pixels.kthvalue(count - math.ceil(cls.FRONT * count) + 1, 1, keepdim=True).values,
+            pixels <= pixels.kthvalue(math.ceil(cls.BACK * count), 1, keepdim=True).values,
+        )
+        shares = []  # P(x | F), P(x | B) of every colour
+        for region in regions:
+            histogram = seed.new_zeros(len(seed), cls.LEVELS**3).scatter_add_(1, color, region.to(seed.dtype))
+            shares.append(histogram / region.sum(1, keepdim=True))
+        front, back = shares
+        likelihood = torch.where(front + back > 0, front / (front + back), 0.5)
+        return likelihood.gather(1, color).view_as(seed)
+
+    @staticmethod
+    def center(_clips: Tensor, seed: Tensor) -> Tensor:
+        """A 2-D Gaussian in the middle of the picture, half a side wide (Gauss, Sec. 4.3): (N, H, W) in [0, 1]."""
+        rows, columns = (torch.linspace(-1, 1, size, device=seed.device, dtype=seed.dtype) for size in seed.shape[1:])
+        return torch.exp(-0.5 * (rows[:, None] ** 2 + columns**2)).expand_as(seed)
+
+    @staticmethod
+    def top_portion(soft: Tensor, portion: float, tie: Tensor) -> Tensor:
+        """M̃ of Eq. 3: the ⌈portion · HW⌉ pixels of each map (N, H, W) with the greatest value, as bool.
+
+        Pixels whose values are within 1e-6 of each other, as those of one colour are, come in the order of `tie`,
+        (N, H, W), not negative; then from top to bottom.
+        """
+        tie = tie.double() / tie.amax((1, 2), keepdim=True).clamp(min=1e-12)
+        score = (soft.double() + 1e-6 * tie).flatten(1)
+        count = score.shape[1]
+        chosen = math.ceil(portion * count - 1e-9)  # the 1e-9 forgives products such as 0.28 · 25 = 7.000000000000001
+        least = score.kthvalue(count - chosen + 1, 1, keepdim=True).values
+        above, equal = score > least, score == least
+        room = chosen - above.sum(1, keepdim=True)
+        return (above | (equal & (equal.cumsum(1) <= room))).view_as(soft)
+
+    @classmethod
+    def top_cells(cls, seed: Tensor, portion: float, cells: int) -> Tensor:
+        """Grid (Sec. 4.3): the ⌈portion · cells²⌉ cells with the greatest sum of S, (N, H, W) → (N, H, W) bool."""
+        rows, columns = (torch.arange(size, device=seed.device) * cells // size for size in seed.shape[1:])
+        by_row, by_column = (torch.eye(cells, device=seed.device, dtype=seed.dtype)[index] for index in (rows, columns))
+        with torch.autocast(seed.device.type, enabled=False):
+            sums = by_row.mT @ seed @ by_column  # (N, cells, cells)
+        return cls.top_portion(sums, portion, sums)[:, rows[:, None], columns]
+
+    @staticmethod
+    def merge(front: Tensor, behind: Tensor, mask: Tensor) -> Tensor:
+        """X_merge = X ⊗ M̃ + Y ⊗ (1 − M̃) of Eq. 4: clips (..., 3, T, H, W), mask (..., H, W) bool."""
+        return torch.where(mask[..., None, None, :, :], front, behind)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# DCLR: "Eq.", "Sec." and "Table" below are those of Ding et al., ACM MM 2022. Letters: N videos, V = 2 views, R rows;
+# v, s, d: RGB clip, static frame, frame difference; i, j: the two views.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def static_frame(clips: Tensor, frame: Tensor) -> Tensor:
+    """The frame that s of Eq. 3 repeats T times: clips (N, 3, T, H, W), indices (N,) → (N, 3, 1, H, W)."""
+    return clips[torch.arange(len(clips), device=clips.device), :, frame][:, :, None]
+
+
+def batch_contrast(query: Tensor, positive: Tensor, keys: Tensor, own: Tensor, temperature: float = 0.1) -> Tensor:
+    """I of Eq. 2, row by row: −log exp(q·k⁺/τ) / (exp(q·k⁺/τ) + Σ exp(q·k/τ)) over the keys of other videos.
+
+    Args:
+        query, positive: (..., R, D).
+        keys: (M, D), the mini-batch.
+        own: (R, M) bool, the keys of a query's own video, which are no negatives.
+
+    Returns:
+        (..., R), each ≥ 0; log(1 + number of negatives) if all similarities are equal.
+    """
+    pull = similarity(query[..., None, :], positive[..., None, :], temperature)[..., 0]  # (..., R, 1)
+    push = similarity(query, keys, temperature).masked_fill(own, -math.inf)  # (..., R, M)
+    return torch.cat([pull, push], -1).logsumexp(-1) - pull[..., 0]
+
+
+def dual_contrast(query: Tensor, key: Tensor, same_view: bool = False, temperature: float = 0.1) -> Tensor:
+    """I(x_i; y_j) + I(x_j; y_i), L_VV, L_VS and L_VD of Eq. 1, 6 and 7, or of one view, I(x_i; y_i) + I(x_j; y_j), L_SD
+    of Eq. 8; mean over the videos.
+
+    Either way the negatives are the 2 (N − 1) features y of the other videos: of the pair's own video, the feature that
+    is not the positive counts for nothing.
+
+    Args:
+        query, key: x and y, (V, N, D).
+
+    Returns:
+        Scalar ≥ 0; 2 log(2N − 1) if all similarities are equal.
+    """
+    positive = key if same_view else key.flip(0)
+    own = torch.eye(key.shape[1], dtype=torch.bool, device=key.device).repeat(2, 2)
+    rows = batch_contrast(*(x.flatten(0, 1) for x in (query, positive, key)), own, temperature)
+    return rows.sum() / key.shape[1]
+
+
+def retrieve(query: Tensor, pool: Tensor, count: int, weights: str = "prior") -> tuple[Tensor, Tensor]:
+    """The `count` entries of a pool that are most similar to each query, and their p_i of Eq. 10.
+
+    Args:
+        query: (N, D).
+        pool: (L, D), L ≥ count.
+        weights: "prior", proportional to the similarity, of which nothing below 1e-6 is taken, or "uniform" (Table 6).
+
+    Returns:
+        Indices into the pool, best first, and weights, which sum to 1: (N, count) each.
+    """
+    scores, index = similarity(query, pool, 1.0).topk(count)
+    weight = scores.clamp(min=1e-6) if weights == "prior" else torch.ones_like(scores)
+    return index, weight / weight.sum(1, keepdim=True)
+
+
+def retrieved_contrast(
+    v: Tensor, d: Tensor, found_v: Tensor, found_d: Tensor, weight: Tensor, keys: Tensor, temperature: float = 0.1
+) -> Tensor:
+    """L_VD of Eq. 10, Σ p_k [I(v; d̃_k) + I(ṽ_k; d)], mean over the videos; Eq. 9 if one is found for each.
+
+    Args:
+        v, d: (N, D), features of one view.
+        found_v, found_d: ṽ and d̃, (N, K, D), retrieved for each video.
+        weight: p, (N, K).
+        keys: (V·N, D), the mini-batch's features of d, view by view, of which those of other videos are negatives.
+
+    Returns:
+        Scalar ≥ 0; 2 log(2N − 1) if all similarities are equal and the weights of a video sum to 1.
+    """
+    own = torch.eye(len(v), dtype=torch.bool, device=v.device).repeat(1, 2)
+    found_v, found_d = found_v.transpose(0, 1), found_d.transpose(0, 1)  # (K, N, D)
+    query = torch.stack([v.expand_as(found_v), found_v])
+    positive = torch.stack([found_d, d.expand_as(found_d)])
+    rows = batch_contrast(query, positive, keys, own, temperature)  # (2, K, N)
+    return (rows * weight.mT).sum() / len(v)
+
+
+def pixel_activation(features: Tensor) -> Tensor:
+    """A of Eq. 11, the sum of magnitudes over channels: (..., C, T, H, W) → (..., T, H, W), float32 or float64."""
+    return features.abs().sum(-4, dtype=torch.promote_types(features.dtype, torch.float32))
+
+
+def activation_alignment(activation: Tensor, reference: Tensor) -> Tensor:
+    """L_ac of Eq. 12: the mean distance of A_v from A_s + A_d, each map scaled to [0, 1] by its least and its greatest.
+
+    Args:
+        activation: A_v, (N, T, H, W), of one clip each.
+        reference: A_s + A_d, the same shape; gets no gradient.
+
+    Returns:
+        Scalar in [0, 1]. A constant map is scaled to 0.
+    """
+
+    def scaled(maps: Tensor) -> Tensor:
+        low, high = (extreme((1, 2, 3), keepdim=True) for extreme in (maps.amin, maps.amax))
+        return (maps - low) / torch.where(high > low, high - low, 1)
+
+    return (scaled(activation) - scaled(reference.detach())).abs().mean()
+
+
+def activation_pool(features: Tensor, activation: Tensor) -> Tensor:
+    """f_d(v) of Eq. 13, and f_s(v): the mean of F(v) over time and space with the weights A, which get no gradient.
+
+    Args:
+        features: (..., C, T, H, W).
+        activation: (..., T, H, W), A_d or A_s, not negative.
+
+    Returns:
+        (..., C); 0 where a map of weights is 0 everywhere.
+    """
+    weight = activation.detach().unsqueeze(-4)
+    total = weight.sum((-3, -2, -1)).clamp(min=torch.finfo(weight.dtype).tiny)
+    return (features * weight).sum((-3, -2, -1)) / total

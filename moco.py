@@ -16,12 +16,13 @@ import time
 from collections.abc import Iterator
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import data
 import evaluate
-from losses import frame_difference, info_nce
+from losses import frame_difference, info_nce, similarity
 from models import ENCODERS, MomentumQueue, ProjectionHead, build_encoder, deal, momentum_update
 from train import (
     TrainConfig,
@@ -46,6 +47,7 @@ class MoCoConfig(TrainConfig):
     dataset: str = option("synthetic", "what to train on", data.DATASETS)
     data: str = option("", "folder of the data set (default: datasets/DATASET)")
     list_file: str = option("", "with --dataset folder: a file of lines 'path label', label optional")
+    exclude: str = option("", "file of videos to leave out: of `python data.py check`, or a run's bad_videos.log")
     split: int = option(1, "official split of the data set", least=1)
     frames: int = option(16, "frames of a clip", least=1)
     frame_stride: int = option(2, "a clip takes every how-manieth frame of the video", least=1)
@@ -90,7 +92,16 @@ class MoCoConfig(TrainConfig):
 
 PRESETS = {
     "synthetic": dict(
-        encoder="r3d_18", width=0.125, crop=64, epochs=4, batch_size=16, lr=0.1, momentum=0.99, queue=256
+        encoder="conv4",
+        crop=32,
+        epochs=12,
+        batch_size=32,
+        lr=0.8,
+        momentum=0.99,
+        queue=256,
+        min_scale=0.5,
+        jitter_p=0.2,
+        blur_p=0.2,
     ),
     "ucf101": dict(encoder="i3d", crop=224, epochs=200, batch_size=8, lr=0.04, momentum=0.999, queue=2048),
     "k400": dict(encoder="i3d", crop=224, epochs=100, batch_size=8, lr=0.04, momentum=0.999, queue=65536),
@@ -109,6 +120,19 @@ class FeatureMaps:
 def pool(maps: Tensor) -> Tensor:
     """Global average over time and space: (..., C, T, H, W) → (..., C)."""
     return maps.mean((-3, -2, -1))
+
+
+@torch.no_grad()
+def contrast_metrics(query: Tensor, positive: Tensor, negatives: Tensor) -> dict[str, Tensor]:
+    """How well queries (B, D) tell their positives (B, D) from negatives (N, D): mean cosines of both in [-1, 1], and
+    the share of queries that are nearer to their positive than to any negative. Costs little beside an encoder pass.
+    """
+    own, others = (query * positive).sum(1), similarity(query, negatives, 1.0)
+    return {
+        "positive_similarity": own.mean(),
+        "negative_similarity": others.mean(),
+        "contrast_accuracy": (own > others.amax(1)).float().mean(),
+    }
 
 
 class MoCo(nn.Module):
@@ -169,6 +193,8 @@ class MoCo(nn.Module):
             key = self.key_encoder(rgb if dealt is clips else self.encoder_input(dealt, dealt_color[:, 0]))
             key, difference = self.deal(key, back=True), None
             if motion:
+                if "original" in views:  # V is merged by FAME; its motion stays that of the video itself
+                    dealt = self.deal(views["original"].transpose(0, 1).flatten(0, 1))
                 difference = self.key_encoder(self.encoder_input(dealt, dealt_color[:, 1], difference=True))
                 difference = self.deal(difference, back=True)
         halves = (None if x is None else x.unflatten(0, (2, -1)) for x in (query, key, difference))
@@ -178,12 +204,12 @@ class MoCo(nn.Module):
         """With --bn shuffle, `models.deal`: no key's batch norm sees the same clips as its query's; else `rows`."""
         return deal(rows, back) if self.config.bn == "shuffle" else rows
 
-    def encoder_input(self, clips: Tensor, color: Tensor, difference: bool = False) -> Tensor:
-        """uint8 clips (N, 3, frames, H, W) → V or, taken before the colours, D; then colours and normalisation."""
+    def encoder_input(self, clips: Tensor, color: Tensor | None, difference: bool = False) -> Tensor:
+        """uint8 clips (N, 3, frames, H, W) → V or, taken before the colours, D; then colours, if any, normalised."""
         clips = clips.contiguous() / 255
         if difference:
             clips = frame_difference(clips)
-        clips = data.normalize(data.color_augment(clips, color))
+        clips = data.normalize(clips if color is None else data.color_augment(clips, color))
         return clips.contiguous(memory_format=MEMORY_FORMATS[self.config.memory_format])
 
     @staticmethod
@@ -204,20 +230,31 @@ class MoCo(nn.Module):
                 other = k.flip(0).flatten(0, 1)  # to each query, the key of the other view
                 losses[name] = info_nce(v.flatten(0, 1), other, self.queues[name].keys, self.config.temperature)
                 self.metrics[f"chance/{name}"] = math.log(1 + self.config.queue)
+                shown = contrast_metrics(v.flatten(0, 1), other, self.queues[name].keys)
+                self.metrics |= {f"{metric}/{name}": value for metric, value in shown.items()}
                 keys[name] = k.flatten(0, 1)
         return losses, keys
 
     def enqueue(self, keys: dict[str, Tensor]) -> None:
-        """Writes all queues, after all losses have read them: no video meets its own fresh key as a negative."""
-        if self.training:
-            for name, queue in self.queues.items():
-                queue.enqueue(keys[name])
+        """Writes all queues, after all losses have read them: no video meets its own fresh key as a negative.
+
+        "queue_age" is the age in steps at which keys leave the queue.
+        """
+        processes = dist.get_world_size() if dist.is_initialized() else 1
+        for name, queue in self.queues.items() if self.training else ():
+            queue.enqueue(keys[name])
+            self.metrics[f"queue_age/{name}"] = len(queue.keys) / (processes * len(keys[name]))
+
+    def warnings(self, line: dict[str, float]) -> list[str]:
+        """What a line of the log, after the first epoch, shows to be wrong."""
+        collapsed = line["epoch"] > 1 and line["feature_std"] < 0.1 * self.head.net[-1].out_features ** -0.5
+        return ["the features of all clips are nearly the same (feature_std): try a lower --lr"] * collapsed
 
 
 def main(method_class: type[MoCo], config_class: type[MoCoConfig], presets: dict[str, dict], doc: str) -> None:
     """Trains a method as its command line says; on the generated videos, shows at the end what it has learnt."""
     config = parse(config_class, doc, presets)
-    process = start_process(config.device)
+    process = start_process(config.device, config.timeout, config.deterministic == "on")
     with user_errors():
         torch.manual_seed(config.seed)
         method = method_class(config)
@@ -229,7 +266,7 @@ def main(method_class: type[MoCo], config_class: type[MoCoConfig], presets: dict
         root = config.data or f"datasets/{config.dataset}"
         with process.first():
             videos = data.find_videos(
-                config.dataset, root, train=True, split=config.split, list_file=config.list_file or None
+                config.dataset, root, True, config.split, config.list_file or None, config.exclude or None
             )
         process.say(videos.report)
         total_batch = config.batch_size * process.world_size
@@ -262,7 +299,7 @@ def main(method_class: type[MoCo], config_class: type[MoCoConfig], presets: dict
 
     name = method_class.__name__.lower()
     out = f"runs/{name}-{config.dataset}-{time.strftime('%Y%m%d-%H%M%S')}"
-    checkpoint = fit(method, config, process, make_loader, sampler(0).steps_per_epoch, out)
+    checkpoint = fit(method, config, process, make_loader, sampler(0).steps_per_epoch, out, paths=views.videos.paths)
     if config.dataset == "synthetic":
         shape = config.crop, config.frames, config.frame_stride
         encoders = {"untrained": untrained, name: method.encoder}

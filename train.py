@@ -3,27 +3,34 @@
 Imports torch and tqdm only. A method is an `nn.Module` whose `forward(batch)` returns a dict of named scalar losses and
 leaves numbers in `.metrics`, among them "chance/NAME", what loss NAME is at chance. `fit` sums the losses, steps, logs
 and saves. What is random in a step follows from (seed, step, rank) and what is random in a sample from (seed, epoch,
-index), so a checkpoint needs no random state to continue exactly.
+index), so a checkpoint needs no random state to continue exactly. A method may have `warnings(line)`, which says what a
+line of the log shows to be wrong.
 
 One process needs no process group; `torchrun --nproc_per_node=N method.py …` runs N of them, one a GPU.
 """
 
 import argparse
 import contextlib
+import copy
 import ctypes
 import dataclasses
 import importlib.metadata
+import io
 import itertools
 import json
 import math
 import os
 import platform
+import re
 import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -55,7 +62,10 @@ def user_errors() -> Iterator[None]:
 
 
 def command_line(main: Callable[[], None]) -> NoReturn:
-    """Runs a script: a UserError is one line and exit code 2, an interrupt 128 + its signal."""
+    """Runs a script: a UserError is one line and exit code 2, an interrupt 128 + its signal.
+
+    So is the loss of another process of the run (exit code 1), whose own message says more.
+    """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # names of files need not fit the terminal's encoding
             stream.reconfigure(errors="backslashreplace")
@@ -70,6 +80,16 @@ def command_line(main: Callable[[], None]) -> NoReturn:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
+    except RuntimeError as error:
+        if not (dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error))):
+            raise
+        reason = str(error).partition("] ")[2].partition(". ")[0]
+        print(
+            f"error: process {dist.get_rank()} has lost another one, which ended, or was silent for longer than "
+            f"--timeout: {reason}; the last checkpoint is whole: continue with --resume auto",
+            file=sys.stderr,
+        )
+        code = 1
     if dist.is_initialized():
         dist.destroy_process_group()
     sys.exit(code)
@@ -81,6 +101,9 @@ def command_line(main: Callable[[], None]) -> NoReturn:
 def option(default: Any, help: str, choices: tuple = (), least: float = -math.inf, most: float = math.inf) -> Any:
     """A field of a config dataclass, which `parse` makes a command-line flag: one of `choices`, or in [least, most]."""
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "range": (least, most)})
+
+
+SWITCH = ("off", "on")  # choices of an option whose flag alone means "on"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,10 +150,29 @@ class TrainConfig(Options):
     )
     seed: int = option(0, "seed of everything random", least=0, most=2**31 - 1)
     out: str = option("", "run folder (default: runs/METHOD-DATASET-TIME, or the folder of --resume)")
-    resume: str = option("", "checkpoint to continue, with its options unless others are given")
+    resume: str = option(
+        "",
+        "checkpoint to continue, with its options unless others are given; auto: the newest readable one of this "
+        "method and data set in --out, or else below runs/, if there is one",
+    )
     max_steps: int = option(0, "stop and save after this step of the schedule; 0: run all of it", least=0)
     log_every: int = option(10, "steps between two lines of log.jsonl", least=1)
     keep_every: int = option(0, "epochs between two checkpoints kept for good; 0: keep the latest only", least=0)
+    save_minutes: float = option(
+        30.0,
+        "minutes after which the next line of the log comes with a checkpoint, besides those of epoch ends",
+        least=0,
+    )
+    on_nan: str = option(
+        "stop",
+        "what to do where a loss or its gradient is not finite. stop: the run ends, and its last checkpoint is from "
+        "before; skip: leave the step out, which costs a copy of the model's state and a wait for the GPU each step",
+        ("stop", "skip"),
+    )
+    deterministic: str = option(
+        "off", "deterministic algorithms on a GPU too, where torch has them; it warns where not; slower", SWITCH
+    )
+    timeout: float = option(10.0, "minutes after which a process gives up waiting for another one", least=0.01)
     max_bad: float = option(0.05, "stop when more than this share of an epoch's videos cannot be read", least=0, most=1)
 
     LR_BATCH = 256  # total batch at which `lr` holds
@@ -164,6 +206,8 @@ def parse(
     """Command line → config. Explicit flags win over the options of the checkpoint to resume, these over the preset
     that `--dataset` selects, and this over the defaults. Flags may be written with underscores or hyphens.
 
+    `--resume auto` is replaced by the checkpoint found, or by nothing where there is none.
+
     Raises:
         UserError: unknown flag or value, no such checkpoint, or one of another method.
     """
@@ -177,6 +221,8 @@ def parse(
         options = {"choices": field.metadata["choices"] or None, "metavar": field.type.__name__.upper()}
         if options["choices"]:
             options["metavar"] = "|".join(map(str, options["choices"]))
+        if options["choices"] == SWITCH:
+            options |= {"nargs": "?", "const": "on"}
         parser.add_argument(
             *names,
             type=field.type,
@@ -187,10 +233,15 @@ def parse(
     lines = [f"  {name}: " + " ".join(f"--{k} {v}" for k, v in preset.items()) for name, preset in presets.items()]
     parser.epilog = "\n".join(["what --dataset NAME sets (explicit flags win):", *lines]) if lines else None
     given = vars(parser.parse_args(argv))
-    saved = {}
+    saved, method = {}, _method_name(config_class)
+    if given.get("resume") == "auto":
+        wanted = {k: given[k] for k in ("dataset", "checkpoint") if given.get(k)}
+        if default := getattr(config_class, "dataset", ""):
+            wanted.setdefault("dataset", default)
+        given["resume"] = newest_checkpoint(given.get("out") or "runs", method, wanted)
     if given.get("resume"):
         own = {field.name for field in dataclasses.fields(config_class)} - {"out", "resume", "max_steps"}
-        state, method = load_checkpoint(given["resume"]), _method_name(config_class)
+        state = load_checkpoint(given["resume"])
         if state["method"] != method:
             raise UserError(f"{given['resume']} is a checkpoint of {state['method']}, not of {method}")
         saved = {k: v for k, v in state["config"].items() if k in own}
@@ -256,13 +307,20 @@ def keep_freed_memory() -> None:
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
 
 
-def start_process(device: str = "auto") -> Process:
+def start_process(device: str = "auto", timeout: float = 10, deterministic: bool = False) -> Process:
     """Joins the run that torchrun's environment describes, or stands alone without it.
+
+    Args:
+        timeout: minutes after which it gives up waiting for another process.
+        deterministic: have torch choose deterministic algorithms, and warn where it has none.
 
     Raises:
         UserError: CUDA asked for where there is none, or more processes than GPUs.
     """
     world_size, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    if deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read by cuBLAS when it starts
+        torch.use_deterministic_algorithms(True, warn_only=True)  # the backward of max_pool3d has no such form
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError(
             "--device cuda: torch finds no CUDA GPU here; use --device cpu, or install a CUDA build of torch"
@@ -273,14 +331,15 @@ def start_process(device: str = "auto") -> Process:
     elif local_rank < torch.cuda.device_count():
         place = torch.device("cuda", local_rank)
         torch.cuda.set_device(place)
-        torch.backends.cudnn.benchmark = True  # shapes stay the same: let it look for the fastest convolutions
+        # Shapes stay the same: let it look for the fastest convolutions, which are not the same in each run.
+        torch.backends.cudnn.benchmark = not deterministic
     else:
         raise UserError(f"process {local_rank} has no GPU: {torch.cuda.device_count()} here; lower --nproc_per_node")
     if world_size > 1 and not dist.is_initialized():
         if place.type == "cuda":
-            dist.init_process_group("nccl", device_id=place)
+            dist.init_process_group("nccl", device_id=place, timeout=timedelta(minutes=timeout))
         else:
-            dist.init_process_group("gloo")
+            dist.init_process_group("gloo", timeout=timedelta(minutes=timeout))
     return Process(int(os.environ.get("RANK", 0)), world_size, place)
 
 
@@ -294,8 +353,9 @@ def loader_workers(config: TrainConfig, process: Process) -> int:
 def leave_signals(_worker: int) -> None:
     """Takes a loader's worker out of the process group, which a terminal's Ctrl-C and a launcher's SIGTERM reach whole.
 
-    The training process decides, and needs its workers until it has saved.
+    The training process decides, and needs its workers until it has saved; what it tells them itself, they obey.
     """
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a forked worker has inherited its parent's handler
     if hasattr(os, "setpgid"):
         os.setpgid(0, 0)
 
@@ -313,65 +373,72 @@ def average_batch_norm(model: nn.Module) -> None:
 
 
 def save_checkpoint(path: Path, state: dict) -> None:
-    """Writes atomically: at every moment `path` holds the old state or the new one, whole."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    """Writes atomically: at every moment `path` holds the old state or the new one, whole.
+
+    Raises:
+        UserError: it cannot be written, as on a full disk; `path` is as it was, and nothing half is left.
+    """
+    partial, buffer = path.with_name(path.name + ".partial"), io.BytesIO()
+    torch.save(state, buffer)  # in memory, as torch.save hides why a file cannot be written
+    try:
+        with open(partial, "wb") as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        before = "still holds the checkpoint before" if path.exists() else "does not exist yet"
+        raise UserError(f"step {state['step']} cannot be saved: {error.strerror}; {path} {before}") from error
 
 
 def load_checkpoint(path: str | Path) -> dict:
     """A checkpoint of `fit`: method, config, model, optimizer, step, steps_per_epoch, world_size; runs no code in it.
 
     Raises:
-        UserError: no such file, or not a checkpoint of this project.
+        UserError: no such file, damaged, or not a checkpoint of this project.
     """
     if not Path(path).is_file():
         raise UserError(f"no checkpoint at {path}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+        if wrong := zipfile.ZipFile(path).testzip():  # torch compares no check sums
+            raise zipfile.BadZipFile(wrong)
     except Exception as error:  # torch raises whatever its readers meet: pickle, zip, runtime and end-of-file errors
-        raise UserError(f"{path} is damaged, or no checkpoint, or holds code, which is never run") from error
+        others = ", ".join(sorted(other.name for other in Path(path).parent.glob("epoch_*.pt") if other != Path(path)))
+        raise UserError(
+            f"{path} is damaged, or no checkpoint, or holds code, which is never run"
+            + (f"; beside it lie {others}" if others else "")
+        ) from error
     expected = {"method", "config", "model", "optimizer", "step", "steps_per_epoch", "world_size"}
     if not isinstance(state, dict) or not expected <= state.keys():
         raise UserError(f"{path} is no checkpoint of this project: it lacks some of {', '.join(sorted(expected))}")
     return state
 
 
-def restore(
-    path: str,
-    method: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    config: TrainConfig,
-    process: Process,
-    steps_per_epoch: int,
-) -> int:
-    """Loads a checkpoint into method and optimiser, and returns the step to go on from.
+def newest_checkpoint(folder: str | Path, method: str, wanted: dict[str, Any]) -> str:
+    """The newest readable checkpoint below a folder of a method and of a config with the wanted values; "" for none.
 
-    Where an epoch has other steps than it had, by another batch, data set or number of processes, this is the same
-    place in the schedule, and the run says so.
-
-    Raises:
-        UserError: it is of another architecture.
+    Says which ones are passed over as unreadable, and what was found.
     """
-    state = load_checkpoint(path)
-    try:
-        method.load_state_dict(state["model"])
-    except RuntimeError as error:
-        asked = dataclasses.asdict(config)
-        changed = [f"{k} {v} (here {asked.get(k)})" for k, v in state["config"].items() if asked.get(k) != v]
-        raise UserError(f"{path} does not fit this model; it was made with {', '.join(changed)}") from error
-    optimizer.load_state_dict(state["optimizer"])
-    step, before = state["step"], state["steps_per_epoch"]
-    if (before, state["world_size"]) != (steps_per_epoch, process.world_size):
-        step = round(step * steps_per_epoch / before)
-        process.say(
-            f"note: {path} was saved by {state['world_size']} processes with {before} steps an epoch, now it is "
-            f"{process.world_size} with {steps_per_epoch}: goes on at the same part of the schedule, with other batches"
-        )
-    return step
+
+    def say(text: str) -> None:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"--resume auto: {text}")
+
+    paths = [path for name in ("checkpoint.pt", "epoch_*.pt") for path in Path(folder).rglob(name)]
+    for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns, reverse=True):
+        try:
+            state = load_checkpoint(path)
+        except UserError as error:
+            say(f"passes over a checkpoint: {error}")
+            continue
+        if state["method"] == method and wanted.items() <= state["config"].items():
+            say(f"found {path}, step {state['step']}")
+            return str(path)
+    say(f"no checkpoint of {method} for {' '.join(map(str, wanted.values()))} below {folder}: starts anew")
+    return ""
 
 
 # ------------------------------------------------------------------------------------------------------- run folder
@@ -405,11 +472,16 @@ def _replace(path: Path, text: str) -> None:
 
 
 def _step_of(line: str) -> float:
-    """Step of a line of log.jsonl; infinite for one that a kill has cut."""
-    try:
-        return json.loads(line)["step"]
-    except json.JSONDecodeError:
-        return math.inf
+    """Step of a line of log.jsonl or bad_videos.log, its first number; infinite for one that a kill has cut."""
+    return int(re.search(r"\d+", line)[0]) if line.endswith("\n") else math.inf
+
+
+def _forget(path: Path, step: int) -> None:
+    """Takes the lines of later steps out of a log: they come again."""
+    if path.exists():
+        with open(path) as lines:
+            kept = [line for line in lines if _step_of(line) <= step]
+        _replace(path, "".join(kept))
 
 
 class RunFolder:
@@ -424,7 +496,7 @@ class RunFolder:
         path.mkdir(parents=True, exist_ok=True)
         if not self.writes:
             return
-        record, log = path / "run.json", path / "log.jsonl"
+        record = path / "run.json"
         if start_step == 0 and (path / "checkpoint.pt").exists():
             raise UserError(f"{path} holds a run already: continue it with --resume, or name another --out")
         starts = json.loads(record.read_text()) if record.exists() else []
@@ -443,8 +515,8 @@ class RunFolder:
             }
         )
         _replace(record, json.dumps(starts, indent=1) + "\n")
-        kept = [line for line in log.read_text().splitlines() if _step_of(line) <= start_step] if log.exists() else []
-        _replace(log, "".join(line + "\n" for line in kept))  # what came after the checkpoint comes again
+        for name in ("log.jsonl", "bad_videos.log"):
+            _forget(path / name, start_step)
         with contextlib.suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter
 
@@ -460,10 +532,13 @@ class RunFolder:
                 self.board.add_scalar(name, value, record["step"])
 
     def log_bad(self, step: int, bad: list[tuple[str, str]]) -> None:
-        """Names the videos that could not be read in this process's batch of a step, and why."""
+        """Names the videos that could not be read in this process's batch of a step, and why; each video once."""
         if bad:
-            with open(self.path / "bad_videos.log", "a") as file:
-                file.writelines(f"step {step}\t{path!r}\t{reason}\n" for path, reason in bad)
+            with open(self.path / "bad_videos.log", "a+", errors="backslashreplace") as file:
+                file.seek(0)
+                named = file.read()
+                lines = {path: f"step {step}\t{path!r}\t{reason}".splitlines()[0] + "\n" for path, reason in bad}
+                file.writelines(line for path, line in lines.items() if f"\t{path!r}\t" not in named)
 
     def close(self) -> None:
         """Writes what TensorBoard still holds back."""
@@ -471,30 +546,57 @@ class RunFolder:
             self.board.close()
 
 
+def describe(losses: dict[str, float]) -> str:
+    """ "vv 5.02 (chance 5.55)  pix …" of one line of the log, or of means of them."""
+    names = [name.removeprefix("loss/") for name in losses if name.startswith("loss/")]
+    return "  ".join(f"{name} {losses['loss/' + name]:.3f} (chance {losses['chance/' + name]:.3f})" for name in names)
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What a step of training gave on this process: its number (from 1), numbers, and the videos in its batch."""
+
+    number: int
+    numbers: dict[str, Tensor | float]
+    videos: list[str]
+
+    def is_finite(self) -> bool:
+        """Whether the loss and the norm of its gradient are; waits for the device."""
+        return all(math.isfinite(self.numbers[name]) for name in ("loss", "grad_norm"))
+
+    def __str__(self) -> str:
+        numbers = {name: float(value) for name, value in self.numbers.items()}
+        videos = f"; videos {', '.join(map(repr, self.videos))}" if self.videos else ""
+        return f"step {self.number}: {describe(numbers)}  norm of the gradient {numbers['grad_norm']:.3g}{videos}"
+
+
 class Meter:
-    """Means of numbers between two lines of the log; waits for the device only when they are read."""
+    """The steps between two lines of the log; waits for the device only when it is read."""
 
     def __init__(self) -> None:
-        self.sums: dict[str, Tensor | float] = {}
-        self.steps, self.waited, self.since = 0, 0.0, time.perf_counter()
-
-    def add(self, numbers: dict[str, Tensor | float], waited: float) -> None:
-        """Counts one step's numbers, and the seconds it waited for data."""
-        for name, value in numbers.items():
-            self.sums[name] = self.sums.get(name, 0.0) + (value.detach() if isinstance(value, Tensor) else value)
-        self.steps += 1
-        self.waited += waited
+        self.steps: list[Step] = []
+        self.waited, self.since = 0.0, time.perf_counter()
 
     def read(self, process: Process, clips: int) -> dict[str, float]:
-        """Means over steps and processes, clips/s of the whole run, share of time spent waiting for data; resets."""
-        values = torch.stack(
-            [torch.as_tensor(v, dtype=torch.float64, device=process.device) for v in self.sums.values()]
-        )
+        """Means over steps and processes, clips/s of the whole run, share of time spent waiting for data; resets.
+
+        Raises:
+            UserError: a loss or gradient is not finite, in this process or in another.
+        """
+        names, count = list(self.steps[0].numbers), len(self.steps)
+        sums = [sum(step.numbers[name] for step in self.steps) for name in names]
+        values = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=process.device) for v in sums])
         if process.world_size > 1:
             dist.all_reduce(values)
-        means = dict(zip(self.sums, (values / (self.steps * process.world_size)).tolist(), strict=True))
+        means = dict(zip(names, (values / (count * process.world_size)).tolist(), strict=True))
+        if not math.isfinite(means["loss"] + means["grad_norm"]):
+            broken = next((step for step in self.steps if not step.is_finite()), "in another process")
+            raise UserError(
+                f"process {process.rank}: a loss or its gradient is not finite, {broken}; the last checkpoint, if any, "
+                "is from before; try a lower --lr, --precision float32, or --on_nan skip"
+            )
         elapsed = time.perf_counter() - self.since
-        means |= {"clips_per_s": clips * self.steps / elapsed, "data_wait": self.waited / elapsed}
+        means |= {"clips_per_s": clips * count / elapsed, "data_wait": self.waited / elapsed}
         self.__init__()
         return means
 
@@ -534,10 +636,229 @@ def to_device(batch: dict, device: torch.device, stream: "torch.cuda.Stream | No
     return batch
 
 
-def describe(losses: dict[str, float]) -> str:
-    """ "vv 5.02 (chance 5.55)  pix …" of one line of the log, or of means of them."""
-    names = [name.removeprefix("loss/") for name in losses if name.startswith("loss/")]
-    return "  ".join(f"{name} {losses['loss/' + name]:.3f} (chance {losses['chance/' + name]:.3f})" for name in names)
+@contextlib.contextmanager
+def noted_signals(process: Process) -> Iterator[list[int]]:
+    """Has SIGINT and SIGTERM noted in a list, to be obeyed when it suits; the second one is obeyed at once."""
+    caught: list[int] = []
+    own = os.getpid()
+
+    def note(number: int, _frame: Any) -> None:
+        if caught or os.getpid() != own:  # a process forked from this one is to end at once
+            raise KeyboardInterrupt
+        caught.append(number)
+        process.say("stopping after this step, to save; once more to stop without saving")
+
+    handlers = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+class Run:
+    """What a run moves on step by step, saves and restores: method, optimiser, and the count of steps."""
+
+    MOST_LEFT_OUT = 10  # steps in a row; with more, --on_nan skip stops the run, too
+
+    def __init__(
+        self, method: nn.Module, config: Config, process: Process, steps_per_epoch: int, paths: Sequence[str] = ()
+    ):
+        self.method, self.config, self.process, self.paths = method.to(process.device).train(), config, process, paths
+        self.steps_per_epoch, self.total_batch = steps_per_epoch, config.batch_size * process.world_size
+        trainable = [p for p in method.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.SGD(trainable, config.lr, config.sgd_momentum, weight_decay=config.weight_decay)
+        self.done = 0  # steps
+        self.bad_videos = self.skipped = 0  # of this epoch: unreadable videos in this process, steps left out
+        self.skipped_in_a_row = 0
+        if config.resume:
+            self.restore()
+        if process.world_size > 1:
+            self.check_agreement()
+        self.bf16 = autocast_bf16(config, process)
+        self.copies = torch.cuda.Stream() if process.device.type == "cuda" else None
+        self.model = method
+        if process.world_size > 1:  # batch-norm statistics are each process's own; `save` averages them
+            self.model = nn.parallel.DistributedDataParallel(
+                method, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
+
+    def restore(self) -> None:
+        """Goes to where the checkpoint `config.resume` was saved.
+
+        Where an epoch has other steps than it had, by another batch, data set or number of processes, this is the same
+        place in the schedule, and the run says so.
+
+        Raises:
+            UserError: it is of another architecture.
+        """
+        config, process, path = self.config, self.process, self.config.resume
+        state = load_checkpoint(path)
+        try:
+            self.method.load_state_dict(state["model"])
+        except RuntimeError as error:
+            asked = dataclasses.asdict(config)
+            changed = [f"{k} {v} (here {asked.get(k)})" for k, v in state["config"].items() if asked.get(k) != v]
+            raise UserError(f"{path} does not fit this model; it was made with {', '.join(changed)}") from error
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.done, before = state["step"], state["steps_per_epoch"]
+        if (before, state["world_size"]) != (self.steps_per_epoch, process.world_size):
+            self.done = round(self.done * self.steps_per_epoch / before)
+            process.say(
+                f"note: {path} was saved by {state['world_size']} processes with {before} steps an epoch, now it is "
+                f"{process.world_size} with {self.steps_per_epoch}: goes on at the same part of the schedule with the "
+                "same weights, queues and optimiser, but with other batches, so the result will be another one"
+            )
+        elif self.done % before:
+            self.skipped = state.get("skipped_steps", 0)
+            self.bad_videos = state.get("bad_videos", 0) if process.rank == 0 else 0
+
+    def check_agreement(self) -> None:
+        """Compares check sums of weights, queues and statistics over the processes.
+
+        Raises:
+            UserError: they differ.
+        """
+        state = {k: v.cpu().contiguous().flatten().view(torch.uint8) for k, v in self.method.state_dict().items()}
+        sums = {"the step": self.done} | {name: zlib.crc32(value.numpy()) for name, value in state.items()}
+        all_sums = [sums] * self.process.world_size
+        dist.all_gather_object(all_sums, sums)
+        differing = [name for name in sums if len({other[name] for other in all_sums}) > 1]
+        if differing:
+            raise UserError(
+                f"process {self.process.rank}: after step {self.done} the processes hold different values of "
+                f"{differing[0]}, and of {len(differing) - 1} more; the last checkpoint, if any, is from before"
+            )
+
+    def save(self, folder: Path, bad_videos: int) -> None:
+        """Writes checkpoint.pt, and epoch_N.pt where one is due; `bad_videos`: of this epoch in all processes.
+
+        Raises:
+            UserError: it cannot be written, or the processes differ.
+        """
+        if self.process.world_size > 1:
+            average_batch_norm(self.method)
+            self.check_agreement()
+        if self.process.rank == 0:
+            state = {
+                "method": _method_name(type(self.config)),
+                "config": dataclasses.asdict(self.config),
+                "model": self.method.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "step": self.done,
+                "steps_per_epoch": self.steps_per_epoch,
+                "world_size": self.process.world_size,
+                "bad_videos": bad_videos,
+                "skipped_steps": self.skipped,
+                "versions": versions(),
+            }
+            epoch, rest = divmod(self.done, self.steps_per_epoch)
+            if self.config.keep_every and rest == 0 and epoch % self.config.keep_every == 0:
+                save_checkpoint(folder / f"epoch_{epoch:04d}.pt", state)
+            save_checkpoint(folder / "checkpoint.pt", state)  # last: whoever is killed in between makes both again
+        if self.process.world_size > 1:
+            dist.barrier()
+
+    def step(self, batch: dict) -> Step | None:
+        """Trains on a batch; None where `on_nan` has the step left out.
+
+        Raises:
+            UserError: too many steps in a row would be left out.
+        """
+        config, process = self.config, self.process
+        videos = [self.paths[i] for i in batch["index"].tolist()] if self.paths and "index" in batch else []
+        before = copy.deepcopy(self.method.state_dict()) if config.on_nan == "skip" else None
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.learning_rate(self.total_batch, self.done / self.steps_per_epoch)
+        torch.manual_seed((config.seed * 1_000_003 + self.done) * 65_537 + process.rank)
+        batch = to_device(batch, process.device, self.copies) | {"epoch": self.done / self.steps_per_epoch}
+        with torch.autocast(process.device.type, torch.bfloat16, enabled=self.bf16):
+            losses = self.model(batch)
+        loss = torch.stack(list(losses.values())).sum()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = nn.utils.get_total_norm([p.grad for p in self.method.parameters() if p.grad is not None])
+        numbers = {"loss": loss.detach()} | {f"loss/{k}": v.detach() for k, v in losses.items()} | {"grad_norm": norm}
+        self.done += 1
+        step = Step(self.done, numbers | self.method.metrics, videos)
+        if before is None or not any(process.sums(not step.is_finite())):  # all processes decide alike
+            self.optimizer.step()
+            self.skipped_in_a_row = 0
+            return step
+        self.method.load_state_dict(before)
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        if self.skipped_in_a_row > self.MOST_LEFT_OUT:
+            raise UserError(
+                f"process {process.rank}: {self.MOST_LEFT_OUT} steps in a row were left out, and now {step}"
+            )
+        tqdm.write(f"process {process.rank}: a loss or its gradient is not finite, left out: {step}")
+        return None
+
+    def __str__(self) -> str:
+        config, total = self.config, self.total_batch
+        options = "".join(f"  {name:<18}{value}\n" for name, value in dataclasses.asdict(config).items())
+        parameters = sum(p.numel() for p in self.method.parameters() if p.requires_grad)
+        precision = "bf16" if self.bf16 else "float32"
+        return (
+            f"{options}{parameters:,} trainable parameters, {precision} on {self.process.device}\n"
+            f"total batch {config.batch_size} × {self.process.world_size} = {total}, learning rate {config.lr} × "
+            f"{total} / {config.LR_BATCH} = {config.learning_rate(total, 0):.3g}, {self.steps_per_epoch} steps an "
+            f"epoch, {config.epochs * self.steps_per_epoch} in all"
+        )
+
+
+class Journal:
+    """Says what the steps gave: in log.jsonl, in the progress bar, in a line an epoch, and in warnings, each once."""
+
+    def __init__(self, run: Run, folder: RunFolder, clips: int):
+        self.run, self.folder, self.clips = run, folder, clips  # clips of a step, of all processes
+        self.bar = progress(run.process, total=run.config.epochs * run.steps_per_epoch, initial=run.done, unit="step")
+        self.meter, self.lines, self.warned = Meter(), [], set()
+
+    def add(self, step: Step | None, waited: float) -> None:
+        """Counts a step, unless it was left out, and the seconds it waited for data."""
+        self.meter.waited += waited
+        if step is not None:
+            self.meter.steps.append(step)
+        self.bar.update()
+
+    def line(self, bad_videos: int) -> None:
+        """Writes the means of the steps since the last line; raises UserError where they are not finite."""
+        if not self.meter.steps:
+            return
+        run, count = self.run, len(self.meter.steps)
+        line = {"step": run.done, "epoch": run.done / run.steps_per_epoch, "lr": run.optimizer.param_groups[0]["lr"]}
+        line |= self.meter.read(run.process, self.clips) | {"bad_videos": bad_videos, "skipped_steps": run.skipped}
+        with user_errors():
+            self.folder.log(line)
+        self.lines.append((count, line))
+        self.bar.set_postfix_str(
+            f"loss {line['loss']:.2f}, {line['clips_per_s']:.0f} clips/s, data wait {line['data_wait']:.0%}"
+        )
+        for warning in self.run.method.warnings(line) if hasattr(self.run.method, "warnings") else ():
+            if warning not in self.warned:
+                run.process.say(f"warning, step {run.done}: {warning}")
+                self.warned.add(warning)
+
+    def summary(self) -> None:
+        """Prints the means of the lines since the last summary."""
+        if not self.lines:
+            return
+        weight, last = sum(count for count, _ in self.lines), self.lines[-1][1]
+        means = {k: sum(count * line[k] for count, line in self.lines) / weight for k in last}
+        unreadable = f"  {last['bad_videos']} unreadable videos" if last["bad_videos"] else ""
+        skipped = f"  {last['skipped_steps']} steps left out" if last["skipped_steps"] else ""
+        self.run.process.say(
+            f"epoch {last['epoch']:g}/{self.run.config.epochs}  {describe(means)}  {means['clips_per_s']:.0f} clips/s  "
+            f"data wait {means['data_wait']:.0%}{unreadable}{skipped}"
+        )
+        self.lines = []
+
+    def close(self) -> None:
+        """Ends the progress bar, and TensorBoard's file."""
+        self.bar.close()
+        self.folder.close()
 
 
 def fit(
@@ -548,144 +869,69 @@ def fit(
     steps_per_epoch: int,
     out: str,
     clips_per_video: int = 2,
+    paths: Sequence[str] = (),
 ) -> Path:
     """Trains `method` and returns the path of its last checkpoint.
 
     Args:
         make_loader: step to start from → batches from that step on, one a step; a batch is a dict of tensors and, under
-            "bad", the list of (path, reason) of videos that could not be read and were replaced.
+            "bad", the list of (path, reason) of videos that could not be read and were replaced. The method gets it
+            with "epoch", how many of them have passed, a whole number at the start of each.
         steps_per_epoch: batches in an epoch.
         out: run folder when config names none.
         clips_per_video: of a batch, for the log's clips/s.
+        paths: of the videos that a batch's "index" counts, to name those of a step that fails.
 
     Raises:
-        UserError: a checkpoint that does not fit, more unreadable videos than `max_bad`, or a loss that is not finite.
+        UserError: a checkpoint that does not fit or cannot be written, more unreadable videos than `max_bad`, or a loss
+            or gradient that is not finite.
         Interrupted: SIGINT or SIGTERM came; the state is saved.
     """
-    method.to(process.device).train()
-    trainable = [p for p in method.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(trainable, config.lr, config.sgd_momentum, weight_decay=config.weight_decay)
-    start = restore(config.resume, method, optimizer, config, process, steps_per_epoch) if config.resume else 0
-    steps = config.epochs * steps_per_epoch
-    stop = min(steps, config.max_steps or steps)
-    total_batch = config.batch_size * process.world_size
-    bf16 = autocast_bf16(config, process)
-    if start >= stop:
-        process.say(f"{config.resume} is at step {start} of {stop}: nothing left to train (--epochs, --max_steps)")
+    run = Run(method, config, process, steps_per_epoch, paths)
+    stop = min(config.epochs * steps_per_epoch, config.max_steps or math.inf)
+    if run.done >= stop:
+        process.say(f"{config.resume} is at step {run.done} of {stop}: nothing left to train (--epochs, --max_steps)")
         return Path(config.resume)
     with user_errors():
-        folder = RunFolder(Path(process.of_first(config.out or out)), config, process, start)
+        folder = RunFolder(Path(process.of_first(config.out or out)), config, process, run.done)
     checkpoint = folder.path / "checkpoint.pt"
-    process.say("\n".join(f"  {name:<18}{value}" for name, value in dataclasses.asdict(config).items()))
-    parameters = sum(p.numel() for p in trainable)
-    process.say(
-        f"{parameters:,} trainable parameters, {'bf16' if bf16 else 'float32'} on {process.device}\n"
-        f"total batch {config.batch_size} × {process.world_size} = {total_batch}, learning rate {config.lr} × "
-        f"{total_batch} / {config.LR_BATCH} = {config.learning_rate(total_batch, 0):.3g}, {steps_per_epoch} steps an "
-        f"epoch, {steps} in all\n"
-        f"run folder {folder.path}" + (f", resumed after step {start}" if config.resume else "")
-    )
-
-    def save(step: int) -> None:
-        if process.world_size > 1:
-            average_batch_norm(method)
-        if process.rank == 0:
-            state = {
-                "method": _method_name(type(config)),
-                "config": dataclasses.asdict(config),
-                "model": method.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "step": step,
-                "steps_per_epoch": steps_per_epoch,
-                "world_size": process.world_size,
-                "versions": versions(),
-            }
-            save_checkpoint(checkpoint, state)
-            epoch = step / steps_per_epoch
-            if config.keep_every and epoch % config.keep_every == 0:
-                save_checkpoint(folder.path / f"epoch_{int(epoch):04d}.pt", state)
-        if process.world_size > 1:
-            dist.barrier()
-
-    model = method
-    if process.world_size > 1:  # batch-norm statistics are each process's own; `save` averages them
-        model = nn.parallel.DistributedDataParallel(method, broadcast_buffers=False, gradient_as_bucket_view=True)
-    caught: list[int] = []
-
-    def note_signal(number: int, _frame: Any) -> None:
-        if caught:  # the second time, at once
-            raise KeyboardInterrupt
-        caught.append(number)
-        process.say("stopping after this step, to save; once more to stop without saving")
-
-    handlers = {number: signal.signal(number, note_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-    copies = torch.cuda.Stream() if process.device.type == "cuda" else None
-    bar = progress(process, total=steps, initial=start, unit="step")
-    meter, epoch_lines, bad_here = Meter(), [], 0
-    try:
-        batches = iter(make_loader(start))
-        for step in range(start, stop):
+    process.say(f"{run}\nrun folder {folder.path}" + (f", resumed after step {run.done}" if config.resume else ""))
+    journal, saved = Journal(run, folder, clips_per_video * run.total_batch), time.monotonic()
+    with noted_signals(process) as caught, contextlib.closing(journal):
+        batches = iter(make_loader(run.done))
+        while run.done < stop:
             waiting = time.perf_counter()
             with user_errors():
                 batch = next(batches)
             waited = time.perf_counter() - waiting
             bad = batch.pop("bad", [])
-            folder.log_bad(step, bad)
-            bad_here += len(bad)
-            for group in optimizer.param_groups:
-                group["lr"] = config.learning_rate(total_batch, step / steps_per_epoch)
-            torch.manual_seed((config.seed * 1_000_003 + step) * 65_537 + process.rank)
-            batch = to_device(batch, process.device, copies)
-            with torch.autocast(process.device.type, torch.bfloat16, enabled=bf16):
-                losses = model(batch)
-            loss = torch.stack(list(losses.values())).sum()
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            meter.add({"loss": loss} | {f"loss/{k}": v for k, v in losses.items()} | method.metrics, waited)
+            run.bad_videos += len(bad)
+            with user_errors():
+                folder.log_bad(run.done + 1, bad)
+            journal.add(run.step(batch), waited)
 
-            done, epoch_ends = step + 1, (step + 1) % steps_per_epoch == 0
-            bar.update()
-            interrupted = False
-            if process.world_size == 1 or done % min(config.log_every, 10) == 0 or epoch_ends or done == stop:
-                interrupted, bad_in_epoch = process.sums(len(caught), bad_here)  # so that all stop after the same step
-                if bad_in_epoch > config.max_bad * steps_per_epoch * total_batch:
-                    raise UserError(
-                        f"{bad_in_epoch} videos of this epoch could not be read, more than --max_bad "
-                        f"{config.max_bad:g} of it; {folder.path / 'bad_videos.log'} names them and says why"
-                    )
-            if done % config.log_every == 0 or epoch_ends or done == stop or interrupted:
-                count = meter.steps
-                line = meter.read(process, clips_per_video * total_batch)
-                if not math.isfinite(line["loss"]):
-                    raise UserError(
-                        f"the loss is not finite by step {done}: {describe(line)}; {checkpoint} holds the end of the "
-                        "last epoch, if there was one; try a lower --lr, or --precision float32"
-                    )
-                line = {"step": done, "epoch": done / steps_per_epoch, "lr": group["lr"]} | line
-                folder.log(line | {"bad_videos": bad_in_epoch})
-                epoch_lines.append((count, line))
-                bar.set_postfix_str(
-                    f"loss {line['loss']:.2f}, {line['clips_per_s']:.0f} clips/s, data wait {line['data_wait']:.0%}"
+            ends = run.done % steps_per_epoch == 0 or run.done == stop
+            line_due = ends or run.done % config.log_every == 0
+            if process.world_size > 1 and not line_due and run.done % 10:
+                continue  # the rest has the processes wait for each other
+            late = process.rank == 0 and time.monotonic() - saved >= 60 * config.save_minutes
+            interrupted, bad_videos, late = process.sums(len(caught), run.bad_videos, late)  # so that all do the same
+            if bad_videos > config.max_bad * steps_per_epoch * run.total_batch:
+                raise UserError(
+                    f"{bad_videos} videos of this epoch could not be read, more than --max_bad {config.max_bad:g}; "
+                    f"{folder.path / 'bad_videos.log'} names them and says why"
                 )
-            if epoch_ends or done == stop or interrupted:
-                save(done)
-                weight = sum(count for count, _ in epoch_lines)
-                means = {k: sum(count * line[k] for count, line in epoch_lines) / weight for k in line}
-                unreadable = f"  {bad_in_epoch} unreadable videos" if bad_in_epoch else ""
-                process.say(
-                    f"epoch {done / steps_per_epoch:g}/{config.epochs}  {describe(means)}  "
-                    f"{means['clips_per_s']:.0f} clips/s  data wait {means['data_wait']:.0%}{unreadable}"
-                )
-                epoch_lines, bad_here = [], 0
+            if line_due or interrupted:
+                journal.line(bad_videos)  # before saving, as it finds losses that are not finite
+            if ends or interrupted or (late and line_due):
+                run.save(folder.path, bad_videos)
+                saved = time.monotonic()
+            if ends or interrupted:
+                journal.summary()
+                run.bad_videos = run.skipped = 0
             if interrupted:
                 launch = f"torchrun --nproc_per_node={process.world_size}" if process.world_size > 1 else "python"
                 command = shlex.join([*_program(), "--resume", str(checkpoint)])
                 process.say(f"saved; continue with: {launch} {command}")
                 raise Interrupted(caught[0] if caught else signal.SIGTERM)
-    finally:
-        bar.close()
-        folder.close()
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
     return checkpoint

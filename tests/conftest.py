@@ -3,19 +3,24 @@
 import sys
 
 import pytest
+import torch
 from hypothesis import settings
 
 import data
+import dclr
 import evaluate
+import fame
 import fima
 import moco
 import train
 
+torch.set_num_threads(1)  # operators so small take longer where threads wait for each other
 settings.register_profile("project", deadline=None, derandomize=True, max_examples=30)
 settings.load_profile("project")
 
 SMALL = ["--encoder=r3d_18", "--width=0.0625", "--crop=48", "--batch_size=4", "--queue=8", "--device=cpu"]
 DECODER = ["--decoder_width=32"]
+CONV4 = ["--encoder=conv4", "--width=0.25", "--crop=32"]  # the cheapest
 
 
 @pytest.fixture(scope="session")
@@ -37,6 +42,8 @@ def run(videos, tmp_path, monkeypatch, capsys):
         arguments = [*flags, *where] if script is evaluate else [*own, *flags, *where]  # the last of a kind counts
         monkeypatch.setattr(sys, "argv", [script.__name__ + ".py", *map(str, arguments)])
         main = {
+            dclr: lambda: moco.main(dclr.DCLR, dclr.DCLRConfig, dclr.PRESETS, dclr.__doc__),
+            fame: lambda: moco.main(fame.FAME, fame.FAMEConfig, fame.PRESETS, fame.__doc__),
             fima: lambda: moco.main(fima.FIMA, fima.FIMAConfig, fima.PRESETS, fima.__doc__),
             moco: lambda: moco.main(moco.MoCo, moco.MoCoConfig, moco.PRESETS, moco.__doc__),
             evaluate: evaluate.main,

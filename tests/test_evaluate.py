@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import json
 import math
+import operator
 import os
 import shlex
 import shutil
@@ -114,11 +115,13 @@ def test_a_score_that_is_no_number_is_no_hit():
     assert not evaluate.in_top_k(scores, torch.tensor([2]), 5).any()
 
 
-def test_accuracies_by_hand(tmp_path, capsys):
+def test_accuracies_by_hand(tmp_path, capsys, monkeypatch):
     """Five test videos of four classes, of which one has none, and the last video is unreadable."""
     test = data.VideoList(["a", "b", "c", "d", "e"], [0, 0, 1, 3, 3], ["w", "x", "y", "z"], "")
     scores = torch.eye(4)[[0, 1, 1, 3, 3]]
     good, config = torch.tensor([True, True, True, True, False]), evaluate.KnnConfig(dataset="folder", encoder="i3d")
+    drawn = []
+    monkeypatch.setattr(evaluate, "draw_confusion", lambda path, percent, *_: drawn.append(percent.tolist()))
     evaluate.save_accuracy(ALONE, config, tmp_path / "knn.json", test, scores, good, [("e", "cut")], gallery=7)
     record = json.loads((tmp_path / "knn.json").read_text())
     assert record["result"] == {
@@ -133,6 +136,9 @@ def test_accuracies_by_hand(tmp_path, capsys):
     assert record["protocol"] == "knn" and record["config"]["k"] == 20 and record["versions"] == train.versions()
     assert {"command", "git_commit", "processes"} <= record.keys()
     assert "top1 60.0 %" in capsys.readouterr().out
+    evaluate.save_accuracy(Process(1, 2, ALONE.device), config, tmp_path / "other.json", test, scores, good, [])
+    assert not (tmp_path / "other.json").exists() and capsys.readouterr().out == ""
+    assert drawn == [[[50, 50, 0, 0], [0, 100, 0, 0], [0, 0, 0, 0], [0, 0, 0, 50]]]  # true, predicted
 
 
 @pytest.mark.parametrize("count", [10, 101])
@@ -143,10 +149,14 @@ def test_confusion_matrix_is_drawn_with_every_name(count, tmp_path, monkeypatch)
     drawn = []
     monkeypatch.setattr(Figure, "colorbar", lambda figure, *_, **__: drawn.append(figure))
     names = [f"PlayingInstrument{i:03}" for i in range(count)]
-    evaluate.draw_confusion(tmp_path / "confusion.png", 100 * torch.eye(count), names, "title")
+    percent = 100 * torch.eye(count)
+    percent[0, :2] = torch.tensor([70, 30])
+    evaluate.draw_confusion(tmp_path / "confusion.png", percent, names, "title")
     assert (tmp_path / "confusion.png").read_bytes().startswith(b"\x89PNG")
     (axes,) = drawn[0].axes
-    assert isinstance(axes, Axes)
+    assert isinstance(axes, Axes) and (axes.get_ylabel(), axes.get_xlabel()) == ("true", "predicted")
+    assert axes.images[0].get_array()[0, 1] == 30
+    assert [text.get_position() for text in axes.texts if text.get_text() == "30"] == [(1, 0)] * (count == 10)
     for axis, side in ((axes.yaxis, "height"), (axes.xaxis, "width")):
         labels = axis.get_ticklabels()
         assert [label.get_text() for label in labels] == names
@@ -173,11 +183,47 @@ def test_features_come_in_the_order_of_the_videos_and_bad_ones_are_marked(videos
     found = evaluate.find_labelled("synthetic", videos, train=False, split=1)
     found.paths[3] = "nowhere.mp4"
     clips = data.TestClips(found, 48, clips=2)
-    features, good, bad = evaluate.clip_features(Constant(), clips, ALONE, workers=2, batch_size=3, title="")
+    encoder = Constant().train()
+    features, good, bad = evaluate.clip_features(encoder, clips, ALONE, workers=2, batch_size=3, title="")
+    assert not encoder.training
     assert good.tolist() == [i != 3 for i in range(10)] and [path for path, _ in bad] == ["nowhere.mp4"]
     for i in (0, 9):
         expected = Constant()(data.normalize(clips[i]["clips"] / 255))[..., 0, 0, 0]
         torch.testing.assert_close(features[i], torch.nn.functional.normalize(expected, dim=1))
+
+
+def test_features_are_means_over_time_and_space():
+    maps = torch.randn(2, 5, 3, 4, 4)
+    pooled = evaluate.pooled_features(lambda _: maps, torch.zeros(2, 3, 2, 8, 8, dtype=torch.uint8))
+    torch.testing.assert_close(pooled, maps.flatten(2).mean(2))
+
+
+def test_each_process_reads_its_own_share_and_learns_of_the_others(videos, monkeypatch):
+    class Sent(Exception):
+        pass
+
+    def send(_, share):
+        shares.append(share)
+        raise Sent
+
+    shares, processes = [], [Process(rank, 3, torch.device("cpu")) for rank in range(3)]
+    clips = data.TestClips(evaluate.find_labelled("synthetic", videos, train=False, split=1), 16, clips=1)
+    clips.videos.paths[3] = "nowhere.mp4"
+    read, item = [], data.TestClips.__getitem__
+    monkeypatch.setattr(data.TestClips, "__getitem__", lambda self, index: read.append(index) or item(self, index))
+    monkeypatch.setattr(evaluate.dist, "all_gather_object", send)
+    for process in processes:
+        with pytest.raises(Sent):
+            evaluate.clip_features(Constant(), clips, process, 0, 2, "")
+    assert sorted(read) == list(range(10))
+    monkeypatch.setattr(
+        evaluate.dist, "all_gather_object", lambda received, _: operator.setitem(received, slice(3), shares)
+    )
+    expected, good, bad = evaluate.clip_features(Constant(), clips, ALONE, 0, 2, "")
+    assert good.tolist() == [i != 3 for i in range(10)]
+    for process in processes:
+        found = evaluate.clip_features(Constant(), clips, process, 0, 2, "")
+        assert torch.equal(found[0], expected) and torch.equal(found[1], good) and found[2] == bad
 
 
 def test_class_probabilities_are_averaged_over_clips(videos):
@@ -202,6 +248,8 @@ def test_a_fraction_is_of_each_class_and_at_least_one_video():
     assert all(labels[int(path)] == label for path, label in zip(few.paths, few.labels, strict=True))
     assert few == evaluate.share_of(videos, 0.1, seed=0) and few.paths != evaluate.share_of(videos, 0.1, seed=1).paths
     assert evaluate.share_of(videos, 1.0, seed=0).paths == videos.paths
+    alike = evaluate.share_of(data.VideoList(list(range(80)), [0, 1] * 40, ["a", "b"], ""), 0.1, seed=0)
+    assert {n // 2 for n in alike.paths if n % 2} != {n // 2 for n in alike.paths if n % 2 == 0}  # each class its own
 
 
 # -------------------------------------------------------------------------------------------------------- protocols
@@ -248,16 +296,49 @@ def test_all_views_cached_are_the_views_of_the_epochs(run, pretrained):
     assert not torch.allclose(weights[0], weights[2], atol=1e-5, rtol=1e-4)
 
 
-def test_finetune_moves_the_encoder_and_what_it_leaves_can_be_retrieved_with(run, pretrained):
+def test_cached_features_keep_their_labels_where_a_video_is_unreadable(videos):
+    found = evaluate.find_labelled("synthetic", videos, train=True, split=1)
+    found.paths[0] = "nowhere.mp4"
+    config = evaluate.LinearConfig(cached=2, crop=48, frames=8, frame_stride=2, workers=0)
+    views = evaluate.training_views(config, found, jitter_p=0, gray_p=0, blur_p=0)
+    features, labels = evaluate.cached_features(Constant(), config, ALONE, views)
+    assert features.shape == (17, 2, 2) and labels.tolist() == found.labels[1:] != found.labels[:-1]
+
+
+def test_finetune_moves_the_encoder_and_what_it_leaves_can_be_retrieved_with(run, pretrained, monkeypatch):
+    tested, probabilities = [], evaluate.Classifier.probabilities
+
+    def test(self, clips):
+        tested.append((self.training, self.encoder.training, len(clips)))
+        return probabilities(self, clips)
+
+    monkeypatch.setattr(evaluate.Classifier, "probabilities", test)
     flags = ["finetune", "--checkpoint", pretrained, *FAST, "--batch_size", 8, "--epochs", 1, "--out", "run"]
     code, out, err = run(evaluate, *flags)
     assert code == 0, err
     before, after = encoder_of(pretrained), encoder_of(run.path / "run" / "checkpoint.pt")
     assert all((before[name] != after[name]).any() for name in before)
     assert "dropout           0.5" in out and "weight_decay      0.0001" in out
+    assert tested == [(False, False, 2 * count) for count in (4, 4, 2)]  # 10 videos, 4 a batch, 2 clips each
     code, _, err = run(evaluate, "retrieve", "--checkpoint", "run/checkpoint.pt", *FAST, dataset=None)
     assert code == 0, err
     assert numbers(run.path / "run" / "retrieve_synthetic.json")["gallery"] == 18
+
+
+@pytest.mark.parametrize("dataset, given, dropout", [("ucf101", -1, 0.7), ("hmdb51", -1, 0.5), ("ucf101", 0.2, 0.2)])
+def test_finetune_has_the_papers_dropout_and_the_views_that_were_asked_for(monkeypatch, dataset, given, dropout):
+    videos, called = data.VideoList(["a", "b"], [0, 0], ["x"], ""), []
+    monkeypatch.setattr(evaluate, "prepare", lambda config: (ALONE, config, Constant(), videos, videos))
+    monkeypatch.setattr(evaluate, "train_and_test", lambda *arguments: called.append(arguments))
+    shape = dict(crop=48, frames=8, frame_stride=2)
+    options = dict(dropout=given, min_scale=0.5, jitter_p=0.3, gray_p=0.1, fraction=0.5)
+    evaluate.finetune(evaluate.FinetuneConfig(dataset=dataset, **shape, **options))
+    classifier, config, _, views, _ = called[0]
+    assert classifier.dropout.p == config.dropout == dropout and not classifier.frozen
+    assert (views.min_scale, views.color, len(views)) == (0.5, dict(jitter_p=0.3, gray_p=0.1, blur_p=0), 1)
+    classifier.fc.weight.data.fill_(1)
+    scores = classifier.train().scores(torch.ones(4000, 2)) - classifier.fc.bias
+    assert (scores == 0).double().mean().item() == pytest.approx(dropout**2, abs=0.05)
 
 
 def test_linear_normalises_features_and_finetune_does_not():
@@ -298,8 +379,8 @@ class Color(torch.nn.Module):
         return clips.mean((2, 3, 4), keepdim=True)
 
 
-@pytest.mark.parametrize("cached", [0, 1])
-def test_a_linear_probe_on_separable_features_reaches_100_percent(run, monkeypatch, cached):
+@pytest.mark.parametrize("protocol, cached", [("linear", 0), ("linear", 1), ("knn", None), ("retrieve", None)])
+def test_separable_features_reach_100_percent(run, monkeypatch, protocol, cached):
     rng = np.random.default_rng(0)
     for part, count in (("train", 4), ("test", 3)):
         for name, color in COLORS.items():
@@ -308,12 +389,18 @@ def test_a_linear_probe_on_separable_features_reaches_100_percent(run, monkeypat
                 video = np.clip(rng.normal(color, 20, (6, 32, 32, 3)), 0, 255).astype(np.uint8)
                 encoding.encode(run.path / "videos" / part / name / f"{n}.avi", video, "mpeg4")
     monkeypatch.setattr(evaluate, "build_encoder", lambda *_: Color())
-    flags = ["linear", "--dataset", "folder", "--data", "videos", "--crop", 16, "--frames", 2, "--cached", cached]
-    code, out, err = run(evaluate, *flags, *FAST, "--epochs", 20, "--batch_size", 16, "--out", "run", dataset=None)
+    flags = [protocol, "--dataset", "folder", "--data", "videos", "--crop", 16, "--frames", 2, *FAST]
+    flags += ["--k", 4] if protocol == "knn" else []
+    flags += ["--cached", cached, "--epochs", 20, "--batch_size", 16] if protocol == "linear" else []
+    code, out, err = run(evaluate, *flags, "--out", "run" if protocol == "linear" else "run/result.json", dataset=None)
     assert code == 0, err
     result = numbers(run.path / "run" / "result.json")
+    if protocol == "retrieve":
+        assert set(result["recall_percent"].values()) == {100}
+        return
     assert result["top1_percent"] == 100 and set(result["per_class_percent"].values()) == {100} and "100.0 %" in out
-    assert json.loads((run.path / "run" / "log.jsonl").read_text().splitlines()[-1])["accuracy"] == 1
+    if protocol == "linear":
+        assert json.loads((run.path / "run" / "log.jsonl").read_text().splitlines()[-1])["accuracy"] == 1
 
 
 @pytest.mark.parametrize(
@@ -433,8 +520,28 @@ def test_results_lie_beside_the_checkpoint_or_in_a_folder_of_the_untrained_encod
     for name in ("knn_synthetic.json", "knn_synthetic_confusion.png", "linear_synthetic_0.5/result.json"):
         assert (run.path / name).is_file(), name
     assert (run.path / "runs" / "untrained_r3d_18" / "retrieve_synthetic.json").is_file()
+    second = evaluate.KnnConfig(checkpoint="here/checkpoint.pt", dataset="hmdb51", split=2)
+    assert evaluate.default_out(second) == Path("here", "knn_hmdb51_split2")
     code, _, err = run(evaluate, "linear", "--checkpoint", "checkpoint.pt", *flags)
     assert code == 2 and "holds a run already" in err
+
+
+def test_the_vote_is_by_the_options(run, pretrained, monkeypatch):
+    votes, clips, scores, start = [], [], evaluate.knn_scores, data.TestClips.__init__
+    monkeypatch.setattr(evaluate, "knn_scores", lambda *given: votes.append(given[-2:]) or scores(*given))
+    monkeypatch.setattr(data.TestClips, "__init__", lambda self, *given: clips.append(given[1:]) or start(self, *given))
+    for flags in ([], ["--k", 3, "--temperature", 0.5]):
+        assert run(evaluate, "knn", "--checkpoint", pretrained, *FAST, *flags)[0] == 0
+    assert votes == [(20, 0.07), (3, 0.5)] and clips == [(48, 16, 2, 2)] * 4
+
+
+def test_an_untrained_encoder_is_drawn_from_the_seed():
+    config = evaluate.RetrieveConfig(dataset="hmdb51", encoder="r3d_18", width=0.0625)
+    first, same, other = (
+        evaluate.load_encoder(dataclasses.replace(config, seed=seed))[0].state_dict() for seed in (0, 0, 1)
+    )
+    assert all(torch.equal(first[name], same[name]) for name in first)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
 
 
 def test_what_is_left_open_is_as_in_the_checkpoints_training(pretrained, videos):
@@ -447,9 +554,10 @@ def test_what_is_left_open_is_as_in_the_checkpoints_training(pretrained, videos)
     assert (config.width, config.crop, config.split) == (1.0, 224, 2)
 
 
-@pytest.mark.parametrize("name", ["i3d", "r2plus1d_18", "r3d_18", "s3d"])
+@pytest.mark.parametrize("name", ["conv4", "i3d", "r2plus1d_18", "r3d_18", "s3d"])
 def test_every_encoder_is_classified_with(name):
-    classifier = evaluate.Classifier(evaluate.build_encoder(name, 1.0 if name == "s3d" else 0.0625), 5, frozen=True)
+    width = {"conv4": 1.0, "s3d": 1.0}.get(name, 0.0625)
+    classifier = evaluate.Classifier(evaluate.build_encoder(name, width), 5, frozen=True)
     assert classifier.eval().probabilities(torch.zeros(2, 3, 8, 64, 64, dtype=torch.uint8)).shape == (2, 5)
 
 
@@ -530,6 +638,7 @@ BAD_INPUT = {
     "other width": (["knn", "--checkpoint", "{pretrained}", "--width", 0.5], ["checkpoint.pt", "width 0.5"]),
     "no split": (["retrieve", *UNTRAINED, "--dataset", "synthetic", "--data", "{videos}", "--split", 2], ["split 2"]),
     "crop too small": (["knn", "--encoder", "s3d", "--crop", 16], ["--crop 16", "32"]),
+    "too few frames": (["knn", *UNTRAINED, "--frames", 4], ["--frames 4", "needs 8"]),
     "another's flag": (["retrieve", "--k", 3], ["--k"]),
     "resume pretraining": (["linear", "--resume", "{pretrained}"], ["checkpoint of MoCo, not of Linear"]),
 }

@@ -325,6 +325,113 @@ def test_shuffled_batch_norm_makes_keys_of_clips_of_all_processes(tmp_path):
     assert all(torch.equal(*pair) for pair in zip(*queries, strict=True))  # queries stay where they are
 
 
+def frozen(**flags):
+    """A model whose batch norm and dropout rest, but whose key encoder follows and whose queues are written."""
+    model = build(**flags).eval()
+    model.training = True
+    return model
+
+
+def slices(views, parts):
+    return [{name: view.chunk(parts)[i] for name, view in views.items()} for i in range(parts)]
+
+
+INSTANCE, ALL_LOSSES, VIDEO = dict(losses="vv,vd"), dict(losses="vv,vd,pix,fra"), dict(pixel_negatives="video")
+
+
+def step_process(rank: int, folder: str) -> None:
+    torch.distributed.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    views = slices(make_views(batch=4), 2)[rank]
+    for name, flags in (
+        ("instance", dict(losses="vv,vd")),
+        ("batch", ALL_LOSSES),
+        ("video", {"pixel_negatives": "video"}),
+    ):
+        model = frozen(**flags)
+        parallel = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+        losses = parallel(views)
+        torch.stack(list(losses.values())).sum().backward()
+        gradients = {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
+        queues = {k: queue.keys for k, queue in model.queues.items()}
+        torch.save([{k: v.detach() for k, v in losses.items()}, gradients, queues], f"{folder}/{name}{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_do_what_one_does_with_the_same_batch_but_for_negatives_of_the_mini_batch(tmp_path):
+    """L_VV and L_VD of a query depend on its own keys and the queue, which all share: losses, gradients and queues are
+    those of one process. L_Pix and L_Fra also take negatives from the mini-batch, and each process has its own.
+    """
+    torch.multiprocessing.spawn(step_process, (str(tmp_path),), nprocs=2)
+    found = {n: [torch.load(tmp_path / f"{n}{rank}.pt") for rank in range(2)] for n in ("instance", "batch", "video")}
+    views = make_views(batch=4)
+
+    def of_one_process(batches, **flags):
+        parts = [frozen(**flags)(batch) for batch in batches]
+        return {name: (sum(part[name] for part in parts) / len(parts)).detach() for name in parts[0]}
+
+    def mean_loss(pair, name):
+        return sum(losses[name] for losses, _, _ in pair) / 2
+
+    model, both = frozen(**INSTANCE), found["instance"]
+    losses = model(views)
+    torch.stack(list(losses.values())).sum().backward()
+    for name, value in losses.items():
+        torch.testing.assert_close(mean_loss(both, name), value.detach())
+    for name, gradient in both[0][1].items():
+        expected = model.get_parameter(name).grad
+        assert (gradient - expected).norm() <= 1e-3 * expected.norm(), name
+        assert torch.equal(gradient, both[1][1][name])
+    for name, keys in both[0][2].items():  # the same keys, process by process, not view by view
+        assert torch.equal(keys, both[1][2][name])
+        order = [0, 1, 4, 5, 2, 3, 6, 7]
+        torch.testing.assert_close(keys[:8], model.queues[name].keys[order])
+        assert torch.equal(keys[8:], model.queues[name].keys[8:])
+
+    whole, halves = (of_one_process(b, **ALL_LOSSES) for b in ([views], slices(views, 2)))
+    for name in ("pix", "fra"):
+        torch.testing.assert_close(mean_loss(found["batch"], name), halves[name])
+        assert whole[name] > halves[name] + 0.1  # twice the negatives
+    whole = of_one_process([views], **VIDEO)
+    torch.testing.assert_close(mean_loss(found["video"], "pix"), whole["pix"])  # none of other videos
+
+
+def test_metrics_show_how_well_the_contrast_does():
+    query = F.normalize(torch.tensor([[1.0, 0.0], [1.0, 1.0]]), dim=1)
+    positive = F.normalize(torch.tensor([[1.0, 0.1], [-1.0, 1.0]]), dim=1)
+    shown = moco.contrast_metrics(query, positive, torch.tensor([[0.0, 1.0], [0.0, -1.0], [0.8, 0.6]]))
+    assert shown["contrast_accuracy"] == 0.5  # the second query's positive is at right angles
+    assert float(shown["positive_similarity"]) == pytest.approx((1 / 1.01**0.5 + 0) / 2)
+    assert float(shown["negative_similarity"]) == pytest.approx((0.8 + 1.4 / 2**0.5) / 6)
+
+
+def test_metrics_are_in_range_and_tell_the_queues_age():
+    model = build(losses="vv,vd,pix,fra", foreground=0.3)
+    model(make_views())
+    metrics = {name: float(value) for name, value in model.metrics.items()}
+    for name in ("vv", "vd"):
+        assert metrics[f"queue_age/{name}"] == 12 / 6  # keys of 2 views of 3 videos
+        assert 0 <= metrics[f"contrast_accuracy/{name}"] <= 1
+        assert -1 <= metrics[f"negative_similarity/{name}"] <= 1
+    assert metrics["queue_age/fra"] == 12 / 12
+    assert metrics["foreground_share"] == pytest.approx(3 / 9)  # ⌈0.3 · 8⌉ of 9 pixels
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (dict(feature_std=0.001), "feature_std"),
+        (dict(pixels_with_positive=0.001), "--threshold"),
+        (dict(foreground_share=0.1), "foreground_share"),
+    ],
+    ids=str,
+)
+def test_collapse_and_misuse_are_warned_of_after_the_first_epoch(wrong, says):
+    model, sound = build(), dict(epoch=1.5, feature_std=0.05, pixels_with_positive=0.4, foreground_share=0.5)
+    assert model.warnings(sound) == model.warnings(sound | wrong | {"epoch": 1.0}) == []
+    (warning,) = model.warnings(sound | wrong)
+    assert says in warning
+
+
 def test_moco_is_fima_without_its_losses():
     views = make_views(sub_clips=0)
     baseline, same = build(moco.MoCo, losses="vv,vd"), build(losses="vv,vd")

@@ -1,0 +1,188 @@
+"""DCLR: Dual Contrastive Learning for Spatio-temporal Representation (ACM MM 2022).
+
+A clip is drawn to a still of another clip of its video (L_VS) and to a frame difference that moves like its own
+(L_VD), which is looked for in other videos too; still and frame difference are driven apart (L_SD), and their
+activation maps say where the clip's features are static and where dynamic. The whole method is `DCLR.forward`.
+
+    python dclr.py                                                          # narrow encoder, generated videos, on a CPU
+    python dclr.py --dataset ucf101 --data /data/ucf101                     # one GPU
+    torchrun --nproc_per_node=4 dclr.py --dataset k400 --data /data/k400    # four GPUs
+
+Tables of the paper as flags: 4 --losses of vv, vs, vd, sd, and --same_view, with --search none --decouple none; 5
+--search; 6 --retrieved 1, 5, 10 and --retrieved_weights; 7 --losses vs,vd,sd without and vs,vd,sd,ac with L_ac, and
+--decouple, with --search none.
+"""
+
+import dataclasses
+import math
+
+import torch
+from torch import Tensor, nn
+
+from losses import (
+    activation_alignment,
+    activation_pool,
+    dual_contrast,
+    pixel_activation,
+    retrieve,
+    retrieved_contrast,
+    static_frame,
+)
+from moco import PRESETS as MOCO_PRESETS
+from moco import MoCo, MoCoConfig, main, pool
+from models import MomentumQueue, momentum_update
+from train import SWITCH, UserError, command_line, option
+
+PARTS = {"none": "", "static": "s", "motion": "d", "both": "sd"}  # inputs that an option names
+
+
+@dataclasses.dataclass(frozen=True)
+class DCLRConfig(MoCoConfig):
+    """Options of DCLR; the defaults are the paper's for UCF101, or ours where it gives none."""
+
+    losses: str = option(
+        "vs,vd,sd,ac",
+        "losses to sum, of vv (Eq. 1), vs (Eq. 6), vd (Eq. 7, 10), sd (Eq. 8, which is maximised) and ac (Eq. 12)",
+    )
+    ac_weight: float = option(0.5, "weight of ac, lambda (Eq. 16)", least=0)
+    same_view: str = option("off", "vs and vd within a view, not across the two (Table 4)", SWITCH)
+    search: str = option(
+        "motion", "of which input, the still or the frame difference, positives are retrieved (Table 5)", tuple(PARTS)
+    )
+    retrieved: int = option(5, "positives retrieved for each clip, K (Table 6)", least=1)
+    retrieved_weights: str = option("prior", "their weights: by similarity, or equal (Table 6)", ("prior", "uniform"))
+    decouple: str = option(
+        "both", "which of vs and vd pools RGB features by activation maps (Eq. 14, 15; Table 7)", tuple(PARTS)
+    )
+    delay: float = option(10.0, "epochs before retrieval and decoupling start", least=0)
+    refresh: int = option(10, "epochs between two updates of the slow extractor", least=1)
+    momentum: float = option(0.0, "what the slow extractor keeps of itself at an update", least=0, most=1)
+    queue: int = option(2048, "length of the pool of features to retrieve from", least=1, most=2**24)
+    gray_p: float = option(0.0, "probability of grayscale, which the paper does without", least=0, most=1)
+    bn: str = option(
+        "local",
+        "batch norm with several processes. local: of each process's own clips; sync: of all (on GPUs only)",
+        ("sync", "local"),
+    )
+
+    KNOWN_LOSSES = ("vv", "vs", "vd", "sd", "ac")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not {"vv", "vs", "vd"} & set(self.terms):
+            raise UserError(f"--losses {self.losses}: sd and ac alone learn nothing; add some of vv, vs, vd")
+        if self.batch_size < 2:
+            raise UserError("--batch_size 1: the negatives are the other videos of a process's batch, take 2 or more")
+        if self.retrieved > self.queue:
+            raise UserError(f"--retrieved {self.retrieved} is more than the --queue of {self.queue} holds")
+
+
+PAPER = dict(encoder="r2plus1d_18", crop=112, batch_size=16, lr=0.04)
+PRESETS = {
+    "synthetic": MOCO_PRESETS["synthetic"] | dict(momentum=0.0, delay=1.0, refresh=1),
+    "ucf101": PAPER | dict(epochs=200, queue=2048, delay=10.0, refresh=10),
+    "k400": PAPER | dict(epochs=100, queue=16384, delay=5.0, refresh=5),
+}
+
+
+class DCLR(MoCo):
+    """L = (L_VS + L_VD − L_SD) + λ L_ac (Eq. 16, Fig. 2), of v, s, d: RGB clip, still frame and frame difference.
+
+    One encoder f sees all three, in separate forwards, and all of them get gradients. MoCo's key encoder is the slow
+    extractor f̃ here. Each searched input has a ring of retrieval features f̃(d), and beside each the features f(v) and
+    f(d) of the same clip, which are what is retrieved.
+    """
+
+    def __init__(self, config: DCLRConfig):
+        super().__init__(config)
+        searched = [x for x in PARTS[config.search] if f"v{x}" in config.terms]
+        width = 3 * self.head.net[-1].out_features
+        self.queues = nn.ModuleDict({x: MomentumQueue(config.queue, width) for x in searched})
+
+    def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Views as `data.PretrainingViews` makes them, batched, and "epoch", how many have passed → the named losses.
+
+        The slow extractor follows the encoder at the start of every `refresh`-th epoch.
+        """
+        config, terms, started = self.config, self.config.terms, views["epoch"] >= self.config.delay
+        if self.training and views["epoch"] % config.refresh == 0:
+            self.refresh()
+        inputs = self.inputs(views)  # v, s, d: Eq. 3, 4
+        maps = {x: self.encoder(clips).unflatten(0, (2, -1)) for x, clips in inputs.items()}  # F(v), F(s), F(d)
+        f = {x: self.project(self.head, pool(features)) for x, features in maps.items()}  # f(v), f(s), f(d), (2, N, D)
+        a = {x: pixel_activation(features) for x, features in maps.items()}  # A_v, A_s, A_d: Eq. 11
+        losses = {}
+        if "vv" in terms:
+            losses["vv"] = dual_contrast(f["v"], f["v"], temperature=config.temperature)  # Eq. 1
+        for x in "sd":
+            if f"v{x}" in terms:
+                v = f["v"]
+                if started and x in PARTS[config.decouple]:
+                    v = self.project(self.head, activation_pool(maps["v"], a[x]))  # f_s(v), f_d(v): Eq. 13-15
+                losses[f"v{x}"] = self.alignment(x, v, f[x], inputs[x], started)  # Eq. 6, 7, 10
+        if "sd" in terms:
+            losses["sd"] = -dual_contrast(f["s"], f["d"], same_view=True, temperature=config.temperature)  # Eq. 8
+        if "ac" in terms:
+            v, reference = a["v"].flatten(0, 1), (a["s"] + a["d"]).flatten(0, 1)
+            losses["ac"] = config.ac_weight * activation_alignment(v, reference)  # Eq. 12
+            unrelated = activation_alignment(v.detach(), reference.roll(1, 0))  # another video's map
+            self.metrics["chance/ac"] = config.ac_weight * unrelated
+        chance = 2 * math.log(2 * len(views["clip"]) - 1)
+        self.metrics |= {f"chance/{x}": -chance if x == "sd" else chance for x in losses if x != "ac"}
+        self.metrics["feature_std"] = f["v"].detach().flatten(0, 1).std(0).mean()
+        return losses
+
+    def inputs(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The encoder's inputs (2N, 3, T, H, W), as far as asked for: "v"; "s", a random frame of it that stands still,
+        with colours of its own; "d", its frame difference, without colours."""
+        clips, color = (views[name].transpose(0, 1).flatten(0, 1) for name in ("clip", "color"))
+        wanted = {x for x in "sd" if {f"v{x}", "sd", "ac"} & set(self.config.terms)}
+        inputs = {"v": self.encoder_input(clips, color[:, 0])}
+        if "s" in wanted:
+            frame = torch.randint(clips.shape[2], (len(clips),), device=clips.device)
+            still = self.encoder_input(static_frame(clips, frame), color[:, 1])
+            inputs["s"] = still.expand(-1, -1, clips.shape[2], -1, -1)
+        if "d" in wanted:
+            inputs["d"] = self.encoder_input(clips, None, difference=True)
+        return inputs
+
+    def alignment(self, x: str, v: Tensor, key: Tensor, clips: Tensor, started: bool) -> Tensor:
+        """L_VS or L_VD: Eq. 6, 7 or, where positives are searched for and once this has started, Eq. 10 of view i.
+
+        Args:
+            x: "s" or "d".
+            v, key: f(v) and f(s) or f(d), (2, N, D).
+            clips: s or d, (2N, 3, T, H, W).
+        """
+        if x in self.queues:
+            found = self.search(x, v, key, clips)
+            if started:
+                return retrieved_contrast(v[0], key[0], *found, key.flatten(0, 1), self.config.temperature)
+        return dual_contrast(v, key, self.config.same_view == "on", self.config.temperature)
+
+    @torch.no_grad()
+    def search(self, x: str, v: Tensor, key: Tensor, clips: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """For view i of each video, ṽ and s̃ or d̃, (N, K, D) each, and their weights (N, K) (Sec. 3.2).
+
+        View j is put in the pool first, so that a clip may find the other one of its own video. Arguments as above.
+        """
+        slow = self.project(self.key_head, pool(self.key_encoder(clips))).unflatten(0, (2, -1))  # f̃
+        if self.training:
+            self.queues[x].enqueue(torch.cat([slow[1], v[1], key[1]], 1))
+        keys, found_v, found_key = self.queues[x].keys.chunk(3, 1)
+        index, weight = retrieve(slow[0], keys, self.config.retrieved, self.config.retrieved_weights)
+        return found_v[index], found_key[index], weight
+
+    def refresh(self) -> None:
+        """f̃ ← f. What the old extractor made cannot be compared with what the new one makes: the pools start empty.
+
+        An empty place holds zeros: nothing resembles them, and retrieved all the same they weigh next to nothing.
+        """
+        momentum_update(self.encoder, self.key_encoder, self.config.momentum)
+        momentum_update(self.head, self.key_head, self.config.momentum)
+        for queue in self.queues.values():
+            queue.keys = torch.zeros_like(queue.keys)
+
+
+if __name__ == "__main__":
+    command_line(lambda: main(DCLR, DCLRConfig, PRESETS, __doc__))

@@ -1,0 +1,323 @@
+"""What a run survives: kills, full disks, damaged checkpoints, losses that are not finite, and lost processes."""
+
+import ast
+import json
+import math
+import multiprocessing
+import os
+import resource
+import signal
+import socket
+import sys
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+from test_train import same, weights
+
+import fima
+import moco
+import train
+
+ROOT = Path(__file__).parents[1]
+QUICK = ["--encoder=conv4", "--width=0.25", "--crop=32"]
+TINY = [*QUICK, "--dataset=synthetic", "--queue=8", "--decoder_width=32", "--device=cpu", "--batch_size=2"]
+TINY += ["--workers=0", "--log_every=3"]
+STATE = dict(method="M", config={}, model={}, optimizer={}, step=1, steps_per_epoch=1, world_size=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs in processes of their own, forked from one that has imported everything and done nothing
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def kill_at_line(count: int, within: tuple[str, ...]) -> None:
+    """Kills this process at the count-th line that it comes to in train.py, or in these functions of it."""
+    lines, own = iter(range(1, count)), os.getpid()
+
+    def at_line(_frame, event, _argument):
+        if event == "line" and os.getpid() == own and next(lines, None) is None:  # loader workers inherit the trace
+            os.kill(own, signal.SIGKILL)
+        return at_line
+
+    def at_call(frame, _event, _argument):
+        code = frame.f_code
+        return at_line if code.co_filename == train.__file__ and (not within or code.co_name in within) else None
+
+    sys.settrace(at_call)
+
+
+def live(folder: str, flags: list[str], environment: dict, kill: tuple, file_size: int, at_step_6: str) -> None:
+    os.chdir(folder)
+    os.environ.update(environment)
+    output = os.open(f"out{environment.get('RANK', 0)}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    torch.set_num_threads(1)
+    sys.argv = ["fima.py", *flags]
+    if file_size:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
+    fit, step = train.fit, train.Run.step
+
+    def watched_fit(*arguments, **options):
+        if kill:
+            kill_at_line(*kill)
+        return fit(*arguments, **options)
+
+    def watched_step(run, batch):
+        result = step(run, batch)
+        if run.done == 6 and at_step_6 == "spoil":
+            run.method.head.net[2].bias.data[0] += 1e-6
+        elif run.done == 6 and at_step_6:
+            os.kill(os.getpid(), signal.Signals[at_step_6])
+        return result
+
+    moco.fit, moco.evaluate.first_look = watched_fit, lambda *_: None
+    train.Run.step = watched_step
+    train.command_line(lambda: moco.main(fima.FIMA, fima.FIMAConfig, fima.PRESETS, ""))
+
+
+def start(folder, *flags, environment=None, kill=(), file_size=0, at_step_6=""):
+    """A run of fima.py in its own process: killed in `fit` (see `kill_at_line`), unable to write files above file_size
+    bytes, or spoiling a weight ("spoil") or sending itself a signal after step 6.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["test_reliability", "torch.utils.tensorboard"])
+    arguments = (str(folder), [str(flag) for flag in flags], environment or {}, kill, file_size, at_step_6)
+    process = context.Process(target=live, args=arguments)
+    process.start()
+    return process
+
+
+def finish(process, folder, rank=0, seconds=300):
+    """Exit code (−N for signal N) and output of a process that was started."""
+    process.join(seconds)
+    assert process.exitcode is not None, "it does not end"
+    return process.exitcode, (folder / f"out{rank}.txt").read_text()
+
+
+def log(folder):
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("clips_per_s", "data_wait")} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(videos, tmp_path_factory):
+    """A run of three epochs of 9 steps that nothing disturbs: its folder, and flags to repeat it."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    flags = [*TINY, "--data", videos, "--epochs", "3", "--out", "run"]
+    code, out = finish(start(folder, *flags), folder)
+    assert code == 0, out
+    return folder / "run", flags
+
+
+def test_killed_at_random_moments_a_run_ends_as_if_it_had_not_been(undisturbed, tmp_path):
+    """Ten kills at random lines, every second one while a checkpoint is written, all with a loader's worker.
+
+    A moment within a step of the method is like one at the line that calls it: nothing on disk tells them apart.
+    """
+    expected, flags = undisturbed
+    flags = [*flags, "--workers", "1", "--save_minutes", "0"]
+    random, steps = Random(0), set()
+    for life in range(10):
+        saving = ("save", "save_checkpoint")
+        kill = (random.randint(1, 70), saving) if life % 2 else (random.randint(1, 1700), ())
+        code, out = finish(start(tmp_path, *flags, "--resume", "auto", kill=kill), tmp_path)
+        assert code == -signal.SIGKILL, out
+        saved = tmp_path / "run" / "checkpoint.pt"
+        steps.add(weights(saved)["step"] if saved.exists() else 0)
+    assert len(steps) > 3 and any(step % 9 for step in steps)  # they struck at different places, in mid-epoch, too
+    code, out = finish(start(tmp_path, *flags, "--resume", "auto"), tmp_path)
+    assert code == 0, out
+    for name in ("model", "optimizer", "step"):
+        assert same(*(weights(folder / "checkpoint.pt")[name] for folder in (expected, tmp_path / "run"))), name
+    assert log(tmp_path / "run") == log(expected)
+
+
+def test_a_full_disk_stops_the_run_and_spoils_nothing(undisturbed, tmp_path):
+    expected, flags = undisturbed
+    assert finish(start(tmp_path, *flags, "--max_steps", "9"), tmp_path)[0] == 0
+    saved = tmp_path / "run" / "checkpoint.pt"
+    resume = [*flags, "--resume", saved]
+    code, out = finish(start(tmp_path, *resume, file_size=saved.stat().st_size // 2), tmp_path)
+    last = out.splitlines()[-1]
+    assert code == 2 and last.startswith("error: step 18 cannot be saved: File too large"), out
+    assert "run/checkpoint.pt still holds the checkpoint before" in last
+    assert weights(saved)["step"] == 9 and not list(saved.parent.glob("*.partial"))
+    assert finish(start(tmp_path, *resume), tmp_path)[0] == 0
+    assert same(weights(saved)["model"], weights(expected / "checkpoint.pt")["model"])
+
+
+def test_a_write_that_fails_leaves_the_old_checkpoint_and_no_half_one(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint.pt"
+    train.save_checkpoint(path, STATE)
+
+    def fail(_file):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(train.UserError, match=r"step 2 cannot be saved: No space left on device; .* still holds"):
+        train.save_checkpoint(path, STATE | {"step": 2})
+    assert train.load_checkpoint(path)["step"] == 1 and os.listdir(tmp_path) == ["checkpoint.pt"]
+
+
+def test_a_folder_that_cannot_be_written_is_one_clear_line(run):
+    (run.path / "file").write_text("")
+    code, _, err = run(fima, "--out", "file/run")
+    assert code == 2 and err.splitlines()[-1].startswith("error: ") and "file/run" in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_same_seed_gives_the_same_weights_whatever_the_number_of_workers(workers, undisturbed, tmp_path):
+    expected, flags = undisturbed
+    flags = [*flags, "--workers", workers, "--deterministic"]
+    assert finish(start(tmp_path, *flags), tmp_path)[0] == 0
+    assert same(*(weights(folder / "checkpoint.pt")["model"] for folder in (expected, tmp_path / "run")))
+    assert weights(tmp_path / "run" / "checkpoint.pt")["config"]["deterministic"] == "on"
+
+
+def test_deterministic_is_passed_on_to_torch():
+    train.start_process("cpu", deterministic=True)
+    try:
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def flip_a_byte(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1  # among the weights: torch alone would not notice
+    path.write_bytes(content)
+
+
+def test_resume_auto_takes_the_newest_readable_checkpoint_of_the_method(run):
+    flags = ["--resume", "auto", "--max_steps"]
+    code, out, _ = run(fima, *flags, 1, *QUICK)
+    assert code == 0 and "no checkpoint of FIMA" in out and "starts anew" in out
+    (first,) = (run.path / "runs").iterdir()
+    assert run(fima, "--epochs", 2, "--max_steps", 4, "--keep_every", 1, "--out", "runs/b", *QUICK)[0] == 0
+    assert run(moco, "--max_steps", 1, "--out", "runs/c", *QUICK)[0] == 0  # newer, of another method
+    flip_a_byte(run.path / "runs" / "b" / "checkpoint.pt")
+    code, _, err = run(fima, "--resume", "runs/b/checkpoint.pt", small=False)
+    assert code == 2 and "damaged" in err and "beside it lie epoch_0001.pt" in err and err.count("\n") == 1
+    code, out, _ = run(fima, *flags, 5, small=False)
+    assert code == 0 and "passes over a checkpoint: runs/b/checkpoint.pt is damaged" in out
+    assert "found runs/b/epoch_0001.pt, step 4" in out and "resumed after step 4" in out
+    assert weights(run.path / "runs" / "b" / "checkpoint.pt")["step"] == 5
+    code, out, _ = run(fima, *flags, 2, "--out", first, small=False)
+    assert code == 0 and f"found {first}/checkpoint.pt, step 1" in out
+
+
+def test_a_checkpoint_with_code_in_it_is_refused_and_the_code_never_runs(tmp_path):
+    class Code:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "it ran"),)
+
+    torch.save(STATE | {"step": Code()}, tmp_path / "code.pt")
+    with pytest.raises(train.UserError, match=r"code\.pt.*holds code, which is never run"):
+        train.load_checkpoint(tmp_path / "code.pt")
+    assert not (tmp_path / "it ran").exists()
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("*.py")), ids=lambda path: path.stem)
+def test_nothing_is_unpickled(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            assert not {"pickle", "dill", "joblib", "shelve"} & {alias.name for alias in node.names}
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.load", "np.load"):
+            options = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            assert options.get("allow_pickle", "False") == "False"
+            assert ast.unparse(node.func) == "np.load" or options.get("weights_only") == "True"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Numbers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def break_steps(monkeypatch, calls, how):
+    """Spoils the loss of some forwards; returns the list of state dicts before each forward."""
+    forward, states = fima.FIMA.forward, []
+
+    def broken(method, views):
+        states.append({name: value.clone() for name, value in method.state_dict().items()})
+        losses = forward(method, views)
+        if len(states) in calls:
+            zero = (method.head.net[0].weight * 0).sum()
+            losses["vv"] = losses["vv"] + {"loss": zero * math.nan, "gradient": zero.abs().sqrt()}[how]
+        return losses
+
+    monkeypatch.setattr(fima.FIMA, "forward", broken)
+    return states
+
+
+@pytest.mark.parametrize("how", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_stops_the_run_and_is_named(how, run, monkeypatch):
+    break_steps(monkeypatch, {6}, how)
+    code, _, err = run(fima, "--epochs", 2, "--out", "run", *QUICK)  # of 4 steps
+    last = err.splitlines()[-1]
+    assert code == 2 and "not finite, step 6: vv" in last and "norm of the gradient nan" in last, err
+    assert ("vv nan" in last) == (how == "loss") and last.count(".mp4'") == 4
+    assert weights(run.path / "run" / "checkpoint.pt")["step"] == 4
+    assert [line["step"] for line in log(run.path / "run")] == [4]
+
+
+@pytest.mark.parametrize("how", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_can_be_left_out(how, run, monkeypatch):
+    states = break_steps(monkeypatch, {3}, how)
+    code, out, _ = run(fima, "--epochs", 2, "--on_nan", "skip", "--log_every", 1, "--out", "run", *QUICK)
+    assert code == 0 and "left out: step 3: vv" in out and "1 steps left out" in out
+    assert same(states[2], states[3]) and not same(states[1], states[2])
+    counts = [(line["step"], line["skipped_steps"]) for line in log(run.path / "run")]
+    assert counts == [(1, 0), (2, 0), (4, 1), (5, 0), (6, 0), (7, 0), (8, 0)]
+    assert all(value.isfinite().all() for value in weights(run.path / "run" / "checkpoint.pt")["model"].values())
+
+
+def test_leaving_out_step_after_step_stops_the_run(run, monkeypatch):
+    break_steps(monkeypatch, set(range(6, 99)), "loss")
+    code, _, err = run(fima, "--epochs", 20, "--on_nan", "skip", "--out", "run", *QUICK)
+    assert code == 2 and "10 steps in a row were left out, and now step 16: vv nan" in err.splitlines()[-1]
+    assert weights(run.path / "run" / "checkpoint.pt")["skipped_steps"] == 4  # of the epoch that ended at step 12
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def start_two(folder, *flags, at_step_6):
+    """Two processes of a run without a launcher, in epochs of 4 steps; something befalls the second after step 6."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    return [
+        start(folder, *flags, environment=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, at_step_6=fault)
+        for rank, fault in enumerate(("", at_step_6))
+    ]
+
+
+@pytest.mark.parametrize("at_step_6", ["SIGKILL", "SIGSTOP"])
+def test_a_process_that_dies_or_hangs_ends_the_others_with_a_message(at_step_6, undisturbed, tmp_path):
+    first, second = start_two(tmp_path, *undisturbed[1], "--timeout", "0.3", at_step_6=at_step_6)
+    try:
+        code, out = finish(first, tmp_path)
+    finally:
+        second.kill()
+    last = out.splitlines()[-1]
+    assert code == 1 and "error: process 0 has lost another one" in last and "--resume auto" in last, out
+    assert "Traceback" not in out and weights(tmp_path / "run" / "checkpoint.pt")["step"] == 4
+
+
+def test_processes_that_disagree_stop_before_they_save(undisturbed, tmp_path):
+    processes = start_two(tmp_path, *undisturbed[1], at_step_6="spoil")
+    for rank, process in enumerate(processes):
+        code, out = finish(process, tmp_path, rank)
+        assert code == 2, out
+        assert f"process {rank}: after step 8 the processes hold different values of head.net.2.bias" in out
+    assert weights(tmp_path / "run" / "checkpoint.pt")["step"] == 4
