@@ -1,33 +1,663 @@
-"""Pictures of the method and of what it sees.
+"""Pictures of the method, and of what an encoder sees: one command a figure, on any checkpoint and any videos.
 
-python visualize.py method --out method.png    # FIMA at a glance, on a generated video (the picture in README)
+    python visualize.py method                                              # FIMA at a glance (the picture in README)
+    python visualize.py sample --dataset ucf101 --data /data/ucf101         # boxes, clips, differences, sub-clips
+    python visualize.py curves runs/moco runs/fima                          # training curves of one or several runs
+    python visualize.py activations runs/moco runs/fima                     # activation maps, side by side (Fig. 3, 4)
+    python visualize.py affinity runs/moco runs/fima                        # RGB against motion features (Fig. 5)
+    python visualize.py attention runs/fima --video clip.mp4                # where the motion decoder looks (Fig. 7)
+    python visualize.py masks runs/fima                                     # foreground of each modality (Fig. 8, 9)
+    python visualize.py tsne runs/moco runs/fima                            # features of test videos (Fig. 10, 11)
+    python visualize.py retrieval runs/fima                                 # queries and their nearest neighbours
+    python visualize.py report runs/fima                                    # all of a run in one HTML file
+
+Before the flags come checkpoints, or run folders with a checkpoint.pt; several are drawn side by side, and none (or
+`--checkpoint`) is as in evaluate.py. A figure is a PNG, or by the suffix of --out a PDF or SVG, made for the width of
+a page (7 inches), in colours that the colour-blind can tell apart. `visualize.py FIGURE --help` explains each.
 """
 
+import base64
 import dataclasses
+import html
+import inspect
+import io
+import itertools
+import json
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import matplotlib
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
+import torch.nn.functional as F
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
-from torch import Tensor
+from torch import Tensor, nn
 
 import data
-from losses import bin_centers, frame_difference, positive_pairs
-from train import Options, UserError, command_line, option, parse, user_errors
+import evaluate
+import fima
+from losses import activation_map, bin_centers, foreground_mask, frame_difference, positive_pairs
+from train import (
+    Options,
+    UserError,
+    command_line,
+    load_checkpoint,
+    loader_workers,
+    option,
+    parse,
+    start_process,
+    user_errors,
+)
 
 BLUE, ORANGE, GREEN, GRAY = "#0072B2", "#D55E00", "#009E73", "#555555"  # colour-blind safe (Okabe and Ito)
+COLORS = (BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = "os^DvPX*"
+STYLE = {"font.size": 8, "axes.titlesize": 8, "figure.dpi": 200, "pdf.fonttype": 42, "savefig.pad_inches": 0.05}
+PAGE = 7.0  # inches
+MEASURES = {  # of log.jsonl, beside the losses
+    "feature_std": "spread of features",
+    "pixels_with_positive": "share of pixels with a positive",
+    "accuracy": "accuracy on the batch",
+}
+
+
+# ---------------------------------------------------------------------------------------------------------- options
 
 
 @dataclasses.dataclass(frozen=True)
-class FigureConfig(Options):
-    """Options of the figures."""
+class MethodConfig(Options):
+    """Options of the picture of the method."""
 
     data: str = option("datasets/synthetic", "folder of the generated videos, made there if need be")
     video: int = option(2, "which video of the training set, from 0", least=0)
     seed: int = option(3, "seed of the views", least=0, most=2**31 - 1)
-    out: str = option("method.png", "picture to write; .pdf and .svg are vector graphics")
+    out: str = option("", "picture to write (default: method.png); .pdf and .svg are vector graphics")
+
+
+@dataclasses.dataclass(frozen=True)
+class CurvesConfig(Options):
+    """Options of the training curves."""
+
+    names: str = option("", "names of the runs, separated by commas (default: those of their folders)")
+    out: str = option("", "picture to write (default: curves.png); .pdf and .svg are vector graphics")
+
+
+@dataclasses.dataclass(frozen=True)
+class FigureConfig(evaluate.RetrieveConfig):
+    """Options of a figure of encoders. What is left open is as in the first checkpoint's training."""
+
+    video: str = option("", "a video file to draw, instead of test videos of the data set")
+    names: str = option("", "names of the checkpoints, separated by commas (default: those of their folders)")
+    out: str = option("", "picture to write (default: FIGURE.png); .pdf and .svg are vector graphics")
+
+
+@dataclasses.dataclass(frozen=True)
+class RowsConfig(FigureConfig):
+    """Options of a figure with a row for each video."""
+
+    count: int = option(4, "test videos, drawn by --seed", least=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class MasksConfig(RowsConfig):
+    """Options of the foreground masks."""
+
+    foreground: float = option(0.5, "portion of the pixels that is foreground, beta of Eq. 6", least=0.01, most=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class AffinityConfig(FigureConfig):
+    """Options of the comparison of RGB with motion features; the defaults are the paper's."""
+
+    count: int = option(50, "test videos, drawn by --seed", least=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class TsneConfig(FigureConfig):
+    """Options of t-SNE; the defaults are the paper's."""
+
+    count: int = option(1000, "test videos at most, drawn by --seed", least=4)
+    classes: int = option(20, "classes at most, drawn by --seed", least=1)
+    perplexity: float = option(30.0, "of t-SNE, about the number of neighbours; at most a third of the videos", least=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class RetrievalConfig(RowsConfig):
+    """Options of the sheet of neighbours."""
+
+    neighbours: int = option(5, "neighbours of a query", least=1)
+    gallery: int = option(1000, "training videos to search, drawn by --seed; 0: all", least=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportConfig(FigureConfig):
+    """Options of the page on a run."""
+
+    out: str = option("", "file to write (default: report.html in the run folder)")
+
+
+# ------------------------------------------------------------------------------------------------ encoders and videos
+
+
+@dataclasses.dataclass
+class Model:
+    """An encoder on its device, in eval mode, with what the figures say of it and the options filled in."""
+
+    name: str
+    path: str
+    encoder: nn.Module
+    config: FigureConfig
+
+
+def named(names: str, paths: list[str]) -> list[str]:
+    """The given names (separated by commas), or those of the folders in which the checkpoints lie."""
+    if not names:
+        return [Path(path).resolve().parent.name if path else "untrained" for path in paths]
+    if names.count(",") + 1 != len(paths):
+        raise UserError(f"--names {names}: {names.count(',') + 1} names for {len(paths)}")
+    return [name.strip() for name in names.split(",")]
+
+
+def load_models(config: FigureConfig, inputs: list[str], key: bool = False) -> list[Model]:
+    """The encoders of checkpoints or run folders, else of --checkpoint, by `evaluate.load_encoder`.
+
+    Args:
+        key: the key encoder's weights where a checkpoint has them: in pretraining, it is the one that meets frame
+            differences.
+    """
+    process = start_process(config.device)
+    paths = inputs or [config.checkpoint]
+    paths = [str(Path(path, "checkpoint.pt")) if path and Path(path).is_dir() else path for path in paths]
+    models = []
+    for name, path in zip(named(config.names, paths), paths, strict=True):
+        with user_errors():
+            encoder, filled = evaluate.load_encoder(dataclasses.replace(config, checkpoint=path))
+        weights = load_checkpoint(path)["model"] if path and key else {}
+        weights = {k.removeprefix("key_encoder."): v for k, v in weights.items() if k.startswith("key_encoder.")}
+        if weights:
+            encoder.load_state_dict(weights)
+        models.append(Model(name, path, encoder.to(process.device).eval(), filled))
+    return models
+
+
+def load_decoder(config: FigureConfig, inputs: list[str]) -> tuple[Model, nn.Module]:
+    """The encoder and the motion decoder of one checkpoint of fima.py."""
+    model, *more = load_models(config, inputs)
+    state = load_checkpoint(model.path) if model.path and not more else {"method": ""}
+    if state["method"] != "FIMA":
+        raise UserError("attention needs one checkpoint of fima.py: visualize.py attention RUN")
+    known = {field.name for field in dataclasses.fields(fima.FIMAConfig)}
+    method = fima.FIMA(fima.FIMAConfig(**{k: v for k, v in state["config"].items() if k in known}))
+    if method.decoder is None:
+        raise UserError(f"{model.path} was trained without a motion decoder (--losses, --decoder)")
+    method.load_state_dict(state["model"])
+    return model, method.decoder.eval().to(next(model.encoder.parameters()).device)
+
+
+def find_part(config: FigureConfig, train: bool) -> data.VideoList:
+    """`data.find_videos` by the options."""
+    with user_errors():
+        return data.find_videos(config.dataset, config.data, train, config.split)
+
+
+def subset(videos: data.VideoList, indices: list[int]) -> data.VideoList:
+    """Some of the videos, in the order of the indices."""
+    paths, labels = [videos.paths[i] for i in indices], [videos.labels[i] for i in indices]
+    return data.VideoList(paths, labels, videos.classes, f"{len(indices)} of {len(videos)} videos")
+
+
+def draw_videos(config: FigureConfig, count: int) -> data.VideoList:
+    """The file of --video, or `count` test videos drawn by --seed."""
+    if config.video:
+        return data.VideoList([config.video], [-1], [], config.video)
+    videos = find_part(config, train=False)
+    return subset(videos, np.random.default_rng(config.seed).permutation(len(videos))[:count].tolist())
+
+
+def class_name(videos: data.VideoList, index: int) -> str:
+    """A video's class, or its file's name where that is unknown."""
+    label = videos.labels[index]
+    return plain(Path(videos.paths[index]).stem if label < 0 else videos.classes[label])
+
+
+def plain(text: str) -> str:
+    """A text as matplotlib is to show it: no formula, and no bytes that are no characters."""
+    return text.encode(errors="replace").decode().replace("$", r"\$")
+
+
+def middle_clips(videos: data.VideoList, config: FigureConfig) -> Tensor:
+    """The central crop of the clip in the middle of each video: uint8 (N, 3, frames, crop, crop).
+
+    Raises:
+        UserError: a video that cannot be read.
+    """
+    clips = data.TestClips(videos, config.crop, config.frames, config.frame_stride, clips=3)
+    items = [clips[i] for i in range(len(videos))]
+    for path, reason in itertools.chain(*(item["bad"] for item in items)):
+        raise UserError(f"{path} cannot be read: {reason}")
+    return torch.stack([item["clips"][1] for item in items])
+
+
+@torch.no_grad()
+def feature_maps(encoder: nn.Module, clips: Tensor, difference: bool = False) -> Tensor:
+    """uint8 clips (N, 3, frames, H, W) → maps (N, C, T, h, w) of the clips or of their frame differences."""
+    clips = clips.to(next(encoder.parameters()).device) / 255
+    return encoder(data.normalize(frame_difference(clips) if difference else clips)).float()
+
+
+def both_modalities(encoder: nn.Module, clips: Tensor) -> tuple[Tensor, Tensor]:
+    """Feature maps of the clips and of their frame differences, each batch-normalised by its own statistics.
+
+    As in pretraining: the running statistics of batch norm belong to no single modality, or to RGB alone.
+    """
+    encoder.train()
+    return feature_maps(encoder, clips), feature_maps(encoder, clips, difference=True)
+
+
+# -------------------------------------------------------------------------------------------- numbers behind figures
+
+
+def spatial_affinity(rgb: Tensor, motion: Tensor) -> Tensor:
+    """Cosines between RGB and motion feature pixels (Sec. 4.4, Fig. 5a): maps averaged over time, pixel by pixel.
+
+    Args:
+        rgb, motion: feature maps (N, C, T, H, W).
+
+    Returns:
+        (N, HW, HW): RGB pixel × motion pixel.
+    """
+    rgb, motion = (F.normalize(maps.mean(2).flatten(2), dim=1) for maps in (rgb, motion))
+    return rgb.mT @ motion
+
+
+def temporal_similarity(rgb: Tensor, motion: Tensor) -> Tensor:
+    """Cosines of each RGB with each motion feature of a video's clips (Fig. 5b): (V, N, C) twice → (V, N, N)."""
+    return F.normalize(rgb, dim=2) @ F.normalize(motion, dim=2).mT
+
+
+def foreground_masks(rgb: Tensor, motion: Tensor, ratio: float) -> Tensor:
+    """Foreground by RGB, by frame difference and by both (Fig. 8): maps (N, C, T, H, W) → (3, N, H, W) bool."""
+    maps = activation_map(rgb), activation_map(motion)
+    return torch.stack([foreground_mask(activation, ratio) for activation in (*maps, sum(maps))])
+
+
+def neighbours_of(
+    queries: Tensor, query_paths: list[str], gallery: Tensor, gallery_paths: list[str], k: int
+) -> list[list[tuple[int, float]]]:
+    """The k nearest of a gallery (G, C) to each query (Q, C), other than the query's own file: (index, cosine)."""
+    cosines, indices = (x.tolist() for x in evaluate.nearest(queries, gallery, k + 1))
+    return [
+        [(i, c) for i, c in zip(*found, strict=True) if gallery_paths[i] != path][:k]
+        for path, *found in zip(query_paths, indices, cosines, strict=True)
+    ]
+
+
+def read_log(run: str) -> list[dict[str, float]]:
+    """The lines of a run's log.jsonl; the last may be cut by a kill and is left out then.
+
+    Raises:
+        UserError: no such file, or nothing in it.
+    """
+    path = Path(run, "log.jsonl")
+    with user_errors():
+        text = path.read_text()
+    lines = [json.loads(line) for line in text.splitlines() if line.endswith("}")]
+    if not lines:
+        raise UserError(f"{path} holds no line yet: wait for the first --log_every steps of the run")
+    return lines
+
+
+def clip_outputs(
+    model: Model, videos: data.VideoList, title: str, function: Callable[[Tensor], Tensor], average: bool = False
+) -> tuple[Tensor, data.VideoList]:
+    """`evaluate.clip_outputs` for the clips of the videos that can be read, and these videos.
+
+    Raises:
+        UserError: none of them can be read.
+    """
+    config, process = model.config, start_process(model.config.device)
+    clips = data.TestClips(videos, config.crop, config.frames, config.frame_stride, config.clips)
+    workers, title = loader_workers(config, process), f"{model.name}, {title}"
+    found, good, _ = evaluate.clip_outputs(function, clips, process, workers, config.test_batch, title, average)
+    if not good.any():
+        raise UserError(f"{title}: none of {len(videos)} can be read")
+    return found[good], subset(videos, good.nonzero()[:, 0].tolist())
+
+
+def video_features(model: Model, videos: data.VideoList, title: str) -> tuple[Tensor, data.VideoList]:
+    """Means of the clips' L2-normalised pooled features, (N, C), and the N videos: those that can be read."""
+
+    def features(clips: Tensor) -> Tensor:
+        return F.normalize(evaluate.pooled_features(model.encoder, clips), dim=1)
+
+    return clip_outputs(model, videos, title, features, average=True)
+
+
+# ------------------------------------------------------------------------------------------------------ drawing parts
+
+
+def grid(rows: int, columns: int, cell: float, **options) -> tuple[Figure, np.ndarray]:
+    """A figure of the page's width or less, with square cells (rows, columns) that show pictures."""
+    side = min(cell, PAGE / columns)
+    fig, axes = plt.subplots(rows, columns, figsize=(side * columns, side * rows), squeeze=False, **options)
+    for ax in axes.flat:
+        ax.set(xticks=[], yticks=[])
+    return fig, axes
+
+
+def show(ax: Axes, picture: Tensor, title: str = "", heat: Tensor | None = None) -> None:
+    """Shows a picture (3, H, W) in [0, 1]; with a map (h, w), in the map's colours, from its least to its greatest."""
+    pixels = picture.permute(1, 2, 0).numpy()
+    if heat is not None:
+        heat = F.interpolate(heat[None, None].cpu(), size=picture.shape[1:], mode="bicubic")[0, 0]
+        heat = (heat - heat.min()) / (heat.max() - heat.min()).clamp(min=1e-12)
+        gray = pixels.mean(2, keepdims=True)
+        gray = (gray - gray.min()) / max(np.ptp(gray), 1e-12)
+        pixels = matplotlib.colormaps["viridis"](heat.numpy())[..., :3] * (0.3 + 0.7 * gray)
+    ax.imshow(pixels)
+    ax.set_title(title)
+
+
+def middle(clip: Tensor) -> Tensor:
+    """The middle frame of a uint8 clip (3, frames, H, W): float (3, H, W) in [0, 1]."""
+    return clip[:, clip.shape[1] // 2] / 255
+
+
+def difference_of(clip: Tensor) -> Tensor:
+    """The frame differences of a uint8 clip (3, frames, H, W), four times as strong as they are, in [0, 1]."""
+    return (4 * frame_difference(clip[None] / 255)[0] - 1.5).clamp(0, 1)
+
+
+def strip(clip: Tensor, count: int) -> Tensor:
+    """`count` frames of a clip (3, frames, H, W) in [0, 1] side by side, with white lines: (3, H, count · (W + 2))."""
+    frames = clip[:, np.linspace(0, clip.shape[1] - 1, count).round()].unbind(1)
+    return torch.cat([F.pad(frame, (1, 1), value=1) for frame in frames], 2)
+
+
+def scale_bar(fig: Figure, axes: np.ndarray, label: str) -> None:
+    """A colour bar of maps that are each scaled to their own range."""
+    bar = fig.colorbar(ScalarMappable(cmap="viridis"), ax=axes, label=label, shrink=0.6, aspect=30, pad=0.02)
+    bar.set_ticks([0, 1], labels=["least", "most"])
+
+
+def draw_boxes(ax: Axes, boxes: Tensor, width: float, height: float) -> None:
+    """Boxes (2, 4) of source and target view, in units of the frame."""
+    for (x0, y0, x1, y1), color in zip(boxes.tolist(), (BLUE, ORANGE), strict=True):
+        corner = width * min(x0, x1) - 0.5, height * y0 - 0.5
+        size = width * abs(x1 - x0), height * (y1 - y0)
+        ax.add_patch(Rectangle(corner, *size, fill=False, color=color, lw=2))
+
+
+# ------------------------------------------------------------------------------------------------------------ figures
+
+
+def draw_activations(config: RowsConfig, inputs: list[str]) -> Figure:
+    """Class-agnostic activation maps (Fig. 3, 4): where is each encoder active, summed over channels and time?
+
+    A row for each video: the middle frame, its difference to the next frame (what moves), and the map of each encoder.
+    """
+    models = load_models(config, inputs)
+    videos = draw_videos(models[0].config, config.count)
+    fig, axes = grid(len(videos), 2 + len(models), 1.5, layout="constrained")
+    for row, clip in enumerate(middle_clips(videos, models[0].config)):
+        show(axes[row, 0], middle(clip), class_name(videos, row))
+        show(axes[row, 1], middle(difference_of(clip) * 255), "" if row else "frame difference × 4")
+    for column, model in enumerate(models, 2):
+        for row, clip in enumerate(middle_clips(videos, model.config)):
+            heat = activation_map(feature_maps(model.encoder, clip[None]))[0]
+            show(axes[row, column], middle(clip), "" if row else plain(model.name), heat)
+    scale_bar(fig, axes, "activation, in each map")
+    return fig
+
+
+def draw_affinity(config: AffinityConfig, inputs: list[str]) -> Figure:
+    """How RGB and motion features of an encoder fit each other in space and in time (Fig. 5).
+
+    (a) Cosine of each RGB with each motion feature pixel, mean over the clips: bright on the diagonal alone where a
+    pixel tells the motion at its own place. (b) Cosine of the pooled RGB feature of each clip with the pooled motion
+    feature of each clip of the same video: wide where features follow the motion through the video.
+    """
+    models = load_models(config, inputs, key=True)
+    videos = draw_videos(models[0].config, config.count)
+    matrices, cosines = [], []
+    for model in models:
+
+        def compared(clips: Tensor, encoder: nn.Module = model.encoder) -> Tensor:
+            rgb, motion = both_modalities(encoder, clips)
+            pooled = (maps.mean((2, 3, 4)) for maps in (rgb, motion))
+            return torch.cat([*pooled, spatial_affinity(rgb, motion).flatten(1)], 1)
+
+        found, _ = clip_outputs(model, videos, "test videos", compared)
+        channels = model.encoder.out_channels
+        rgb, motion, affinity = found.tensor_split([channels, 2 * channels], 2)
+        matrices.append(affinity.mean((0, 1)).unflatten(0, (round(affinity.shape[2] ** 0.5), -1)))
+        cosines.append(temporal_similarity(rgb, motion).flatten())
+
+    panels = len(models) + 1
+    fig, axes = plt.subplots(1, panels, figsize=(PAGE, PAGE / panels), layout="constrained")
+    least, most = min(m.min().item() for m in matrices), max(m.max().item() for m in matrices)
+    for ax, matrix, model in zip(axes, matrices, models, strict=False):
+        picture = ax.imshow(matrix.numpy(), cmap="viridis", vmin=least, vmax=most)
+        ax.set(title=plain(model.name), xlabel="motion pixel")
+        ax.locator_params(integer=True)
+    axes[0].set_ylabel("RGB pixel")
+    fig.colorbar(picture, ax=axes[:-1], label="cosine", shrink=0.6)
+    violins = axes[-1].violinplot([c.numpy() for c in cosines], showmeans=True, widths=0.8)
+    for body, color in zip(violins["bodies"], itertools.cycle(COLORS), strict=False):
+        body.set(facecolor=color, alpha=0.6)
+    axes[-1].set_xticks(range(1, panels), [plain(model.name) for model in models])
+    axes[-1].set(ylabel="cosine", title="clips in time", box_aspect=1)
+    return fig
+
+
+def draw_attention(config: RowsConfig, inputs: list[str]) -> Figure:
+    """Where in the target the motion decoder looks for a point of the source (Fig. 7).
+
+    The attention of the decoder's last block, averaged over its heads, for two pixels of the source view's feature map,
+    circled: the most and the least active one. Both views are augmented as in pretraining, without colours.
+    """
+    model, decoder = load_decoder(config, inputs)
+    options, videos = model.config, draw_videos(model.config, config.count)
+    views = data.PretrainingViews(
+        videos, options.crop, options.frames, options.frame_stride, sub_clips=0, seed=config.seed, attempts=1
+    )
+    fig, axes = grid(len(videos), 4, 1.5, layout="constrained")
+    for row in range(len(videos)):
+        with user_errors():
+            clips = views[0, row]["clip"]
+        maps = feature_maps(model.encoder, clips)
+        step = maps.shape[2] // 2  # one feature frame of the source asks the same of the target
+        source, target = maps[:, :, step].flatten(2).mT.split(1)  # (1, HW, C)
+        with torch.no_grad():
+            weights = decoder(source, target, need_weights=True)[2][0].cpu()  # (HW, HW)
+        pictures = [clip[:, (2 * step + 1) * clip.shape[1] // (2 * maps.shape[2])] / 255 for clip in clips]
+        activity = activation_map(maps[:1])[0].flatten().cpu()
+        spots = bin_centers(torch.tensor([[0.0, 0.0, 1.0, 1.0]]), *maps.shape[3:])[0] * options.crop - 0.5
+        for column, query, kind in ((0, activity.argmax(), "most"), (2, activity.argmin(), "least")):
+            show(axes[row, column], pictures[0], "" if row else f"source, {kind} active")
+            axes[row, column].plot(*spots[query], "o", ms=9, mfc="none", mec="white", mew=3)
+            axes[row, column].plot(*spots[query], "o", ms=9, mfc="none", mec=ORANGE, mew=1.5)
+            heat = weights[query].unflatten(0, maps.shape[3:])
+            show(axes[row, column + 1], pictures[1], "" if row else "target, attention", heat)
+    scale_bar(fig, axes, "attention, in each picture")
+    return fig
+
+
+def draw_masks(config: MasksConfig, inputs: list[str]) -> Figure:
+    """Foreground masks (Fig. 8; failures, Fig. 9): what is kept by the activation of RGB, of frame difference, of both.
+
+    Made by the key encoder, with batch norm by the statistics of the videos drawn, as in pretraining; background is
+    darkened.
+    """
+    model, *more = load_models(config, inputs, key=True)
+    if more:
+        raise UserError("masks takes one checkpoint")
+    videos = draw_videos(model.config, config.count)
+    clips = middle_clips(videos, model.config)
+    masks = foreground_masks(*both_modalities(model.encoder, clips), config.foreground).float()
+    masks = F.interpolate(masks, size=clips.shape[3:], mode="nearest").cpu()
+    fig, axes = grid(len(videos), 5, 1.4, layout="constrained")
+    titles = ("frame difference × 4", "by RGB", "by frame difference", "by both")
+    for row, clip in enumerate(clips):
+        show(axes[row, 0], middle(clip), class_name(videos, row))
+        pictures = [middle(clip) * (0.15 + 0.85 * mask) for mask in masks[:, row]]
+        for ax, picture, title in zip(
+            axes[row, 1:], [middle(255 * difference_of(clip)), *pictures], titles, strict=True
+        ):
+            show(ax, picture, "" if row else title)
+    return fig
+
+
+def draw_tsne(config: TsneConfig, inputs: list[str]) -> Figure:
+    """t-SNE of the features of test videos (Fig. 10, 11): mean over the clips of the L2-normalised pooled features."""
+    from sklearn.manifold import TSNE  # here, as its import takes a second that other figures need not wait
+
+    models = load_models(config, inputs)
+    options = models[0].config
+    videos, rng = find_part(options, train=False), np.random.default_rng(config.seed)
+    chosen = rng.permutation(sorted(set(videos.labels)))[: config.classes].tolist()
+    found = [i for i in rng.permutation(len(videos)).tolist() if videos.labels[i] in chosen][: config.count]
+    videos = subset(videos, found)
+    width = (PAGE - 1.4) / max(2, len(models))
+    fig, axes = plt.subplots(
+        1, len(models), figsize=(width * len(models) + 1.4, width), squeeze=False, layout="constrained"
+    )
+    for ax, model in zip(axes[0], models, strict=True):
+        features, readable = video_features(model, videos, "test videos")
+        if len(readable) < 4:
+            raise UserError(f"{len(readable)} of {len(videos)} test videos can be read, t-SNE needs 4 or more")
+        perplexity = min(config.perplexity, (len(readable) - 1) / 3)
+        places = TSNE(perplexity=perplexity, init="pca", random_state=config.seed).fit_transform(features.numpy())
+        labels = np.array(readable.labels)
+        for n, label in enumerate(sorted(chosen)):
+            name = plain(videos.classes[label]) if label >= 0 else "no label"
+            marker, color = MARKERS[n % len(MARKERS)], COLORS[n % len(COLORS)]
+            ax.scatter(*places[labels == label].T, s=12, marker=marker, color=color, lw=0, alpha=0.8, label=name)
+        ax.set(title=plain(model.name), xticks=[], yticks=[])
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", fontsize=7, markerscale=1.5)
+    return fig
+
+
+def draw_retrieval(config: RetrievalConfig, inputs: list[str]) -> Figure:
+    """Test videos and, below each, the training videos nearest to it, as strips of frames.
+
+    A neighbour of the query's class is a hit, ✓; else a miss, ✗; the number is the cosine of their features.
+    """
+    model, *more = load_models(config, inputs)
+    if more:
+        raise UserError("retrieval takes one checkpoint")
+    options = model.config
+    queries, gallery = draw_videos(options, config.count), find_part(options, train=True)
+    order = np.random.default_rng(config.seed).permutation(len(gallery))
+    gallery = subset(gallery, order[: config.gallery or None].tolist())
+    features, queries = video_features(model, queries, "queries")
+    keys, gallery = video_features(model, gallery, "training videos")
+    nearest = neighbours_of(features, queries.paths, keys, gallery.paths, config.neighbours)
+    rows = 1 + max(map(len, nearest))
+    width = PAGE / max(len(queries), 3)
+    fig, axes = plt.subplots(
+        rows,
+        len(queries),
+        figsize=(width * len(queries), rows * (width / 4 + 0.2)),
+        squeeze=False,
+        layout="constrained",
+    )
+    for ax in axes.flat:
+        ax.axis("off")
+    for column, (clip, found) in enumerate(zip(middle_clips(queries, options), nearest, strict=True)):
+        label = queries.labels[column]
+        show(axes[0, column], strip(clip / 255, 4), f"query: {class_name(queries, column)}")
+        for row, (i, cosine) in enumerate(found, 1):
+            hit = gallery.labels[i] == label
+            sign, color = ("", GRAY) if label < 0 else ("✓ ", GREEN) if hit else ("✗ ", ORANGE)
+            show(axes[row, column], strip(middle_clips(subset(gallery, [i]), options)[0] / 255, 4))
+            axes[row, column].set_title(f"{sign}{class_name(gallery, i)}  {cosine:.2f}", color=color)
+    return fig
+
+
+def draw_sample(config: FigureConfig, inputs: list[str]) -> Figure:
+    """The views of one training sample: the crops' boxes in the frame, clips, colours, differences, sub-clips.
+
+    Drawn by --seed from the test videos or --video, and augmented as in pretraining. Each sub-clip is cropped and
+    flipped on its own.
+    """
+    model = load_models(config, inputs)[0]
+    options, videos = model.config, draw_videos(model.config, 1)
+    parts = max(options.frames // model.encoder.strides[0], 1)
+    with user_errors():
+        views = data.PretrainingViews(
+            videos, options.crop, options.frames, options.frame_stride, parts, config.seed, attempts=1
+        )[0, 0]
+        with data.Video(videos.paths[0]) as video:
+            frame = torch.from_numpy(video.read([len(video) // 2])[0].copy()).permute(2, 0, 1) / 255
+    fig = plt.figure(figsize=(PAGE, 4.9), layout="constrained")
+    top, bottom = fig.subfigures(2, 1, height_ratios=(1.9, 3))
+    axes = top.subplots(1, 3)
+    show(axes[0], frame, f"{class_name(videos, 0)}: a frame, both boxes")
+    draw_boxes(axes[0], views["box"], *frame.shape[:0:-1])
+    strips = bottom.subplots(4, 2)
+    for view, (color, name) in enumerate(((BLUE, "source"), (ORANGE, "target"))):
+        clip, box = views["clip"][view], views["box"][view]
+        show(axes[1 + view], middle(clip), f"{name} clip" + (", flipped" if box[0] > box[2] else ""))
+        colored = data.color_augment(clip[None] / 255, views["color"][view, :1])[0]
+        sub_clips = views["sub_clips"][view].transpose(0, 1).flatten(1, 2) / 255
+        for row, (title, frames) in enumerate(
+            {
+                "clip": clip / 255,
+                "clip in the colours drawn for it": colored,
+                "frame difference × 4": difference_of(clip),
+                f"{parts} sub-clips, one after the other": sub_clips,
+            }.items()
+        ):
+            show(strips[row, view], strip(frames, 6), f"{name}: {title}")
+            strips[row, view].set(frame_on=False)
+        for spine in axes[1 + view].spines.values():
+            spine.set(color=color, lw=2)
+    for ax in (*axes, *strips.flat):
+        ax.set(xticks=[], yticks=[])
+    return fig
+
+
+def draw_curves(config: CurvesConfig, inputs: list[str]) -> Figure:
+    """Training curves of runs from their log.jsonl: each loss beside its value at chance (dashed), and what else tells
+    how training goes: spread of the features, pixels with a positive, accuracy of a classifier.
+    """
+    if not inputs:
+        raise UserError("curves needs a run folder: visualize.py curves RUN [RUN …]")
+    names = named(config.names, [str(Path(run, "log.jsonl")) for run in inputs])
+    logs = [read_log(run) for run in inputs]
+    losses = dict.fromkeys(key for log in logs for key in log[-1] if key.startswith("loss/"))
+    shown = [*losses, *(key for key in MEASURES if any(key in log[-1] for log in logs))]
+    columns = min(3, len(shown))
+    rows = -(-len(shown) // columns)
+    fig, axes = plt.subplots(
+        rows, columns, figsize=(PAGE * columns / 3, 1.9 * rows), squeeze=False, layout="constrained"
+    )
+    for ax in axes.flat[len(shown) :]:
+        ax.axis("off")
+    for ax, key in zip(axes.flat, shown, strict=False):
+        for name, log, color in zip(names, logs, itertools.cycle(COLORS), strict=False):
+            lines = [line for line in log if key in line]
+            epochs = [line["epoch"] for line in lines]
+            ax.plot(epochs, [line[key] for line in lines], color=color, lw=1.2, label=plain(name))
+            chance = key.replace("loss/", "chance/")
+            if lines and chance != key:
+                ax.plot(epochs, [line[chance] for line in lines], color=color, lw=0.8, ls="--")
+        ax.set(title=MEASURES.get(key, f"loss {key.removeprefix('loss/')} (dashed: chance)"))
+        ax.set_xlabel("epoch")
+        ax.grid(alpha=0.3)
+    handles = {label: handle for ax in axes.flat for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    if len(inputs) > 1:
+        fig.legend(handles.values(), handles, loc="outside lower center", ncols=4)
+    return fig
+
+
+# ---------------------------------------------------------------------------------------------- the method at a glance
 
 
 def image(ax: Axes, picture: Tensor, x: float, y: float, size: float, color: str) -> None:
@@ -60,8 +690,10 @@ def feature_map(ax: Axes, x: float, y: float, color: str, name: str, grid: int =
     ax.text(x + size / 2, y + size + 0.08, name, ha="center", va="bottom", fontsize=12, color=color)
 
 
-def draw_method(config: FigureConfig) -> None:
-    """Fig. 2 of the paper on a real sample: two views, their boxes, frame difference, decoder, and the three losses."""
+def draw_method(config: MethodConfig, inputs: list[str]) -> Figure:
+    """FIMA at a glance (Fig. 2) on a sample of the generated videos: views, boxes, differences, decoder, losses."""
+    if inputs:
+        raise UserError(f"{inputs[0]}: method draws generated videos and takes no checkpoint")
     with user_errors():
         videos = data.find_videos("synthetic", config.data, train=True)
         if not 0 <= config.video < len(videos.paths):
@@ -74,7 +706,7 @@ def draw_method(config: FigureConfig) -> None:
     local = frame_difference(views["sub_clips"][1] / 255)
     middle = clips.shape[2] // 2
 
-    fig, ax = plt.subplots(figsize=(13.5, 7.8))
+    fig, ax = plt.subplots(figsize=(13.5, 7.8), dpi=110)
     ax.set(xlim=(0, 18), ylim=(0.6, 10.9), aspect="equal")
     ax.axis("off")
 
@@ -136,9 +768,7 @@ def draw_method(config: FigureConfig) -> None:
     ax.text(12.0, 1.93, text, ha="center", va="bottom", fontsize=10.5, color=GREEN)
     draw_pairs(ax, views["box"], clips[0, :, middle], moving[1, :, middle])
     arrow(ax, (14.7, 4.5), (15.2, 5.1), GREEN)
-    with user_errors():
-        fig.savefig(config.out, dpi=110, bbox_inches="tight", pad_inches=0.05)
-    print(f"written to {config.out}")
+    return fig
 
 
 def draw_pairs(ax: Axes, boxes: Tensor, source: Tensor, target: Tensor, grid: int = 4) -> None:
@@ -162,16 +792,121 @@ def draw_pairs(ax: Axes, boxes: Tensor, source: Tensor, target: Tensor, grid: in
     ax.text((x_source + x_target + size) / 2, y - 0.08, text, ha="center", va="top", fontsize=10.5)
 
 
-FIGURES = {"method": draw_method}
+# -------------------------------------------------------------------------------------------------------------- report
+
+SECTIONS = {  # figure → heading, options
+    "curves": ("Training", {}),
+    "sample": ("What it is given", {}),
+    "masks": ("Foreground", {}),
+    "activations": ("Where it is active", {}),
+    "attention": ("Where the motion decoder looks", {}),
+    "retrieval": ("Nearest neighbours", {"gallery": 200}),
+}
+CSS = """
+:root { color-scheme: light dark }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: auto; padding: 1rem }
+img { width: 100%; max-width: 56rem; background: white; border-radius: 4px }
+table { border-collapse: collapse; display: block; overflow-x: auto }
+td, th { border-bottom: 1px solid #8888; padding: .15rem .8rem .15rem 0; text-align: left; vertical-align: top }
+td, p { overflow-wrap: anywhere }
+"""
+
+
+def html_table(rows: dict[str, object]) -> str:
+    """A table of two columns."""
+    cells = []
+    for name, value in rows.items():
+        text = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
+        cells.append(f"<tr><th>{html.escape(name)}</th><td>{html.escape(text)}</td></tr>")
+    return f"<table>{''.join(cells)}</table>"
+
+
+def html_figure(fig: Figure, description: str) -> str:
+    """A figure as an image that is part of the page."""
+    memory = io.BytesIO()
+    fig.savefig(memory, bbox_inches="tight", dpi=150)
+    plt.close(fig)
+    content = base64.b64encode(memory.getvalue()).decode()
+    return f'<img alt="{html.escape(description)}" src="data:image/png;base64,{content}">'
+
+
+def write_report(config: ReportConfig, inputs: list[str]) -> str:
+    """One HTML file on a run, which opens offline in any browser: curves, a sample, foreground masks, activation maps,
+    attention of the decoder, neighbours, results of evaluate.py beside the checkpoint, options and environment.
+    """
+    if len(inputs) != 1:
+        raise UserError("report needs one run folder: visualize.py report RUN")
+    run = Path(inputs[0])
+    with user_errors():
+        start = json.loads((run / "run.json").read_text())[-1]
+        state, last = load_checkpoint(run / "checkpoint.pt"), read_log(inputs[0])[-1]
+    shared = {field.name: getattr(config, field.name) for field in dataclasses.fields(FigureConfig)}
+    body = []
+    for name, (heading, options) in SECTIONS.items():
+        if name == "attention" and not any(key.startswith("decoder.") for key in state["model"]):
+            continue
+        draw, config_class = FIGURES[name]
+        own = {key: value for key, value in shared.items() if key in config_class.__dataclass_fields__}
+        fig = draw(config_class(**own | options), inputs)
+        body.append(f"<h2>{heading}</h2>{html_figure(fig, heading)}<p>{html.escape(inspect.getdoc(draw))}</p>")
+    for path in sorted(run.rglob("*.json")):
+        record = json.loads(path.read_text())
+        if "protocol" in record:  # of evaluate.py
+            body.append(f"<h2>{html.escape(str(path.relative_to(run)))}</h2>{html_table(record['result'])}")
+    environment = {name: value for name, value in start.items() if name not in ("config", "versions")}
+    body.append(f"<h2>Options</h2>{html_table(start['config'])}")
+    body.append(f"<h2>Environment</h2>{html_table(environment | start['versions'])}")
+    title = html.escape(f"{state['method']} on {state['config']['dataset']}")
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<link rel="icon" href="data:,"><title>{title}</title><style>{CSS}</style></head>
+<body><h1>{title}</h1><p>{html.escape(str(run))}: {last["step"]} steps, {last["epoch"]:g} epochs</p>
+{"".join(body)}
+</body></html>
+"""
+
+
+FIGURES = {
+    "method": (draw_method, MethodConfig),
+    "sample": (draw_sample, FigureConfig),
+    "curves": (draw_curves, CurvesConfig),
+    "activations": (draw_activations, RowsConfig),
+    "affinity": (draw_affinity, AffinityConfig),
+    "attention": (draw_attention, RowsConfig),
+    "masks": (draw_masks, MasksConfig),
+    "tsne": (draw_tsne, TsneConfig),
+    "retrieval": (draw_retrieval, RetrievalConfig),
+    "report": (write_report, ReportConfig),
+}
 
 
 def main() -> None:
-    """`visualize.py FIGURE --flag value …`"""
-    if len(sys.argv) < 2 or sys.argv[1] not in (*FIGURES, "-h", "--help"):
-        raise UserError(f"name a figure: {', '.join(FIGURES)} (--help lists the flags)")
-    config = parse(FigureConfig, __doc__, argv=sys.argv[1 + (sys.argv[1] in FIGURES) :])
+    """`visualize.py FIGURE [CHECKPOINT or RUN …] --flag value …`"""
+    name, *words = sys.argv[1:] or [""]
+    if name in ("-h", "--help"):
+        print(__doc__)
+        return
+    if name not in FIGURES:
+        raise UserError(f"name a figure: {', '.join(FIGURES)} (--help explains them)")
+    draw, config_class = FIGURES[name]
+    inputs = list(itertools.takewhile(lambda word: not word.startswith("-"), words))
+    config = parse(config_class, inspect.getdoc(draw), argv=words[len(inputs) :])
+    suffixes = (".html",) if name == "report" else (".png", ".pdf", ".svg")
+    default = Path(*inputs[:1], "report.html") if name == "report" else Path(f"{name}.png")
+    out = Path(config.out or default)
+    if out.suffix not in suffixes:
+        raise UserError(f"--out {out}: end it in {' or '.join(suffixes)}")
+    if not out.parent.is_dir():
+        raise UserError(f"--out {out}: no such folder as {out.parent}")
     matplotlib.use("agg")
-    FIGURES[sys.argv[1]](config)
+    matplotlib.rcParams.update(STYLE)
+    drawn = draw(config, inputs)
+    with user_errors():
+        if isinstance(drawn, str):
+            out.write_text(drawn, encoding="utf-8")
+        else:
+            drawn.savefig(out, bbox_inches="tight")
+    print(f"written to {out}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,303 @@
+"""Figures: the numbers behind them against plain loops, every command on a tiny checkpoint, and users' mistakes."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import data
+import fima
+import moco
+import train
+import visualize
+
+CONV4 = ["--encoder=conv4", "--width=0.25", "--crop=32", "--frames=16", "--clips=2", "--workers=0", "--device=cpu"]
+
+
+def write_run(folder: Path, videos: Path, method_class: type, config_class: type, **options: object) -> Path:
+    """What a training run leaves, of random weights."""
+    config = config_class(
+        encoder="conv4", width=0.25, crop=32, queue=8, dataset="synthetic", data=str(videos), device="cpu", **options
+    )
+    torch.manual_seed(0)
+    method = method_class(config)
+    folder.mkdir(parents=True)
+    options = {field: getattr(config, field) for field in config.__dataclass_fields__}
+    state = {"method": method_class.__name__, "config": options, "model": method.state_dict(), "optimizer": {}}
+    train.save_checkpoint(folder / "checkpoint.pt", state | {"step": 2, "steps_per_epoch": 2, "world_size": 1})
+    names = config.terms
+    lines = [
+        {"step": step, "epoch": step / 2, "feature_std": 0.1}
+        | {f"loss/{name}": 5.0 - step for name in names}
+        | {f"chance/{name}": 5.0 for name in names}
+        for step in (1, 2)
+    ]
+    cut = '{"step": 3, "epo'
+    (folder / "log.jsonl").write_text("\n".join([*map(json.dumps, lines), cut]))
+    run = {"command": "python fima.py", "config": options, "versions": {"torch": "2.6 <&>"}, "processes": 1}
+    (folder / "run.json").write_text(json.dumps([run]))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(videos, tmp_path_factory):
+    """Folders of a FIMA and a MoCo run."""
+    root = tmp_path_factory.mktemp("runs")
+    write_run(root / "fima", videos, fima.FIMA, fima.FIMAConfig, decoder_width=16)
+    write_run(root / "moco", videos, moco.MoCo, moco.MoCoConfig)
+    return root
+
+
+@pytest.fixture
+def draw(tmp_path, monkeypatch, capsys):
+    """Runs visualize.py in this process as its command line would; gives exit code, output and errors."""
+
+    def call(*words):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["visualize.py", *map(str, words)])
+        with pytest.raises(SystemExit) as stop:
+            train.command_line(visualize.main)
+        plt.close("all")
+        out, err = capsys.readouterr()
+        return stop.value.code, out, err
+
+    call.path = tmp_path
+    with plt.rc_context():
+        yield call
+
+
+# ---------------------------------------------------------------------------------------------- numbers behind figures
+
+
+def cosine(x: Tensor, y: Tensor) -> float:
+    return (sum(a * b for a, b in zip(x, y, strict=True)) / (x.square().sum() * y.square().sum()).sqrt()).item()
+
+
+def test_spatial_affinity_is_the_cosine_of_time_averaged_pixels():
+    torch.manual_seed(0)
+    rgb, motion = torch.randn(2, 5, 3, 2, 4, dtype=torch.float64), torch.randn(2, 5, 3, 2, 4, dtype=torch.float64)
+    found = visualize.spatial_affinity(rgb, motion)
+    assert found.shape == (2, 8, 8)
+    for n in range(2):
+        for s in range(8):
+            for t in range(8):
+                x, y = rgb[n, :, :, s // 4, s % 4].mean(1), motion[n, :, :, t // 4, t % 4].mean(1)
+                assert found[n, s, t].item() == pytest.approx(cosine(x, y))
+
+
+def test_temporal_similarity_pairs_every_rgb_with_every_motion_feature_of_a_video():
+    torch.manual_seed(0)
+    rgb, motion = torch.randn(2, 3, 4, dtype=torch.float64), torch.randn(2, 3, 4, dtype=torch.float64)
+    found = visualize.temporal_similarity(rgb, motion)
+    assert found.shape == (2, 3, 3)
+    for v in range(2):
+        for i in range(3):
+            for j in range(3):
+                assert found[v, i, j].item() == pytest.approx(cosine(rgb[v, i], motion[v, j]))
+
+
+def test_masks_keep_the_brightest_pixels_of_each_modality_and_of_their_sum():
+    rgb, motion = torch.zeros(1, 2, 1, 2, 2), torch.zeros(1, 2, 1, 2, 2)
+    rgb[0, :, 0] = torch.tensor([[3.0, 1.0], [0.0, 0.5]])
+    motion[0, :, 0] = torch.tensor([[0.0, 1.0], [5.0, 0.5]])
+    masks = visualize.foreground_masks(rgb, motion, 0.25)  # ⌈0.25 · 3⌉ = 1 pixel
+    assert masks.flatten(2).int().tolist() == [[[1, 0, 0, 0]], [[0, 0, 1, 0]], [[0, 0, 1, 0]]]
+
+
+def test_neighbours_are_the_nearest_and_never_the_query_itself():
+    gallery = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 2.0], [-1.0, 0.0]])
+    found = visualize.neighbours_of(torch.tensor([[3.0, 0.0], [0.0, 1.0]]), ["a", "x"], gallery, list("abcd"), 2)
+    assert [[i for i, _ in row] for row in found] == [[1, 2], [2, 1]]
+    assert [c for _, c in found[0]] == pytest.approx([0.6, 0.0])
+    assert [c for _, c in found[1]] == pytest.approx([1.0, 0.8])
+
+
+def test_features_to_embed_are_means_of_unit_vectors_and_bad_videos_are_left_out(videos, tmp_path):
+    bad = tmp_path / "bad.mp4"
+    bad.write_bytes(b"no video")
+    good = data.find_videos("synthetic", videos, train=False).paths[:2]
+    config = visualize.TsneConfig(encoder="conv4", crop=32, clips=3, workers=0, device="cpu")
+    (model,) = visualize.load_models(config, [])
+    listed = data.VideoList([good[0], str(bad), good[1]], [4, 5, 6], [], "")
+    features, readable = visualize.video_features(model, listed, "")
+    assert readable.paths == good
+    assert readable.labels == [4, 6]
+    clips = data.TestClips(readable, 32, 16, 2, 3)[1]["clips"] / 255
+    with torch.no_grad():
+        pooled = model.encoder(data.normalize(clips)).mean((2, 3, 4))
+    own = torch.stack([x / x.norm() for x in pooled]).mean(0)
+    assert torch.allclose(features[1], own, atol=1e-5)
+
+
+def test_key_encoders_see_both_modalities_by_the_statistics_of_their_own_batch(runs):
+    config = visualize.MasksConfig(workers=0)
+    query, key = (visualize.load_models(config, [str(runs / "fima")], key)[0].encoder for key in (False, True))
+    state = train.load_checkpoint(runs / "fima" / "checkpoint.pt")["model"]
+    assert torch.equal(query.units[0].conv3d.weight, state["encoder.units.0.conv3d.weight"])
+    state["key_encoder.units.0.conv3d.weight"] += 1
+    train.save_checkpoint(
+        runs / "fima" / "other.pt", train.load_checkpoint(runs / "fima" / "checkpoint.pt") | {"model": state}
+    )
+    key = visualize.load_models(config, [str(runs / "fima" / "other.pt")], key=True)[0].encoder
+    assert torch.equal(key.units[0].conv3d.weight, state["key_encoder.units.0.conv3d.weight"])
+    maps = visualize.both_modalities(key, torch.randint(0, 256, (3, 3, 16, 32, 32), dtype=torch.uint8))
+    unit = key.units[-1].batch3d
+    for values in maps:  # a ReLU of what has mean 0 and deviation 1 in every channel: about half of it is positive
+        assert 0.2 < (values > 0).float().mean() < 0.8
+    assert unit.training
+
+
+# ------------------------------------------------------------------------------------------------------------ commands
+
+
+@pytest.mark.parametrize(
+    ("name", "inputs", "flags"),
+    [
+        ("activations", ["moco", "fima"], ["--count=2", "--out=x.svg", "--names=MoCo,FIMA $L$"]),
+        ("affinity", ["moco", "fima"], ["--count=3"]),
+        ("attention", ["fima"], ["--count=2"]),
+        ("curves", ["moco", "fima"], ["--out=x.pdf"]),
+        ("masks", ["fima"], ["--count=2", "--foreground=0.3"]),
+        ("retrieval", ["fima"], ["--count=2", "--neighbours=3", "--gallery=6"]),
+        ("sample", ["fima"], []),
+        ("tsne", ["moco", "fima"], []),
+    ],
+)
+def test_a_command_draws_a_picture(draw, runs, name, inputs, flags):
+    own = [] if name == "curves" else ["--workers=0", "--clips=2"]
+    code, out, err = draw(name, *(runs / run for run in inputs), *own, *flags)
+    assert code == 0, err
+    suffix = next((flag[-4:] for flag in flags if flag.startswith("--out")), ".png")
+    path = draw.path / (f"{name}.png" if suffix == ".png" else f"x{suffix}")
+    assert f"written to {path.name}" in out
+    start = {".png": b"\x89PNG", ".pdf": b"%PDF", ".svg": b"<?xm"}[suffix]
+    content = path.read_bytes()
+    assert content.startswith(start)
+    assert 5_000 < len(content) < 3_000_000
+    if suffix == ".png":
+        picture = plt.imread(path)[..., :3]
+        assert picture.shape[1] <= 7.2 * 200
+        assert picture.std() > 0.05  # not empty
+
+
+def test_one_file_and_an_untrained_encoder_are_enough(draw, videos):
+    video = data.find_videos("synthetic", videos, train=False).paths[0]
+    assert draw("masks", "--video", video, *CONV4)[0] == 0
+    assert draw("sample", "--video", video, *CONV4)[0] == 0
+    assert (draw.path / "masks.png").is_file()
+    assert (draw.path / "sample.png").is_file()
+
+
+def test_videos_without_labels_or_parts(draw, videos):
+    (draw.path / "films").mkdir()
+    for n, path in enumerate(data.find_videos("synthetic", videos, train=True).paths[:5]):
+        shutil.copy(path, draw.path / "films" / f"$ {n}.mp4")
+    where = ["--dataset=folder", "--data=films", *CONV4]
+    assert draw("retrieval", *where, "--count=2", "--neighbours=9")[0] == 0
+    assert draw("tsne", *where)[0] == 0
+
+
+def test_the_report_is_one_file_that_holds_its_pictures(draw, runs):
+    code, _, err = draw("report", runs / "fima", "--workers=0", "--clips=1")
+    assert code == 0, err
+    page = (runs / "fima" / "report.html").read_text()
+    assert page.count("<img ") == page.count('src="data:image/png;base64,') == len(visualize.SECTIONS)
+    assert "http" not in page
+    assert "<script" not in page
+    assert "2.6 &lt;&amp;&gt;" in page
+    assert "decoder_width" in page
+    browser = shutil.which("chromium")
+    if browser is None:
+        return
+    broken = draw.path / "page.html"
+    probe = (
+        "<script>document.title=[...document.images].filter(i => i.naturalWidth > 300 && i.clientWidth > 300).length"
+    )
+    broken.write_text(page.replace("</body>", f"<p id=probe></p>{probe}</script></body>"))
+    quiet = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--enable-logging=stderr",
+    ]
+    quiet += ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--dump-dom"]
+    done = subprocess.run(
+        [browser, *quiet, f"--user-data-dir={draw.path / 'profile'}", broken.as_uri()],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    assert f"<title>{len(visualize.SECTIONS)}</title>" in done.stdout
+    assert "CONSOLE" not in done.stderr
+
+
+# ------------------------------------------------------------------------------------------------------------ mistakes
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "name a figure"),
+        (["drawing"], "name a figure"),
+        (["activations", "nowhere"], "no checkpoint at nowhere"),
+        (["activations", "FIMA", "--out=x.gif"], "end it in .png or .pdf or .svg"),
+        (["activations", "FIMA", "--out=no/x.png"], "no such folder"),
+        (["activations", "FIMA", "--names=a,b"], "2 names for 1"),
+        (["activations", "FIMA", "--count=0"], "--count 0: must be at least 1"),
+        (["activations", "FIMA", "--video=none.mp4", "--workers=0"], "none.mp4 cannot be read"),
+        (["activations", "FIMA", "--dataset=folder", "--data=none"], "none: no such folder"),
+        (["sample", "FIMA", "--video=none.mp4"], "none.mp4"),
+        (["attention", "MOCO"], "attention needs one checkpoint of fima.py"),
+        (["attention", *CONV4], "attention needs one checkpoint of fima.py"),
+        (["masks", "FIMA", "MOCO"], "masks takes one checkpoint"),
+        (["retrieval", "FIMA", "MOCO"], "retrieval takes one checkpoint"),
+        (["retrieval", "FIMA", "--video=none.mp4", "--workers=0"], "none of 1 can be read"),
+        (["curves"], "curves needs a run folder"),
+        (["curves", "nowhere"], "No such file"),
+        (["report"], "report needs one run folder"),
+        (["report", "nowhere"], "no such folder"),
+        (["method", "FIMA"], "takes no checkpoint"),
+    ],
+)
+def test_a_mistake_is_one_line(draw, runs, words, message):
+    places = {"FIMA": runs / "fima", "MOCO": runs / "moco"}
+    code, _, err = draw(*(places.get(word, word) for word in words))
+    assert code == 2
+    assert err.splitlines()[-1].startswith("error: ")
+    assert message in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("name", visualize.FIGURES)
+def test_help_explains_each_figure(draw, name):
+    code, out, _ = draw(name, "--help")
+    assert code == 0
+    assert "--out" in out
+    assert visualize.FIGURES[name][0].__doc__.split()[0] in out
+
+
+def test_names_are_those_of_the_folders():
+    assert visualize.named("", ["runs/moco/checkpoint.pt", ""]) == ["moco", "untrained"]
+    assert visualize.named(" a, b", ["x", "y"]) == ["a", "b"]
+
+
+def test_a_log_that_a_kill_has_cut(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"step": 1}\n{"st')
+    assert visualize.read_log(str(tmp_path)) == [{"step": 1}]
+    (tmp_path / "log.jsonl").write_text("")
+    with pytest.raises(train.UserError, match="no line yet"):
+        visualize.read_log(str(tmp_path))
+
+
+def test_strips_are_frames_from_first_to_last():
+    clip = torch.arange(9.0)[None, :, None, None].expand(3, 9, 2, 2) / 10
+    found = visualize.strip(clip, 3)
+    assert found.shape == (3, 2, 12)
+    assert np.allclose(found[0, 0], [1, 0, 0, 1, 1, 0.4, 0.4, 1, 1, 0.8, 0.8, 1])
