@@ -279,6 +279,7 @@ def test_background_pixels_are_in_no_pair():
 
 
 def features_process(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)  # as in the parent, whose numbers are compared
     torch.distributed.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)
     for bn in ("shuffle", "local"):
         model, views = build(bn=bn), make_views(seed=rank)
