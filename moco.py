@@ -206,11 +206,18 @@ class MoCo(nn.Module):
 
     def encoder_input(self, clips: Tensor, color: Tensor | None, difference: bool = False) -> Tensor:
         """uint8 clips (N, 3, frames, H, W) → V or, taken before the colours, D; then colours, if any, normalised."""
+        order = MEMORY_FORMATS[self.config.memory_format]
+        if clips.device.type == "cpu" and len(clips) > 1:  # one at a time, they stay in the cache and take less memory
+            made = torch.empty(clips.shape, memory_format=order)
+            for i in range(len(clips)):
+                one = slice(i, i + 1)
+                made[one] = self.encoder_input(clips[one], None if color is None else color[one], difference)
+            return made
         clips = clips.contiguous() / 255
         if difference:
             clips = frame_difference(clips)
         clips = data.normalize(clips if color is None else data.color_augment(clips, color))
-        return clips.contiguous(memory_format=MEMORY_FORMATS[self.config.memory_format])
+        return clips.contiguous(memory_format=order)
 
     @staticmethod
     def project(head: ProjectionHead, features: Tensor) -> Tensor:

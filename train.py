@@ -220,7 +220,7 @@ def parse(
         shown = "" if field.default == "" else f" (default: {field.default})"
         options = {"choices": field.metadata["choices"] or None, "metavar": field.type.__name__.upper()}
         if options["choices"]:
-            options["metavar"] = "|".join(map(str, options["choices"]))
+            options["metavar"] = "|".join(filter(None, map(str, options["choices"])))
         if options["choices"] == SWITCH:
             options |= {"nargs": "?", "const": "on"}
         parser.add_argument(
