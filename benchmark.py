@@ -495,6 +495,11 @@ def step(config: BenchmarkConfig) -> None:
     for name, floor in floors.items():  # two by two: what shares a process shares its heap, and others stir it up
         pair = turns({name: variants[name], "encoders alone": floor})
         results["floors"][name] = compare(f"{name}, against the encoder passes that it needs", pair, "encoders alone")
+    apart = {"ours": [], "plain": []}
+    for way in progress(process, [*apart] * rounds, desc="processes of their own", unit="run", leave=False):
+        apart[way].append(statistics.median(fresh(config, way=way)["seconds"]))
+    title = "a training step in a process of its own, plain with the system's handling of the heap"
+    results["apart"] = compare(title, apart, "ours")
     extra = ratio(seconds, "ours, vv,pix", "ours, vv,vd")
     results["pixel_loss_ratio"] = extra
     print(f"\nL_VV + L_Pix / L_VV + L_VD: {extra:.3f}")
@@ -522,9 +527,14 @@ def step(config: BenchmarkConfig) -> None:
 
 
 def one(config: BenchmarkConfig) -> None:
-    """Times a step of one setting in this process, or in these, and prints one line of JSON."""
-    process, received = start_process(config.device), collections.Counter()
-    training, on_gpu = Training(config, process, plain=config.way == "plain"), process.device.type == "cuda"
+    """Times a step of one setting in this process, or in these, and prints one line of JSON.
+
+    Plain does without our handling of the heap here: a process has one for all.
+    """
+    plain, received = config.way == "plain", collections.Counter()
+    with mock.patch.object(train, "keep_freed_memory") if plain else contextlib.nullcontext():
+        process = start_process(config.device)
+    training, on_gpu = Training(config, process, plain=plain), process.device.type == "cuda"
 
     def counted(name: str) -> Callable[..., Any]:
         call = getattr(dist, name)
@@ -667,7 +677,7 @@ def soak(config: BenchmarkConfig) -> None:
     if not Path("/proc/self/smaps_rollup").exists():
         raise UserError("soak reads memory and open files in /proc, which Linux has")
     names = ("data", "encoder", "width", "crop", "frames", "batch_size", "losses", "queue", "device", "seed")
-    flags = {name: getattr(config, name) for name in names} | {"epochs": config.steps, "max_steps": config.steps}
+    flags = {name: getattr(config, name) for name in names} | {"epochs": config.steps + 1}
     flags["dataset"] = "synthetic" if config.data == BenchmarkConfig.data else "folder"
     flags |= {"workers": max(config.numbers("workers", least=0)), "log_every": max(config.steps // 40, 1)}
     process, rows, reached = start_process(config.device), {}, 0
@@ -677,7 +687,7 @@ def soak(config: BenchmarkConfig) -> None:
         with open(errors, "wb") as stream:
             run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stream)
         try:
-            while reached < config.steps:
+            while reached < config.steps:  # and not to the end of training, which frees what this measures
                 ended = run.poll() is not None
                 lines = log.read_text().split("\n")[:-1] if log.exists() else []  # whole ones
                 step = json.loads(lines[-1])["step"] if lines else 0
@@ -695,7 +705,7 @@ def soak(config: BenchmarkConfig) -> None:
     grown = {name: growth([row[name] for row in rows.values()]) for name in ("memory_mb", "open_files")}
     show("training and its loader, all processes together", rows)
     write(config, "soak", process.device, {"rows": list(rows.values()), "grown": grown})
-    limit = max(16, 0.02 * rows[f"step {config.steps}"]["memory_mb"])
+    limit = max(16, 0.02 * rows[f"step {reached}"]["memory_mb"])
     said = ", ".join(f"{name.replace('_', ' ')} by {value:g}" for name, value in grown.items())
     if grown["memory_mb"] > limit or grown["open_files"] >= 1:
         raise UserError(f"since the first quarter of the run, {said}: more than {limit:.0f} MB or a file")

@@ -777,7 +777,8 @@ class Run:
         loss = torch.stack(list(losses.values())).sum()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        norm = nn.utils.get_total_norm([p.grad for p in self.method.parameters() if p.grad is not None])
+        trained = itertools.chain(*(group["params"] for group in self.optimizer.param_groups))
+        norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
         numbers = {"loss": loss.detach()} | {f"loss/{k}": v.detach() for k, v in losses.items()} | {"grad_norm": norm}
         self.done += 1
         step = Step(self.done, numbers | self.method.metrics, videos)

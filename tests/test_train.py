@@ -113,7 +113,7 @@ BAD_INPUT = {
     "negative seed": (fima, ["--seed", "-1"], ["--seed -1"]),
     "share above 1": (fima, ["--max_bad", "1.5"], ["--max_bad 1.5", "from 0 to 1"]),
     "no width": (fima, ["--width", "0"], ["--width 0"]),
-    "bf16 on a CPU": (fima, ["--precision", "bf16", "--device", "cpu"], ["bf16", "GPU"]),
+    "bf16 on a CPU": (fima, ["--precision", "bf16", "--device", "cpu", "--batch_size", "4"], ["bf16", "GPU"]),
     "no clips": (evaluate, ["retrieve", "--clips", "0"], ["--clips 0"]),
     "no checkpoint": (fima, ["--resume", "nowhere.pt"], ["nowhere.pt"]),
     "no CUDA": (fima, ["--device", "cuda"], ["CUDA"]),
