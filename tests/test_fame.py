@@ -314,7 +314,8 @@ def test_rgb_is_merged_and_motion_is_that_of_the_video_itself(method, config, fl
     original = moco.MoCo.encoder_input
 
     def watched(self, clips, color, difference=False):
-        seen[difference].append(clips.clone())
+        if len(clips) > 1:  # on a CPU it goes on to itself, clip by clip
+            seen[difference].append(clips.clone())
         return original(self, clips, color, difference)
 
     monkeypatch.setattr(moco.MoCo, "encoder_input", watched)
