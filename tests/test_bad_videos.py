@@ -12,7 +12,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from encoding import encode, moving_texture
+from encoding import encode, moving_texture, write_sound
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -22,16 +22,6 @@ from data import BadVideo, PretrainingViews, Video, VideoList, find_videos, load
 
 FRAMES = moving_texture(12)
 LOSSLESS = dict(codec="ffv1", pix_fmt="bgr0")
-
-
-def write_sound(path: Path) -> Path:
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("pcm_s16le", rate=8000)
-        sound = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.int16), format="s16", layout="mono")
-        sound.sample_rate = 8000
-        container.mux(stream.encode(sound))
-        container.mux(stream.encode(None))
-    return path
 
 
 def write_turned(path: Path) -> Path:

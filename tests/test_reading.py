@@ -8,7 +8,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from encoding import encode, moving_texture
+from encoding import encode, moving_texture, write_sound
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -197,13 +197,7 @@ def bad_file(kind: str, folder: Path) -> Path:
         whole = encode(folder / "uncut.mp4", moving_texture(30), "libx264", **H264).read_bytes()
         path.write_bytes(whole[: len(whole) // 2])
     elif kind == "sound":
-        path = path.with_suffix(".mkv")
-        with av.open(str(path), "w") as container:
-            stream = container.add_stream("pcm_s16le", rate=8000)
-            sound = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.int16), format="s16", layout="mono")
-            sound.sample_rate = 8000
-            container.mux(stream.encode(sound))
-            container.mux(stream.encode(None))
+        path = write_sound(path.with_suffix(".mkv"))
     elif kind == "picture":
         encode(path, moving_texture(1), "libx264", **H264)
     return path
