@@ -4,7 +4,7 @@ A clip is drawn to a still of another clip of its video (L_VS) and to a frame di
 (L_VD), which is looked for in other videos too; still and frame difference are driven apart (L_SD), and their
 activation maps say where the clip's features are static and where dynamic. The whole method is `DCLR.forward`.
 
-    python dclr.py                                                          # narrow encoder, generated videos, on a CPU
+    python dclr.py                                                          # small encoder, generated videos, on a CPU
     python dclr.py --dataset ucf101 --data /data/ucf101                     # one GPU
     torchrun --nproc_per_node=4 dclr.py --dataset k400 --data /data/k400    # four GPUs
 

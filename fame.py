@@ -4,7 +4,7 @@ MoCo-v2 in which one of the two clips of a video shows its moving foreground on 
 batch (Sec. 3.2, Fig. 4), so that a scene no longer gives away which clips belong together. The augmentation itself is
 `losses.ForegroundBackgroundMerging`; `python fima.py --fame single` puts it before FIMA.
 
-    python fame.py                                                          # narrow encoder, generated videos, on a CPU
+    python fame.py                                                          # small encoder, generated videos, on a CPU
     python fame.py --dataset ucf101 --data /data/ucf101                     # one GPU
     torchrun --nproc_per_node=8 fame.py --dataset k400 --data /data/k400    # eight GPUs, the paper's setting
 

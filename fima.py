@@ -4,7 +4,7 @@ MoCo-v2, plus a pixel-level contrast between RGB features of one clip and frame-
 the same video (Sec. 3.1, 3.2), plus a frame-level reconstruction of motion through a [cls] token (Sec. 3.3). The whole
 method is `FIMA.forward`.
 
-    python fima.py                                                          # narrow encoder, generated videos, on a CPU
+    python fima.py                                                          # small encoder, generated videos, on a CPU
     python fima.py --dataset ucf101 --data /data/ucf101                     # one GPU
     torchrun --nproc_per_node=8 fima.py --dataset k400 --data /data/k400    # eight GPUs, the paper's setting
 

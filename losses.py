@@ -1,12 +1,13 @@
-"""Losses, masks and geometry of FIMA as pure functions of tensors.
+"""Losses, masks and geometry of FIMA, and at the end those of FAME and DCLR, as pure functions of tensors.
 
 Can be copied alone into another project: it imports torch only. No function writes state, talks to other processes or
-waits for the device, and the shape of every result follows from the shapes of the arguments.
+waits for the device, and the shape of every result follows from the shapes of the arguments. Only FAME's augmentation
+draws, from torch's generator.
 
 Letters: B videos, C channels, D projected channels, T, H, W frames, rows and columns of a feature map, HW = H·W
-feature pixels in row-major order, N, K numbers of rows or keys. "Eq." and "Sec." are those of FIMA (Zhu et al., ACM MM
-2023). Feature vectors are L2-normalised by the caller, so that h(x, y) of Eq. 1 is exp(x·y / temperature). float64 in,
-float64 out; half precision is computed in float32, under autocast too.
+feature pixels in row-major order, N, K numbers of rows or keys. Up to FAME, "Eq." and "Sec." are those of FIMA (Zhu et
+al., ACM MM 2023). Feature vectors are L2-normalised by the caller, so that h(x, y) of Eq. 1 is exp(x·y / temperature).
+float64 in, float64 out; half precision is computed in float32, under autocast too.
 
 | paper | here |
 |---|---|

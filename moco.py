@@ -4,7 +4,7 @@ L_VV, instance discrimination between two clips of a video (Eq. 1 of FIMA), and 
 aligns pooled RGB features with pooled frame-difference features (Eq. 2). MoCo: He et al., CVPR 2020; v2: Chen et al.,
 2020.
 
-    python moco.py                                                          # narrow encoder, generated videos, on a CPU
+    python moco.py                                                          # small encoder, generated videos, on a CPU
     python moco.py --dataset ucf101 --data /data/ucf101                     # one GPU
     torchrun --nproc_per_node=8 moco.py --dataset k400 --data /data/k400    # eight GPUs
 """
