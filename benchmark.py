@@ -4,6 +4,7 @@
     python benchmark.py step                    # a training step and its parts, against its encoder passes alone
     python benchmark.py scale                   # a step by processes, batch, crop, frames and queue, with a plot
     python benchmark.py memory                  # peak memory by batch
+    python benchmark.py augment                 # colours, and FAME's merging, by clip
     python benchmark.py soak --steps 2000       # does a training run keep to its memory and open files?
 
 A machine's speed wanders, so milliseconds of two runs do not compare. After a warm-up of each, variants go round robin
@@ -651,6 +652,26 @@ def memory(config: BenchmarkConfig) -> None:
     write(config, "memory", process.device, {"rows": list(rows.values())})
 
 
+def augment(config: BenchmarkConfig) -> None:
+    """Times what is done to a batch of clips on the device, by clip: colours as in pretraining, and FAME's merging."""
+    process = start_process(config.device)
+    clock, rng = functools.partial(now, process.device), np.random.default_rng(config.seed)
+    shape = config.batch_size, 2, 3, config.frames, config.crop, config.crop
+    views = torch.randint(256, shape, dtype=torch.uint8, device=process.device)
+    color = torch.from_numpy(np.stack([data.draw_color(rng) for _ in range(2 * config.batch_size)]))
+    method = fima.FIMA(fima.FIMAConfig(encoder="conv4", width=0.1, crop=config.crop, frames=config.frames))
+    clips, color = views.flatten(0, 1), color.to(process.device)
+    works = {"colours, normalised": lambda: method.encoder_input(clips, color)}
+    masks = losses.ForegroundBackgroundMerging.MASKS
+    merges = {mask: losses.ForegroundBackgroundMerging(mask=mask, branches="both") for mask in masks}
+    works |= {f"merging, --mask {mask}": functools.partial(merge, views) for mask, merge in merges.items()}
+    turns = {name: timed(work, clock, 5 if process.device.type == "cuda" else 1) for name, work in works.items()}
+    seconds = take_turns(turns, config.rounds, process)
+    seconds = {name: [turn / len(clips) for turn in turns] for name, turns in seconds.items()}
+    title = f"a clip of {config.frames} × {config.crop}², in batches of {len(clips)}"
+    write(config, "augment", process.device, {"clips": compare(title, seconds, next(iter(works)))})
+
+
 def used(process_id: int) -> tuple[int, int]:
     """Bytes of memory (shared by its share, pages of files not at all) and open files of a process and its children.
 
@@ -712,7 +733,8 @@ def soak(config: BenchmarkConfig) -> None:
     print(f"since the first quarter of the run, {said}")
 
 
-COMMANDS = {"data": reading, "step": step, "scale": scale, "memory": memory, "soak": soak, "one": one}
+COMMANDS = {"data": reading, "step": step, "scale": scale, "memory": memory, "augment": augment}
+COMMANDS |= {"soak": soak, "one": one}
 
 
 def main() -> None:

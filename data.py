@@ -707,23 +707,36 @@ class PretrainingViews(Dataset):
                 bad.append((error.path, error.reason))
         raise OSError(f"{self.attempts} videos in a row can't be read; the last: {bad[-1][0]!r}: {bad[-1][1]}")
 
-    def _write_views(self, rng: np.random.Generator, path: str, item: dict[str, Tensor]) -> None:
+    def _write_views(self, rng: np.random.Generator, path: str, item: dict[str, Tensor]) -> np.ndarray:
+        """Makes an item of one video, without its index and label; returns the windows' first frames, (windows,)."""
         window = self.frames * self.frame_stride
         step = 1 if self.sub_clips else self.frame_stride
         with Video(path) as video:
-            starts = rng.integers(max(len(video) - window, 0) + 1, size=(self.windows, 1))
-            images = video.read(np.minimum(starts + np.arange(0, window, step), len(video) - 1).ravel())
-        for view in range(self.windows):
+            starts = self._draw_starts(rng, video)
+            images = video.read(np.minimum(starts[:, None] + np.arange(0, window, step), len(video) - 1).ravel())
+        for view, start in enumerate(starts):
             seen = images[view * window // step : (view + 1) * window // step]
-            _, item["box"][view] = self._random_crop(rng, seen[:: self.frame_stride // step], item["clip"][view])
+            shown = seen[:: self.frame_stride // step]
+            _, item["box"][view] = self._random_crop(rng, shown, start, item["clip"][view])
             colors = [draw_color(rng, **self.color) for _ in range(2 + self.sub_clips)]
             item["color"][view] = torch.from_numpy(np.stack(colors))
             for i in range(self.sub_clips):
                 part = item["sub_clips"][view, i]
-                self._random_crop(rng, seen[i * part.shape[1] : (i + 1) * part.shape[1]], part)
+                self._random_crop(rng, seen[i * part.shape[1] : (i + 1) * part.shape[1]], start, part)
+        return starts
 
-    def _random_crop(self, rng: np.random.Generator, images: list[np.ndarray], out: Tensor) -> tuple[Tensor, Tensor]:
-        region = draw_region(rng, *images[0].shape[:2], scale=(self.min_scale, 1.0))
+    def _draw_starts(self, rng: np.random.Generator, video: Video) -> np.ndarray:
+        """First frames of the windows of a video, (windows,)."""
+        return rng.integers(max(len(video) - self.frames * self.frame_stride, 0) + 1, size=self.windows)
+
+    def _draw_region(self, rng: np.random.Generator, height: int, width: int, start: int) -> tuple[int, int, int, int]:
+        """Region of a crop of the window that starts at frame `start`, of the video whose windows were drawn last."""
+        return draw_region(rng, height, width, scale=(self.min_scale, 1.0))
+
+    def _random_crop(
+        self, rng: np.random.Generator, images: list[np.ndarray], start: int, out: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        region = self._draw_region(rng, *images[0].shape[:2], start)
         return crop_resize(images, region, bool(rng.random() < self.flip_p), self.crop, out)
 
 
@@ -1077,21 +1090,21 @@ def _progress(items: Iterable, total: int, what: str) -> Iterator:
             print(f"{what}: {done}/{total}, {left} left ", end=end, file=sys.stderr, flush=True)
 
 
-class _Checker:
-    """Gives (path, why the video can't be read, or ""), by its first, middle and last 32 frames, or by all."""
+class VideoVisitor:
+    """What is done to videos one by one, in processes: `visit` does it, and raises BadVideo for those it can't read."""
 
-    def __init__(self, full: bool):
-        self.full, self.reasons = full, {}
+    def __init__(self):
+        self.reasons: dict[str, str] = {}  # why a video killed the process that visited it
+
+    def visit(self, path: str) -> None:
+        raise NotImplementedError
 
     def __call__(self, path: str) -> tuple[str, str]:
+        """Gives (path, why the video can't be read, or "")."""
         try:
             if path in self.reasons:
                 raise BadVideo(path, self.reasons[path])
-            with Video(path) as video:
-                last = max(len(video) - 32, 0)
-                step = 32 if self.full else max(math.ceil(last / 2), 1)
-                for start in (*range(0, last, step), last):
-                    video.read(range(start, min(start + 32, len(video))))
+            self.visit(path)
         except BadVideo as error:
             return path, error.reason
         return path, ""
@@ -1100,11 +1113,43 @@ class _Checker:
         self.reasons[path] = how
 
 
+class _Checker(VideoVisitor):
+    """Reads the first, middle and last 32 frames of a video, or all."""
+
+    def __init__(self, full: bool):
+        super().__init__()
+        self.full = full
+
+    def visit(self, path: str) -> None:
+        with Video(path) as video:
+            last = max(len(video) - 32, 0)
+            step = 32 if self.full else max(math.ceil(last / 2), 1)
+            for start in (*range(0, last, step), last):
+                video.read(range(start, min(start + 32, len(video))))
+
+
+def visit_videos(
+    visitor: VideoVisitor, paths: Sequence[str], root: str, out: str | Path, workers: int, what: str
+) -> int:
+    """Visits videos in processes, and says how far it is; returns how many are bad.
+
+    Each bad video found is a line of the file `out`: its path from `root` in quotes, a tab, the reason; `find_videos`
+    takes it as `exclude`.
+    """
+    bad = 0
+    with open(out, "w", encoding="utf-8", buffering=1) as file:  # by lines, so that an interrupt loses none
+        for path, reason in _progress(_in_processes([visitor] * workers, paths, ahead=8), len(paths), what):
+            if reason:
+                bad += 1
+                file.write(f"{os.path.relpath(path, root)!a}\t{reason}\n")
+    return bad
+
+
 def check_videos(root: str | Path, out: str | Path, workers: int, full: bool = False) -> tuple[int, int]:
     """Reads frames of all videos below a folder, in processes; returns how many there are and how many are bad.
 
-    Reads the first, middle and last 32 frames of each, or with `full` all, several times slower. Each bad video found
-    is a line of the file `out`: its path from `root` in quotes, a tab, the reason; `find_videos` takes it as `exclude`.
+    Reads the first, middle and last 32 frames of each, or with `full` all, several times slower. The bad ones are
+    listed in the file `out` (see `visit_videos`).
 
     Raises FileNotFoundError when there is no video.
     """
@@ -1112,14 +1157,7 @@ def check_videos(root: str | Path, out: str | Path, workers: int, full: bool = F
     paths = _walk(root)[0]
     if not paths:
         raise FileNotFoundError(f"{root}: no videos (.{', .'.join(SUFFIXES)}) below it")
-    bad = 0
-    with open(out, "w", encoding="utf-8", buffering=1) as file:  # by lines, so that an interrupt loses none
-        answers = _in_processes([_Checker(full) for _ in range(workers)], paths, ahead=8)
-        for path, reason in _progress(answers, len(paths), f"checking {root}"):
-            if reason:
-                bad += 1
-                file.write(f"{os.path.relpath(path, root)!a}\t{reason}\n")
-    return len(paths), bad
+    return len(paths), visit_videos(_Checker(full), paths, root, out, workers, f"checking {root}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,9 +1,10 @@
-"""Evaluation of an encoder, from a checkpoint of ours or untrained, by four protocols (FIMA Sec. 4.1).
+"""Evaluation of an encoder, from a checkpoint or untrained, by four protocols (FIMA Sec. 4.1).
 
     linear      a linear classifier on the frozen encoder: top-1, top-5, per class
     finetune    encoder and classifier trained together: top-1, top-5, per class
     retrieve    R@k: is one of the k nearest training videos of the test video's class?
     knn         the k nearest training videos vote, nothing is trained: top-1, top-5, per class
+    export      writes the encoder for other code, evaluates nothing
 
 The whole path on UCF101, from nothing to every number:
 
@@ -19,6 +20,13 @@ The whole path on UCF101, from nothing to every number:
     python evaluate.py finetune --resume runs/fima/finetune_ucf101/checkpoint.pt        # go on where it was stopped
     python evaluate.py retrieve --dataset ucf101 --data /data/ucf101 --encoder i3d      # an untrained encoder
     torchrun --nproc_per_node=8 evaluate.py linear --checkpoint runs/fima/checkpoint.pt --batch_size 2
+
+A checkpoint is one of this project, or another's: the released ones of FIMA and FAME, torchvision's r2plus1d_18, r3d_18
+and s3d, piergiaj's I3D. Whose it is, its names tell; what of it was taken, ignored and missed is printed.
+
+    python evaluate.py linear --checkpoint r2plus1d_18-91a641e6.pth --dataset ucf101 --data /data/ucf101 --crop 112
+    python evaluate.py retrieve --checkpoint rgb_imagenet.pt --dataset ucf101 --data /data/ucf101
+    python evaluate.py export --checkpoint runs/fima/checkpoint.pt --to piergiaj --out fima_i3d.pt
 
 `evaluate.py PROTOCOL --help` says what a protocol does and lists its options; results go beside the checkpoint.
 
@@ -44,7 +52,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import data
-from models import ENCODERS, build_encoder
+from models import ENCODERS, EXPORTS, build_encoder, encoder_weights, export_weights, load_weights, recognize
 from train import (
     Options,
     Process,
@@ -75,11 +83,11 @@ UNTRAINED = dict(dataset="synthetic", data="", split=1, encoder="i3d", width=1.0
 class RetrieveConfig(Options):
     """Options of every protocol. What is left at "" or 0 is as in the checkpoint's training, or as in UNTRAINED."""
 
-    checkpoint: str = option("", "checkpoint.pt of a run; without it, an untrained encoder")
+    checkpoint: str = option("", "checkpoint.pt of a run, or another project's; without it, an untrained encoder")
     dataset: str = option("", "what to evaluate on", ("", *data.DATASETS))
     data: str = option("", "folder of the data set (default: the checkpoint's, or datasets/DATASET)")
     split: int = option(0, "official split of the data set; 0: as trained, or 1", least=0)
-    encoder: str = option("", "video encoder; without a checkpoint i3d", ("", *ENCODERS))
+    encoder: str = option("", "video encoder; as in the checkpoint, without one i3d", ("", *ENCODERS))
     width: float = option(0.0, "factor on the encoder's numbers of channels; 0: as trained, or 1", least=0, most=8)
     frames: int = option(0, "frames of a clip; 0: as trained, or 16", least=0)
     frame_stride: int = option(0, "a clip takes every how-manieth frame; 0: as trained, or 2", least=0)
@@ -152,21 +160,43 @@ class FinetuneConfig(ClassifyConfig):
     DROPS = (60, 120)
 
 
+@dataclasses.dataclass(frozen=True)
+class ExportConfig(Options):
+    """Options of writing an encoder for other code."""
+
+    checkpoint: str = option("", "checkpoint.pt of a run, or another project's")
+    encoder: str = option("", "video encoder; as in the checkpoint", ("", *ENCODERS))
+    width: float = option(0.0, "factor on the encoder's numbers of channels; 0: as trained, or 1", least=0, most=8)
+    to: str = option("torchvision", "whose network it is for", tuple(EXPORTS))
+    out: str = option("", "file to write (default: TO.pt beside the checkpoint)")
+
+
 Config = RetrieveConfig | ClassifyConfig
 
 
 # -------------------------------------------------------------------------------------------------- encoder and videos
 
 
-def load_encoder(config: Config) -> tuple[nn.Module, Config]:
+def load_encoder(config: Config, say: Callable[[str], None] = print, key: bool = False) -> tuple[nn.Module, Config]:
     """The encoder of the checkpoint, or of the run to resume, and the options with those that were left open filled in.
 
+    Args:
+        say: is told what was taken from another project's checkpoint.
+        key: take the key encoder, where the checkpoint has one.
+
     Raises:
-        UserError: no such checkpoint, none of this project, or one of another encoder.
+        UserError: no such checkpoint, none of a known encoder, or one of another encoder.
     """
     path = getattr(config, "resume", "") or config.checkpoint
-    state = load_checkpoint(path) if path else {"config": {}}
-    trained = UNTRAINED | state["config"]
+    state = load_checkpoint(path, foreign=True) if path else {"config": {}, "model": {}}
+    weights, trained = encoder_weights(state["model"], key), UNTRAINED | state["config"]
+    held = recognize(weights) if path and not state["method"] else (trained["encoder"],)
+    if not held:
+        names = ", ".join(list(weights)[:3]) or "none"
+        raise UserError(f"{path} holds no encoder known here ({', '.join(ENCODERS)}); its first tensors are: {names}")
+    if path and config.encoder not in ("", *held):
+        raise UserError(f"{path} does not hold --encoder {config.encoder}, but {held[0]}")
+    trained["encoder"] = held[0]
     if config.dataset not in ("", trained["dataset"]):
         trained |= dict(data="", split=1)
     config = dataclasses.replace(config, **{name: getattr(config, name) or trained[name] for name in UNTRAINED})
@@ -174,12 +204,12 @@ def load_encoder(config: Config) -> tuple[nn.Module, Config]:
     torch.manual_seed(config.seed)
     encoder = build_encoder(config.encoder, config.width)
     if path:
-        weights = {k.removeprefix("encoder."): v for k, v in state["model"].items() if k.startswith("encoder.")}
         try:
-            encoder.load_state_dict(weights)
-        except RuntimeError as error:
-            wanted, held = (f"{c['encoder']} of width {c['width']:g}" for c in (dataclasses.asdict(config), trained))
-            raise UserError(f"{path} holds no whole {wanted}; it was trained as {held}") from error
+            report = load_weights(encoder, weights)
+        except ValueError as error:
+            raise UserError(f"{path} holds no {config.encoder} of --width {config.width:g}: {error}") from error
+        if not state["method"]:
+            say(f"{path}: {config.encoder}, {report}")
     return encoder, config
 
 
@@ -200,7 +230,7 @@ def prepare(config: Config) -> tuple[Process, Config, nn.Module, data.VideoList,
     """This process, the options filled in, the encoder, and the data set's training and test videos."""
     process = start_process(config.device, getattr(config, "timeout", 10), getattr(config, "deterministic", "") == "on")
     with user_errors():
-        encoder, config = load_encoder(config)
+        encoder, config = load_encoder(config, process.say)
         frames, size, _ = encoder.strides
         if config.frames < frames or config.crop < size:
             raise ValueError(
@@ -627,6 +657,25 @@ def knn(config: KnnConfig) -> None:
     save_accuracy(process, config, path, test, scores, good, bad, gallery=len(gallery))
 
 
+def export(config: ExportConfig) -> None:
+    """Writes an encoder's weights under the names of torchvision's networks or of piergiaj's I3D, for their code.
+
+    Without a classifier: load with strict=False. Their code is to be given clips normalised as here, of an i3d_piergiaj
+    RGB in [-1, 1]. For piergiaj, whose batch norm has eps 1e-3, that of an i3d gets factors with which its outputs in
+    eval mode stay the same; to evaluate such a file here, say --encoder i3d.
+    """
+    if not config.checkpoint:
+        raise UserError("export needs a --checkpoint")
+    chosen = RetrieveConfig(checkpoint=config.checkpoint, encoder=config.encoder, width=config.width)
+    encoder, _ = load_encoder(chosen)
+    out = config.out or Path(config.checkpoint).with_name(f"{config.to}.pt")
+    with user_errors():
+        weights = export_weights(encoder, config.to)
+        with open(out, "xb") as file:
+            torch.save(weights, file)
+    print(f"{len(weights)} entries written to {out}")
+
+
 # ------------------------------------------------------------------------------------- after pretraining's first run
 
 
@@ -680,6 +729,7 @@ PROTOCOLS = {
     "finetune": (finetune, FinetuneConfig),
     "retrieve": (retrieve, RetrieveConfig),
     "knn": (knn, KnnConfig),
+    "export": (export, ExportConfig),
 }
 
 

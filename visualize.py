@@ -176,11 +176,7 @@ def load_models(config: FigureConfig, inputs: list[str], key: bool = False) -> l
     models = []
     for name, path in zip(named(config.names, paths), paths, strict=True):
         with user_errors():
-            encoder, filled = evaluate.load_encoder(dataclasses.replace(config, checkpoint=path))
-        weights = load_checkpoint(path)["model"] if path and key else {}
-        weights = {k.removeprefix("key_encoder."): v for k, v in weights.items() if k.startswith("key_encoder.")}
-        if weights:
-            encoder.load_state_dict(weights)
+            encoder, filled = evaluate.load_encoder(dataclasses.replace(config, checkpoint=path), process.say, key)
         models.append(Model(name, path, encoder.to(process.device).eval(), filled))
     return models
 
@@ -188,7 +184,7 @@ def load_models(config: FigureConfig, inputs: list[str], key: bool = False) -> l
 def load_decoder(config: FigureConfig, inputs: list[str]) -> tuple[Model, nn.Module]:
     """The encoder and the motion decoder of one checkpoint of fima.py."""
     model, *more = load_models(config, inputs)
-    state = load_checkpoint(model.path) if model.path and not more else {"method": ""}
+    state = load_checkpoint(model.path, foreign=True) if model.path and not more else {"method": ""}
     if state["method"] != "FIMA":
         raise UserError("attention needs one checkpoint of fima.py: visualize.py attention RUN")
     known = {field.name for field in dataclasses.fields(fima.FIMAConfig)}

@@ -197,6 +197,23 @@ def test_processes_measure_a_step_and_count_what_they_exchange():
     assert len(found["seconds"]) == 1 and 0.1 < found["peak_gb"] < 10
 
 
+def test_augment_times_every_mask_on_every_clip(run, monkeypatch):
+    seen, merge = [], benchmark.losses.ForegroundBackgroundMerging.__call__
+    monkeypatch.setattr(
+        benchmark.losses.ForegroundBackgroundMerging,
+        "__call__",
+        lambda self, clips: seen.append((self.mask, self.branches, *clips.shape)) or merge(self, clips),
+    )
+    code, record, err = run("augment")
+    assert code == 0, err
+    assert COMMON | {"clips"} <= record.keys()
+    masks = ("fame", "gauss", "seed", "grid")
+    assert list(record["clips"]) == ["colours, normalised", *(f"merging, --mask {mask}" for mask in masks)]
+    config = benchmark.BenchmarkConfig(**TINY)
+    shape = "both", config.batch_size, 2, 3, config.frames, config.crop, config.crop
+    assert set(seen) == {(mask, *shape) for mask in masks}
+
+
 def test_memory_writes_its_json(run):
     code, record, err = run("memory", batches=1)
     assert code == 0, err
