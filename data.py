@@ -1160,6 +1160,90 @@ def check_videos(root: str | Path, out: str | Path, workers: int, full: bool = F
     return len(paths), visit_videos(_Checker(full), paths, root, out, workers, f"checking {root}")
 
 
+class FrameMaps(VideoVisitor):
+    """A map of each frame of each video, computed once and kept in files: that of ROOT/a/b.mp4 in FOLDER/a/b.mp4.npz.
+
+    A file holds the maps of a video (N, h, w), not negative, as square roots in 8 bits, and what they were made from:
+    the size of the video's file, and a recipe. It holds no pickles.
+
+    Args:
+        root: folder of the videos.
+        folder: of the maps.
+        recipe: says how they are computed; others are made anew.
+        command: makes them; named where one is missing.
+    """
+
+    def __init__(self, root: str | Path, folder: str | Path, recipe: str, command: str):
+        super().__init__()
+        self.root, self.folder = os.path.abspath(root), Path(folder)
+        self.recipe, self.command = recipe, command
+
+    def compute(self, path: str) -> np.ndarray:
+        """The maps of a video, floating point (N, h, w) ≥ 0; raises BadVideo."""
+        raise NotImplementedError
+
+    def file(self, path: str) -> Path:
+        """Where the maps of a video lie."""
+        return self.folder / (os.path.relpath(path, self.root) + ".npz")
+
+    def visit(self, path: str) -> None:
+        """Computes and writes the maps of a video; at every moment their file is whole, or as it was."""
+        maps, file = self.compute(path), self.file(path)
+        scale = max(float(maps.max()), 1e-12)
+        levels = np.round(255 * np.sqrt(maps / scale)).astype(np.uint8)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_name(file.name + ".partial")
+        with open(partial, "wb") as out:
+            np.savez_compressed(out, levels=levels, scale=scale, size=os.path.getsize(path), recipe=self.recipe)
+        os.replace(partial, file)
+
+    def is_made(self, path: str) -> bool:
+        """Whether there are maps of this video as it is now, by this recipe."""
+        with contextlib.suppress(Exception), np.load(self.file(path)) as held:  # damaged files raise all kinds
+            return (int(held["size"]), str(held["recipe"])) == (os.path.getsize(path), self.recipe)
+        return False
+
+    def read(self, path: str, frames: int) -> np.ndarray:
+        """The maps of a video of so many frames: float32 (frames, h, w).
+
+        Raises ValueError when they are missing, damaged, or those of another video.
+        """
+        file = self.file(path)
+        try:
+            with np.load(file) as held:
+                levels, scale, size = held["levels"], np.float32(held["scale"]), int(held["size"])
+            wrong = "" if (len(levels), size) == (frames, os.path.getsize(path)) else "of another video of this name"
+        except Exception as error:
+            wrong = f"missing or damaged ({error})"
+        if wrong:
+            raise ValueError(f"{file}: {wrong}; make it again with `{self.command}`")
+        return scale * np.square(levels / np.float32(255))
+
+    def check(self, paths: Sequence[str]) -> None:
+        """Raises FileNotFoundError when there is a video without maps."""
+        missing = [path for path in paths if not self.file(path).is_file()]
+        if missing:
+            raise FileNotFoundError(
+                f"{self.folder}: nothing for {len(missing)} of {len(paths)} videos, such as {missing[0]!r}: run "
+                f"`{self.command}`, and leave out with --exclude what it names as unreadable"
+            )
+
+    def make(self, paths: Sequence[str], workers: int) -> str:
+        """Makes what is missing, of another recipe or of another video, in processes; returns a line on what there is.
+
+        Videos that can't be read are named in FOLDER/bad_videos.txt, for `exclude`.
+        """
+        todo = [path for path in paths if not self.is_made(path)]
+        report = f"{self.folder}: {len(paths) - len(todo)} of {len(paths)} were there"
+        if not todo:
+            return report
+        self.folder.mkdir(parents=True, exist_ok=True)
+        bad = self.folder / "bad_videos.txt"
+        count = visit_videos(self, todo, self.root, bad, workers, f"making {self.folder}")
+        advice = f", {count} videos can't be read: leave them out with --exclude {bad}" if count else ""
+        return f"{report}, {len(todo) - count} made{advice}"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The embedded data set: real video files in which the class is the motion and nothing else
 # ---------------------------------------------------------------------------------------------------------------------

@@ -490,6 +490,35 @@ def pool_motion(maps: Tensor, part: str) -> Tensor:
     return {"st": maps, "s": maps.mean(-3), "t": maps.mean((-2, -1))}[part]
 
 
+def moving_windows(movement: Tensor, window: int, stride: int) -> Tensor:
+    """Temporal sampling (Sec. 3.2): the windows whose clips move at least as much as the median one of their video.
+
+    Args:
+        movement: m^T of the frames of a video, (N,). A shorter video is continued by frames that do not move.
+        window, stride: frames of a window, and how-manieth of them a clip takes.
+
+    Returns:
+        (max(N − window, 0) + 1,) bool, by first frame; at least half of them.
+    """
+    padded = F.pad(movement, (0, max(window - len(movement), 0)))
+    clips = padded.unfold(0, window, 1)[:, ::stride].mean(1)
+    return clips >= clips.quantile(0.5)
+
+
+def crop_motion(motion: Tensor, box: Tensor, size: int) -> Tensor:
+    """The motion map of a tubelet (Sec. 3.3): of size × size bins of a crop, the motion where each has its centre.
+
+    Args:
+        motion: (T, H, W), of the whole frames.
+        box: (4,), the crop's x0, y0, x1, y1 in units of the frame's width and height; x0 > x1 after a horizontal flip.
+
+    Returns:
+        (T, size, size).
+    """
+    x, y = (bin_centers(box[None], size, size)[0] * box.new_tensor(motion.shape[:0:-1])).long().unbind(1)
+    return motion[:, y, x].unflatten(1, (size, size))
+
+
 def response_map(features: Tensor, gradient: Tensor | None = None, version: str = "v3") -> Tensor:
     """What is aligned with motion: Σ h_c (v1, Eq. 4), ReLU(Σ w_c h_c) (v2, Eq. 5) or ReLU(Σ w_c g_c) (v3, Eq. 6).
 
@@ -514,14 +543,14 @@ def motion_alignment(response: Tensor, motion: Tensor, part: str = "st") -> Tens
     """A term of L_MAL, ‖⟨pooled response⟩ − ⟨pooled motion⟩‖² (Eq. 4 to 7), ⟨·⟩ the L2 norm; mean over the clips.
 
     Eq. 7 pools the response after it was normalised and not again; here it is normalised after pooling, as motion is,
-    without which the term would not be 0 for equal maps.
+    without which the term would not be 0 for equal maps. Motion gets no gradient.
 
     Args:
         response, motion: (B, T, H, W).
         part: "st", "s" or "t", what `pool_motion` makes of both.
 
     Returns:
-        Scalar in [0, 4], in [0, 2] for maps ≥ 0. A map of zeros stays zeros, which costs 1 without a gradient.
+        Scalar in [0, 4], in [0, 2] for maps ≥ 0; a map of zeros is at a distance of 1 from all others.
     """
-    units = [F.normalize(pool_motion(maps, part).flatten(1), dim=1) for maps in (response, motion)]
+    units = [F.normalize(pool_motion(maps, part).flatten(1), dim=1) for maps in (response, motion.detach())]
     return (units[0] - units[1]).square().sum(1).mean()

@@ -1,18 +1,18 @@
 """MCL: Motion-Focused Contrastive Learning of Video Representations (ICCV 2021).
 
-MoCo-v2 whose clips are cut where a video moves (Sec. 3.2), and whose gradient, of the similarity of two clips with
-respect to the last convolution, is made to lie where the clip moves (L_MAL, Sec. 3.3). What moves is said by motion
-maps, the derivatives of TV-L1 flow (Sec. 3.1), made once for each video:
+MoCo-v2 whose clips are cut where a video moves (Sec. 3.2), and whose gradient, that of the similarity of two clips with
+respect to the last convolution, is made to lie where the clip moves (L_MAL, Sec. 3.3). Motion maps say what moves: the
+derivatives of TV-L1 flow (Sec. 3.1), made once for each video.
 
-    pip install opencv-contrib-python-headless                              # TV-L1 flow, for `maps` alone
-    python mcl.py maps --dataset ucf101 --data /data/ucf101                 # again after an interrupt: goes on
+    pip install opencv-contrib-python-headless                              # TV-L1 flow, for motion maps only
+    python mcl.py maps --dataset ucf101 --data /data/ucf101                 # the same again goes on after an interrupt
 
     python mcl.py                                                           # small encoder, generated videos, on a CPU
     python mcl.py --dataset ucf101 --data /data/ucf101                      # one GPU
     torchrun --nproc_per_node=8 mcl.py --dataset k400 --data /data/k400     # eight GPUs, the paper's setting
 
-Tables of the paper as flags: 1 --temporal_sampling, --spatial_sampling, --losses vv and, of t, s, st, what is added;
-2 --losses vv, and --alignment v1, v2, v3.
+Tables of the paper as flags: 1 --temporal_sampling, --spatial_sampling, and --losses vv with the terms to add of t, s,
+st; 2 --losses vv, and --alignment v1, v2, v3.
 """
 
 import contextlib
@@ -21,8 +21,7 @@ import itertools
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -31,31 +30,32 @@ from torch import Tensor, nn
 
 import data
 import moco
-from losses import motion_alignment, motion_map, response_map
+from losses import (
+    crop_motion,
+    foreground_mask,
+    motion_alignment,
+    motion_map,
+    moving_windows,
+    pool_motion,
+    response_map,
+)
 from train import Options, UserError, command_line, option, parse, user_errors
 
 SAMPLING = ("motion", "random")
-LAST_NORMS = {  # the batch norms behind an encoder's last convolutions, of which it has one, or one a branch
-    "conv4": r"units\.3\.batch3d",
-    "i3d": r"mixed_5c\.branch_(0|[123]\.1)\.batch3d",
-    "r2plus1d_18": r"layer4\.1\.conv2\.1",
-    "r3d_18": r"layer4\.1\.conv2\.1",
-    "s3d": r"features\.15\.(branch0\.1|branch[12]\.1\.1\.1|branch3\.1\.1)",
-}
 
 
 @dataclasses.dataclass(frozen=True)
 class MapsConfig(Options):
-    """Options of `mcl.py maps`; those of training have the same names."""
+    """Options of `mcl.py maps`, by the names that they have in training."""
 
     dataset: str = option("synthetic", "of whose training videos to make motion maps", data.DATASETS)
     data: str = option("", "folder of the data set (default: datasets/DATASET)")
     list_file: str = option("", "with --dataset folder: a file of lines 'path label', label optional")
     exclude: str = option("", "file of videos to leave out")
     split: int = option(1, "official split of the data set", least=1)
-    maps: str = option("", "folder of the motion maps (default: beside that of the data set, NAME_maps)")
+    maps: str = option("", "folder of the motion maps (default: beside the data set's, its name and _maps)")
     flow_side: int = option(
-        120, "shorter side in pixels of the frames that flow is computed on, or their own if less", least=16, most=4096
+        120, "shorter side in pixels that frames are reduced to before flow is computed", least=16, most=4096
     )
     workers: int = option(os.cpu_count() or 1, "processes", least=1)
 
@@ -65,17 +65,11 @@ class MCLConfig(moco.MoCoConfig, MapsConfig):
     """Options of MCL; the defaults are the paper's."""
 
     losses: str = option(
-        "vv,t,s,st", "losses to sum, of vv (Eq. 3) and the terms of Eq. 7: t, s, st align over time, space, both"
+        "vv,t,s,st", "losses to sum, of vv (Eq. 3), and t, s, st (Eq. 7), which align over time, space and both"
     )
-    alignment: str = option("v3", "what is aligned with motion (Table 2; Eq. 4, 5, 6)", ("v1", "v2", "v3"))
+    alignment: str = option("v3", "what is aligned with motion (Table 2): Eq. 4, 5 or 6", ("v1", "v2", "v3"))
     temporal_sampling: str = option("motion", "windows that move most, or any (TA of Table 1)", SAMPLING)
     spatial_sampling: str = option("motion", "crops that hold what moves most, or any (SA of Table 1)", SAMPLING)
-    bn: str = option(
-        "shuffle",
-        "batch norm with several processes. shuffle: keys are made of clips dealt out over the processes, as in MoCo; "
-        "local: of each process's own clips",
-        ("shuffle", "local"),
-    )
 
     KNOWN_LOSSES = ("vv", "t", "s", "st")
 
@@ -83,8 +77,9 @@ class MCLConfig(moco.MoCoConfig, MapsConfig):
         super().__post_init__()
         if "vv" not in self.terms:
             raise UserError(f"--losses {self.losses}: t, s and st align the gradient of vv, add it")
-        if self.compile == "on":
-            raise UserError("--compile on: torch.compile cannot differentiate a gradient, as L_MAL does; leave it off")
+        for name, refused in (("compile", "on"), ("bn", "sync")):
+            if getattr(self, name) == refused:
+                raise UserError(f"--{name} {refused}: MCL differentiates a gradient, which torch can't do in it")
 
 
 PAPER = dict(encoder="s3d", crop=224, batch_size=8, lr=0.04)
@@ -95,21 +90,17 @@ PRESETS = {
 }
 
 
-# --------------------------------------------------------------------------------------------------------- motion maps
-
-
-def tvl1_flow(images: Iterable[np.ndarray], side: int) -> Iterator[np.ndarray]:
-    """Optical flow from each image to the next by TV-L1 (Zach et al. 2007), in OpenCV's form and with its parameters.
+def tvl1_flow(images: Sequence[np.ndarray], side: int) -> np.ndarray:
+    """Optical flow from each image to the next by TV-L1 (Zach et al. 2007), with OpenCV's parameters.
 
     Args:
-        images: uint8 (H, W, 3).
-        side: their shorter side is reduced to this, where it is longer.
+        images: T images uint8 (H, W, 3), whose shorter side is reduced to `side` pixels if it is longer.
 
-    Yields:
-        float32 (2, h, w), to the right and down, in pixels of the reduced image.
+    Returns:
+        float32 (T − 1, 2, h, w), to the right and down, in pixels of the reduced images.
 
     Raises:
-        UserError: OpenCV's contributed modules are not installed.
+        UserError: OpenCV is not installed, or not with its contributed modules.
     """
     try:
         import cv2  # here, so that training does without
@@ -118,119 +109,173 @@ def tvl1_flow(images: Iterable[np.ndarray], side: int) -> Iterator[np.ndarray]:
     except (ImportError, AttributeError) as error:
         raise UserError("motion maps need TV-L1 flow: pip install opencv-contrib-python-headless") from error
     cv2.setNumThreads(1)  # there is a process for each core
-
-    def reduced(image: np.ndarray) -> np.ndarray:
-        scale = min(side / min(image.shape[:2]), 1)
-        size = [round(scale * n) for n in (image.shape[1], image.shape[0])]
-        return cv2.resize(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), size, interpolation=cv2.INTER_AREA)
-
-    for earlier, later in itertools.pairwise(map(reduced, images)):
-        yield method.calc(earlier, later, None).transpose(2, 0, 1)
+    scale = min(side / min(images[0].shape[:2]), 1)
+    size = [max(round(scale * n), 1) for n in images[0].shape[1::-1]]
+    gray = [cv2.resize(cv2.cvtColor(x, cv2.COLOR_RGB2GRAY), size, interpolation=cv2.INTER_AREA) for x in images]
+    return np.stack([method.calc(*pair, None).transpose(2, 0, 1) for pair in itertools.pairwise(gray)])
 
 
-@dataclasses.dataclass
-class MotionMaps:
-    """Motion maps in files: that of ROOT/a/b.mp4 is FOLDER/a/b.mp4.npz, which holds no pickles.
+class MotionMaps(data.FrameMaps):
+    """m of Eq. 1 for each frame of each video, averaged over cells."""
 
-    A file holds the map of every frame, (N, h, w), averaged over cells, of which the shorter side has at most `CELLS`,
-    as the square root in 8 bits; and the size of the video's file and `side`, by which it is known to be stale.
+    CELLS = 24  # of the shorter side, at most
+    CHUNK = 64  # frames read at once
 
-    Args:
-        root: folder of the videos, absolute.
-        side: of the frames that flow is computed on.
-    """
-
-    CELLS, CHUNK = 24, 64  # cells; frames read at once
-
-    root: str
-    folder: Path
-    side: int
-    crashed_on: dict[str, str] = dataclasses.field(default_factory=dict)
-
-    @classmethod
-    def of(cls, config: MapsConfig) -> "MotionMaps":
-        """Those of a run's options."""
-        root = os.path.abspath(config.data or f"datasets/{config.dataset}")
-        return cls(root, Path(config.maps or f"{root}_maps"), config.flow_side)
-
-    def file(self, video: str) -> Path:
-        """Where the map of a video lies."""
-        return self.folder / (os.path.relpath(video, self.root) + ".npz")
-
-    def fits(self, video: str) -> bool:
-        """Whether there is a map of this very file."""
-        with contextlib.suppress(Exception), np.load(self.file(video)) as held:  # whatever a damaged file gives
-            return (int(held["bytes"]), int(held["side"])) == (os.path.getsize(video), self.side)
-        return False
-
-    def read(self, video: str, frames: int) -> np.ndarray:
-        """m of Eq. 1 for each frame of a video, (frames, h, w), float32.
-
-        Raises:
-            ValueError: missing, damaged, or of another video.
-        """
-        try:
-            with np.load(self.file(video)) as held:
-                levels, scale, size = held["levels"], held["scale"], int(held["bytes"])
-            found = f"{len(levels)} frames and {size} bytes"
-        except Exception as error:
-            found = f"none that can be read ({error})"
-        if found != (wanted := f"{frames} frames and {os.path.getsize(video)} bytes"):
-            raise ValueError(
-                f"{self.file(video)}: {found}, where {video} has {wanted}: make it again with `python mcl.py maps`"
-            )
-        return np.square(levels / np.float32(255)) * scale
-
-    def write(self, video: str, motion: np.ndarray) -> None:
-        """Keeps the map (N, h, w) of a video; at every moment the file is whole or not there."""
-        file, scale = self.file(video), max(motion.max(), np.float32(1e-12))
-        levels = np.round(255 * np.sqrt(motion / scale)).astype(np.uint8)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(file.name + ".partial")
-        with open(partial, "wb") as out:
-            np.savez_compressed(out, levels=levels, scale=scale, bytes=os.path.getsize(video), side=self.side)
-        os.replace(partial, file)
+    def __init__(self, config: MapsConfig):
+        root, self.side = os.path.abspath(config.data or f"datasets/{config.dataset}"), config.flow_side
+        flags = f"--dataset {config.dataset} --data {root}" + f" --maps {config.maps}" * bool(config.maps)
+        command = f"python mcl.py maps {flags}"
+        super().__init__(root, config.maps or f"{root}_maps", f"TV-L1, {self.side} pixels", command)
 
     def compute(self, path: str) -> np.ndarray:
-        """m of Eq. 1 for each frame, the last being that of the frame before (Sec. 3.1), in cells: (N, h, w)."""
+        """(N, h, w); the last frame, from which nothing flows, has the map of the one before (Sec. 3.1)."""
+        maps = []
         with data.Video(path) as video:
-            starts = range(0, len(video), self.CHUNK)
-            chunks = (video.read(range(start, min(start + self.CHUNK, len(video)))) for start in starts)
-            maps = []
-            for flow in tvl1_flow(itertools.chain.from_iterable(chunks), self.side):
-                motion = motion_map(torch.from_numpy(flow)[None])
-                cells = [min(n, round(n * self.CELLS / min(flow.shape[1:]))) for n in flow.shape[1:]]
-                maps.append(F.adaptive_avg_pool2d(motion, cells)[0])
-        return torch.stack([*maps, maps[-1]]).numpy()
+            for first in range(0, len(video) - 1, self.CHUNK):
+                images = video.read(range(first, min(first + self.CHUNK + 1, len(video))))
+                flow = torch.from_numpy(tvl1_flow(images, self.side))
+                cells = [min(n, round(n * self.CELLS / min(flow.shape[2:]))) for n in flow.shape[2:]]
+                maps.append(F.adaptive_avg_pool2d(motion_map(flow), cells))
+        return torch.cat([*maps, maps[-1][-1:]]).numpy()
 
-    def __call__(self, video: str) -> tuple[str, str]:
-        """Makes the map of a video; gives (path, why the video can't be read, or "")."""
-        if video in self.crashed_on:
-            return video, self.crashed_on[video]
-        try:
-            self.write(video, self.compute(video))
-        except data.BadVideo as error:
-            return video, error.reason
-        return video, ""
 
-    def crashed(self, video: str, how: str) -> None:
-        """Notes that a process died of a video."""
-        self.crashed_on[video] = how
+class MotionViews(data.PretrainingViews):
+    """Views of windows and crops that move (Sec. 3.2), which bring their motion maps along.
 
-    def make(self, videos: Sequence[str], workers: int) -> str:
-        """Makes those that are missing or stale, in processes; returns a line on what was done.
+    One more entry, "motion": float32 (2, frames, SIZE, SIZE), the clip's ST-motion; 0 where a short video's last frame
+    is shown again.
+    """
+
+    SIZE = 28  # bins of a crop, of which feature pixels are averages
+    MOVING, COVERED, DRAWS = 0.1, 0.8, 50  # of the pixels; of these, by a crop; how often a crop is drawn at most
+
+    def __init__(self, *arguments, maps: MotionMaps, temporal: bool, spatial: bool, **options):
+        super().__init__(*arguments, **options)
+        self.maps, self.temporal, self.spatial = maps, temporal, spatial
+
+    def empty(self, *batch: int) -> dict[str, Tensor]:
+        """As of every view, with "motion"."""
+        return super().empty(*batch) | {"motion": torch.empty(*batch, self.windows, self.frames, self.SIZE, self.SIZE)}
+
+    def _write_views(self, rng: np.random.Generator, path: str, item: dict[str, Tensor]) -> np.ndarray:
+        starts = super()._write_views(rng, path, item)
+        for start, box, out in zip(starts, item["box"], item["motion"], strict=True):
+            out[:] = crop_motion(self._clip(start), box, self.SIZE)
+        return starts
+
+    def _draw_starts(self, rng: np.random.Generator, video: data.Video) -> np.ndarray:
+        self.motion = torch.from_numpy(self.maps.read(video.path, len(video)))
+        if not self.temporal:
+            return super()._draw_starts(rng, video)
+        window = self.frames * self.frame_stride
+        moving = moving_windows(pool_motion(self.motion, "t"), window, self.frame_stride)
+        return rng.choice(np.flatnonzero(moving), self.windows)
+
+    def _clip(self, start: int) -> Tensor:
+        """m^ST of the whole frames of a clip, (frames, h, w)."""
+        shown = self.motion[start : start + self.frames * self.frame_stride : self.frame_stride]
+        return F.pad(shown, (0, 0, 0, 0, 0, self.frames - len(shown)))
+
+    def _draw_region(self, rng: np.random.Generator, height: int, width: int, start: int) -> tuple[int, int, int, int]:
+        """The first of some regions that holds enough of the pixels that move most, or else the one that holds most."""
+        if not self.spatial:
+            return super()._draw_region(rng, height, width, start)
+        moving = foreground_mask(pool_motion(self._clip(start), "s")[None], self.MOVING)[0].numpy()
+        rows, columns = moving.nonzero()
+        y, x = (rows + 0.5) * height / moving.shape[0], (columns + 0.5) * width / moving.shape[1]
+        best, most = None, -1
+        for _ in range(self.DRAWS):
+            top, left, h, w = region = super()._draw_region(rng, height, width, start)
+            held = np.count_nonzero((top <= y) & (y < top + h) & (left <= x) & (x < left + w))
+            if held > most:
+                best, most = region, held
+            if most >= self.COVERED * len(y):
+                break
+        return best
+
+
+@contextlib.contextmanager
+def recorded_inputs(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
+    """Notes what modules are given in the block, in the order of their calls."""
+    inputs: list[Tensor] = []
+    hooks = [module.register_forward_pre_hook(lambda _, given: inputs.append(given[0])) for module in modules]
+    try:
+        yield inputs
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class MCL(moco.MoCo):
+    """L = L_NCE + L_MAL (Sec. 3.3, Fig. 1), in both directions: each view is once the query, once the key.
+
+    h of Eq. 4 to 6 is the output of the last convolution, or of the last one of each branch, before batch norm and
+    ReLU. The encoder's output would not do: what follows it, average pooling, has the same gradient everywhere.
+    """
+
+    LAST_NORMS = {  # the batch norms that come after an encoder's last convolutions
+        "conv4": r"units\.3\.batch3d",
+        "i3d": r"mixed_5c\.branch_(0|[123]\.1)\.batch3d",
+        "r2plus1d_18": r"layer4\.1\.conv2\.1",
+        "r3d_18": r"layer4\.1\.conv2\.1",
+        "s3d": r"features\.15\.(branch0\.1|branch[12]\.1\.1\.1|branch3\.1\.1)",
+    }
+
+    def make_views(self, videos: data.VideoList) -> data.PretrainingViews:
+        """Views that follow motion maps, if anything does; on generated videos, makes these first.
 
         Raises:
-            UserError: OpenCV is missing, or a map cannot be written.
+            FileNotFoundError: a video has no map.
         """
-        missing = [video for video in videos if not self.fits(video)]
-        report = f"{len(videos) - len(missing)} of {len(videos)} motion maps were in {self.folder}"
-        if not missing:
-            return report
-        next(tvl1_flow([], self.side), None)  # is it there?
-        bad = self.folder / "bad_videos.txt"
-        with user_errors():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            count = data.visit_videos([self] * workers, missing, self.root, bad, f"motion maps in {self.folder}")
-        advice = f"; {count} videos can't be read: leave them out with --exclude {bad}" if count else ""
-        return f"{report}, {len(missing) - count} were made{advice}"
+        config = self.config
+        temporal, spatial = config.temporal_sampling == "motion", config.spatial_sampling == "motion"
+        if not (temporal or spatial or config.terms != ("vv",)):
+            return super().make_views(videos)
+        maps = MotionMaps(config)
+        if config.dataset == "synthetic":
+            maps.make(videos.paths, os.cpu_count() or 1)
+        maps.check(videos.paths)
+        return super().make_views(videos, MotionViews, maps=maps, temporal=temporal, spatial=spatial)
+
+    def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Views as `MotionViews` makes them, batched → the named losses; enqueues the keys at the end."""
+        config, last = self.config, re.compile(self.LAST_NORMS[self.config.encoder])
+        norms = [module for name, module in self.encoder.named_modules() if last.fullmatch(name)]
+        with recorded_inputs(norms) as features:  # h, in as many parts as there are branches
+            maps = self.encode(views, motion=False)
+        losses, keys = self.instance_losses(maps)  # Eq. 3
+        if config.terms != ("vv",):
+            response = self.response(maps.query, keys["vv"], features)  # Eq. 4-6
+            motion = views["motion"].transpose(0, 1).flatten(0, 1)  # m^ST, (2B, frames, SIZE, SIZE)
+            motion = F.adaptive_avg_pool3d(motion, response.shape[1:])
+            for name in config.terms[1:]:
+                losses[name] = motion_alignment(response, motion, name)  # Eq. 7
+                unrelated = motion_alignment(response.detach(), motion.roll(1, 0), name)  # another video's
+                self.metrics[f"chance/{name}"] = unrelated
+        self.enqueue(keys)
+        return losses
+
+    def response(self, maps: Tensor, keys: Tensor, features: list[Tensor]) -> Tensor:
+        """What is aligned with motion, (2B, T, H, W), of the query encoder's maps (2, B, C, T, H, W), their views' keys
+        (2B, D), and h, (2B, C, T, H, W) in parts. Gradients pass through g."""
+        gradient = None
+        if self.config.alignment != "v1":
+            query, key = self.project(self.head, moco.pool(maps)), keys.unflatten(0, (2, -1)).flip(0)
+            gradient = torch.cat(torch.autograd.grad((query * key).sum(), features, create_graph=True), 1)
+        return response_map(torch.cat(features, 1), gradient, self.config.alignment)
+
+
+def make_maps() -> None:
+    """`mcl.py maps`"""
+    config = parse(MapsConfig, "Makes motion maps of training videos; those that are there stay.", argv=sys.argv[2:])
+    maps, lists = MotionMaps(config), (config.list_file or None, config.exclude or None)
+    with user_errors():
+        videos = data.find_videos(config.dataset, maps.root, True, config.split, *lists)
+        print(videos.report)
+        print(maps.make(videos.paths, config.workers))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["maps"]:
+        command_line(make_maps)
+    command_line(lambda: moco.main(MCL, MCLConfig, PRESETS, __doc__))

@@ -6,6 +6,7 @@ import math
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import socket
 import sys
@@ -291,8 +292,9 @@ def test_leaving_out_step_after_step_stops_the_run(run, monkeypatch):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def start_two(folder, *flags, at_step_6):
-    """Two processes of a run without a launcher, in epochs of 4 steps; something befalls the second after step 6."""
+def start_two(folder, *flags, at_step_6=""):
+    """Two processes of a run without a launcher, in epochs of 4 steps; something may befall the second after step 6."""
+    folder.mkdir(exist_ok=True)
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
@@ -313,6 +315,24 @@ def test_a_process_that_dies_or_hangs_ends_the_others_with_a_message(at_step_6, 
     last = out.splitlines()[-1]
     assert code == 1 and "error: process 0 has lost another one" in last and "--resume auto" in last, out
     assert "Traceback" not in out and weights(tmp_path / "run" / "checkpoint.pt")["step"] == 4
+
+
+def test_two_processes_go_on_after_a_kill_as_if_nothing_had_been_and_one_alone_says_what_differs(undisturbed, tmp_path):
+    flags = undisturbed[1]
+    for process in start_two(whole := tmp_path / "whole", *flags):
+        assert finish(process, whole)[0] == 0
+    first, second = start_two(broken := tmp_path / "broken", *flags, at_step_6="SIGKILL")
+    assert (finish(first, broken)[0], finish(second, broken)[0]) == (1, -signal.SIGKILL)
+    shutil.copytree(broken, alone := tmp_path / "alone")
+    for process in start_two(broken, *flags, "--resume", "auto"):
+        assert finish(process, broken)[0] == 0
+    for name in ("model", "optimizer", "step"):
+        assert same(*(weights(folder / "run" / "checkpoint.pt")[name] for folder in (whole, broken))), name
+    code, out = finish(start(alone, *flags, "--resume", "auto"), alone)
+    assert code == 0 and "saved by 2 processes with 4 steps an epoch, now it is 1 with 9" in out, out
+    state = weights(alone / "run" / "checkpoint.pt")
+    assert (state["step"], state["world_size"]) == (36, 1)
+    assert all(value.isfinite().all() for value in state["model"].values())
 
 
 def test_processes_that_disagree_stop_before_they_save(undisturbed, tmp_path):
