@@ -540,7 +540,7 @@ class RunFolder:
     def log_bad(self, step: int, bad: list[tuple[str, str]]) -> None:
         """Names the videos that could not be read in this process's batch of a step, and why; each video once."""
         if bad:
-            with open(self.path / "bad_videos.log", "a+", errors="backslashreplace") as file:
+            with open(self.path / "bad_videos.log", "a+", encoding="utf-8", errors="backslashreplace") as file:
                 file.seek(0)
                 named = file.read()
                 lines = {path: f"step {step}\t{path!r}\t{reason}".splitlines()[0] + "\n" for path, reason in bad}
@@ -926,7 +926,8 @@ def fit(
             if bad_videos > config.max_bad * steps_per_epoch * run.total_batch:
                 raise UserError(
                     f"{bad_videos} videos of this epoch could not be read, more than --max_bad {config.max_bad:g}; "
-                    f"{folder.path / 'bad_videos.log'} names them and says why"
+                    f"{folder.path / 'bad_videos.log'} names them and says why: mend them, allow more, or leave them out by "
+                    "--exclude and that file"
                 )
             if line_due or interrupted:
                 journal.line(bad_videos)  # before saving, as it finds losses that are not finite

@@ -232,10 +232,14 @@ def test_too_many_unreadable_videos_stop_the_run_and_are_named(run, videos):
         (tree / "a" / f"{n}.mp4").write_bytes(path.read_bytes() if n else b"")
     flags = ["--dataset", "folder", "--data", tree, "--out", "run", "--epochs", 2]
     code, _, err = run(fima, *flags, dataset=None)
-    assert code == 2 and "max_bad" in err and "bad_videos.log names them" in err
-    code, out, _ = run(fima, *flags, "--max_bad", 0.5, dataset=None)
+    assert code == 2 and "max_bad" in err and "bad_videos.log names them" in err and "--exclude" in err
+    code, out, _ = run(fima, *flags, "--max_bad", 0.5, "--max_steps", 3, dataset=None)
     assert code == 0 and "unreadable" in out
     assert "0.mp4" in (run.path / "run" / "bad_videos.log").read_text()
+    resume = ["--resume", "run/checkpoint.pt", "--exclude", "run/bad_videos.log", "--max_steps", 0, "--epochs", 4]
+    code, out, _ = run(fima, *flags, *resume, dataset=None)
+    assert code == 0 and "goes on at the same part" in out and "1 of the 1 named in run/bad_videos.log" in out
+    assert weights(run.path / "run" / "checkpoint.pt")["step"] == 4
 
 
 def test_all_videos_unreadable_is_a_clear_error(run):
