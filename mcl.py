@@ -20,6 +20,7 @@ import dataclasses
 import itertools
 import os
 import re
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 
@@ -123,8 +124,8 @@ class MotionMaps(data.FrameMaps):
 
     def __init__(self, config: MapsConfig):
         root, self.side = os.path.abspath(config.data or f"datasets/{config.dataset}"), config.flow_side
-        flags = f"--dataset {config.dataset} --data {root}" + f" --maps {config.maps}" * bool(config.maps)
-        command = f"python mcl.py maps {flags}"
+        command = f"python mcl.py maps --dataset {config.dataset} --data {shlex.quote(root)}"
+        command += f" --maps {shlex.quote(config.maps)}" if config.maps else ""
         super().__init__(root, config.maps or f"{root}_maps", f"TV-L1, {self.side} pixels", command)
 
     def compute(self, path: str) -> np.ndarray:
@@ -221,6 +222,10 @@ class MCL(moco.MoCo):
         "s3d": r"features\.15\.(branch0\.1|branch[12]\.1\.1\.1|branch3\.1\.1)",
     }
 
+    def __init__(self, config: MCLConfig):
+        super().__init__(config)
+        self.aligned = [name for name in config.terms if name != "vv"]
+
     def make_views(self, videos: data.VideoList) -> data.PretrainingViews:
         """Views that follow motion maps, if anything does; on generated videos, makes these first.
 
@@ -229,7 +234,7 @@ class MCL(moco.MoCo):
         """
         config = self.config
         temporal, spatial = config.temporal_sampling == "motion", config.spatial_sampling == "motion"
-        if not (temporal or spatial or config.terms != ("vv",)):
+        if not (temporal or spatial or self.aligned):
             return super().make_views(videos)
         maps = MotionMaps(config)
         if config.dataset == "synthetic":
@@ -239,16 +244,16 @@ class MCL(moco.MoCo):
 
     def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
         """Views as `MotionViews` makes them, batched → the named losses; enqueues the keys at the end."""
-        config, last = self.config, re.compile(self.LAST_NORMS[self.config.encoder])
+        last = re.compile(self.LAST_NORMS[self.config.encoder])
         norms = [module for name, module in self.encoder.named_modules() if last.fullmatch(name)]
         with recorded_inputs(norms) as features:  # h, in as many parts as there are branches
             maps = self.encode(views, motion=False)
         losses, keys = self.instance_losses(maps)  # Eq. 3
-        if config.terms != ("vv",):
+        if self.aligned:
             response = self.response(maps.query, keys["vv"], features)  # Eq. 4-6
             motion = views["motion"].transpose(0, 1).flatten(0, 1)  # m^ST, (2B, frames, SIZE, SIZE)
             motion = F.adaptive_avg_pool3d(motion, response.shape[1:])
-            for name in config.terms[1:]:
+            for name in self.aligned:
                 losses[name] = motion_alignment(response, motion, name)  # Eq. 7
                 unrelated = motion_alignment(response.detach(), motion.roll(1, 0), name)  # another video's
                 self.metrics[f"chance/{name}"] = unrelated
@@ -265,9 +270,14 @@ class MCL(moco.MoCo):
         return response_map(torch.cat(features, 1), gradient, self.config.alignment)
 
 
-def make_maps() -> None:
-    """`mcl.py maps`"""
-    config = parse(MapsConfig, "Makes motion maps of training videos; those that are there stay.", argv=sys.argv[2:])
+def main() -> None:
+    """`mcl.py maps …` makes motion maps, `mcl.py …` trains."""
+    if sys.argv[1:2] != ["maps"]:
+        moco.main(MCL, MCLConfig, PRESETS, __doc__)
+        return
+    config = parse(
+        MapsConfig, "Makes the motion maps that MCL trains with. Those that are there stay.", argv=sys.argv[2:]
+    )
     maps, lists = MotionMaps(config), (config.list_file or None, config.exclude or None)
     with user_errors():
         videos = data.find_videos(config.dataset, maps.root, True, config.split, *lists)
@@ -276,6 +286,4 @@ def make_maps() -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["maps"]:
-        command_line(make_maps)
-    command_line(lambda: moco.main(MCL, MCLConfig, PRESETS, __doc__))
+    command_line(main)

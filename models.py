@@ -325,13 +325,15 @@ def load_weights(encoder: nn.Module, weights: dict[str, Tensor]) -> str:
     for name, own in names.items():
         if own in found and found[own].shape != ours[own].shape:
             raise ValueError(f"{name} is {tuple(found[own].shape)} in it, and {tuple(ours[own].shape)} in the encoder")
+    how = ""
     if piergiaj:
-        found = _with_eps(found, PiergiajI3D.EPS, encoder.conv3d_1a_7x7.batch3d.eps)
+        eps = encoder.conv3d_1a_7x7.batch3d.eps
+        found, how = _with_eps(found, PiergiajI3D.EPS, eps), f" by piergiaj's names, for batch norm of eps {eps:g}"
     encoder.load_state_dict(found, strict=False)
     ignored = Counter(name.partition(".")[0] for name in weights if name not in names)
     others = ", ".join(f"{name} ({count})" for name, count in ignored.items()) or "none"
     without = f"{len(counters)} num_batches_tracked, which start at 0" if counters else "none"
-    return f"{len(found)} of {len(ours)} entries matched; ignored: {others}; missing: {without}"
+    return f"{len(found)} of {len(ours)} entries matched{how}; ignored: {others}; missing: {without}"
 
 
 def export_weights(encoder: nn.Module, to: str) -> dict[str, Tensor]:

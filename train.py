@@ -413,7 +413,7 @@ def load_checkpoint(path: str | Path, foreign: bool = False) -> dict:
         raise UserError(
             f"{path} is damaged, or no checkpoint, or holds code, which is never run"
             + (f"; beside it lie {others}" if others else "")
-            + "; of a file that you trust, save the state dict alone" * foreign
+            + "; if you trust it, have its own code save the state dict alone" * foreign
         ) from error
     expected = {"method", "config", "model", "optimizer", "step", "steps_per_epoch", "world_size"}
     if not isinstance(state, dict) or not expected <= state.keys():

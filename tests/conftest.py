@@ -11,6 +11,7 @@ import dclr
 import evaluate
 import fame
 import fima
+import mcl
 import moco
 import train
 
@@ -45,6 +46,7 @@ def run(videos, tmp_path, monkeypatch, capsys):
             dclr: lambda: moco.main(dclr.DCLR, dclr.DCLRConfig, dclr.PRESETS, dclr.__doc__),
             fame: lambda: moco.main(fame.FAME, fame.FAMEConfig, fame.PRESETS, fame.__doc__),
             fima: lambda: moco.main(fima.FIMA, fima.FIMAConfig, fima.PRESETS, fima.__doc__),
+            mcl: mcl.main,
             moco: lambda: moco.main(moco.MoCo, moco.MoCoConfig, moco.PRESETS, moco.__doc__),
             evaluate: evaluate.main,
         }[script]
