@@ -97,7 +97,6 @@ PRESETS = {
         crop=32,
         epochs=12,
         batch_size=32,
-        lr=0.8,
         momentum=0.99,
         queue=256,
         min_scale=0.5,
