@@ -754,6 +754,7 @@ class TestClips(Dataset):
     def __init__(self, videos: VideoList, crop: int, frames: int = 16, frame_stride: int = 2, clips: int = 10):
         self.videos, self.crop, self.frames = videos, crop, frames
         self.frame_stride, self.clips = frame_stride, clips
+        self.current, self.crashed = torch.zeros(1, dtype=torch.int64), {}  # as in PretrainingViews, of the index
 
     def __len__(self) -> int:
         return len(self.videos)
@@ -762,7 +763,10 @@ class TestClips(Dataset):
         clips = empty_clips(self.clips, 3, self.frames, self.crop, self.crop)
         item = {"clips": clips, "label": self.videos.labels[index], "index": index, "bad": []}
         times = np.arange(self.frames) * self.frame_stride
+        self.current.fill_(index)
         try:
+            if (index,) in self.crashed:
+                raise BadVideo(self.videos.paths[index], self.crashed[index,])
             with Video(self.videos.paths[index]) as video:
                 starts = np.linspace(0, max(len(video) - times[-1] - 1, 0), self.clips).round().astype(int)
                 images = video.read(np.minimum(starts[:, None] + times, len(video) - 1).ravel())
@@ -875,7 +879,7 @@ def _in_processes(functions: Sequence, tasks: Iterable, ahead: int, start: Calla
         while pending[i]:
             try:
                 result, error = pipes[i].recv()
-            except (EOFError, ConnectionResetError):
+            except (EOFError, OSError):  # while it answered, or, where memory is shared, before that was taken
                 processes[i].join()
                 deaths += 1
                 how = f"the process that read it died (exit code {processes[i].exitcode})"
@@ -920,6 +924,36 @@ class _BatchWriter:
 
     def crashed(self, _task: tuple, how: str) -> None:
         self.views.crashed[tuple(self.current.tolist())] = how
+
+
+@dataclass
+class _Collator:
+    """Makes the items of some indices of a data set, collated."""
+
+    items: Dataset
+    current: Tensor
+
+    def __call__(self, indices: Sequence[int]) -> dict:
+        self.items.current = self.current
+        return collate([self.items[i] for i in indices])
+
+    def crashed(self, _task: Sequence[int], how: str) -> None:
+        self.items.crashed[tuple(self.current.tolist())] = how
+
+
+def load_items(
+    items: Dataset,
+    batches: Iterable[Sequence[int]],
+    workers: int = 0,
+    worker_init_fn: Callable[[int], None] | None = None,
+) -> Iterator[dict]:
+    """Yield the items of each batch of indices, collated, made by `workers` processes (0: this one).
+
+    The data set is one like `TestClips`, with its `current` and `crashed`: a video that kills a worker counts as
+    unreadable.
+    """
+    collators = [_Collator(items, items.current.clone().share_memory_()) for _ in range(workers or 1)]
+    yield from _in_processes(collators, batches, PREFETCH, worker_init_fn) if workers else map(collators[0], batches)
 
 
 def load_batches(
@@ -1129,15 +1163,15 @@ class _Checker(VideoVisitor):
 
 
 def visit_videos(
-    visitor: VideoVisitor, paths: Sequence[str], root: str, out: str | Path, workers: int, what: str
+    visitor: VideoVisitor, paths: Sequence[str], root: str, out: str | Path, workers: int, what: str, mode: str = "w"
 ) -> int:
     """Visits videos in processes, and says how far it is; returns how many are bad.
 
-    Each bad video found is a line of the file `out`: its path from `root` in quotes, a tab, the reason; `find_videos`
-    takes it as `exclude`.
+    Each bad video found is a line of the file `out`, which is written anew, or added to in `mode` "a": its path from
+    `root` in quotes, a tab, the reason; `find_videos` takes it as `exclude`.
     """
     bad = 0
-    with open(out, "w", encoding="utf-8", buffering=1) as file:  # by lines, so that an interrupt loses none
+    with open(out, mode, encoding="utf-8", buffering=1) as file:  # by lines, so that an interrupt loses none
         for path, reason in _progress(_in_processes([visitor] * workers, paths, ahead=8), len(paths), what):
             if reason:
                 bad += 1
@@ -1231,7 +1265,7 @@ class FrameMaps(VideoVisitor):
     def make(self, paths: Sequence[str], workers: int) -> str:
         """Makes what is missing, of another recipe or of another video, in processes; returns a line on what there is.
 
-        Videos that can't be read are named in FOLDER/bad_videos.txt, for `exclude`.
+        Videos that can't be read are added to FOLDER/bad_videos.txt, for `exclude`.
         """
         todo = [path for path in paths if not self.is_made(path)]
         report = f"{self.folder}: {len(paths) - len(todo)} of {len(paths)} were there"
@@ -1239,7 +1273,7 @@ class FrameMaps(VideoVisitor):
             return report
         self.folder.mkdir(parents=True, exist_ok=True)
         bad = self.folder / "bad_videos.txt"
-        count = visit_videos(self, todo, self.root, bad, workers, f"making {self.folder}")
+        count = visit_videos(self, todo, self.root, bad, workers, f"making {self.folder}", "a")
         advice = f", {count} videos can't be read: leave them out with --exclude {bad}" if count else ""
         return f"{report}, {len(todo) - count} made{advice}"
 

@@ -49,7 +49,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 import data
 from models import ENCODERS, EXPORTS, build_encoder, encoder_weights, export_weights, load_weights, recognize
@@ -195,7 +195,7 @@ def load_encoder(config: Config, say: Callable[[str], None] = print, key: bool =
         names = ", ".join(list(weights)[:3]) or "none"
         raise UserError(f"{path} holds no encoder known here ({', '.join(ENCODERS)}); its first tensors are: {names}")
     if path and config.encoder not in ("", *held):
-        raise UserError(f"{path} does not hold --encoder {config.encoder}, but {held[0]}")
+        raise UserError(f"{path} holds {held[0]}, not {config.encoder}: give --encoder {held[0]}, or none")
     trained["encoder"] = held[0]
     if config.dataset not in ("", trained["dataset"]):
         trained |= dict(data="", split=1)
@@ -291,16 +291,10 @@ def clip_outputs(
     """
     batches = [range(i, min(i + batch_size, len(clips))) for i in range(0, len(clips), batch_size)]
     mine = batches[process.rank :: process.world_size]
-    loader = DataLoader(
-        clips,
-        batch_sampler=mine,
-        num_workers=workers,
-        collate_fn=data.collate,
-        worker_init_fn=leave_signals,
-        pin_memory=process.device.type == "cuda",
-    )
+    loader = data.load_items(clips, mine, workers, leave_signals)
     found, bad = {}, []
-    for videos, batch in zip(mine, progress(process, loader, desc=title, unit="batch", leave=False), strict=True):
+    for videos in progress(process, mine, desc=title, unit="batch", leave=False):
+        batch = next(loader)
         batch_clips = batch["clips"].to(process.device, non_blocking=True)  # (B, N, 3, frames, crop, crop)
         outputs = function(batch_clips.flatten(0, 1)).unflatten(0, batch_clips.shape[:2])
         found[videos.start] = (outputs.mean(1) if average else outputs).cpu()
@@ -529,11 +523,13 @@ class AugmentedClips(Dataset):
 
     def __init__(self, views: data.PretrainingViews, count: int):
         self.views, self.videos, self.count = views, views.videos, count
+        self.current, self.crashed = views.current, views.crashed
 
     def __len__(self) -> int:
         return len(self.views)
 
     def __getitem__(self, index: int) -> dict:
+        self.views.current = self.current
         items = [self.views[epoch, index] for epoch in range(self.count)]
         return {"clips": torch.cat([item["clip"] for item in items]), "bad": [b for item in items for b in item["bad"]]}
 

@@ -926,8 +926,8 @@ def fit(
             if bad_videos > config.max_bad * steps_per_epoch * run.total_batch:
                 raise UserError(
                     f"{bad_videos} videos of this epoch could not be read, more than --max_bad {config.max_bad:g}; "
-                    f"{folder.path / 'bad_videos.log'} names them and says why: mend them, allow more, or leave them out by "
-                    "--exclude and that file"
+                    f"{folder.path / 'bad_videos.log'} names them and says why: mend them, allow more, or leave them "
+                    "out by --exclude and that file"
                 )
             if line_due or interrupted:
                 journal.line(bad_videos)  # before saving, as it finds losses that are not finite

@@ -465,6 +465,34 @@ def evaluate_as(rank, pretrained, videos, out, ports):
             dist.destroy_process_group()
 
 
+class FatalVideo(data.Video):
+    """A reader that the file fatal.mp4 kills."""
+
+    def __init__(self, path):
+        if path.endswith("fatal.mp4"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        super().__init__(path)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_video_that_kills_its_process_is_named_and_the_others_are_read(workers, videos, tmp_path, monkeypatch):
+    good = data.find_videos("synthetic", videos, train=False)
+    fatal = str(tmp_path / "fatal.mp4")
+    listed = data.VideoList([*good.paths[:4], fatal, *good.paths[4:]], [0] * 11, ["a"], "")
+    monkeypatch.setattr(data, "Video", FatalVideo)
+
+    def pixels(clips, count):
+        return evaluate.clip_outputs(lambda x: x.flatten(1).float(), clips, ALONE, count, 3, "videos", average=True)
+
+    reason = "the process that read it died (exit code -9)"
+    found, readable, bad = pixels(data.TestClips(listed, 16, 4, 1, 2), workers)
+    expected = pixels(data.TestClips(good, 16, 4, 1, 2), 0)[0]
+    assert bad == [(fatal, reason)] and readable.tolist() == [i != 4 for i in range(11)]
+    assert torch.equal(found[readable], expected) and not found[4].any()
+    views = data.PretrainingViews(listed, 16, 4, 1, 0, windows=1)
+    assert pixels(evaluate.AugmentedClips(views, 2), workers)[2] == [(fatal, reason)]
+
+
 def test_one_two_and_three_processes_test_the_same_to_the_last_bit(pretrained, videos, tmp_path, monkeypatch):
     """And the probe's encoder stays bit for bit, which averaging over three processes would not leave it."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

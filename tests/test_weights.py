@@ -274,7 +274,7 @@ def test_export_from_the_command_line_and_back(run, monkeypatch):
     export = ["export", "--checkpoint", "fima.pth.tar", "--width", WIDTH, "--to"]
     code, out, _ = run(evaluate, *export, "piergiaj", dataset=None)
     assert code == 0 and "342 entries written to piergiaj.pt" in out
-    code, out, _ = run(evaluate, "knn", "--checkpoint", "piergiaj.pt", "--encoder", "i3d", *NARROW)
+    code, out, _ = run(evaluate, "retrieve", "--checkpoint", "piergiaj.pt", "--encoder", "i3d", *NARROW)
     assert code == 0 and "piergiaj.pt: i3d, 342 of 342 entries matched" in out
     for wrong, says in (
         ([*export, "piergiaj"], "piergiaj.pt"),  # exists
@@ -285,7 +285,7 @@ def test_export_from_the_command_line_and_back(run, monkeypatch):
     ):
         code, _, err = run(evaluate, *wrong, dataset=None)
         assert code == 2 and says in err and err.count("\n") == 1, err
-    assert sorted(os.listdir()) == ["fima.pth.tar", "knn_synthetic.json", "knn_synthetic_confusion.png", "piergiaj.pt"]
+    assert sorted(os.listdir()) == ["fima.pth.tar", "piergiaj.pt", "retrieve_synthetic.json"]
 
 
 # ----------------------------------------------------------------------------------------------- evaluating and seeing
@@ -375,8 +375,16 @@ WRONG = {
     "many are missing": (without(*list(i3d_file(PIERGIAJ))[:60]), [], ["Conv3d_1a_7x7.conv3d.weight", "and 45 more"]),
     "another shape": (FLOW, [], ["Conv3d_1a_7x7.conv3d.weight is (4, 2, 7, 7, 7)", "(4, 3, 7, 7, 7)"]),
     "another width": (i3d_file(FIMA), ["--width", 1], ["--width 1", "(4, 3, 7, 7, 7)", "(64, 3, 7, 7, 7)"]),
-    "another encoder": (i3d_file(FIMA), ["--encoder", "r3d_18"], ["not hold --encoder r3d_18, but i3d"]),
-    "another I3D": (i3d_file(FIMA), ["--encoder", "i3d_piergiaj"], ["not hold --encoder i3d_piergiaj, but i3d"]),
+    "another encoder": (
+        i3d_file(FIMA),
+        ["--encoder", "r3d_18"],
+        ["holds i3d, not r3d_18: give --encoder i3d, or none"],
+    ),
+    "another I3D": (
+        i3d_file(FIMA),
+        ["--encoder", "i3d_piergiaj"],
+        ["holds i3d, not i3d_piergiaj: give --encoder i3d,"],
+    ),
     "code": (
         {"state_dict": i3d_file(FIMA), "args": Code()},
         [],
