@@ -4,7 +4,7 @@ MoCo-v2 whose clips are cut where a video moves (Sec. 3.2), and whose gradient, 
 respect to the last convolution, is made to lie where the clip moves (L_MAL, Sec. 3.3). Motion maps say what moves: the
 derivatives of TV-L1 flow (Sec. 3.1), made once for each video.
 
-    pip install opencv-contrib-python-headless                              # TV-L1 flow, for motion maps only
+    pip install scikit-image                                                # TV-L1 flow, to make motion maps
     python mcl.py maps --dataset ucf101 --data /data/ucf101                 # the same again goes on after an interrupt
 
     python mcl.py                                                           # small encoder, generated videos, on a CPU
@@ -58,6 +58,7 @@ class MapsConfig(Options):
     flow_side: int = option(
         120, "shorter side in pixels that frames are reduced to before flow is computed", least=16, most=4096
     )
+    flow_warps: int = option(5, "warps of TV-L1 at each scale; with fewer it is faster, and coarser", least=1)
     workers: int = option(os.cpu_count() or 1, "processes", least=1)
 
 
@@ -84,36 +85,38 @@ class MCLConfig(moco.MoCoConfig, MapsConfig):
 
 
 PAPER = dict(encoder="s3d", crop=224, batch_size=8, lr=0.04)
+FLOW = {"synthetic": dict(flow_warps=1)}
 PRESETS = {
-    "synthetic": moco.PRESETS["synthetic"],
+    "synthetic": moco.PRESETS["synthetic"] | FLOW["synthetic"],
     "ucf101": PAPER | dict(epochs=200, queue=8192),
     "k400": PAPER | dict(epochs=400, queue=131072),
 }
 
 
-def tvl1_flow(images: Sequence[np.ndarray], side: int) -> np.ndarray:
-    """Optical flow from each image to the next by TV-L1 (Zach et al. 2007), with OpenCV's parameters.
+def tvl1_flow(images: Sequence[np.ndarray], side: int, warps: int = 5) -> Tensor:
+    """Optical flow from each image to the next by TV-L1 (Zach et al. 2007), scikit-image's with its own parameters.
 
     Args:
         images: T images uint8 (H, W, 3), whose shorter side is reduced to `side` pixels if it is longer.
+        warps: how often the later image is warped at each scale.
 
     Returns:
-        float32 (T − 1, 2, h, w), to the right and down, in pixels of the reduced images.
+        (T − 1, 2, h, w), to the right and down, in pixels of the reduced images.
 
     Raises:
-        UserError: OpenCV is not installed, or not with its contributed modules.
+        UserError: scikit-image is not installed.
     """
     try:
-        import cv2  # here, so that training does without
-
-        method = cv2.optflow.createOptFlow_DualTVL1()
-    except (ImportError, AttributeError) as error:
-        raise UserError("motion maps need TV-L1 flow: pip install opencv-contrib-python-headless") from error
-    cv2.setNumThreads(1)  # there is a process for each core
+        from skimage.registration import optical_flow_tvl1  # here, so that training does without
+    except ImportError as error:
+        raise UserError("motion maps need the TV-L1 flow of scikit-image: pip install scikit-image") from error
     scale = min(side / min(images[0].shape[:2]), 1)
-    size = [max(round(scale * n), 1) for n in images[0].shape[1::-1]]
-    gray = [cv2.resize(cv2.cvtColor(x, cv2.COLOR_RGB2GRAY), size, interpolation=cv2.INTER_AREA) for x in images]
-    return np.stack([method.calc(*pair, None).transpose(2, 0, 1) for pair in itertools.pairwise(gray)])
+    size = [max(round(scale * n), 1) for n in images[0].shape[:2]]
+    luma = torch.tensor([0.299, 0.587, 0.114]) / 255
+    gray = [(torch.tensor(image).float() @ luma)[None, None] for image in images]
+    gray = [F.interpolate(image, size, mode="bilinear", antialias=True)[0, 0].numpy() for image in gray]
+    flow = [optical_flow_tvl1(*pair, num_warp=warps, dtype=np.float32) for pair in itertools.pairwise(gray)]
+    return torch.from_numpy(np.stack(flow)).flip(1)  # it gives rows first
 
 
 class MotionMaps(data.FrameMaps):
@@ -123,10 +126,12 @@ class MotionMaps(data.FrameMaps):
     CHUNK = 64  # frames read at once
 
     def __init__(self, config: MapsConfig):
-        root, self.side = os.path.abspath(config.data or f"datasets/{config.dataset}"), config.flow_side
+        root = os.path.abspath(config.data or f"datasets/{config.dataset}")
+        self.side, self.warps = config.flow_side, config.flow_warps
         command = f"python mcl.py maps --dataset {config.dataset} --data {shlex.quote(root)}"
         command += f" --maps {shlex.quote(config.maps)}" if config.maps else ""
-        super().__init__(root, config.maps or f"{root}_maps", f"TV-L1, {self.side} pixels", command)
+        recipe = f"TV-L1, {self.side} pixels, {self.warps} warps"
+        super().__init__(root, config.maps or f"{root}_maps", recipe, command)
 
     def compute(self, path: str) -> np.ndarray:
         """(N, h, w); the last frame, from which nothing flows, has the map of the one before (Sec. 3.1)."""
@@ -134,7 +139,7 @@ class MotionMaps(data.FrameMaps):
         with data.Video(path) as video:
             for first in range(0, len(video) - 1, self.CHUNK):
                 images = video.read(range(first, min(first + self.CHUNK + 1, len(video))))
-                flow = torch.from_numpy(tvl1_flow(images, self.side))
+                flow = tvl1_flow(images, self.side, self.warps)
                 cells = [min(n, round(n * self.CELLS / min(flow.shape[2:]))) for n in flow.shape[2:]]
                 maps.append(F.adaptive_avg_pool2d(motion_map(flow), cells))
         return torch.cat([*maps, maps[-1][-1:]]).numpy()
@@ -214,13 +219,10 @@ class MCL(moco.MoCo):
     ReLU. The encoder's output would not do: what follows it, average pooling, has the same gradient everywhere.
     """
 
-    LAST_NORMS = {  # the batch norms that come after an encoder's last convolutions
-        "conv4": r"units\.3\.batch3d",
-        "i3d": r"mixed_5c\.branch_(0|[123]\.1)\.batch3d",
-        "r2plus1d_18": r"layer4\.1\.conv2\.1",
-        "r3d_18": r"layer4\.1\.conv2\.1",
-        "s3d": r"features\.15\.(branch0\.1|branch[12]\.1\.1\.1|branch3\.1\.1)",
-    }
+    LAST_NORMS = re.compile(  # names of the batch norms that come after the last convolutions, in all encoders
+        r"units\.3\.batch3d|mixed_5c\.branch_(0|[123]\.1)\.batch3d|layer4\.1\.conv2\.1|"
+        r"features\.15\.(branch0\.1|branch[12]\.1\.1\.1|branch3\.1\.1)"
+    )
 
     def __init__(self, config: MCLConfig):
         super().__init__(config)
@@ -244,8 +246,7 @@ class MCL(moco.MoCo):
 
     def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
         """Views as `MotionViews` makes them, batched → the named losses; enqueues the keys at the end."""
-        last = re.compile(self.LAST_NORMS[self.config.encoder])
-        norms = [module for name, module in self.encoder.named_modules() if last.fullmatch(name)]
+        norms = [module for name, module in self.encoder.named_modules() if self.LAST_NORMS.fullmatch(name)]
         with recorded_inputs(norms) as features:  # h, in as many parts as there are branches
             maps = self.encode(views, motion=False)
         losses, keys = self.instance_losses(maps)  # Eq. 3
@@ -275,9 +276,8 @@ def main() -> None:
     if sys.argv[1:2] != ["maps"]:
         moco.main(MCL, MCLConfig, PRESETS, __doc__)
         return
-    config = parse(
-        MapsConfig, "Makes the motion maps that MCL trains with. Those that are there stay.", argv=sys.argv[2:]
-    )
+    doc = "Makes the motion maps that MCL trains with, once for each training video. Those that are there stay."
+    config = parse(MapsConfig, doc, FLOW, sys.argv[2:])
     maps, lists = MotionMaps(config), (config.list_file or None, config.exclude or None)
     with user_errors():
         videos = data.find_videos(config.dataset, maps.root, True, config.split, *lists)

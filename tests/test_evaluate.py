@@ -696,3 +696,47 @@ def test_a_checkpoint_without_all_of_its_encoder_is_refused(run, pretrained, key
     torch.save(state, run.path / "checkpoint.pt")
     code, _, err = run(evaluate, "retrieve", "--checkpoint", "checkpoint.pt")
     assert code == 2 and "checkpoint.pt" in err
+
+
+# ---------------------------------------------------------------------------------------------------------- linear SVM
+
+
+@pytest.mark.parametrize("classes", [2, 5])
+def test_svm_tells_separable_classes_apart_and_gives_absent_ones_no_score(classes):
+    labels = torch.arange(60) % classes
+    centers = torch.randn(classes, 16, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(2, 60, 16, generator=torch.Generator().manual_seed(1)) * 0.1
+    scores = evaluate.svm_scores(centers[labels] + noise[0], centers[labels] + noise[1], 2 * labels, 2 * classes, 1.0)
+    assert scores.shape == (60, 2 * classes) and torch.equal(scores.argmax(1), 2 * labels)
+    assert scores[:, 1::2].isneginf().all() and scores[:, ::2].isfinite().all()
+
+
+def test_svm_scores_are_those_of_the_planes_that_minimise_the_squared_hinge_loss():
+    generator = torch.Generator().manual_seed(0)
+    gallery, queries = (torch.randn(n, 4, generator=generator) for n in (40, 6))
+    labels = torch.arange(40) % 3
+    found = evaluate.svm_scores(queries, gallery, labels, 3, cost=0.5)
+    for label in range(3):
+        plane = torch.zeros(5, dtype=torch.float64, requires_grad=True)
+        sign = torch.where(labels == label, 1.0, -1.0).double()
+        rows = torch.cat([gallery.double(), torch.ones(40, 1, dtype=torch.float64)], 1)
+        optimizer = torch.optim.LBFGS([plane], max_iter=200, tolerance_grad=1e-10, line_search_fn="strong_wolfe")
+
+        def loss(plane=plane, rows=rows, sign=sign):
+            hinge = (1 - sign * (rows @ plane)).clamp(min=0)
+            value = 0.5 * plane.square().sum() + 0.5 * hinge.square().sum()
+            plane.grad = torch.autograd.grad(value, plane)[0]
+            return value
+
+        optimizer.step(loss)
+        expected = queries.double() @ plane[:4].detach() + plane[4].detach()
+        assert found[:, label].tolist() == pytest.approx(expected.tolist(), abs=1e-2)
+
+
+def test_svm_runs_and_one_class_is_a_clear_error(run, videos):
+    flags = ["--encoder", "conv4", "--crop", 32, "--clips", 2, "--device", "cpu", "--workers", 0]
+    code, out, _ = run(evaluate, "svm", *flags, "--out", "svm.json")
+    assert code == 0 and "top1" in out and "svm_confusion.png" in out
+    assert json.loads((run.path / "svm.json").read_text())["config"]["cost"] == 1
+    with pytest.raises(ValueError, match="class"):
+        evaluate.svm_scores(torch.ones(1, 2), torch.ones(3, 2), torch.zeros(3).long(), 2, 1.0)

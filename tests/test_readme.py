@@ -13,6 +13,7 @@ import dclr
 import evaluate
 import fame
 import fima
+import mcl
 import moco
 import train
 import visualize
@@ -40,6 +41,8 @@ CONFIGS = {
     "moco.py": (moco.MoCoConfig, moco.PRESETS),
     "fame.py": (fame.FAMEConfig, fame.PRESETS),
     "dclr.py": (dclr.DCLRConfig, dclr.PRESETS),
+    "mcl.py": (mcl.MCLConfig, mcl.PRESETS),
+    "mcl.py maps": (mcl.MapsConfig, mcl.FLOW),
     **{f"evaluate.py {name}": (config, {}) for name, (_, config) in evaluate.PROTOCOLS.items()},
     **{f"visualize.py {name}": (config, {}) for name, (_, config) in visualize.FIGURES.items()},
     "benchmark.py": (benchmark.BenchmarkConfig, {}),
@@ -56,7 +59,7 @@ def test_every_command_parses(command, monkeypatch):
         data._parser().parse_args(words[script + 1 :])
         return
     config, presets = CONFIGS.get(" ".join(words[script : script + 2])) or CONFIGS[words[script]]
-    named = (*evaluate.PROTOCOLS, *benchmark.COMMANDS)
+    named = (*evaluate.PROTOCOLS, *benchmark.COMMANDS, "maps")
     arguments = [word for word in words[script + 1 :] if word not in named]
     if words[script] == "visualize.py":
         arguments = list(itertools.dropwhile(lambda word: not word.startswith("-"), arguments))
