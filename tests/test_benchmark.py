@@ -266,7 +266,7 @@ def test_use_is_that_of_a_process_and_its_children():
         ("step", dict(losses="vv,pixel"), "--losses vv,pixel"),
         ("scale", dict(batches="0"), "--batches 0: numbers from 1 on"),
         ("memory", dict(crop=16, batches="1"), "--crop 16 is too small"),  # said by the fresh process
-        ("speed", {}, "data, step, scale, memory, soak"),
+        ("speed", {}, "data, step, scale, memory, augment, soak"),
         ("soak", dict(data="nowhere", steps=8), "nowhere: no such folder"),
     ],
     ids=str,
