@@ -15,19 +15,17 @@ Tables of the paper as flags: 1 --temporal_sampling, --spatial_sampling, and --l
 st; 2 --losses vv, and --alignment v1, v2, v3.
 """
 
-import contextlib
 import dataclasses
 import itertools
 import os
-import re
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 import data
 import moco
@@ -40,20 +38,16 @@ from losses import (
     pool_motion,
     response_map,
 )
-from train import Options, UserError, command_line, option, parse, user_errors
+from models import last_norms, recorded_inputs
+from train import UserError, command_line, option, parse, user_errors
 
 SAMPLING = ("motion", "random")
 
 
 @dataclasses.dataclass(frozen=True)
-class MapsConfig(Options):
+class MapsConfig(moco.VideosConfig):
     """Options of `mcl.py maps`, by the names that they have in training."""
 
-    dataset: str = option("synthetic", "of whose training videos to make motion maps", data.DATASETS)
-    data: str = option("", "folder of the data set (default: datasets/DATASET)")
-    list_file: str = option("", "with --dataset folder: a file of lines 'path label', label optional")
-    exclude: str = option("", "file of videos to leave out")
-    split: int = option(1, "official split of the data set", least=1)
     maps: str = option("", "folder of the motion maps (default: beside the data set's, its name and _maps)")
     flow_side: int = option(
         120, "shorter side in pixels that frames are reduced to before flow is computed", least=16, most=4096
@@ -126,7 +120,7 @@ class MotionMaps(data.FrameMaps):
     CHUNK = 64  # frames read at once
 
     def __init__(self, config: MapsConfig):
-        root = os.path.abspath(config.data or f"datasets/{config.dataset}")
+        root = os.path.abspath(config.root)
         self.side, self.warps = config.flow_side, config.flow_warps
         command = f"python mcl.py maps --dataset {config.dataset} --data {shlex.quote(root)}"
         command += f" --maps {shlex.quote(config.maps)}" if config.maps else ""
@@ -200,29 +194,12 @@ class MotionViews(data.PretrainingViews):
         return best
 
 
-@contextlib.contextmanager
-def recorded_inputs(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
-    """Notes what modules are given in the block, in the order of their calls."""
-    inputs: list[Tensor] = []
-    hooks = [module.register_forward_pre_hook(lambda _, given: inputs.append(given[0])) for module in modules]
-    try:
-        yield inputs
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
 class MCL(moco.MoCo):
     """L = L_NCE + L_MAL (Sec. 3.3, Fig. 1), in both directions: each view is once the query, once the key.
 
     h of Eq. 4 to 6 is the output of the last convolution, or of the last one of each branch, before batch norm and
     ReLU. The encoder's output would not do: what follows it, average pooling, has the same gradient everywhere.
     """
-
-    LAST_NORMS = re.compile(  # names of the batch norms that come after the last convolutions, in all encoders
-        r"units\.3\.batch3d|mixed_5c\.branch_(0|[123]\.1)\.batch3d|layer4\.1\.conv2\.1|"
-        r"features\.15\.(branch0\.1|branch[12]\.1\.1\.1|branch3\.1\.1)"
-    )
 
     def __init__(self, config: MCLConfig):
         super().__init__(config)
@@ -246,8 +223,7 @@ class MCL(moco.MoCo):
 
     def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
         """Views as `MotionViews` makes them, batched → the named losses; enqueues the keys at the end."""
-        norms = [module for name, module in self.encoder.named_modules() if self.LAST_NORMS.fullmatch(name)]
-        with recorded_inputs(norms) as features:  # h, in as many parts as there are branches
+        with recorded_inputs(last_norms(self.encoder)) as features:  # h, in as many parts as there are branches
             maps = self.encode(views, motion=False)
         losses, keys = self.instance_losses(maps)  # Eq. 3
         if self.aligned:
@@ -278,11 +254,10 @@ def main() -> None:
         return
     doc = "Makes the motion maps that MCL trains with, once for each training video. Those that are there stay."
     config = parse(MapsConfig, doc, FLOW, sys.argv[2:])
-    maps, lists = MotionMaps(config), (config.list_file or None, config.exclude or None)
     with user_errors():
-        videos = data.find_videos(config.dataset, maps.root, True, config.split, *lists)
+        videos = config.find_videos()
         print(videos.report)
-        print(maps.make(videos.paths, config.workers))
+        print(MotionMaps(config).make(videos.paths, config.workers))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ aligns pooled RGB features with pooled frame-difference features (Eq. 2). MoCo: 
 import copy
 import dataclasses
 import math
+import os
+import shutil
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -26,6 +28,7 @@ import evaluate
 from losses import frame_difference, info_nce, similarity
 from models import ENCODERS, MomentumQueue, ProjectionHead, build_encoder, deal, momentum_update
 from train import (
+    Options,
     TrainConfig,
     UserError,
     command_line,
@@ -42,14 +45,29 @@ MEMORY_FORMATS = {"channels_last": torch.channels_last_3d, "contiguous": torch.c
 
 
 @dataclasses.dataclass(frozen=True)
-class MoCoConfig(TrainConfig):
-    """Options of MoCo; the defaults are the paper's for UCF101 (Sec. 4.1, A.1, A.3)."""
+class VideosConfig(Options):
+    """Options that say which videos to train on."""
 
     dataset: str = option("synthetic", "what to train on", data.DATASETS)
     data: str = option("", "folder of the data set (default: datasets/DATASET)")
     list_file: str = option("", "with --dataset folder: a file of lines 'path label', label optional")
     exclude: str = option("", "file of videos to leave out: of `python data.py check`, or a run's bad_videos.log")
     split: int = option(1, "official split of the data set", least=1)
+
+    @property
+    def root(self) -> str:
+        """Folder of the data set."""
+        return self.data or f"datasets/{self.dataset}"
+
+    def find_videos(self) -> "data.VideoList":  # quoted, as data is an option here
+        """`data.find_videos` by these options."""
+        return data.find_videos(self.dataset, self.root, True, self.split, self.list_file or None, self.exclude or None)
+
+
+@dataclasses.dataclass(frozen=True)
+class MoCoConfig(TrainConfig, VideosConfig):
+    """Options of MoCo; the defaults are the paper's for UCF101 (Sec. 4.1, A.1, A.3)."""
+
     frames: int = option(16, "frames of a clip", least=1)
     frame_stride: int = option(2, "a clip takes every how-manieth frame of the video", least=1)
     crop: int = option(
@@ -142,7 +160,7 @@ class MoCo(nn.Module):
     their statistics; the two views of a modality share a forward. The data set has to make `sub_clips` of each view.
 
     Raises:
-        ValueError: the crop or number of frames does not suit the encoder's strides.
+        ValueError: the crop or number of frames does not suit the encoder's strides; no compiler for --compile on.
     """
 
     sub_clips = 0
@@ -167,6 +185,9 @@ class MoCo(nn.Module):
         self.queues = nn.ModuleDict({name: MomentumQueue(config.queue) for name in instance_losses})
         self.metrics: dict[str, Tensor | float] = {}
         if config.compile == "on":
+            compiler = os.environ.get("CXX", "g++")
+            if not shutil.which(compiler):
+                raise ValueError(f"--compile on needs a C++ compiler, there is no {compiler}: install one, or set CXX")
             for part in (self.encoder, self.key_encoder):
                 part.compile(dynamic=False)  # there are no more than three batch sizes
             if torch.cuda.is_available():  # on a CPU the augmentation goes by its parameters, clip by clip
@@ -279,16 +300,13 @@ def main(method_class: type[MoCo], config_class: type[MoCoConfig], presets: dict
                 raise ValueError("--bn sync needs GPUs: on CPUs take shuffle or local")
             method = torch.nn.SyncBatchNorm.convert_sync_batchnorm(method)
         untrained = copy.deepcopy(method.encoder) if config.dataset == "synthetic" else None
-        root = config.data or f"datasets/{config.dataset}"
         with process.first():
-            videos = data.find_videos(
-                config.dataset, root, True, config.split, config.list_file or None, config.exclude or None
-            )
+            videos = config.find_videos()
         process.say(videos.report)
         total_batch = config.batch_size * process.world_size
         if len(videos) < total_batch:
             raise ValueError(
-                f"{len(videos)} videos in {root}, fewer than the total batch of {total_batch}: lower --batch_size"
+                f"{config.root}: {len(videos)} videos, fewer than the total batch of {total_batch}: lower --batch_size"
             )
         if config.queue > len(videos):
             process.say(
@@ -311,7 +329,7 @@ def main(method_class: type[MoCo], config_class: type[MoCoConfig], presets: dict
     if config.dataset == "synthetic":
         shape = config.crop, config.frames, config.frame_stride
         encoders = {"untrained": untrained, name: method.encoder}
-        evaluate.first_look(encoders, root, shape, process, loader_workers(config, process))
+        evaluate.first_look(encoders, config.root, shape, process, loader_workers(config, process))
     process.say(
         f"\nnext:\n  python evaluate.py retrieve --checkpoint {checkpoint}    # R@k, 10 clips a video\n"
         f"  python evaluate.py linear --checkpoint {checkpoint} --cached 10    # accuracy of a linear classifier\n"

@@ -8,10 +8,11 @@ Every encoder maps clips (B, 3, frames, height, width) to feature maps (B, C, T,
 `strides` (frames, rows, columns of the clip for each feature pixel), and is built by `build_encoder(name, width)`.
 """
 
+import contextlib
 import math
 import re
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -239,6 +240,29 @@ def build_encoder(name: str, width: float = 1.0) -> nn.Module:
     if not width > 0:
         raise ValueError(f"width must be positive, not {width}")
     return ENCODERS[name](width)
+
+
+LAST_NORMS = re.compile(  # names of the batch norms that come after the last convolutions, in all encoders
+    r"units\.3\.batch3d|mixed_5c\.branch_(0|[123]\.1)\.batch3d|layer4\.1\.conv2\.1|"
+    r"features\.15\.(branch0\.1|branch[12]\.1\.1\.1|branch3\.1\.1)"
+)
+
+
+def last_norms(encoder: nn.Module) -> list[nn.Module]:
+    """The batch norm behind the last convolution of an encoder, or behind the last one of each branch."""
+    return [module for name, module in encoder.named_modules() if LAST_NORMS.fullmatch(name)]
+
+
+@contextlib.contextmanager
+def recorded_inputs(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
+    """Notes what modules are given in the block, in the order of their calls."""
+    inputs: list[Tensor] = []
+    hooks = [module.register_forward_pre_hook(lambda _, given: inputs.append(given[0])) for module in modules]
+    try:
+        yield inputs
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 EXPORTS = {"torchvision": (VideoResNet, S3D), "piergiaj": (I3D,)}  # whose names there are, and for which encoders

@@ -27,7 +27,7 @@ import losses
 import mcl
 import moco
 import train
-from models import ENCODERS
+from models import ENCODERS, last_norms, recorded_inputs
 from train import UserError, parse
 
 ROOT = Path(__file__).parents[1]
@@ -712,10 +712,10 @@ def test_every_encoder_is_aligned_at_its_last_convolution_in_either_memory_forma
     views |= {"clip": views["clip"][:, :, :, ::2], "motion": views["motion"][:, :, ::2]}
     for memory_format in moco.MEMORY_FORMATS:
         model = build(encoder=name, width=width, crop=crop, memory_format=memory_format, batch_size=2, frames=8)
-        last = [module for name, module in model.encoder.named_modules() if model.LAST_NORMS.fullmatch(name)]
+        last = last_norms(model.encoder)
         norms, called = [m for m in model.encoder.modules() if isinstance(m, torch.nn.BatchNorm3d)], []
         hooks = [norm.register_forward_pre_hook(lambda norm, _, called=called: called.append(norm)) for norm in norms]
-        with mcl.recorded_inputs(last) as features:
+        with recorded_inputs(last) as features:
             maps = model.encoder(torch.randn(2, 3, 8, crop, crop, generator=generator(0)))
         assert sum(h.shape[1] for h in features) == model.encoder.out_channels
         assert all(h.shape[2:] == maps.shape[2:] for h in features)

@@ -115,6 +115,7 @@ BAD_INPUT = {
     "no width": (fima, ["--width", "0"], ["--width 0"]),
     "bf16 on a CPU": (fima, ["--precision", "bf16", "--device", "cpu", "--batch_size", "4"], ["bf16", "GPU"]),
     "no clips": (evaluate, ["retrieve", "--clips", "0"], ["--clips 0"]),
+    "no compiler": (fima, ["--compile", "on"], ["--compile on", "nowhere/c++"]),
     "no checkpoint": (fima, ["--resume", "nowhere.pt"], ["nowhere.pt"]),
     "no CUDA": (fima, ["--device", "cuda"], ["CUDA"]),
     "no protocol": (evaluate, ["linearise"], ["retrieve"]),
@@ -123,8 +124,9 @@ BAD_INPUT = {
 
 
 @pytest.mark.parametrize("case", BAD_INPUT)
-def test_bad_input_is_one_clear_line_and_exit_code_2(case, run):
+def test_bad_input_is_one_clear_line_and_exit_code_2(case, run, monkeypatch):
     script, flags, says = BAD_INPUT[case]
+    monkeypatch.setenv("CXX", "nowhere/c++")
     if case == "no CUDA" and torch.cuda.is_available():
         pytest.skip("there is a GPU here")
     dataset = "synthetic" if case == "bf16 on a CPU" else None
