@@ -148,9 +148,9 @@ def compare(title: str, seconds: dict[str, list[float]], base: str) -> dict[str,
 def show(title: str, rows: dict[str, dict[str, Any]]) -> None:
     """Prints the numbers of each row."""
     columns = [name for name, value in next(iter(rows.values())).items() if isinstance(value, float)]
-    print(f"\n{title}\n{'':<46}" + "".join(f"{column.replace('_', ' '):>15}" for column in columns))
+    print(f"\n{title}\n{'':<46}" + "".join(f"{column.replace('_', ' '):>17}" for column in columns))
     for name, row in rows.items():
-        print(f"{name:<46}" + "".join(f"{row[column]:>15,.3f}" for column in columns))
+        print(f"{name:<46}" + "".join(f"{row[column]:>17,.3f}" for column in columns))
 
 
 def write(config: BenchmarkConfig, command: str, device: torch.device, results: dict[str, Any]) -> None:
