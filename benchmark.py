@@ -496,14 +496,16 @@ def step(config: BenchmarkConfig) -> None:
     for name, floor in floors.items():  # two by two: what shares a process shares its heap, and others stir it up
         pair = turns({name: variants[name], "encoders alone": floor})
         results["floors"][name] = compare(f"{name}, against the encoder passes that it needs", pair, "encoders alone")
+    extra = ratio(seconds, "ours, vv,pix", "ours, vv,vd")
+    results["pixel_loss_ratio"] = extra
+    print(f"\nL_VV + L_Pix / L_VV + L_VD: {extra:.3f}")
+    write(config, "step", process.device, results)  # what follows takes long, and may be stopped
     apart = {"ours": [], "plain": []}
     for way in progress(process, [*apart] * rounds, desc="processes of their own", unit="run", leave=False):
         apart[way].append(statistics.median(fresh(config, way=way)["seconds"]))
     title = "a training step in a process of its own, plain with the system's handling of the heap"
     results["apart"] = compare(title, apart, "ours")
-    extra = ratio(seconds, "ours, vv,pix", "ours, vv,vd")
-    results["pixel_loss_ratio"] = extra
-    print(f"\nL_VV + L_Pix / L_VV + L_VD: {extra:.3f}")
+    write(config, "step", process.device, results)
 
     training = Training(config, process)
     splits = [Split(clock).step(training) for _ in range(config.rounds + 1)][1:]
