@@ -1374,29 +1374,32 @@ def _sprite(rng: np.random.Generator) -> np.ndarray:
     return np.concatenate([_texture(rng, SPRITE, SPRITE), opacity[..., None]], axis=2, dtype=np.float32)
 
 
-def _draw_video(motion: str, rng: np.random.Generator, frames: int, height: int, width: int) -> np.ndarray:
+def _draw_video(
+    motion: str, rng: np.random.Generator, frames: int, height: int, width: int, shake: float = 0.008
+) -> np.ndarray:
     """Draws one video: objects in the given motion before a background, a shaky camera; uint8 (frames, H, W, 3)."""
     side = min(height, width)
     time = np.arange(frames)[:, None] / frames
-    shake = np.sin(2 * np.pi * (time * rng.uniform(1, 4, 2) + rng.random(2))) * rng.uniform(0.002, 0.008, 2) * side
-    margin = math.ceil(np.abs(shake).max())
+    camera = np.sin(2 * np.pi * (time * rng.uniform(1, 4, 2) + rng.random(2)))
+    camera = camera * rng.uniform(shake / 4, shake, 2) * side  # to the right and down, pixels
+    margin = math.ceil(np.abs(camera).max())
     background = 0.6 * _texture(rng, height + 2 * margin + 1, width + 2 * margin + 1)
     objects = []
     for _ in range(OBJECTS):
         right, down, size, turns = _motion(motion, rng, frames)
         radius = rng.uniform(0.092, 0.108) * side * 2**size
         centers = []
-        for path, shaken, length in ((right * side, shake[:, 0], width), (down * side, shake[:, 1], height)):
-            path = path - shaken
-            low, high = (radius - path).max(), (length - radius - path).min()  # so far it stays inside
-            centers.append(path + rng.uniform(low, high))
+        for path, moved, length in ((right * side, camera[:, 0], width), (down * side, camera[:, 1], height)):
+            path = path - moved
+            inside = (radius - path).max(), (length - radius - path).min()  # where it may start so as never to leave
+            centers.append(path + rng.uniform(*sorted(inside)))  # or, if that can't be, to leave on both sides
         sprite = _sprite(rng)
         sprite[..., :3] = 1 - 0.6 * sprite[..., :3]  # lighter than most of the background
         objects.append((*centers, radius, 2 * np.pi * turns, sprite))
     inverted = rng.random() < 0.5
     rows, columns = np.ogrid[:height, :width]
     video = np.empty((frames, height, width, 3), np.uint8)
-    for t, (dx, dy) in enumerate(shake):
+    for t, (dx, dy) in enumerate(camera):
         left, top = margin + math.floor(dx), margin + math.floor(dy)
         view = background[top : top + height + 1, left : left + width + 1]
         view = view[:-1] + np.float32(dy % 1) * (view[1:] - view[:-1])
@@ -1433,6 +1436,7 @@ def make_synthetic(
     seed: int = 0,
     frames: int = 48,
     size: tuple[int, int] = (40, 40),
+    shake: float = 0.008,
 ) -> None:
     """Writes the embedded data set once: root/{train,test}/<motion>/<motion>_0001.mp4, classes `MOTIONS` in turn.
 
@@ -1444,13 +1448,18 @@ def make_synthetic(
     Args:
         train, test: number of videos.
         frames, size: length in frames (at 25 a second), height and width in pixels.
+        shake: how far the camera moves at most, in sides of the frame; a quarter of it is the least.
 
     Raises:
+        ValueError: a negative number, no frame or no pixel.
         FileExistsError: `root` holds other files than a synthetic set; it is left alone.
     """
+    if min(train, test, seed, shake) < 0 or min(frames, *size) < 1:
+        given = f"train {train}, test {test}, seed {seed}, shake {shake}, frames {frames}, size {size}"
+        raise ValueError(f"a synthetic set has no negative numbers and at least one frame and pixel, not {given}")
     root = Path(root).absolute()
     recipe = {"version": SYNTHETIC_VERSION, "train": train, "test": test, "seed": seed, "frames": frames, "size": size}
-    recipe = json.dumps(recipe)
+    recipe = json.dumps(recipe | {"shake": shake})
     jobs = [("train", n) for n in range(train)] + [("test", n) for n in range(test)]
 
     def is_complete() -> bool:
@@ -1463,7 +1472,7 @@ def make_synthetic(
         path = made / part / motion / f"{motion}_{n // len(MOTIONS) + 1:04}.mp4"
         path.parent.mkdir(parents=True, exist_ok=True)
         rng = np.random.default_rng([seed, ("train", "test").index(part), n])
-        _write_video(path, _draw_video(motion, rng, frames, *size))
+        _write_video(path, _draw_video(motion, rng, frames, *size, shake))
 
     if is_complete():
         return
@@ -1494,6 +1503,8 @@ def _parser() -> argparse.ArgumentParser:
     synthetic.add_argument("root", help="folder to make")
     for name, default in (("train", 1500), ("test", 500), ("seed", 0), ("frames", 48), ("size", 40)):
         synthetic.add_argument(f"--{name}", type=int, default=default, help="(default: %(default)s)")
+    described = "how far the camera moves at most, in sides of the frame (default: %(default)s)"
+    synthetic.add_argument("--shake", type=float, default=0.008, help=described)
     return parser
 
 
@@ -1503,7 +1514,7 @@ def main() -> int:
     try:
         if options.command == "synthetic":
             size = (options.size, options.size)
-            make_synthetic(options.root, options.train, options.test, options.seed, options.frames, size)
+            make_synthetic(options.root, options.train, options.test, options.seed, options.frames, size, options.shake)
             return 0
         count, bad = check_videos(options.root, options.out, max(options.workers, 1), options.full)
     except (ValueError, OSError) as error:

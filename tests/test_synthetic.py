@@ -15,8 +15,8 @@ def tree(root: Path) -> dict[str, bytes]:
     return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*.mp4"))}
 
 
-def draw(motion: str, seed: int) -> np.ndarray:
-    return data._draw_video(motion, np.random.default_rng(seed), frames=64, height=40, width=40)
+def draw(motion: str, seed: int, **options: float) -> np.ndarray:
+    return data._draw_video(motion, np.random.default_rng(seed), frames=64, height=40, width=40, **options)
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +150,36 @@ def test_every_window_of_32_frames_shows_the_motion(motion):
                 "spin": moving == {"turns"} and len(set(steps["turns"])) == 1 and extent["turns"] > 0.7,
             }
             assert shown[motion], f"seed {seed}, frames from {start}: {extent}"
+
+
+def test_shake_moves_the_camera_so_far_and_nothing_else_of_the_draw(monkeypatch):
+    """A white background with a black column: where the camera goes, the column goes the other way."""
+    background = np.ones((200, 200, 3), np.float32)
+    background[:, 60] = 0
+    monkeypatch.setattr(data, "OBJECTS", 0)
+    monkeypatch.setattr(data, "_texture", lambda rng, height, width: background[:height, :width])
+    for shake in (0.008, 0.06):
+        for seed in range(20):
+            still = np.random.default_rng(seed)
+            video = data._draw_video("spin", np.random.default_rng(seed), 48, 100, 100, shake)[..., 0].astype(float)
+            dark = np.abs(video - np.median(video)).mean(1)  # (frames, width), inverted or not
+            course = (dark * np.arange(100)).sum(1) / dark.sum(1)
+            cycles, phases = still.uniform(1, 4, 2), still.random(2)
+            reach = still.uniform(shake / 4, shake, 2)
+            moved = 100 * reach[0] * np.sin(2 * np.pi * (np.arange(48) / 48 * cycles[0] + phases[0]))
+            assert np.allclose(course - course.mean(), moved.mean() - moved, atol=0.05)
+
+
+def test_a_camera_that_moves_too_far_to_keep_objects_inside_still_draws():
+    for motion in data.MOTIONS:
+        assert draw(motion, 0, shake=0.5).shape == (64, 40, 40, 3)
+
+
+@pytest.mark.parametrize("wrong", [{"train": -1}, {"seed": -1}, {"shake": -0.1}, {"frames": 0}, {"size": (0, 32)}])
+def test_numbers_that_make_no_set_are_named(tmp_path, wrong):
+    with pytest.raises(ValueError, match=f"not .*{next(iter(wrong))} "):
+        data.make_synthetic(tmp_path / "set", **SMALL | wrong)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("motion", data.MOTIONS)
