@@ -499,13 +499,6 @@ def step(config: BenchmarkConfig) -> None:
     extra = ratio(seconds, "ours, vv,pix", "ours, vv,vd")
     results["pixel_loss_ratio"] = extra
     print(f"\nL_VV + L_Pix / L_VV + L_VD: {extra:.3f}")
-    write(config, "step", process.device, results)  # what follows takes long, and may be stopped
-    apart = {"ours": [], "plain": []}
-    for way in progress(process, [*apart] * rounds, desc="processes of their own", unit="run", leave=False):
-        apart[way].append(statistics.median(fresh(config, way=way)["seconds"]))
-    title = "a training step in a process of its own, plain with the system's handling of the heap"
-    results["apart"] = compare(title, apart, "ours")
-    write(config, "step", process.device, results)
 
     training = Training(config, process)
     splits = [Split(clock).step(training) for _ in range(config.rounds + 1)][1:]
@@ -523,6 +516,12 @@ def step(config: BenchmarkConfig) -> None:
     results["per_sample"] = {"gflop": counter.get_total_flops() / 1e9, "gb_moved": traffic.bytes / 1e9}
     results["per_sample"] = {name: total / config.batch_size for name, total in results["per_sample"].items()}
     show("a sample's operations, and the bytes its operators read and write", {"a sample": results["per_sample"]})
+    write(config, "step", process.device, results)  # what follows takes long, and may be stopped
+    apart = {"ours": [], "plain": []}
+    for way in progress(process, [*apart] * rounds, desc="processes of their own", unit="run", leave=False):
+        apart[way].append(statistics.median(fresh(config, way=way)["seconds"]))
+    title = "a training step in a process of its own, plain with the system's handling of the heap"
+    results["apart"] = compare(title, apart, "ours")
     write(config, "step", process.device, results)
 
 
