@@ -1102,7 +1102,7 @@ def color_augment(clips: Tensor, params: Tensor) -> Tensor:
 
 
 def normalize(clips: Tensor) -> Tensor:
-    """(..., 3, T, H, W) in [0, 1] → the same shape with the mean and deviation of Kinetics-400 taken out."""
+    """(..., 3, T, H, W) in [0, 1] → the same less the mean, by the deviation, of Kinetics-400; passes no gradient."""
     made = torch.empty_like(clips)
     for channel, target, mean, std in zip(clips.unbind(-4), made.unbind(-4), MEAN, STD, strict=True):
         torch.sub(channel, mean, out=target).div_(std)

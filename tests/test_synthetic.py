@@ -152,7 +152,7 @@ def test_every_window_of_32_frames_shows_the_motion(motion):
             assert shown[motion], f"seed {seed}, frames from {start}: {extent}"
 
 
-def test_shake_moves_the_camera_so_far_and_nothing_else_of_the_draw(monkeypatch):
+def test_shake_sets_how_far_the_camera_moves(monkeypatch):
     """A white background with a black column: where the camera goes, the column goes the other way."""
     background = np.ones((200, 200, 3), np.float32)
     background[:, 60] = 0
