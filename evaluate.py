@@ -20,6 +20,7 @@ The whole path on UCF101, from nothing to every number:
     python evaluate.py finetune --checkpoint runs/fima/checkpoint.pt --dataset hmdb51 --data /data/hmdb51
     python evaluate.py finetune --resume runs/fima/finetune_ucf101/checkpoint.pt        # go on where it was stopped
     python evaluate.py retrieve --dataset ucf101 --data /data/ucf101 --encoder i3d      # an untrained encoder
+    python evaluate.py knn --encoder i3d --dataset folder --data /videos --list_file train.txt --test_list test.txt
     torchrun --nproc_per_node=8 evaluate.py linear --checkpoint runs/fima/checkpoint.pt --batch_size 2
 
 A checkpoint is one of this project, or another's: the released ones of FIMA and FAME, torchvision's r2plus1d_18, r3d_18
@@ -88,6 +89,8 @@ class RetrieveConfig(Options):
     dataset: str = option("", "what to evaluate on", ("", *data.DATASETS))
     data: str = option("", "folder of the data set (default: the checkpoint's, or datasets/DATASET)")
     split: int = option(0, "official split of the data set; 0: as trained, or 1", least=0)
+    list_file: str = option("", "with --dataset folder and --test_list: training videos, a file of lines 'path label'")
+    test_list: str = option("", "with --dataset folder and --list_file: test videos, a file of lines 'path label'")
     encoder: str = option("", "video encoder; as in the checkpoint, without one i3d", ("", *ENCODERS))
     width: float = option(0.0, "factor on the encoder's numbers of channels; 0: as trained, or 1", least=0, most=8)
     frames: int = option(0, "frames of a clip; 0: as trained, or 16", least=0)
@@ -102,9 +105,14 @@ class RetrieveConfig(Options):
     seed: int = option(0, "seed of everything random", least=0, most=2**31 - 1)
     out: str = option("", "JSON file to write (default: PROTOCOL_DATASET.json beside the checkpoint)")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if bool(self.list_file) != bool(self.test_list):
+            raise UserError("lists come in pairs: --list_file names the training videos, --test_list the test videos")
+
     @property
     def protocol(self) -> str:
-        """linear, finetune, retrieve or knn."""
+        """linear, finetune, retrieve, knn or svm."""
         return type(self).__name__.removesuffix("Config").lower()
 
 
@@ -222,17 +230,31 @@ def load_encoder(config: Config, say: Callable[[str], None] = print, key: bool =
     return encoder, config
 
 
-def find_labelled(dataset: str, root: str, train: bool, split: int) -> data.VideoList:
+def find_labelled(dataset: str, root: str, train: bool, split: int, list_file: str = "") -> data.VideoList:
     """`data.find_videos`, for protocols that need to know the classes.
 
     Raises:
         ValueError: a video without a label.
     """
-    videos = data.find_videos(dataset, root, train, split)
+    videos = data.find_videos(dataset, root, train, split, list_file or None)
     if -1 in videos.labels:
-        unknown = videos.labels.count(-1)
-        raise ValueError(f"{root}: {unknown} videos have no label, which this needs: put each class in a folder")
+        mend = f"name it in {list_file}" if list_file else "put each class in a folder, or name them in lists"
+        raise ValueError(f"{root}: {videos.labels.count(-1)} videos have no label, which this needs: {mend}")
     return videos
+
+
+def with_same_classes(train: data.VideoList, test: data.VideoList) -> tuple[data.VideoList, data.VideoList]:
+    """Both lists with one list of classes: a list file by itself knows those that it names.
+
+    The training videos' classes come first, in their order; those of test videos alone are named in their report.
+    """
+    unseen = [name for name in test.classes if name not in train.classes]
+    classes = train.classes + unseen
+    index = {name: i for i, name in enumerate(classes)}
+    labels = [index[test.classes[label]] for label in test.labels]
+    report = test.report + (f"; without training videos: {', '.join(unseen)}" if unseen else "")
+    train = dataclasses.replace(train, classes=classes)
+    return train, dataclasses.replace(test, labels=labels, classes=classes, report=report)
 
 
 def prepare(config: Config) -> tuple[Process, Config, nn.Module, data.VideoList, data.VideoList]:
@@ -246,10 +268,14 @@ def prepare(config: Config) -> tuple[Process, Config, nn.Module, data.VideoList,
                 f"--frames {config.frames} --crop {config.crop}: {config.encoder} needs {frames} and {size} or more"
             )
         with process.first():
-            train, test = (find_labelled(config.dataset, config.data, part, config.split) for part in (True, False))
+            train, test = with_same_classes(
+                find_labelled(config.dataset, config.data, True, config.split, config.list_file),
+                find_labelled(config.dataset, config.data, False, config.split, config.test_list),
+            )
         if set(train.paths) & set(test.paths):
             raise ValueError(
-                f"{config.data}: a test video must not be a training video: divide it into train/ and test/ folders"
+                f"{config.data}: a test video must not be a training video: divide it into train/ and test/ folders, "
+                "or name them in --list_file and --test_list"
             )
     process.say(f"{train.report}\n{test.report}")
     return process, config, encoder.to(process.device), train, test

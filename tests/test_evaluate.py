@@ -664,6 +664,7 @@ BAD_INPUT = {
     ),
     "other encoder": (["linear", "--checkpoint", "{pretrained}", "--encoder", "i3d"], ["checkpoint.pt", "i3d"]),
     "other width": (["knn", "--checkpoint", "{pretrained}", "--width", 0.5], ["checkpoint.pt", "width 0.5"]),
+    "one list": (["knn", *UNTRAINED, "--dataset", "folder", "--list_file", "a.txt"], ["--list_file", "--test_list"]),
     "no split": (["retrieve", *UNTRAINED, "--dataset", "synthetic", "--data", "{videos}", "--split", 2], ["split 2"]),
     "crop too small": (["knn", "--encoder", "s3d", "--crop", 16], ["--crop 16", "32"]),
     "too few frames": (["knn", *UNTRAINED, "--frames", 4], ["--frames 4", "needs 8"]),
@@ -685,7 +686,50 @@ def test_videos_without_labels_are_refused(run, videos):
     for path in videos.glob("test/*/*.mp4"):
         shutil.copy(path, run.path / path.name)
     code, _, err = run(evaluate, "knn", *UNTRAINED, "--dataset", "folder", "--data", run.path, dataset=None)
-    assert code == 2 and "label" in err and err.count("\n") == 1
+    assert code == 2 and "no label" in err and err.count("\n") == 1
+
+
+def lists_of(videos, folder, names):
+    """Writes train.txt and test.txt of the generated set, each class by the name that `names` gives it."""
+    for half in ("train", "test"):
+        lines = (f"{path.relative_to(videos)} {names[path.parent.name]}" for path in videos.glob(f"{half}/*/*.mp4"))
+        (folder / f"{half}.txt").write_text("\n".join(sorted(lines)))
+    return ["--dataset", "folder", "--data", videos, "--list_file", "train.txt", "--test_list", "test.txt"]
+
+
+@pytest.mark.parametrize("names", [lambda i, name: i, lambda i, name: name.upper()])
+def test_lists_give_what_the_folders_give(run, videos, names):
+    names = {name: names(i, name) for i, name in enumerate(data.MOTIONS)}
+    for out, flags in {
+        "folders.json": ["--dataset", "synthetic", "--data", videos],
+        "lists.json": lists_of(videos, run.path, names),
+    }.items():
+        code, _, err = run(evaluate, "knn", *UNTRAINED, *FAST, *flags, "--out", out, dataset=None)
+        assert code == 0, err
+    by_folder, by_list = (numbers(run.path / name) for name in ("folders.json", "lists.json"))
+    assert list(by_list["per_class_percent"]) == [str(name) for name in names.values()]
+    assert list(by_list.pop("per_class_percent").values()) == list(by_folder.pop("per_class_percent").values())
+    assert by_list == by_folder
+
+
+@given(st.tuples(*[st.lists(st.sampled_from("abcdef"), min_size=1)] * 2))
+def test_every_video_keeps_its_class_when_lists_name_different_ones(names):
+    found = []
+    for labels in names:
+        classes = sorted(set(labels))
+        found.append(data.VideoList(labels, [classes.index(name) for name in labels], classes, "videos"))
+    train_videos, test_videos = evaluate.with_same_classes(*found)
+    for videos, labels in zip((train_videos, test_videos), names, strict=True):
+        assert [videos.classes[label] for label in videos.labels] == labels
+    assert train_videos.classes == test_videos.classes and len(set(test_videos.classes)) == len(test_videos.classes)
+    unseen = ", ".join(sorted(set(names[1]) - set(names[0])))
+    assert test_videos.report == (f"videos; without training videos: {unseen}" if unseen else "videos")
+
+
+def test_a_video_without_a_label_in_a_list_is_refused(run, videos):
+    flags = lists_of(videos, run.path, dict.fromkeys(data.MOTIONS, ""))
+    code, _, err = run(evaluate, "knn", *UNTRAINED, *flags, dataset=None)
+    assert code == 2 and "no label" in err and "train.txt" in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("key", ["encoder.stem.0.weight", "encoder.layer4.1.bn.weight"])
