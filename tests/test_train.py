@@ -142,6 +142,11 @@ def test_a_run_is_not_overwritten(run):
     assert code == 2 and "--resume" in err and (run.path / "run" / "log.jsonl").read_text() == before
 
 
+def test_the_largest_seed_trains(run):
+    code, _, err = run(moco, "--seed", 2**31 - 1, "--max_steps", 2, "--out", "run")
+    assert code == 0, err
+
+
 def test_resuming_with_other_batches_goes_on_at_the_same_part_of_the_schedule(run):
     assert run(fima, "--epochs", 2, "--max_steps", 4, "--out", "run")[0] == 0  # of 4 steps an epoch
     (run.path / "run" / "log.jsonl").write_text('{"step": 4}\n{"step": 4, "lo')  # a kill may cut the last line
