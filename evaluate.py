@@ -1,4 +1,4 @@
-"""Evaluation of an encoder, from a checkpoint or untrained, by four protocols (FIMA Sec. 4.1).
+"""Evaluation of an encoder, from a checkpoint or untrained, by five protocols (FIMA Sec. 4.1, MCL Sec. 4.2).
 
     linear      a linear classifier on the frozen encoder: top-1, top-5, per class
     finetune    encoder and classifier trained together: top-1, top-5, per class
@@ -94,7 +94,7 @@ class RetrieveConfig(Options):
     encoder: str = option("", "video encoder; as in the checkpoint, without one i3d", ("", *ENCODERS))
     width: float = option(0.0, "factor on the encoder's numbers of channels; 0: as trained, or 1", least=0, most=8)
     frames: int = option(0, "frames of a clip; 0: as trained, or 16", least=0)
-    frame_stride: int = option(0, "a clip takes every how-manieth frame; 0: as trained, or 2", least=0)
+    frame_stride: int = option(0, "a clip takes every Nth frame; 0: as trained, or 2", least=0)
     crop: int = option(0, "height and width of a clip in pixels; 0: as trained, or 224", least=0, most=1024)
     clips: int = option(10, "uniformly spaced clips of a test video", least=1)
     test_batch: int = option(4, "videos a forward in testing, in each process", least=1)

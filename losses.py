@@ -495,7 +495,7 @@ def moving_windows(movement: Tensor, window: int, stride: int) -> Tensor:
 
     Args:
         movement: m^T of the frames of a video, (N,). A shorter video is continued by frames that do not move.
-        window, stride: frames of a window, and how-manieth of them a clip takes.
+        window, stride: frames of a window, of which a clip takes every stride-th.
 
     Returns:
         (max(N − window, 0) + 1,) bool, by first frame; at least half of them.

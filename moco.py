@@ -69,7 +69,7 @@ class MoCoConfig(TrainConfig, VideosConfig):
     """Options of MoCo; the defaults are the paper's for UCF101 (Sec. 4.1, A.1, A.3)."""
 
     frames: int = option(16, "frames of a clip", least=1)
-    frame_stride: int = option(2, "a clip takes every how-manieth frame of the video", least=1)
+    frame_stride: int = option(2, "a clip takes every Nth frame of the video", least=1)
     crop: int = option(
         224, "height and width of a clip in pixels; the paper has 112 for r2plus1d_18", least=1, most=1024
     )
