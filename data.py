@@ -328,6 +328,8 @@ def find_videos(
         outdated = marker.is_file() and f'"version": {SYNTHETIC_VERSION},' not in marker.read_text()
         if outdated or not os.path.isdir(os.path.join(root, "train")):
             make_synthetic(root)
+        elif not marker.is_file():
+            raise ValueError(f"{root}: not made by this project; with videos of your own, give --dataset folder")
     if not os.path.isdir(root):
         raise FileNotFoundError(f"{root}: no such folder; {dataset} expects {LAYOUTS[dataset]}")
     if not os.access(root, os.R_OK | os.X_OK):
@@ -557,8 +559,8 @@ def _read_bad(root: str, file: str | Path) -> set[str]:
         fields = line.rstrip("\r").split("\t")
         name = next((field for field in fields if field[:1] in ("'", '"')), "")
         try:
-            name = ast.literal_eval(name) if name else fields[0]
-        except (SyntaxError, ValueError):
+            name = os.fspath(ast.literal_eval(name)) if name else fields[0]
+        except (SyntaxError, TypeError, ValueError):
             raise ValueError(f"{file}, line {number}: no path in quotes, {name}") from None
         if name:
             paths.add(os.path.normpath(os.path.join(root, name)))
@@ -1243,13 +1245,15 @@ class FrameMaps(VideoVisitor):
     def read(self, path: str, frames: int) -> np.ndarray:
         """The maps of a video of so many frames: float32 (frames, h, w).
 
-        Raises ValueError when they are missing, damaged, or those of another video.
+        Raises ValueError when they are missing, damaged, or those of another video or another recipe.
         """
         file = self.file(path)
         try:
             with np.load(file) as held:
-                levels, scale, size = held["levels"], np.float32(held["scale"]), int(held["size"])
-            wrong = "" if (len(levels), size) == (frames, os.path.getsize(path)) else "of another video of this name"
+                levels, scale = held["levels"], np.float32(held["scale"])
+                size, recipe = int(held["size"]), str(held["recipe"])
+            wrong = "" if recipe == self.recipe else f"made by another recipe ({recipe}, not {self.recipe})"
+            wrong = wrong if (len(levels), size) == (frames, os.path.getsize(path)) else "of another video of this name"
         except Exception as error:
             wrong = f"missing or damaged ({error})"
         if wrong:
@@ -1454,12 +1458,14 @@ def make_synthetic(
         shake: how far the camera moves at most, in sides of the frame; a quarter of it is the least.
 
     Raises:
-        ValueError: a negative number, no frame or no pixel.
+        ValueError: a negative number, or no video, frame or pixel.
         FileExistsError: `root` holds other files than a synthetic set; it is left alone.
     """
-    if min(train, test, seed, shake) < 0 or min(frames, *size) < 1:
+    if min(seed, shake) < 0 or min(train, test, frames, *size) < 1:
         given = f"train {train}, test {test}, seed {seed}, shake {shake}, frames {frames}, size {size}"
-        raise ValueError(f"a synthetic set has no negative numbers and at least one frame and pixel, not {given}")
+        raise ValueError(
+            f"a synthetic set has no negative numbers and at least one video, frame and pixel, not {given}"
+        )
     root = Path(root).absolute()
     recipe = {"version": SYNTHETIC_VERSION, "train": train, "test": test, "seed": seed, "frames": frames, "size": size}
     recipe = json.dumps(recipe | {"shake": shake})

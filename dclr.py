@@ -73,7 +73,7 @@ class DCLRConfig(MoCoConfig):
             raise UserError(f"--losses {self.losses}: sd and ac alone learn nothing; add some of vv, vs, vd")
         if self.batch_size < 2:
             raise UserError("--batch_size 1: the negatives are the other videos of a process's batch, take 2 or more")
-        if self.retrieved > self.queue:
+        if self.search != "none" and self.retrieved > self.queue:
             raise UserError(f"--retrieved {self.retrieved} is more than the --queue of {self.queue} holds")
 
 
@@ -99,6 +99,13 @@ class DCLR(MoCo):
         searched = [x for x in PARTS[config.search] if f"v{x}" in config.terms]
         width = 3 * self.head.net[-1].out_features
         self.queues = nn.ModuleDict({x: MomentumQueue(config.queue, width) for x in searched})
+
+    def warnings(self, line: dict[str, float]) -> list[str]:
+        """Those of MoCo, and of a delay that lasts for the whole run."""
+        config, found = self.config, super().warnings(line)
+        if config.delay >= config.epochs and (config.search, config.decouple) != ("none", "none"):
+            found.append(f"--delay {config.delay:g} of {config.epochs} epochs: nothing is retrieved or decoupled")
+        return found
 
     def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
         """Views as `data.PretrainingViews` makes them, batched, and "epoch", how many have passed → the named losses.

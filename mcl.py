@@ -123,7 +123,10 @@ class MotionMaps(data.FrameMaps):
         root = os.path.abspath(config.root)
         self.side, self.warps = config.flow_side, config.flow_warps
         command = f"python mcl.py maps --dataset {config.dataset} --data {shlex.quote(root)}"
-        command += f" --maps {shlex.quote(config.maps)}" if config.maps else ""
+        for field in dataclasses.fields(MapsConfig):
+            value = getattr(config, field.name)
+            if field.name not in ("dataset", "data", "workers") and value != field.default:
+                command += f" --{field.name} {shlex.quote(str(value))}"
         recipe = f"TV-L1, {self.side} pixels, {self.warps} warps"
         super().__init__(root, config.maps or f"{root}_maps", recipe, command)
 
@@ -133,6 +136,10 @@ class MotionMaps(data.FrameMaps):
         with data.Video(path) as video:
             for first in range(0, len(video) - 1, self.CHUNK):
                 images = video.read(range(first, min(first + self.CHUNK + 1, len(video))))
+                if min(images[0].shape[:2]) < 2:
+                    raise data.BadVideo(
+                        path, f"no flow in frames of {images[0].shape[1]} x {images[0].shape[0]} pixels"
+                    )
                 flow = tvl1_flow(images, self.side, self.warps)
                 cells = [min(n, round(n * self.CELLS / min(flow.shape[2:]))) for n in flow.shape[2:]]
                 maps.append(F.adaptive_avg_pool2d(motion_map(flow), cells))

@@ -13,6 +13,7 @@ import copy
 import dataclasses
 import math
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Iterator
@@ -38,6 +39,7 @@ from train import (
     option,
     parse,
     start_process,
+    unused_folder,
     user_errors,
 )
 
@@ -323,16 +325,19 @@ def main(method_class: type[MoCo], config_class: type[MoCoConfig], presets: dict
     def make_loader(start: int) -> Iterator[dict]:
         return data.load_batches(views, sampler(start), loader_workers(config, process), leave_signals)
 
-    name = method_class.__name__.lower()
-    out = f"runs/{name}-{config.dataset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    name, out = method_class.__name__.lower(), ""
+    if not config.out and process.rank == 0:
+        with user_errors():
+            out = unused_folder(f"runs/{name}-{config.dataset}-{time.strftime('%Y%m%d-%H%M%S')}")
     checkpoint = fit(method, config, process, make_loader, sampler(0).steps_per_epoch, out, paths=views.videos.paths)
     if config.dataset == "synthetic":
         shape = config.crop, config.frames, config.frame_stride
         encoders = {"untrained": untrained, name: method.encoder}
         evaluate.first_look(encoders, config.root, shape, process, loader_workers(config, process))
+    quoted = shlex.quote(str(checkpoint))
     process.say(
-        f"\nnext:\n  python evaluate.py retrieve --checkpoint {checkpoint}    # R@k, 10 clips a video\n"
-        f"  python evaluate.py linear --checkpoint {checkpoint} --cached 10    # accuracy of a linear classifier\n"
+        f"\nnext:\n  python evaluate.py retrieve --checkpoint {quoted}    # R@k, 10 clips a video\n"
+        f"  python evaluate.py linear --checkpoint {quoted} --cached 10    # accuracy of a linear classifier\n"
         f"  python {name}.py --dataset folder --data YOUR_VIDEOS --encoder {config.encoder} --width {config.width} "
         f"--crop {config.crop}    # your own videos\n"
         f"  python {name}.py --help    # every option, and what each data set's preset sets"

@@ -21,7 +21,6 @@ import json
 import math
 import os
 import platform
-import re
 import shlex
 import signal
 import subprocess
@@ -80,16 +79,22 @@ def command_line(main: Callable[[], None]) -> NoReturn:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
-    except RuntimeError as error:
-        if not (dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error))):
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
+            what = (str(error).partition(" If reserved")[0].splitlines() or [""])[0]
+            advice = "take a smaller --batch_size (of each process), --crop, --frames or model"
+            print(f"error: out of memory: {advice}; {what}", file=sys.stderr)
+            code = 2
+        elif dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            reason = str(error).partition("] ")[2].partition(". ")[0]
+            print(
+                f"error: process {dist.get_rank()} has lost another one, which ended, or was silent for longer than "
+                f"--timeout: {reason}; the last checkpoint is whole: continue with --resume auto",
+                file=sys.stderr,
+            )
+            code = 1
+        else:
             raise
-        reason = str(error).partition("] ")[2].partition(". ")[0]
-        print(
-            f"error: process {dist.get_rank()} has lost another one, which ended, or was silent for longer than "
-            f"--timeout: {reason}; the last checkpoint is whole: continue with --resume auto",
-            file=sys.stderr,
-        )
-        code = 1
     if dist.is_initialized():
         dist.destroy_process_group()
     sys.exit(code)
@@ -126,6 +131,8 @@ class Options:
             if field.type is not str and not (least <= value <= most and math.isfinite(value)):
                 limits = f"at least {least}" if most == math.inf else f"from {least} to {most}"
                 raise UserError(f"--{field.name} {value}: must be {limits}")
+            if field.type is int and value > 2**31 - 1:
+                raise UserError(f"--{field.name} {value}: must be at most {2**31 - 1}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +179,9 @@ class TrainConfig(Options):
     deterministic: str = option(
         "off", "deterministic algorithms on a GPU too, where torch has them; it warns where not; slower", SWITCH
     )
-    timeout: float = option(10.0, "minutes after which a process gives up waiting for another one", least=0.01)
+    timeout: float = option(
+        10.0, "minutes after which a process gives up waiting for another one", least=0.01, most=1e6
+    )
     max_bad: float = option(0.05, "stop when more than this share of an epoch's videos cannot be read", least=0, most=1)
 
     LR_BATCH = 256  # total batch at which `lr` holds
@@ -433,7 +442,7 @@ def newest_checkpoint(folder: str | Path, method: str, wanted: dict[str, Any]) -
         if os.environ.get("RANK", "0") == "0":
             print(f"--resume auto: {text}")
 
-    paths = [path for name in ("checkpoint.pt", "epoch_*.pt") for path in Path(folder).rglob(name)]
+    paths = [path for name in ("checkpoint.pt", "epoch_*.pt") for path in Path(folder).rglob(name) if path.is_file()]
     for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns, reverse=True):
         try:
             state = load_checkpoint(path)
@@ -477,16 +486,32 @@ def _replace(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
-def _step_of(line: str) -> float:
-    """Step of a line of log.jsonl or bad_videos.log, its first number; infinite for one that a kill has cut."""
-    return int(re.search(r"\d+", line)[0]) if line.endswith("\n") else math.inf
+def unused_folder(path: str) -> str:
+    """Makes a folder of this name, or if there is one, as of a run started in the same second, of NAME-2, NAME-3 …"""
+    name, number = path, 1
+    while True:
+        try:
+            os.makedirs(name)
+        except FileExistsError:
+            number += 1
+            name = f"{path}-{number}"
+        else:
+            return name
 
 
-def _forget(path: Path, step: int) -> None:
-    """Takes the lines of later steps out of a log: they come again."""
+def _epoch_of(line: str) -> float:
+    """Epoch of a line of log.jsonl; infinite for a blank one, and for one that a kill has cut."""
+    try:
+        return json.loads(line)["epoch"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+def _keep(path: Path, wanted: Callable[[str], bool]) -> None:
+    """Takes all other lines out of a log."""
     if path.exists():
-        with open(path) as lines:
-            kept = [line for line in lines if _step_of(line) <= step]
+        with open(path, encoding="utf-8") as lines:
+            kept = [line for line in lines if wanted(line)]
         _replace(path, "".join(kept))
 
 
@@ -494,18 +519,28 @@ class RunFolder:
     """config, command, commit and versions in run.json; numbers in log.jsonl; unreadable videos in bad_videos.log.
 
     Only the first process writes the first two, and TensorBoard's events where it is installed.
+
+    Raises:
+        UserError: the folder holds another run than the one to continue, or a run.json that is damaged.
     """
 
-    def __init__(self, path: Path, config: TrainConfig, process: Process, start_step: int):
+    def __init__(self, path: Path, config: TrainConfig, process: Process, start_step: int, steps_per_epoch: int):
         self.path, self.writes = path, process.rank == 0
         self.board = None
         path.mkdir(parents=True, exist_ok=True)
         if not self.writes:
             return
-        record = path / "run.json"
-        if start_step == 0 and (path / "checkpoint.pt").exists():
-            raise UserError(f"{path} holds a run already: continue it with --resume, or name another --out")
-        starts = json.loads(record.read_text()) if record.exists() else []
+        record, checkpoint = path / "run.json", path / "checkpoint.pt"
+        continued = config.resume and Path(config.resume).resolve().parent == path.resolve()
+        if checkpoint.exists() and not continued:
+            raise UserError(
+                f"{path} holds a run already: continue it with --resume {checkpoint}, move it away if it is damaged, "
+                "or name another --out"
+            )
+        try:
+            starts = json.loads(record.read_text()) if record.exists() else []
+        except ValueError as error:
+            raise UserError(f"{record} is damaged ({error}): move it away, the run goes on without it") from error
         starts.append(
             {
                 "command": shlex.join([sys.executable, *sys.argv]),
@@ -521,8 +556,9 @@ class RunFolder:
             }
         )
         _replace(record, json.dumps(starts, indent=1) + "\n")
-        for name in ("log.jsonl", "bad_videos.log"):
-            _forget(path / name, start_step)
+        # Later steps come again; by the epoch, as with another batch a step is another part of it.
+        _keep(path / "log.jsonl", lambda line: _epoch_of(line) * steps_per_epoch < start_step + 0.6)
+        _keep(path / "bad_videos.log", lambda line: line.endswith("\n"))
         with contextlib.suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter
 
@@ -699,13 +735,18 @@ class Run:
             UserError: it is of another architecture.
         """
         config, process, path = self.config, self.process, self.config.resume
-        state = load_checkpoint(path)
+        state, asked = load_checkpoint(path), dataclasses.asdict(config)
+        own = ("out", "resume", "max_steps")
+        changed = {k: (was, asked.get(k)) for k, was in state["config"].items() if k not in own and asked.get(k) != was}
         try:
             self.method.load_state_dict(state["model"])
         except RuntimeError as error:
-            asked = dataclasses.asdict(config)
-            changed = [f"{k} {v} (here {asked.get(k)})" for k, v in state["config"].items() if asked.get(k) != v]
-            raise UserError(f"{path} does not fit this model; it was made with {', '.join(changed)}") from error
+            made = ", ".join(f"{k} {was} (here {now})" for k, (was, now) in changed.items())
+            raise UserError(f"{path} does not fit this model; it was made with {made}") from error
+        if changed:
+            process.say(
+                "note: goes on with " + ", ".join(f"--{k} {now} (was {was})" for k, (was, now) in changed.items())
+            )
         self.optimizer.load_state_dict(state["optimizer"])
         self.done, before = state["step"], state["steps_per_epoch"]
         if (before, state["world_size"]) != (self.steps_per_epoch, process.world_size):
@@ -904,7 +945,7 @@ def fit(
         process.say(f"{config.resume} is at step {run.done} of {stop}: nothing left to train (--epochs, --max_steps)")
         return Path(config.resume)
     with user_errors():
-        folder = RunFolder(Path(process.of_first(config.out or out)), config, process, run.done)
+        folder = RunFolder(Path(process.of_first(config.out or out)), config, process, run.done, steps_per_epoch)
     checkpoint = folder.path / "checkpoint.pt"
     process.say(f"{run}\nrun folder {folder.path}" + (f", resumed after step {run.done}" if config.resume else ""))
     journal, saved = Journal(run, folder, clips_per_video * run.total_batch), time.monotonic()

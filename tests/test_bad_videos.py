@@ -343,9 +343,10 @@ def test_any_name_comes_back_from_a_list_of_bad_videos(tmp_path_factory, name):
 def test_lists_of_bad_videos_may_be_written_by_hand(tmp_path):
     (tmp_path / "list.txt").write_text("a b.mp4\r\n/videos/c/d.mp4\n\n")
     assert data._read_bad("/videos", tmp_path / "list.txt") == {"/videos/a b.mp4", "/videos/c/d.mp4"}
-    (tmp_path / "list.txt").write_text("a.mp4\n'b.mp4\n")
-    with pytest.raises(ValueError, match=r"list\.txt, line 2: no path in quotes, 'b\.mp4"):
-        data._read_bad("/videos", tmp_path / "list.txt")
+    for line in ("'b.mp4", "'b.mp4','no frames'"):
+        (tmp_path / "list.txt").write_text(f"a.mp4\n{line}\n")
+        with pytest.raises(ValueError, match=r"list\.txt, line 2: no path in quotes, 'b\.mp4"):
+            data._read_bad("/videos", tmp_path / "list.txt")
 
 
 def test_check_reads_the_ends_and_in_full_all(tmp_path, check):

@@ -477,6 +477,13 @@ def test_flags_that_cannot_work_are_refused_by_name(flags, says, run):
     assert all(word in err for word in says), err
 
 
+def test_a_delay_as_long_as_the_run_is_said():
+    for options, warns in (({"delay": 2}, True), ({"delay": 1.5}, False), ({"delay": 2, "search": "none"}, True)):
+        found = build(epochs=2, **options).warnings({"epoch": 0.5})
+        assert any("--delay 2 of 2 epochs" in text for text in found) == warns
+    assert build(epochs=2, delay=2, search="none", decouple="none", queue=3).warnings({"epoch": 0.5}) == []
+
+
 @pytest.mark.parametrize(("dataset", "epochs", "queue", "every"), [("ucf101", 200, 2048, 10), ("k400", 100, 16384, 5)])
 def test_presets_are_the_papers(dataset, epochs, queue, every):
     config = parse(dclr.DCLRConfig, "", dclr.PRESETS, ["--dataset", dataset])

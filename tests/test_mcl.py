@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -246,6 +247,12 @@ def without_flow(monkeypatch):
     monkeypatch.setattr(torch.multiprocessing, "Process", forked)
 
 
+def test_frames_too_small_for_flow_are_a_bad_video(tmp_path):
+    encode(tmp_path / "line.avi", moving_texture(8, 1, 64), "rawvideo")
+    with pytest.raises(data.BadVideo, match="no flow in frames of 64 x 1 pixels"):
+        motion_maps(tmp_path, tmp_path / "maps").compute(str(tmp_path / "line.avi"))
+
+
 def motion_maps(root, folder, **options):
     return mcl.MotionMaps(mcl.MapsConfig(dataset="folder", data=str(root), maps=str(folder), **options))
 
@@ -259,6 +266,15 @@ def folder(tmp_path):
         encode(root / f"{name}.mp4", moving_texture(frames, 48, 64), "mpeg4")
     (root / "not a video.mp4").write_bytes(b"nothing")
     return root
+
+
+def test_the_command_that_is_advised_makes_the_maps_that_are_missing(folder, tmp_path):
+    given = dict(list_file="my list.txt", split=2, exclude="bad.txt", flow_side=32, flow_warps=3)
+    maps = motion_maps(folder, tmp_path / "maps", **given)
+    words = shlex.split(maps.command)
+    assert words[:3] == ["python", "mcl.py", "maps"]
+    asked = train.parse(mcl.MapsConfig, "", {}, words[3:])
+    assert asked == mcl.MapsConfig(dataset="folder", data=str(folder), maps=str(tmp_path / "maps"), **given)
 
 
 @pytest.fixture
@@ -310,6 +326,8 @@ def test_maps_of_another_video_or_recipe_or_none_are_refused(tmp_path):
         kept.read(str(video), 5)
     other = Kept(tmp_path, tmp_path / "maps", "otherwise", "")
     assert kept.is_made(str(video)) and not other.is_made(str(video))
+    with pytest.raises(ValueError, match=r"another recipe \(as given, not otherwise\)"):
+        other.read(str(video), 4)
     video.write_bytes(b"123456")
     assert not kept.is_made(str(video))
     with pytest.raises(ValueError, match="of another video"):

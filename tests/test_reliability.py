@@ -205,6 +205,7 @@ def test_resume_auto_takes_the_newest_readable_checkpoint_of_the_method(run):
     assert run(fima, "--epochs", 2, "--max_steps", 4, "--keep_every", 1, "--out", "runs/b", *QUICK)[0] == 0
     assert run(moco, "--max_steps", 1, "--out", "runs/c", *QUICK)[0] == 0  # newer, of another method
     flip_a_byte(run.path / "runs" / "b" / "checkpoint.pt")
+    (run.path / "runs" / "b" / "epoch_0002.pt").symlink_to("nowhere")
     code, _, err = run(fima, "--resume", "runs/b/checkpoint.pt", small=False)
     assert code == 2 and "damaged" in err and "beside it lie epoch_0001.pt" in err and err.count("\n") == 1
     code, out, _ = run(fima, *flags, 5, small=False)

@@ -101,6 +101,14 @@ def test_an_interruption_leaves_nothing_and_the_next_call_makes_the_set(made, tm
     assert tree(tmp_path / "set") == tree(made)
 
 
+def test_another_folder_with_a_train_folder_is_not_taken_for_the_set(tmp_path):
+    data.make_synthetic(tmp_path, **SMALL)
+    assert len(data.find_videos("synthetic", tmp_path, train=True)) == SMALL["train"]
+    (tmp_path / data.SYNTHETIC_MARKER).unlink()
+    with pytest.raises(ValueError, match="--dataset folder"):
+        data.find_videos("synthetic", tmp_path, train=True)
+
+
 @pytest.mark.parametrize("marked", [False, True])
 def test_a_folder_with_other_files_is_left_alone(tmp_path, marked):
     if marked:
@@ -175,7 +183,9 @@ def test_a_camera_that_moves_too_far_to_keep_objects_inside_still_draws():
         assert draw(motion, 0, shake=0.5).shape == (64, 40, 40, 3)
 
 
-@pytest.mark.parametrize("wrong", [{"train": -1}, {"seed": -1}, {"shake": -0.1}, {"frames": 0}, {"size": (0, 32)}])
+@pytest.mark.parametrize(
+    "wrong", [{"train": 0}, {"test": 0}, {"seed": -1}, {"shake": -0.1}, {"frames": 0}, {"size": (0, 32)}]
+)
 def test_numbers_that_make_no_set_are_named(tmp_path, wrong):
     with pytest.raises(ValueError, match=f"not .*{next(iter(wrong))} "):
         data.make_synthetic(tmp_path / "set", **SMALL | wrong)

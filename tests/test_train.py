@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -111,6 +112,8 @@ BAD_INPUT = {
     "negative rate": (fima, ["--lr", "-1"], ["--lr -1", "at least 0"]),
     "rate that is no number": (fima, ["--lr", "nan"], ["--lr nan"]),
     "negative seed": (fima, ["--seed", "-1"], ["--seed -1"]),
+    "too many epochs": (fima, ["--epochs", 10**20], ["--epochs 1000", "2147483647"]),
+    "endless wait": (fima, ["--timeout", "1e15"], ["--timeout", "1000000"]),
     "share above 1": (fima, ["--max_bad", "1.5"], ["--max_bad 1.5", "from 0 to 1"]),
     "no width": (fima, ["--width", "0"], ["--width 0"]),
     "bf16 on a CPU": (fima, ["--precision", "bf16", "--device", "cpu", "--batch_size", "4"], ["bf16", "GPU"]),
@@ -138,8 +141,47 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(case, run, monkeypatch):
 def test_a_run_is_not_overwritten(run):
     assert run(fima, "--max_steps", 1, "--out", "run")[0] == 0
     before = (run.path / "run" / "log.jsonl").read_text()
-    code, _, err = run(fima, "--max_steps", 1, "--out", "run")
-    assert code == 2 and "--resume" in err and (run.path / "run" / "log.jsonl").read_text() == before
+    assert run(moco, "--max_steps", 1, "--out", "other")[0] == 0
+    for script, flags in ((fima, ["--out", "run"]), (moco, ["--resume", "other/checkpoint.pt", "--out", "run"])):
+        code, _, err = run(script, "--max_steps", 2, *flags)
+        assert code == 2 and "--resume run/checkpoint.pt" in err and err.count("\n") == 1
+        assert (run.path / "run" / "log.jsonl").read_text() == before
+
+
+def test_runs_that_start_together_have_folders_of_their_own(tmp_path):
+    name = str(tmp_path / "runs" / "moco")
+    assert [train.unused_folder(name) for _ in range(3)] == [name, f"{name}-2", f"{name}-3"]
+
+
+def test_what_to_do_next_can_be_pasted(run):
+    _, out, _ = run(moco, "--max_steps", 1, "--out", "a run")
+    command = next(line for line in out.splitlines() if "evaluate.py retrieve" in line)
+    assert shlex.split(command, comments=True)[-1] == "a run/checkpoint.pt"
+
+
+def test_a_damaged_record_of_a_run_is_named(run):
+    assert run(moco, "--max_steps", 1, "--out", "run")[0] == 0
+    (run.path / "run" / "run.json").write_text("")
+    code, _, err = run(moco, "--resume", "run/checkpoint.pt", "--max_steps", 2)
+    assert code == 2 and "run/run.json is damaged" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. If reserved but unallocated …"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.\nmore"),
+        MemoryError(),
+    ],
+)
+def test_too_little_memory_is_one_line(error, capsys):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as stop:
+        train.command_line(main)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and "--batch_size" in err and err.count("\n") == 1 and "reserved" not in err
 
 
 def test_the_largest_seed_trains(run):
@@ -149,13 +191,23 @@ def test_the_largest_seed_trains(run):
 
 def test_resuming_with_other_batches_goes_on_at_the_same_part_of_the_schedule(run):
     assert run(fima, "--epochs", 2, "--max_steps", 4, "--out", "run")[0] == 0  # of 4 steps an epoch
-    (run.path / "run" / "log.jsonl").write_text('{"step": 4}\n{"step": 4, "lo')  # a kill may cut the last line
+    (run.path / "run" / "log.jsonl").write_text(
+        '{"step": 4, "epoch": 1.0}\n\n{"step": 4, "lo'
+    )  # a kill may cut the last line
     flags = ["--resume", "run/checkpoint.pt", "--batch_size", 2, "--max_steps", 9]  # of 9 steps an epoch
     code, out, _ = run(fima, *flags, small=False)
     assert code == 0 and "resumed after step 9" not in out and "nothing left" in out and "note:" in out
     code, out, _ = run(fima, *flags[:-1], 10, small=False)
     assert code == 0 and "resumed after step 9" in out
     assert [json.loads(line)["step"] for line in (run.path / "run" / "log.jsonl").open()] == [4, 10]
+
+
+def test_a_larger_batch_forgets_nothing_that_was_logged(run):
+    flags = ["--epochs", 2, "--batch_size", 2, "--log_every", 3, "--max_steps", 9, "--out", "run"]  # 9 steps an epoch
+    assert run(moco, *flags)[0] == 0
+    code, out, _ = run(moco, "--resume", "run/checkpoint.pt", "--batch_size", 4, "--max_steps", 5, small=False)
+    assert code == 0 and "resumed after step 4" in out and "--batch_size 4 (was 2)" in out
+    assert [json.loads(line)["step"] for line in (run.path / "run" / "log.jsonl").open()] == [3, 6, 9, 5]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
