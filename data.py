@@ -445,7 +445,7 @@ def _read_official(
             raise ValueError(f"labels from {min(labels)} to {max(labels)}, but {len(classes)} classes")
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{root}: no list {error} below it; {dataset} expects {LAYOUTS[dataset]}") from None
-    except (KeyError, IndexError, TypeError, ValueError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         what = f"no entry {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"{lists.last_read}: not a list of {dataset} as it is published ({what})") from error
     return list(names), list(labels), classes
@@ -490,7 +490,7 @@ def _k400(lists: _Lists, train: bool, split: int) -> tuple[list[tuple[str, int]]
 def _diving48(lists: _Lists, train: bool, split: int) -> tuple[list[tuple[str, int]], list[str]]:
     classes = [" ".join(dive) for dive in json.loads(lists.read(r"Diving48_vocab\.json"))]
     entries = json.loads(lists.read(rf"Diving48_V2_{'train' if train else 'test'}\.json"))
-    return [(entry["vid_name"], entry["label"]) for entry in entries], classes
+    return [(str(entry["vid_name"]), entry["label"]) for entry in entries], classes
 
 
 def _ssv2(lists: _Lists, train: bool, split: int) -> tuple[list[tuple[str, int]], list[str]]:
@@ -540,6 +540,8 @@ def _read_list(root: str, list_file: str | Path) -> tuple[list[str], list[int], 
         if os.path.commonpath([root, path]) != root:
             where = f"{file}, line {number}: {match[1]!r}"
             raise ValueError(f"{where} is not in {root}: give a folder that holds all videos (--data)")
+        if re.fullmatch(r"-?\d+[\s,]+-?\d+", match[2] or ""):
+            raise ValueError(f"{file}, line {number}: two numbers after {match[1]!r}; lines are 'path label'")
         paths.append(path)
         given.append(match[2])
     named = sorted({label for label in given if label})
@@ -1458,15 +1460,15 @@ def make_synthetic(
         shake: how far the camera moves at most, in sides of the frame; a quarter of it is the least.
 
     Raises:
-        ValueError: a negative number, or no video, frame or pixel.
+        ValueError: a number that is negative or none, no video, no pixel, or fewer than two frames.
         FileExistsError: `root` holds other files than a synthetic set; it is left alone.
     """
-    if min(seed, shake) < 0 or min(train, test, frames, *size) < 1:
+    if seed < 0 or not 0 <= shake < math.inf or min(train, test, *size) < 1 or frames < 2:
         given = f"train {train}, test {test}, seed {seed}, shake {shake}, frames {frames}, size {size}"
         raise ValueError(
-            f"a synthetic set has no negative numbers and at least one video, frame and pixel, not {given}"
+            f"a synthetic set needs a video of each part, two frames and a pixel, none below 0: not {given}"
         )
-    root = Path(root).absolute()
+    root = Path(root).resolve()
     recipe = {"version": SYNTHETIC_VERSION, "train": train, "test": test, "seed": seed, "frames": frames, "size": size}
     recipe = json.dumps(recipe | {"shake": shake})
     jobs = [("train", n) for n in range(train)] + [("test", n) for n in range(test)]

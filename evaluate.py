@@ -43,6 +43,7 @@ import json
 import math
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -60,6 +61,7 @@ from train import (
     Process,
     TrainConfig,
     UserError,
+    check_unused,
     command_line,
     fit,
     git_commit,
@@ -91,6 +93,7 @@ class RetrieveConfig(Options):
     split: int = option(0, "official split of the data set; 0: as trained, or 1", least=0)
     list_file: str = option("", "with --dataset folder and --test_list: training videos, a file of lines 'path label'")
     test_list: str = option("", "with --dataset folder and --list_file: test videos, a file of lines 'path label'")
+    exclude: str = option("", "file of training videos to leave out, as in pretraining; no test video is left out")
     encoder: str = option("", "video encoder; as in the checkpoint, without one i3d", ("", *ENCODERS))
     width: float = option(0.0, "factor on the encoder's numbers of channels; 0: as trained, or 1", least=0, most=8)
     frames: int = option(0, "frames of a clip; 0: as trained, or 16", least=0)
@@ -202,7 +205,8 @@ def load_encoder(config: Config, say: Callable[[str], None] = print, key: bool =
         key: take the key encoder, where the checkpoint has one.
 
     Raises:
-        UserError: no such checkpoint, none of a known encoder, or one of another encoder.
+        UserError: no such checkpoint, none of a known encoder, or one of another encoder; clips too small for it; a run
+            to resume that was trained on other videos.
     """
     path = getattr(config, "resume", "") or config.checkpoint
     state = load_checkpoint(path, foreign=True) if path else {"config": {}, "model": {}}
@@ -220,6 +224,16 @@ def load_encoder(config: Config, say: Callable[[str], None] = print, key: bool =
     config = dataclasses.replace(config, data=config.data or f"datasets/{config.dataset}")
     torch.manual_seed(config.seed)
     encoder = build_encoder(config.encoder, config.width)
+    frames, size, _ = encoder.strides
+    if config.frames < frames or config.crop < size:
+        raise UserError(
+            f"--frames {config.frames} --crop {config.crop}: {config.encoder} needs {frames} and {size} or more"
+        )
+    if getattr(config, "resume", ""):
+        for name in ("dataset", "split", "list_file", "test_list", "exclude", "fraction"):
+            was, now = state["config"].get(name, ""), getattr(config, name)
+            if was != now:
+                raise UserError(f"{path} was trained with --{name} {was}, not {now}: start anew, without --resume")
     if path:
         try:
             report = load_weights(encoder, weights)
@@ -230,13 +244,18 @@ def load_encoder(config: Config, say: Callable[[str], None] = print, key: bool =
     return encoder, config
 
 
-def find_labelled(dataset: str, root: str, train: bool, split: int, list_file: str = "") -> data.VideoList:
+def find_labelled(
+    dataset: str, root: str, train: bool, split: int, list_file: str = "", exclude: str = ""
+) -> data.VideoList:
     """`data.find_videos`, for protocols that need to know the classes.
 
     Raises:
-        ValueError: a video without a label.
+        ValueError: a video without a label, or one that a list names twice.
     """
-    videos = data.find_videos(dataset, root, train, split, list_file or None)
+    videos = data.find_videos(dataset, root, train, split, list_file or None, exclude or None)
+    if len(set(videos.paths)) < len(videos):
+        twice = next(path for path, count in Counter(videos.paths).items() if count > 1)
+        raise ValueError(f"{list_file or root}: {twice} is named more than once")
     if -1 in videos.labels:
         mend = f"name it in {list_file}" if list_file else "put each class in a folder, or name them in lists"
         raise ValueError(f"{root}: {videos.labels.count(-1)} videos have no label, which this needs: {mend}")
@@ -247,8 +266,14 @@ def with_same_classes(train: data.VideoList, test: data.VideoList) -> tuple[data
     """Both lists with one list of classes: a list file by itself knows those that it names.
 
     The training videos' classes come first, in their order; those of test videos alone are named in their report.
+
+    Raises:
+        ValueError: they have no class in common.
     """
-    unseen = [name for name in test.classes if name not in train.classes]
+    seen = set(train.classes)
+    unseen = [name for name in test.classes if name not in seen]
+    if len(unseen) == len(test.classes):
+        raise ValueError(f"no class of the test videos ({unseen[0]}, …) has training videos ({train.classes[0]}, …)")
     classes = train.classes + unseen
     index = {name: i for i, name in enumerate(classes)}
     labels = [index[test.classes[label]] for label in test.labels]
@@ -262,21 +287,22 @@ def prepare(config: Config) -> tuple[Process, Config, nn.Module, data.VideoList,
     process = start_process(config.device, getattr(config, "timeout", 10), getattr(config, "deterministic", "") == "on")
     with user_errors():
         encoder, config = load_encoder(config, process.say)
-        frames, size, _ = encoder.strides
-        if config.frames < frames or config.crop < size:
-            raise ValueError(
-                f"--frames {config.frames} --crop {config.crop}: {config.encoder} needs {frames} and {size} or more"
-            )
         with process.first():
             train, test = with_same_classes(
-                find_labelled(config.dataset, config.data, True, config.split, config.list_file),
+                find_labelled(config.dataset, config.data, True, config.split, config.list_file, config.exclude),
                 find_labelled(config.dataset, config.data, False, config.split, config.test_list),
             )
-        if set(train.paths) & set(test.paths):
+        if both := set(train.paths) & set(test.paths):
             raise ValueError(
-                f"{config.data}: a test video must not be a training video: divide it into train/ and test/ folders, "
-                "or name them in --list_file and --test_list"
+                f"{min(both)} is a training video and a test video: divide them into train/ and test/ folders of "
+                f"{config.data}, or by --list_file and --test_list"
             )
+        if isinstance(config, SvmConfig) and len(set(train.labels)) < 2:
+            raise ValueError(f"{config.data}: an SVM needs training videos of two classes or more")
+        if isinstance(config, ClassifyConfig):
+            check_unused(Path(config.out or default_out(config)), config.resume)
+        elif config.out and Path(config.out).is_dir():
+            raise ValueError(f"--out {config.out} is a folder: name the JSON file to write")
     process.say(f"{train.report}\n{test.report}")
     return process, config, encoder.to(process.device), train, test
 
@@ -471,15 +497,15 @@ def save_accuracy(
     bad: list[tuple[str, str]],
     **more: int | float,
 ) -> None:
-    """Prints the accuracies of scores (N, classes); writes them, those of each class, and a confusion matrix."""
+    """Prints the accuracies of scores (N, classes); writes them, those of each class, and a confusion matrix, of which
+    no picture is drawn beyond 1000 classes.
+    """
     labels = torch.tensor(test.labels)
     top1, top5 = ((in_top_k(scores, labels, k) & good).double() for k in (1, 5))
     counts = torch.bincount(labels, minlength=len(test.classes))
     per_class = torch.bincount(labels, top1, len(test.classes)) / counts  # nan for a class without test videos
     percent = {"top1": top1.mean(), "top5": top5.mean(), "mean_class": per_class.nanmean()}
     percent = {name: round(100 * value.item(), 2) for name, value in percent.items()}
-    confusion = torch.zeros(len(counts), len(counts))
-    confusion.index_put_((labels[good], scores[good].argmax(1)), torch.ones(()), accumulate=True)
     process.say("  ".join(f"{name} {value:.1f} %" for name, value in percent.items()) + f"  of {len(test)} test videos")
     result = {f"{name}_percent": value for name, value in percent.items()}
     result["per_class_percent"] = {
@@ -488,7 +514,9 @@ def save_accuracy(
     }
     result |= {"test_videos": len(test), "unreadable": bad} | more
     save_result(process, config, path, result)
-    if process.rank == 0:
+    if process.rank == 0 and len(counts) <= 1000:
+        confusion = torch.zeros(len(counts), len(counts))
+        confusion.index_put_((labels[good], scores[good].argmax(1)), torch.ones(()), accumulate=True)
         picture = path.with_name(path.stem + "_confusion.png")
         title = f"{config.protocol} on {config.dataset}, top-1 {percent['top1']:.1f} %"
         draw_confusion(picture, 100 * confusion / counts.clamp(min=1)[:, None], test.classes, title)
@@ -500,6 +528,7 @@ def draw_confusion(path: Path, percent: Tensor, classes: list[str], title: str) 
     from matplotlib.colors import PowerNorm  # here, so that nothing else needs matplotlib
     from matplotlib.figure import Figure
 
+    classes = [name.encode(errors="replace").decode().replace("$", r"\$") for name in classes]  # $ begins a formula
     count = len(classes)
     cell, font = (0.5, 9) if count <= 20 else (0.16, 7)  # inches, points
     figure = Figure((3 + cell * count, 2.5 + cell * count), layout="constrained")
@@ -515,7 +544,8 @@ def draw_confusion(path: Path, percent: Tensor, classes: list[str], title: str) 
         value = percent[row, column].item()
         color = "black" if norm(value) > 0.5 else "white"
         axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=font, color=color)
-    figure.savefig(path, dpi=150, bbox_inches="tight")
+    with user_errors():
+        figure.savefig(path, dpi=150, bbox_inches="tight")
 
 
 # -------------------------------------------------------------------------------------------------------- classifiers

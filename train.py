@@ -160,7 +160,7 @@ class TrainConfig(Options):
     resume: str = option(
         "",
         "checkpoint to continue, with its options unless others are given; auto: the newest readable one of this "
-        "method and data set in --out, or else below runs/, if there is one",
+        "method and data set in --out, or else beside --checkpoint or below runs/, if there is one",
     )
     max_steps: int = option(0, "stop and save after this step of the schedule; 0: run all of it", least=0)
     log_every: int = option(10, "steps between two lines of log.jsonl", least=1)
@@ -244,10 +244,12 @@ def parse(
     given = vars(parser.parse_args(argv))
     saved, method = {}, _method_name(config_class)
     if given.get("resume") == "auto":
-        wanted = {k: given[k] for k in ("dataset", "checkpoint") if given.get(k)}
+        names = ("dataset", "checkpoint", "list_file", "test_list", "split", "fraction")
+        wanted = {k: given[k] for k in names if given.get(k)}
         if default := getattr(config_class, "dataset", ""):
             wanted.setdefault("dataset", default)
-        given["resume"] = newest_checkpoint(given.get("out") or "runs", method, wanted)
+        beside = Path(given["checkpoint"]).parent if given.get("checkpoint") else "runs"
+        given["resume"] = newest_checkpoint(given.get("out") or beside, method, wanted)
     if given.get("resume"):
         own = {field.name for field in dataclasses.fields(config_class)} - {"out", "resume", "max_steps"}
         state = load_checkpoint(given["resume"])
@@ -499,6 +501,16 @@ def unused_folder(path: str) -> str:
             return name
 
 
+def check_unused(path: Path, resume: str) -> None:
+    """Raises UserError where a run folder holds another run than that of the checkpoint to resume, if any."""
+    continued = resume and Path(resume).resolve().parent == path.resolve()
+    if (path / "checkpoint.pt").exists() and not continued:
+        raise UserError(
+            f"{path} holds a run already: continue it with --resume {path / 'checkpoint.pt'}, move it away if it is "
+            "damaged, or name another --out"
+        )
+
+
 def _epoch_of(line: str) -> float:
     """Epoch of a line of log.jsonl; infinite for a blank one, and for one that a kill has cut."""
     try:
@@ -530,13 +542,8 @@ class RunFolder:
         path.mkdir(parents=True, exist_ok=True)
         if not self.writes:
             return
-        record, checkpoint = path / "run.json", path / "checkpoint.pt"
-        continued = config.resume and Path(config.resume).resolve().parent == path.resolve()
-        if checkpoint.exists() and not continued:
-            raise UserError(
-                f"{path} holds a run already: continue it with --resume {checkpoint}, move it away if it is damaged, "
-                "or name another --out"
-            )
+        check_unused(path, config.resume)
+        record = path / "run.json"
         try:
             starts = json.loads(record.read_text()) if record.exists() else []
         except ValueError as error:

@@ -171,6 +171,8 @@ def load_models(config: FigureConfig, inputs: list[str], key: bool = False) -> l
             differences.
     """
     process = start_process(config.device)
+    if inputs and config.checkpoint:
+        raise UserError(f"{inputs[0]} and --checkpoint {config.checkpoint}: name encoders in one way")
     paths = inputs or [config.checkpoint]
     paths = [str(Path(path, "checkpoint.pt")) if path and Path(path).is_dir() else path for path in paths]
     models = []
@@ -198,7 +200,8 @@ def load_decoder(config: FigureConfig, inputs: list[str]) -> tuple[Model, nn.Mod
 def find_part(config: FigureConfig, train: bool) -> data.VideoList:
     """`data.find_videos` by the options."""
     with user_errors():
-        return data.find_videos(config.dataset, config.data, train, config.split)
+        list_file = config.list_file if train else config.test_list
+        return data.find_videos(config.dataset, config.data, train, config.split, list_file or None)
 
 
 def subset(videos: data.VideoList, indices: list[int]) -> data.VideoList:
@@ -301,8 +304,7 @@ def read_log(run: str) -> list[dict[str, float]]:
     """
     path = Path(run, "log.jsonl")
     with user_errors():
-        text = path.read_text()
-    lines = [json.loads(line) for line in text.splitlines() if line.endswith("}")]
+        lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
     if not lines:
         raise UserError(f"{path} holds no line yet: wait for the first --log_every steps of the run")
     return lines
@@ -695,8 +697,11 @@ def draw_method(config: MethodConfig, inputs: list[str]) -> Figure:
         if not 0 <= config.video < len(videos.paths):
             raise ValueError(f"--video {config.video}: there are {len(videos.paths)}, counted from 0")
     views = data.PretrainingViews(videos, 64, seed=config.seed)[0, config.video]
-    with data.Video(videos.paths[config.video]) as video:
-        frame = torch.from_numpy(video.read([len(video) // 2])[0].copy()).permute(2, 0, 1) / 255
+    try:
+        with data.Video(videos.paths[config.video]) as video:
+            frame = torch.from_numpy(video.read([len(video) // 2])[0].copy()).permute(2, 0, 1) / 255
+    except data.BadVideo as error:
+        raise UserError(str(error)) from error
     clips = views["clip"] / 255
     moving = frame_difference(clips)
     local = frame_difference(views["sub_clips"][1] / 255)
@@ -846,8 +851,9 @@ def write_report(config: ReportConfig, inputs: list[str]) -> str:
         fig = draw(config_class(**own | options), inputs)
         body.append(f"<h2>{heading}</h2>{html_figure(fig, heading)}<p>{html.escape(inspect.getdoc(draw))}</p>")
     for path in sorted(run.rglob("*.json")):
-        record = json.loads(path.read_text())
-        if "protocol" in record:  # of evaluate.py
+        with user_errors():
+            record = json.loads(path.read_text())
+        if isinstance(record, dict) and "protocol" in record:  # of evaluate.py
             body.append(f"<h2>{html.escape(str(path.relative_to(run)))}</h2>{html_table(record['result'])}")
     environment = {name: value for name, value in start.items() if name not in ("config", "versions")}
     body.append(f"<h2>Options</h2>{html_table(start['config'])}")

@@ -289,7 +289,11 @@ def test_links_in_a_circle_end(tmp_path):
 
 
 def test_synthetic_is_made_when_it_is_not_there(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "make_synthetic", lambda root: touch(Path(root), "train/rise/a.mp4", "test/rise/b.mp4"))
+    def make(root):
+        touch(Path(root), "train/rise/a.mp4", "test/rise/b.mp4")
+        Path(root, data.SYNTHETIC_MARKER).write_text(f'{{"version": {data.SYNTHETIC_VERSION}, …}}')
+
+    monkeypatch.setattr(data, "make_synthetic", make)
     root = tmp_path / "new"
     assert found(find_videos("synthetic", root, train=True), root) == {"train/rise/a.mp4": "rise"}
     monkeypatch.delattr(data, "make_synthetic")
@@ -342,6 +346,13 @@ def test_list_file_counts_what_is_missing_and_takes_absolute_paths(tmp_path):
         videos = find_videos("folder", root, train=True, list_file=tmp_path / "mine.txt")
         assert videos.paths == [str(tmp_path / "root" / "a.mp4")]
         assert "1 videos, 2 classes; 2 of 3 listed videos are not on disk: " in videos.report
+
+
+def test_two_numbers_are_no_label(tmp_path):
+    touch(tmp_path, "a.mp4", "b.mp4")
+    write(tmp_path / "mine.txt", "a.mp4 1", "b.mp4 41 3")
+    with pytest.raises(ValueError, match=r"mine\.txt, line 2: two numbers after 'b\.mp4'; lines are 'path label'"):
+        find_videos("folder", tmp_path, train=True, list_file="mine.txt")
 
 
 @pytest.mark.parametrize(

@@ -146,6 +146,11 @@ def test_confusion_matrix_is_drawn_with_every_name(count, tmp_path, monkeypatch)
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(train.UserError, match="Is a directory"):
+        evaluate.draw_confusion(
+            tmp_path / "folder.png", torch.eye(2), ["a$b^$", "r\udcff"], "names that are no formulas, and bytes"
+        )
     drawn = []
     monkeypatch.setattr(Figure, "colorbar", lambda figure, *_, **__: drawn.append(figure))
     names = [f"PlayingInstrument{i:03}" for i in range(count)]
@@ -421,6 +426,10 @@ def test_resuming_is_exact_to_the_last_bit(run, pretrained, protocol, flags):
     assert weights["whole"]["model"].keys() == weights["half"]["model"].keys()
     assert all(torch.equal(v, weights["half"]["model"][k]) for k, v in weights["whole"]["model"].items())
     assert numbers(run.path / "whole" / "result.json") == numbers(run.path / "half" / "result.json")
+    code, _, err = run(evaluate, *resume, "--fraction", 0.25, dataset=None)
+    assert code == 2 and "not 0.25: start anew" in err and err.count("\n") == 1
+    code, _, err = run(evaluate, *start, "--resume", "auto", "--fraction", 0.25)  # auto finds none of 0.25
+    assert code == 2 and "half holds a run already" in err and err.count("\n") == 1
     other = "finetune" if protocol == "linear" else "linear"
     code, _, err = run(evaluate, other, "--resume", "half/checkpoint.pt", dataset=None)
     assert code == 2 and "checkpoint of " + protocol.title() in err
@@ -665,6 +674,10 @@ BAD_INPUT = {
     "other encoder": (["linear", "--checkpoint", "{pretrained}", "--encoder", "i3d"], ["checkpoint.pt", "i3d"]),
     "other width": (["knn", "--checkpoint", "{pretrained}", "--width", 0.5], ["checkpoint.pt", "width 0.5"]),
     "one list": (["knn", *UNTRAINED, "--dataset", "folder", "--list_file", "a.txt"], ["--list_file", "--test_list"]),
+    "a folder to write": (
+        ["knn", *UNTRAINED, "--dataset", "synthetic", "--data", "{videos}", "--out", "."],
+        ["--out ."],
+    ),
     "no split": (["retrieve", *UNTRAINED, "--dataset", "synthetic", "--data", "{videos}", "--split", 2], ["split 2"]),
     "crop too small": (["knn", "--encoder", "s3d", "--crop", 16], ["--crop 16", "32"]),
     "too few frames": (["knn", *UNTRAINED, "--frames", 4], ["--frames 4", "needs 8"]),
@@ -718,6 +731,10 @@ def test_every_video_keeps_its_class_when_lists_name_different_ones(names):
     for labels in names:
         classes = sorted(set(labels))
         found.append(data.VideoList(labels, [classes.index(name) for name in labels], classes, "videos"))
+    if not set(names[0]) & set(names[1]):
+        with pytest.raises(ValueError, match="no class of the test videos"):
+            evaluate.with_same_classes(*found)
+        return
     train_videos, test_videos = evaluate.with_same_classes(*found)
     for videos, labels in zip((train_videos, test_videos), names, strict=True):
         assert [videos.classes[label] for label in videos.labels] == labels
@@ -726,10 +743,26 @@ def test_every_video_keeps_its_class_when_lists_name_different_ones(names):
     assert test_videos.report == (f"videos; without training videos: {unseen}" if unseen else "videos")
 
 
-def test_a_video_without_a_label_in_a_list_is_refused(run, videos):
+def test_lists_that_make_no_sense_are_refused(run, videos):
+    def refused(*flags):
+        code, _, err = run(evaluate, "svm", *UNTRAINED, *FAST, *flags, dataset=None)
+        assert code == 2 and err.count("\n") == 1
+        return err
+
     flags = lists_of(videos, run.path, dict.fromkeys(data.MOTIONS, ""))
-    code, _, err = run(evaluate, "knn", *UNTRAINED, *flags, dataset=None)
-    assert code == 2 and "no label" in err and "train.txt" in err and err.count("\n") == 1
+    assert all(words in refused(*flags) for words in ("no label", "train.txt"))
+    flags = lists_of(videos, run.path, dict.fromkeys(data.MOTIONS, "one"))
+    assert "two classes" in refused(*flags)
+    (run.path / "both.txt").write_text(line := (run.path / "test.txt").read_text().splitlines()[0])
+    assert "is a training video and a test video" in refused(*flags, "--list_file", "both.txt")
+    (run.path / "twice.txt").write_text(f"{line}\n{line}\n")
+    assert "is named more than once" in refused(*flags, "--test_list", "twice.txt")
+
+
+def test_training_videos_are_left_out_and_test_videos_are_not(run, videos):
+    (run.path / "bad.txt").write_text("train/rise/rise_0001.mp4\ntest/rise/rise_0001.mp4\n")
+    code, out, _ = run(evaluate, "knn", *UNTRAINED, *FAST, "--exclude", "bad.txt", "--out", "k.json")
+    assert code == 0 and "17 videos" in out and "10 videos" in out
 
 
 @pytest.mark.parametrize("key", ["encoder.stem.0.weight", "encoder.layer4.1.bn.weight"])

@@ -253,6 +253,12 @@ def test_the_report_is_one_file_that_holds_its_pictures(draw, runs):
         (["activations", "FIMA", "--count=0"], "--count 0: must be at least 1"),
         (["activations", "FIMA", "--video=none.mp4", "--workers=0"], "none.mp4 cannot be read"),
         (["activations", "FIMA", "--dataset=folder", "--data=none"], "none: no such folder"),
+        (["activations", "FIMA", "--checkpoint=other.pt"], "name encoders in one way"),
+        (
+            ["activations", "FIMA", "--dataset=folder", "--data=.", "--list_file=a", "--test_list=nowhere.txt"],
+            "nowhere.txt",
+        ),
+        (["activations", "FIMA", "--crop=1"], "--crop 1: "),
         (["sample", "FIMA", "--video=none.mp4"], "none.mp4"),
         (["attention", "MOCO"], "attention needs one checkpoint of fima.py"),
         (["attention", *CONV4], "attention needs one checkpoint of fima.py"),
