@@ -232,7 +232,7 @@ def reading(config: BenchmarkConfig) -> None:
     }
     try:
         seconds = take_turns({k: timed(way, time.process_time) for k, way in ways.items()}, config.rounds, process)
-    except data.BadVideo as error:
+    except (data.BadVideo, av.FFmpegError) as error:
         raise UserError(f"{error}: take it out of {config.data}") from error
     seconds = {name: [turn / len(keys) for turn in turns] for name, turns in seconds.items()}
     results = {"one_core": compare("CPU time of a sample on one core", seconds, next(iter(ways)))}
@@ -660,7 +660,8 @@ def augment(config: BenchmarkConfig) -> None:
     shape = config.batch_size, 2, 3, config.frames, config.crop, config.crop
     views = torch.randint(256, shape, dtype=torch.uint8, device=process.device)
     color = torch.from_numpy(np.stack([data.draw_color(rng) for _ in range(2 * config.batch_size)]))
-    method = fima.FIMA(fima.FIMAConfig(encoder="conv4", width=0.1, crop=config.crop, frames=config.frames))
+    with user_errors():
+        method = fima.FIMA(fima.FIMAConfig(encoder="conv4", width=0.1, crop=config.crop, frames=config.frames))
     clips, color = views.flatten(0, 1), color.to(process.device)
     works = {"colours, normalised": lambda: method.encoder_input(clips, color)}
     masks = losses.ForegroundBackgroundMerging.MASKS

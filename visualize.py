@@ -851,8 +851,10 @@ def write_report(config: ReportConfig, inputs: list[str]) -> str:
         fig = draw(config_class(**own | options), inputs)
         body.append(f"<h2>{heading}</h2>{html_figure(fig, heading)}<p>{html.escape(inspect.getdoc(draw))}</p>")
     for path in sorted(run.rglob("*.json")):
-        with user_errors():
+        try:
             record = json.loads(path.read_text())
+        except ValueError as error:
+            raise UserError(f"{path} is damaged ({error}): move it away") from error
         if isinstance(record, dict) and "protocol" in record:  # of evaluate.py
             body.append(f"<h2>{html.escape(str(path.relative_to(run)))}</h2>{html_table(record['result'])}")
     environment = {name: value for name, value in start.items() if name not in ("config", "versions")}

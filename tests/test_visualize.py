@@ -294,6 +294,15 @@ def test_names_are_those_of_the_folders():
     assert visualize.named(" a, b", ["x", "y"]) == ["a", "b"]
 
 
+def test_a_damaged_result_is_named_and_other_json_is_left_out(draw, runs, tmp_path):
+    run = shutil.copytree(runs / "moco", tmp_path / "run")
+    (run / "other.json").write_text("5")
+    assert draw("report", run, "--workers=0")[0] == 0
+    (run / "cut.json").write_text('{"protocol": "kn')
+    code, _, err = draw("report", run, "--workers=0")
+    assert code == 2 and "cut.json is damaged" in err.splitlines()[-1]
+
+
 def test_a_log_that_a_kill_has_cut(tmp_path):
     (tmp_path / "log.jsonl").write_text('{"step": 1}\n{"st')
     assert visualize.read_log(str(tmp_path)) == [{"step": 1}]
