@@ -1460,7 +1460,7 @@ def make_synthetic(
         shake: how far the camera moves at most, in sides of the frame; a quarter of it is the least.
 
     Raises:
-        ValueError: a number that is negative or none, no video, no pixel, or fewer than two frames.
+        ValueError: a part without videos, fewer than two frames, no pixel, or a negative or infinite number.
         FileExistsError: `root` holds other files than a synthetic set; it is left alone.
     """
     if seed < 0 or not 0 <= shake < math.inf or min(train, test, *size) < 1 or frames < 2:

@@ -253,9 +253,9 @@ def find_labelled(
         ValueError: a video without a label, or one that a list names twice.
     """
     videos = data.find_videos(dataset, root, train, split, list_file or None, exclude or None)
-    if len(set(videos.paths)) < len(videos):
-        twice = next(path for path, count in Counter(videos.paths).items() if count > 1)
-        raise ValueError(f"{list_file or root}: {twice} is named more than once")
+    twice = [path for path, count in Counter(videos.paths).items() if count > 1] if list_file else []
+    if twice:
+        raise ValueError(f"{list_file}: {twice[0]} is named more than once")
     if -1 in videos.labels:
         mend = f"name it in {list_file}" if list_file else "put each class in a folder, or name them in lists"
         raise ValueError(f"{root}: {videos.labels.count(-1)} videos have no label, which this needs: {mend}")

@@ -81,9 +81,9 @@ def command_line(main: Callable[[], None]) -> NoReturn:
         code = 130
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
-            what = (str(error).partition(" If reserved")[0].splitlines() or [""])[0]
+            what = str(error).partition(" If reserved")[0].partition("\n")[0]
             advice = "take a smaller --batch_size (of each process), --crop, --frames or model"
-            print(f"error: out of memory: {advice}; {what}", file=sys.stderr)
+            print(f"error: out of memory: {advice}" + (f"; {what}" if what else ""), file=sys.stderr)
             code = 2
         elif dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error)):
             reason = str(error).partition("] ")[2].partition(". ")[0]
@@ -484,7 +484,7 @@ def versions() -> dict[str, str]:
 def _replace(path: Path, text: str) -> None:
     """Writes a small file so that it is never seen half-written."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
+    partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
 
 
