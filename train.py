@@ -825,7 +825,7 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = config.learning_rate(self.total_batch, self.done / self.steps_per_epoch)
         seed = ((config.seed * 1_000_003 + self.done) * 65_537 + process.rank) % 2**63
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed takes 1 ms, much of a cached probe's step
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed asks every kind of device, which takes long
         if process.device.type == "cuda":
             torch.cuda.manual_seed(seed)
         batch = to_device(batch, process.device, self.copies) | {"epoch": self.done / self.steps_per_epoch}
