@@ -262,7 +262,7 @@ DATASETS = ("synthetic", "folder", "ucf101", "hmdb51", "k400", "diving48", "ssv2
 SUFFIXES = ("avi", "mp4", "mkv", "webm", "mov", "m4v", "mpg", "mpeg", "ts", "mts", "m2ts", "flv", "wmv", "3gp", "h264")
 K400_TRAIN, K400_VALIDATION = r".*train\.csv", r".*(val|validate|validation)\.csv"
 LAYOUTS = {
-    "synthetic": "train/CLASS/*.mp4 and test/CLASS/*.mp4",
+    "synthetic": "train/CLASS/*.mp4 and test/CLASS/*.mp4, and perhaps unlabeled/*.mp4 for pretraining",
     "folder": "videos anywhere below it, a folder a class, and above them, if wanted, train/ and test/ (or val/)",
     "ucf101": "UCF-101/Class/v_Class_gGG_cCC.avi and ucfTrainTestlist/{classInd,trainlist0K,testlist0K}.txt "
     "(or data/Class/ and anno/)",
@@ -344,6 +344,8 @@ def find_videos(
         paths = [path if os.path.basename(path) in there[os.path.dirname(path)] else None for path in names]
     else:
         videos, lists = _walk(root)
+        if dataset == "synthetic":
+            videos = [path for path in videos if not Path(path).is_relative_to(Path(root, UNLABELED))]
         if dataset in OFFICIAL_COUNTS or (dataset == "k400" and lists.named(rf"{K400_TRAIN}|{K400_VALIDATION}")):
             names, labels, classes = _read_official(dataset, root, lists, train, split)
             paths = _match(names, [classes[label] for label in labels], videos, id_only=dataset == "k400")
@@ -1295,6 +1297,7 @@ MOTIONS = ("bounce", "fall", "grow", "orbit", "pulse", "rise", "shrink", "spin",
 SHAPES = ("disc", "ring", "square", "triangle", "star", "cross")
 SYNTHETIC_VERSION = 2  # to be raised with every change of what is drawn, so that older copies are made anew
 SYNTHETIC_MARKER = "synthetic.json"  # says how the set was made
+UNLABELED = "unlabeled"  # folder of videos for pretraining alone, in each of which the motion changes
 OBJECTS = 3  # in a video, all in the same motion, so that crops hold one
 SPRITE = 64  # pixels of an object's picture, in each direction; objects are drawn smaller than this
 
@@ -1383,31 +1386,43 @@ def _sprite(rng: np.random.Generator) -> np.ndarray:
     return np.concatenate([_texture(rng, SPRITE, SPRITE), opacity[..., None]], axis=2, dtype=np.float32)
 
 
-def _draw_video(
-    motion: str, rng: np.random.Generator, frames: int, height: int, width: int, shake: float = 0.008
-) -> np.ndarray:
-    """Draws one video: objects in the given motion before a background, a shaky camera; uint8 (frames, H, W, 3)."""
+def _shot(motion: str, rng: np.random.Generator, camera: np.ndarray, height: int, width: int) -> tuple[np.ndarray, ...]:
+    """One object's course while the camera moves by (frames, 2): center x and y, radius, angle; each (frames,)."""
     side = min(height, width)
-    time = np.arange(frames)[:, None] / frames
+    right, down, size, turns = _motion(motion, rng, len(camera))
+    radius = rng.uniform(0.092, 0.108) * side * 2**size
+    centers = []
+    for path, moved, length in ((right * side, camera[:, 0], width), (down * side, camera[:, 1], height)):
+        path = path - moved
+        inside = (radius - path).max(), (length - radius - path).min()  # where it may start so as never to leave
+        centers.append(path + rng.uniform(*sorted(inside)))  # or, if that can't be, to leave on both sides
+    return *centers, radius, 2 * np.pi * turns
+
+
+def _draw_video(
+    motions: Sequence[str], rng: np.random.Generator, frames: int, height: int, width: int, shake: float = 0.008
+) -> np.ndarray:
+    """Draws one video: objects before a background, a shaky camera; uint8 (shots * frames, H, W, 3).
+
+    Each motion is a shot of so many frames. From shot to shot, objects keep their looks and take another place.
+    """
+    time = np.arange(len(motions) * frames)[:, None] / frames
     camera = np.sin(2 * np.pi * (time * rng.uniform(1, 4, 2) + rng.random(2)))
-    camera = camera * rng.uniform(shake / 4, shake, 2) * side  # to the right and down, pixels
+    camera = camera * rng.uniform(shake / 4, shake, 2) * min(height, width)  # to the right and down, pixels
     margin = math.ceil(np.abs(camera).max())
     background = 0.6 * _texture(rng, height + 2 * margin + 1, width + 2 * margin + 1)
     objects = []
     for _ in range(OBJECTS):
-        right, down, size, turns = _motion(motion, rng, frames)
-        radius = rng.uniform(0.092, 0.108) * side * 2**size
-        centers = []
-        for path, moved, length in ((right * side, camera[:, 0], width), (down * side, camera[:, 1], height)):
-            path = path - moved
-            inside = (radius - path).max(), (length - radius - path).min()  # where it may start so as never to leave
-            centers.append(path + rng.uniform(*sorted(inside)))  # or, if that can't be, to leave on both sides
+        shots = [
+            _shot(motion, rng, moved, height, width)
+            for motion, moved in zip(motions, np.split(camera, len(motions)), strict=True)
+        ]
         sprite = _sprite(rng)
         sprite[..., :3] = 1 - 0.6 * sprite[..., :3]  # lighter than most of the background
-        objects.append((*centers, radius, 2 * np.pi * turns, sprite))
+        objects.append((*np.concatenate(shots, axis=1), sprite))
     inverted = rng.random() < 0.5
     rows, columns = np.ogrid[:height, :width]
-    video = np.empty((frames, height, width, 3), np.uint8)
+    video = np.empty((len(camera), height, width, 3), np.uint8)
     for t, (dx, dy) in enumerate(camera):
         left, top = margin + math.floor(dx), margin + math.floor(dy)
         view = background[top : top + height + 1, left : left + width + 1]
@@ -1446,6 +1461,7 @@ def make_synthetic(
     frames: int = 48,
     size: tuple[int, int] = (40, 40),
     shake: float = 0.008,
+    shots: int = 1,
 ) -> None:
     """Writes the embedded data set once: root/{train,test}/<motion>/<motion>_0001.mp4, classes `MOTIONS` in turn.
 
@@ -1458,9 +1474,12 @@ def make_synthetic(
         train, test: number of videos.
         frames, size: length in frames (at 25 a second), height and width in pixels.
         shake: how far the camera moves at most, in sides of the frame; a quarter of it is the least.
+        shots: from 2 on, there are as many videos again, root/unlabeled/0001.mp4, on which pretraining is done instead:
+            of so many shots of the same objects before the same background, each in another motion.
 
     Raises:
-        ValueError: a part without videos, fewer than two frames, no pixel, or a negative or infinite number.
+        ValueError: a part without videos, fewer than two frames, no pixel, a negative or infinite number, or more
+            shots than motions.
         FileExistsError: `root` holds other files than a synthetic set; it is left alone.
     """
     if seed < 0 or not 0 <= shake < math.inf or min(train, test, *size) < 1 or frames < 2:
@@ -1468,27 +1487,33 @@ def make_synthetic(
         raise ValueError(
             f"a synthetic set needs a video of each part, two frames and a pixel, none below 0: not {given}"
         )
+    if not 1 <= shots <= len(MOTIONS):
+        raise ValueError(f"a video has 1 to {len(MOTIONS)} shots, each in another motion: not shots {shots}")
     root = Path(root).resolve()
     recipe = {"version": SYNTHETIC_VERSION, "train": train, "test": test, "seed": seed, "frames": frames, "size": size}
-    recipe = json.dumps(recipe | {"shake": shake})
-    jobs = [("train", n) for n in range(train)] + [("test", n) for n in range(test)]
+    recipe = json.dumps(recipe | {"shake": shake, "shots": shots})
+    parts = {"train": train, "test": test, UNLABELED: train if shots > 1 else 0}
+    jobs = [(part, n) for part, count in parts.items() for n in range(count)]
 
     def is_complete() -> bool:
         marker = root / SYNTHETIC_MARKER
-        return marker.is_file() and marker.read_text() == recipe and len([*root.glob("t*/*/*.mp4")]) == len(jobs)
+        return marker.is_file() and marker.read_text() == recipe and len([*root.rglob("*.mp4")]) == len(jobs)
 
     def make(job: tuple[str, int]) -> None:
         part, n = job
-        motion = MOTIONS[n % len(MOTIONS)]
-        path = made / part / motion / f"{motion}_{n // len(MOTIONS) + 1:04}.mp4"
+        rng = np.random.default_rng([seed, [*parts].index(part), n])
+        if part == UNLABELED:
+            motions, path = rng.choice(MOTIONS, shots, replace=False), made / part / f"{n + 1:04}.mp4"
+        else:
+            motions = [motion := MOTIONS[n % len(MOTIONS)]]
+            path = made / part / motion / f"{motion}_{n // len(MOTIONS) + 1:04}.mp4"
         path.parent.mkdir(parents=True, exist_ok=True)
-        rng = np.random.default_rng([seed, ("train", "test").index(part), n])
-        _write_video(path, _draw_video(motion, rng, frames, *size, shake))
+        _write_video(path, _draw_video(motions, rng, frames, *size, shake))
 
     if is_complete():
         return
     found = set(os.listdir(root)) if root.exists() else set()
-    if found and (SYNTHETIC_MARKER not in found or found - {"train", "test", SYNTHETIC_MARKER}):
+    if found and (SYNTHETIC_MARKER not in found or found - {*parts, SYNTHETIC_MARKER}):
         raise FileExistsError(f"{root} holds other files: give the synthetic data set a folder of its own")
     root.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as partial:
@@ -1516,6 +1541,8 @@ def _parser() -> argparse.ArgumentParser:
         synthetic.add_argument(f"--{name}", type=int, default=default, help="(default: %(default)s)")
     described = "how far the camera moves at most, in sides of the frame (default: %(default)s)"
     synthetic.add_argument("--shake", type=float, default=0.008, help=described)
+    described = "from 2 on: as many videos again, unlabeled, of so many shots, each in another motion; pretraining is "
+    synthetic.add_argument("--shots", type=int, default=1, help=f"{described}done on these (default: %(default)s)")
     return parser
 
 
@@ -1525,7 +1552,8 @@ def main() -> int:
     try:
         if options.command == "synthetic":
             size = (options.size, options.size)
-            make_synthetic(options.root, options.train, options.test, options.seed, options.frames, size, options.shake)
+            given = options.train, options.test, options.seed, options.frames, size, options.shake, options.shots
+            make_synthetic(options.root, *given)
             return 0
         count, bad = check_videos(options.root, options.out, max(options.workers, 1), options.full)
     except (ValueError, OSError) as error:

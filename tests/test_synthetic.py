@@ -1,5 +1,6 @@
 """The embedded data set: real files, the same from the same seed, made once, and no class without its motion."""
 
+import os
 from pathlib import Path
 
 import av
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 
 import data
+from moco import MoCoConfig
 
 SMALL = {"train": 20, "test": 10, "frames": 12, "size": (24, 32)}
 
@@ -16,7 +18,7 @@ def tree(root: Path) -> dict[str, bytes]:
 
 
 def draw(motion: str, seed: int, **options: float) -> np.ndarray:
-    return data._draw_video(motion, np.random.default_rng(seed), frames=64, height=40, width=40, **options)
+    return data._draw_video([motion], np.random.default_rng(seed), frames=64, height=40, width=40, **options)
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +171,7 @@ def test_shake_sets_how_far_the_camera_moves(monkeypatch):
     for shake in (0.008, 0.06):
         for seed in range(20):
             still = np.random.default_rng(seed)
-            video = data._draw_video("spin", np.random.default_rng(seed), 48, 100, 100, shake)[..., 0].astype(float)
+            video = data._draw_video(["spin"], np.random.default_rng(seed), 48, 100, 100, shake)[..., 0].astype(float)
             dark = np.abs(video - np.median(video)).mean(1)  # (frames, width), inverted or not
             course = (dark * np.arange(100)).sum(1) / dark.sum(1)
             cycles, phases = still.uniform(1, 4, 2), still.random(2)
@@ -181,6 +183,49 @@ def test_shake_sets_how_far_the_camera_moves(monkeypatch):
 def test_a_camera_that_moves_too_far_to_keep_objects_inside_still_draws():
     for motion in data.MOTIONS:
         assert draw(motion, 0, shake=0.5).shape == (64, 40, 40, 3)
+
+
+def test_unlabeled_videos_are_for_pretraining_and_leave_the_others_as_they_are(made, tmp_path, monkeypatch):
+    root = tmp_path / "shots"
+    data.make_synthetic(root, **SMALL, shots=3)
+    monkeypatch.delattr(data, "_draw_video")
+    data.make_synthetic(root, **SMALL, shots=3)  # complete
+    files = tree(root)
+    assert {name: content for name, content in files.items() if not name.startswith("unlabeled")} == tree(made)
+    found = MoCoConfig(data=str(root)).find_videos()
+    assert [os.path.relpath(path, root) for path in found.paths] == [f"unlabeled/{n:04}.mp4" for n in range(1, 21)]
+    assert found.report == "synthetic unlabeled: 20 videos" and len(set(files.values())) == 50
+    with data.Video(found.paths[0]) as video:
+        assert len(video) == 3 * SMALL["frames"]
+    for train, count in ((True, 20), (False, 10)):
+        labelled = data.find_videos("synthetic", root, train)
+        assert len(labelled) == count and labelled.classes == list(data.MOTIONS)
+    (tmp_path / "bad").write_text("0007.mp4\n")
+    assert len(MoCoConfig(data=str(root), exclude=str(tmp_path / "bad")).find_videos()) == 19
+    assert len(MoCoConfig(data=str(made)).find_videos()) == 20
+
+
+def test_each_shot_shows_its_own_motion_of_the_same_object(monkeypatch):
+    monkeypatch.setattr(data, "OBJECTS", 1)
+    monkeypatch.setattr(data, "_texture", lambda rng, height, width: np.zeros((height, width, 3), np.float32))
+    rows = np.arange(40)[:, None, None]
+    for seed in range(10):
+        motions = ["rise", "sway", "fall"]
+        video = data._draw_video(motions, np.random.default_rng(seed), 48, 40, 40, shake=0).astype(float)
+        assert video.shape == (144, 40, 40, 3)
+        seen = np.abs(video - np.median(video))
+        heights = ((seen * rows).sum((1, 2, 3)) / seen.sum((1, 2, 3))).reshape(3, 48)
+        assert (np.diff(heights[0][::8]) < 0).all() and (np.diff(heights[2][::8]) > 0).all()
+        assert np.ptp(heights[1]) < 1 < np.ptp(heights[0])
+        colours = [(shot.sum((0, 1, 2)) / shot.sum()).round(2).tolist() for shot in np.split(seen, 3)]
+        assert np.ptp(colours, axis=0).max() <= 0.02
+
+
+@pytest.mark.parametrize("shots", [0, 11])
+def test_a_number_of_shots_that_makes_no_set_is_named(tmp_path, shots):
+    with pytest.raises(ValueError, match=f"not shots {shots}"):
+        data.make_synthetic(tmp_path / "set", **SMALL, shots=shots)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
