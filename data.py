@@ -300,6 +300,7 @@ def find_videos(
     split: int = 1,
     list_file: str | Path | None = None,
     exclude: str | Path | None = None,
+    unlabeled: bool = False,
 ) -> VideoList:
     """List the training or test videos of a data set (validation where the test labels are not public: k400, ssv2).
 
@@ -311,6 +312,7 @@ def find_videos(
     `list_file`, for "folder" only, names a file of "path label" lines instead: paths below `root`, relative to it or
     absolute (`root` "/" takes any), spaces allowed; labels optional, all integers or names. Links below `root` are
     followed, wherever they lead. `exclude` names a file of videos to leave out, as `check_videos` writes it.
+    `unlabeled` takes those of "synthetic" that are for pretraining, where there are any (`make_synthetic`).
 
     Raises ValueError for an unknown data set or split and for a list that can't be understood or names a path outside
     `root`, FileNotFoundError for a missing folder or list or when no video is found.
@@ -344,13 +346,17 @@ def find_videos(
         paths = [path if os.path.basename(path) in there[os.path.dirname(path)] else None for path in names]
     else:
         videos, lists = _walk(root)
-        if dataset == "synthetic":
-            videos = [path for path in videos if not Path(path).is_relative_to(Path(root, UNLABELED))]
-        if dataset in OFFICIAL_COUNTS or (dataset == "k400" and lists.named(rf"{K400_TRAIN}|{K400_VALIDATION}")):
+        apart = {path for path in videos if dataset == "synthetic" and Path(path).is_relative_to(Path(root, UNLABELED))}
+        if unlabeled and apart:
+            title = f"{dataset} {UNLABELED}"
+            names, labels, classes = sorted(apart), [-1] * len(apart), []
+            paths = names
+        elif dataset in OFFICIAL_COUNTS or (dataset == "k400" and lists.named(rf"{K400_TRAIN}|{K400_VALIDATION}")):
             names, labels, classes = _read_official(dataset, root, lists, train, split)
             paths = _match(names, [classes[label] for label in labels], videos, id_only=dataset == "k400")
             expected = expected or f" of {len(names)} listed"  # copies of k400 differ
         else:
+            videos = [path for path in videos if path not in apart]
             names, labels, classes, halved = _read_tree(root, videos, train, kinetics=dataset == "k400")
             paths = names
             title = title if halved else f"{dataset} (no train/ and test/ folders: one list for both)"

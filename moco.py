@@ -63,11 +63,8 @@ class VideosConfig(Options):
 
     def find_videos(self) -> "data.VideoList":  # quoted, as data is an option here
         """`data.find_videos` by these options; of `synthetic`, the unlabeled videos if there are any."""
-        unlabeled = os.path.join(self.root, data.UNLABELED)
-        if self.dataset == "synthetic" and os.path.isdir(unlabeled):
-            videos = data.find_videos("folder", unlabeled, True, exclude=self.exclude or None)
-            return dataclasses.replace(videos, report=f"synthetic {data.UNLABELED}: {len(videos)} videos")
-        return data.find_videos(self.dataset, self.root, True, self.split, self.list_file or None, self.exclude or None)
+        files = self.list_file or None, self.exclude or None
+        return data.find_videos(self.dataset, self.root, True, self.split, *files, unlabeled=True)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -194,13 +194,13 @@ def test_unlabeled_videos_are_for_pretraining_and_leave_the_others_as_they_are(m
     assert {name: content for name, content in files.items() if not name.startswith("unlabeled")} == tree(made)
     found = MoCoConfig(data=str(root)).find_videos()
     assert [os.path.relpath(path, root) for path in found.paths] == [f"unlabeled/{n:04}.mp4" for n in range(1, 21)]
-    assert found.report == "synthetic unlabeled: 20 videos" and len(set(files.values())) == 50
+    assert found.report == "synthetic unlabeled: 20 videos, no labels" and len(set(files.values())) == 50
     with data.Video(found.paths[0]) as video:
         assert len(video) == 3 * SMALL["frames"]
     for train, count in ((True, 20), (False, 10)):
         labelled = data.find_videos("synthetic", root, train)
         assert len(labelled) == count and labelled.classes == list(data.MOTIONS)
-    (tmp_path / "bad").write_text("0007.mp4\n")
+    (tmp_path / "bad").write_text("unlabeled/0007.mp4\n")
     assert len(MoCoConfig(data=str(root), exclude=str(tmp_path / "bad")).find_videos()) == 19
     assert len(MoCoConfig(data=str(made)).find_videos()) == 20
 
