@@ -41,6 +41,7 @@ import dataclasses
 import inspect
 import json
 import math
+import os
 import shlex
 import sys
 from collections import Counter
@@ -301,8 +302,13 @@ def prepare(config: Config) -> tuple[Process, Config, nn.Module, data.VideoList,
             raise ValueError(f"{config.data}: an SVM needs training videos of two classes or more")
         if isinstance(config, ClassifyConfig):
             check_unused(Path(config.out or default_out(config)), config.resume)
-        elif config.out and Path(config.out).is_dir():
-            raise ValueError(f"--out {config.out} is a folder: name the JSON file to write")
+        else:  # said now, not after the work
+            out = Path(config.out or f"{default_out(config)}.json")
+            if out.is_dir():
+                raise ValueError(f"--out {out} is a folder: name the JSON file to write")
+            out.parent.mkdir(parents=True, exist_ok=True)
+            if not os.access(out.parent, os.W_OK):
+                raise PermissionError(f"{out.parent}: no permission to write the result there, name another --out")
     process.say(f"{train.report}\n{test.report}")
     return process, config, encoder.to(process.device), train, test
 

@@ -695,6 +695,19 @@ def test_bad_input_is_one_clear_line(run, pretrained, videos, case):
     assert all(word in err for word in says), err
 
 
+@pytest.mark.parametrize("protocol", ["retrieve", "knn", "svm"])
+@pytest.mark.parametrize("out", ["file/result.json", "locked/result.json"])
+def test_a_result_that_can_not_be_written_is_said_before_the_work(run, videos, monkeypatch, protocol, out):
+    (run.path / "file").write_text("")
+    (run.path / "locked").mkdir()
+    access = os.access  # for root, every folder is open
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "locked" and access(path, mode))
+    monkeypatch.delattr(evaluate, "video_features")
+    flags = [*UNTRAINED, "--dataset", "synthetic", "--data", videos, "--out", out]
+    code, _, err = run(evaluate, protocol, *flags, dataset=None)
+    assert code == 2 and err.startswith("error: ") and err.count("\n") == 1 and out.split("/")[0] in err, err
+
+
 def test_videos_without_labels_are_refused(run, videos):
     for path in videos.glob("test/*/*.mp4"):
         shutil.copy(path, run.path / path.name)
