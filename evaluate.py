@@ -303,7 +303,7 @@ def prepare(config: Config) -> tuple[Process, Config, nn.Module, data.VideoList,
         if isinstance(config, ClassifyConfig):
             check_unused(Path(config.out or default_out(config)), config.resume)
         else:  # said now, not after the work
-            out = Path(config.out or f"{default_out(config)}.json")
+            out = result_file(config)
             if out.is_dir():
                 raise ValueError(f"--out {out} is a folder: name the JSON file to write")
             out.parent.mkdir(parents=True, exist_ok=True)
@@ -472,6 +472,11 @@ def default_out(config: Config) -> Path:
     split, fraction = config.split, getattr(config, "fraction", 1)
     name = f"{config.protocol}_{config.dataset}"
     return folder / (name + f"_split{split}" * (split > 1) + f"_{fraction:g}" * (fraction < 1))
+
+
+def result_file(config: Config) -> Path:
+    """JSON file of retrieve, knn and svm."""
+    return Path(config.out or f"{default_out(config)}.json")
 
 
 def save_result(process: Process, config: Config, path: Path, result: dict) -> None:
@@ -725,7 +730,7 @@ def retrieve(config: RetrieveConfig) -> None:
     recalls = {f"R@{k}": round(100 * (hit & good).float().mean().item(), 2) for k, hit in hits.items()}
     process.say("  ".join(f"{name} {value:.1f} %" for name, value in recalls.items()) + f"  of {len(test)} test videos")
     result = {"recall_percent": recalls, "queries": len(queries), "gallery": len(gallery), "unreadable": bad}
-    save_result(process, config, Path(config.out or f"{default_out(config)}.json"), result)
+    save_result(process, config, result_file(config), result)
 
 
 def knn(config: KnnConfig) -> None:
@@ -736,7 +741,7 @@ def knn(config: KnnConfig) -> None:
     process, config, encoder, train, test = prepare(config)
     gallery, gallery_labels, queries, good, bad = video_features(encoder, config, process, train, test)
     scores = knn_scores(queries, gallery, gallery_labels, len(test.classes), config.k, config.temperature)
-    path = Path(config.out or f"{default_out(config)}.json")
+    path = result_file(config)
     save_accuracy(process, config, path, test, scores, good, bad, gallery=len(gallery))
 
 
@@ -769,7 +774,7 @@ def svm(config: SvmConfig) -> None:
     gallery, gallery_labels, queries, good, bad = video_features(encoder, config, process, train, test)
     with user_errors():
         scores = svm_scores(queries, gallery, gallery_labels, len(test.classes), config.cost)
-    path = Path(config.out or f"{default_out(config)}.json")
+    path = result_file(config)
     save_accuracy(process, config, path, test, scores, good, bad, training_videos=len(gallery))
 
 
