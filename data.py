@@ -55,7 +55,7 @@ DEADLINE = 60.0  # seconds that opening a video may take, and one reading of fra
 MAX_FRAMES = 1_000_000  # of a video
 MAX_PIXELS = 8192 * 4320  # of a frame
 MAX_BYTES = 4 * 2**30  # of a video's packets, and of the frames of one reading
-CHUNK = 64 * 2**20  # bytes of RGB that are held while frames are streamed
+CHUNK = 32 * 2**20  # bytes of RGB that are held while frames are streamed
 _watched: dict[tuple, tuple] = {}  # what `Video._watch` found, by file
 
 
@@ -79,13 +79,13 @@ class Video:
     Frame k is the k-th picture that a player shows. The packets are read once (the compressed file is held in memory).
     Decoding starts at the last key frame before each group of wanted frames. Which packet shows frame k follows
 
-    - from the time stamps, where they agree with the order in which the decoder says that it gives pictures out;
-    - from the packets' order, where each is a picture (as of MJPEG), or where the decoder takes one and gives one (MPEG-1,
-      2 and 4): in AVI (UCF101, HMDB51) there are no stamps, and those of packed B-frames come out as 1, 2, 4, 3, 5, …;
-    - else from decoding the whole video once, when it is opened: H.264 and HEVC without stamps (in AVI, or raw) or with
-      stamps that rise although its pictures are reordered; interlaced H.264, where a packet may be half a frame; videos
-      that begin between key frames, whose first pictures can't be decoded and don't count; other codecs without stamps.
-      What came out is remembered for the next time that this process opens the file.
+    - from the time stamps, where they reorder pictures as far as the decoder says that it does;
+    - from the packets' order, where each is a picture (as of MJPEG), or makes one come out (MPEG-1, 2, 4): in AVI (UCF101,
+      HMDB51) there are no stamps, and those that others make up for packed B-frames are 1, 2, 4, 3, 5, …;
+    - else from decoding the whole video once, when it is opened: other codecs without stamps (in AVI, or raw) or with
+      stamps that rise although pictures are reordered; interlaced H.264, of which a packet may be half a frame; videos
+      with losses, or that begin between key frames: what can't be decoded is no frame. The process remembers what came
+      out for the next time that it opens the file.
 
     Raises BadVideo when the file can't be opened, is none of `CONTAINERS`, holds fewer than two frames of video, or
     more than `MAX_FRAMES`, `MAX_PIXELS` or `MAX_BYTES`, or when that is not known after `DEADLINE` seconds.
@@ -152,9 +152,9 @@ class Video:
                 raise BadVideo(self.path, f"more than {limits} of video: cut it into clips")
 
     def _find_order(self) -> None:
-        """Fill `_order`, each frame's ticket, and `_starts`, pairs of a frame and the packet to decode it and later ones
-        from. A picture that comes out bears its ticket by the `_clock`: the "index" of its packet, that of the packet that
-        was "fed" when it came, or its "count". `_near`: which packets hold a frame, from its ticket on, at most.
+        """Fill `_order`, each frame's ticket, and `_starts`, pairs of a frame and the packet from which to decode it and
+        later ones. The ticket of a picture that comes out is, by the `_clock`, the "index" of its packet, that of the
+        packet which was "fed" then, or its "count". `_near`: which packets hold a frame, from its ticket on, at most.
         """
         packets, codec = self._packets, self._codec
         stamps = [packet.pts for packet in packets]
@@ -222,8 +222,8 @@ class Video:
         return False
 
     def _type(self, packet: av.Packet) -> int:
-        """Coding type of a packet's first picture: 0 intra, 1 predicted, 2 between others; −1 for none (ISO/IEC 11172-2,
-        13818-2, picture_coding_type; 14496-2, vop_coding_type)."""
+        """Coding type of a packet's first picture: 0 intra, 1 predicted, 2 between others; −1 for none (ISO/IEC 11172-2
+        and 13818-2, picture_coding_type; 14496-2, vop_coding_type)."""
         _, _, picture = bytes(memoryview(packet)[:1024]).partition(ONE_BY_ONE[self._codec.name])
         if len(picture) < 2:
             return -1
@@ -241,20 +241,15 @@ class Video:
 
     def _is_one_by_one(self) -> bool:
         """Whether each packet makes a picture come out: the first needs none before it, and for each empty one of MPEG-4
-        there is one that holds two."""
-        if (
-            any(p.is_corrupt for p in self._packets)
-            or self._type(self._packets[0])
-            or self._type(self._packets[1]) == 2
-        ):
+        another holds two."""
+        packets, mark = self._packets, ONE_BY_ONE[self._codec.name]
+        if any(packet.is_corrupt for packet in packets) or self._type(packets[0]) != 0 or self._type(packets[1]) == 2:
             return False
-        if self._codec.name != "mpeg4":
-            return True
-        more = sum(bytes(packet).count(ONE_BY_ONE["mpeg4"]) - 1 for packet in self._packets)
-        return more >= sum(packet.size <= TINY for packet in self._packets)
+        empty = sum(packet.size <= TINY for packet in packets) if self._codec.name == "mpeg4" else 0
+        return not empty or empty <= sum(bytes(packet).count(mark) - 1 for packet in packets)
 
     def _watch(self) -> tuple[str, list[int], list[int]]:
-        """Decode all packets: the clock, the tickets of the pictures in the order in which they come out, and key packets."""
+        """Decode all packets: the clock, the pictures' tickets in the order in which they come out, and the key packets."""
         state = os.stat(self.path)
         file = self.path, state.st_size, state.st_mtime_ns
         if file not in _watched:
@@ -303,7 +298,10 @@ class Video:
         return [found[k] for k in frames]
 
     def stream(self, frames: Iterable[int]) -> Iterator[dict[int, np.ndarray]]:
-        """As `read`, but gives the different frames in parts of at most `CHUNK` bytes, index → image, as they come out."""
+        """As `read`, but gives the different frames as they come out, in parts of at most `CHUNK` bytes, index → image.
+
+        A part is emptied when the next one is asked for.
+        """
         wanted = {self._order[k]: k for k in frames}
         missing, images, size = set(wanted), {}, 3 * self._size[0] * self._size[1]
         with self._bad_video():
@@ -311,9 +309,10 @@ class Video:
             for runs, skip in ((self._runs(wanted), self._skip), ([(0, self._last(max(wanted)))], False)):
                 for ticket, image in self._decode(missing, runs, skip) if missing else ():
                     images[wanted[ticket]] = image
+                    del image  # of 8K, it is 100 MB
                     if (len(images) + 1) * size > CHUNK:
                         yield images
-                        images = {}
+                        images.clear()
             if 4 * len(missing) > len(wanted):
                 raise BadVideo(self.path, f"{len(missing)} of {len(wanted)} frames could not be decoded")
             if missing:
@@ -322,7 +321,8 @@ class Video:
                 again = {self._order[k] for k in nearest.values()}
                 held = {wanted[t]: image for t, image in self._decode(again, [(0, self._last(max(again)))], False)}
                 images |= {k: held[near] for k, near in nearest.items()}
-        yield images
+        if images:
+            yield images
 
     def _last(self, ticket: int) -> int:
         """The last packet to feed for a ticket; what the decoder still holds then is taken out of it."""
@@ -379,7 +379,9 @@ class Video:
         a, b, c, d = self._matrix  # (x, y) is shown at (ax + cy, bx + dy)
         if abs(b) + abs(c) > abs(a) + abs(d):
             pixels, a, d = pixels.transpose(1, 0, 2), c, b
-        return pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
+        if a < 0 or d < 0:
+            pixels = pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1].copy()
+        return pixels
 
 
 def _is_progressive(extradata: bytes | None) -> bool:
@@ -793,7 +795,8 @@ def crop_resize(
     top, left, h, w = region
     height, width = images[0].shape[:2]
     for i in range(0, len(images), 4):  # as many as fit in a core's cache
-        crops = torch.from_numpy(np.stack([image[top : top + h, left : left + w] for image in images[i : i + 4]]))
+        crops = [image[top : top + h, left : left + w] for image in images[i : i + 4]]
+        crops = torch.from_numpy(np.stack(crops) if len(crops) > 1 else crops[0][None])
         if flip:
             crops = crops.flatten(0, 1).flip(1).view_as(crops)  # in 3-D: faster than in 4-D
         crops, resized = crops.permute(0, 3, 1, 2), clip[:, i : i + 4].transpose(0, 1)
@@ -805,7 +808,7 @@ def crop_resize(
 def crop_frames(
     images: dict[int, np.ndarray], frames: Sequence[int], region: tuple[int, int, int, int], flip: bool, out: Tensor
 ) -> Tensor | None:
-    """Put those of a clip's frames that are among the images, of `Video.stream`, in their places; returns the box if any is.
+    """Put those of a clip's frames that are among the images of `Video.stream` in their places; the box, if any is.
 
     Args:
         frames: the frame that each of the T images of the clip shows.
