@@ -36,7 +36,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -279,8 +279,9 @@ class Noise(data.Video):
     def __len__(self) -> int:
         return 300
 
-    def read(self, frames: Sequence[int]) -> list[np.ndarray]:
-        return list(np.random.default_rng(0).integers(0, 256, (len(frames), 240, 320, 3), dtype=np.uint8))
+    def stream(self, frames: Sequence[int]) -> Iterator[dict[int, np.ndarray]]:
+        images = np.random.default_rng(0).integers(0, 256, (len(frames), 240, 320, 3), dtype=np.uint8)
+        yield dict(zip(frames, images, strict=True))
 
 
 def random_views(method: fima.FIMA) -> dict[str, Tensor]:
