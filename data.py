@@ -297,6 +297,9 @@ PART = re.compile(  # names of folders that divide a data set
 )
 SEPARATED = r"[\s,;|]+"  # what may stand between the fields of a list
 SUFFIXED, BARE = rf"\.({'|'.join(SUFFIXES)})(?=[\s,;|]|$)", r"(?<=[^\s,;|])(?=[\s,;|]|$)"  # ends of a video's name
+LABEL = (
+    r"\s*\S*|(\s+[+-]?\d+(\.\d*)?)*|\s*[,;|\t].*"  # what may follow a name that has no suffix: "a b c" says too little
+)
 QUOTED = r"""(["'])((?:(?!\1).|\1\1)*)\1(?=[\s,;|]|$)"""  # a field in quotes, in which a quote is doubled
 HEADER = (
     r"sep=.|[^\d\\/.]*(\b|_)(path|video|file|clip|name|id|label|class|category|action)s?_?(path|name|id)?s?\b[^\d\\/]*"
@@ -631,16 +634,18 @@ def _read_tree(
         for above, kind, _ in places[folder]:
             kinds_in.setdefault(above, set()).add(kind)
     divided = {above for above, kinds in kinds_in.items() if "train" in kinds and len(kinds) > 1}
-    if not divided and (kinetics or all(places.values())):
+    if apart := not divided and (kinetics or all(places.values())):
         divided = set(kinds_in)
     alike = [len(set(level)) == 1 for level in zip(*divided, strict=False)]  # levels of folders above the parts
     common = [*alike, False].index(False)
     rows = {}  # of a folder, its part and class
     for folder, names in folders.items():
-        inside = [(kind, [*above[common:], *below]) for above, kind, below in places[folder] if above in divided]
-        if inside or not (divided or kinetics):
-            kind, names = inside[0] if inside else (None, names)
-            rows[folder] = kind, "/".join(names)
+        inside = [place for place in places[folder] if place[0] in divided]
+        if inside:
+            above, kind, below = inside[0]
+            rows[folder] = kind, "/".join(below if apart and below else [*above[common:], *below])
+        elif not (divided or kinetics):
+            rows[folder] = None, "/".join(names)
     fold = _letters if kinetics else str
     classes = {fold(name): name.replace("_", " ") if kinetics else name for _, name in rows.values() if name}
     index = {fold(name): i for i, name in enumerate(sorted(classes.values()))}
@@ -704,7 +709,7 @@ def _read_list(root: str, list_file: str | Path) -> tuple[list[str | None], list
     for number, line in enumerate(map(str.strip, _read_text(file).split("\n")), 1):
         where, ways = f"{file}, line {number}", _ways(line, SUFFIXED)
         bare = not ways
-        ways = ways or _ways(line, BARE)
+        ways = ways or [way for way in _ways(line, BARE) if re.fullmatch(LABEL, way[1])]
         name, rest, paths = next(((*way, fit) for way in ways if (fit := fits(way[0], bare))), ("", "", []))
         if len(paths) > 1:
             raise ValueError(f"{where}: {name!r} may be {' or '.join(map(os.path.basename, paths))}: write its suffix")
