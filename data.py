@@ -265,26 +265,9 @@ class Video:
 DATASETS = ("synthetic", "folder", "ucf101", "hmdb51", "k400", "diving48", "ssv2")
 SUFFIXES = (  # of files in CONTAINERS, without those of sounds and single pictures
     *("avi", "divx", "xvid", "mp4", "m4v", "mp4v", "mpeg4", "mov", "qt", "f4v", "3gp", "3gpp", "3g2", "3gp2", "ismv"),
-    *(
-        "mkv",
-        "mk3d",
-        "webm",
-        "mpg",
-        "mpeg",
-        "mpe",
-        "mpv",
-        "m1v",
-        "m2v",
-        "m2p",
-        "mp2v",
-        "mpv2",
-        "vob",
-        "evo",
-        "vro",
-        "tod",
-    ),
-    *("mod", "ts", "mts", "m2ts", "m2t", "tp", "trp", "flv", "wmv", "asf", "h264", "264", "avc", "h26l", "26l", "h265"),
-    *("265", "hevc", "mjpg", "mjpeg", "ogv", "ogg", "ogm", "mxf", "dv", "dif", "ivf"),
+    *("mkv", "mk3d", "webm", "mpg", "mpeg", "mpe", "mpv", "m1v", "m2v", "m2p", "mp2v", "mpv2", "vob", "evo", "vro"),
+    *("tod", "mod", "ts", "mts", "m2ts", "m2t", "tp", "trp", "flv", "wmv", "asf", "h264", "264", "avc", "h26l", "26l"),
+    *("h265", "265", "hevc", "mjpg", "mjpeg", "ogv", "ogg", "ogm", "mxf", "dv", "dif", "ivf"),
 )
 NOT_READ = re.compile(  # names of files and folders that operating systems, network storage and editors make
     r"\..*|@eadir|@tmp|@recycle|@recently-snapshot|#recycle|#snapshot|~snapshot|\$recycle\.bin|recycler|lost\+found|"
@@ -297,14 +280,12 @@ PART = re.compile(  # names of folders that divide a data set
 )
 SEPARATED = r"[\s,;|]+"  # what may stand between the fields of a list
 SUFFIXED, BARE = rf"\.({'|'.join(SUFFIXES)})(?=[\s,;|]|$)", r"(?<=[^\s,;|])(?=[\s,;|]|$)"  # ends of a video's name
-LABEL = (
-    r"\s*\S*|(\s+[+-]?\d+(\.\d*)?)*|\s*[,;|\t].*"  # what may follow a name that has no suffix: "a b c" says too little
-)
+LABEL = r"\s*\S*|(\s+[+-]?\d+(\.\d*)?)*|\s*[,;|\t].*"  # after a name without suffix; of "a b c", "b c" may be its name
 QUOTED = r"""(["'])((?:(?!\1).|\1\1)*)\1(?=[\s,;|]|$)"""  # a field in quotes, in which a quote is doubled
 HEADER = (
-    r"sep=.|[^\d\\/.]*(\b|_)(path|video|file|clip|name|id|label|class|category|action)s?_?(path|name|id)?s?\b[^\d\\/]*"
+    r"sep=.|[^\d\\/.]*(\b|_)(path|video|file|clip|name|id|label|class|category|action)s?_?(path|name|id)?\b[^\d\\/]*"
 )
-K400_TRAIN, K400_VALIDATION = r".*train\.csv", r".*(val|validate|validation)\.csv"
+K400_TRAIN, K400_VALIDATION = r".*train\.csv", r".*(val|valid|validate|validation)\.csv"
 LAYOUTS = {
     "synthetic": "train/CLASS/*.mp4 and test/CLASS/*.mp4, and perhaps unlabeled/*.mp4 for pretraining",
     "folder": "videos anywhere below it, a folder a class, and if wanted train/ and test/ (or val/) side by side",
@@ -707,7 +688,10 @@ def _read_list(root: str, list_file: str | Path) -> tuple[list[str | None], list
 
     rows, strange, completed, columns, remark = [], "", False, 0, ""
     for number, line in enumerate(map(str.strip, _read_text(file).split("\n")), 1):
-        where, ways = f"{file}, line {number}", _ways(line, SUFFIXED)
+        where = f"{file}, line {number}"
+        if len(line) > 9000:
+            raise ValueError(f"{where}: {len(line)} characters, more than a path and a label: not a list of lines")
+        ways = _ways(line, SUFFIXED)
         bare = not ways
         ways = ways or [way for way in _ways(line, BARE) if re.fullmatch(LABEL, way[1])]
         name, rest, paths = next(((*way, fit) for way in ways if (fit := fits(way[0], bare))), ("", "", []))
@@ -715,7 +699,7 @@ def _read_list(root: str, list_file: str | Path) -> tuple[list[str | None], list
             raise ValueError(f"{where}: {name!r} may be {' or '.join(map(os.path.basename, paths))}: write its suffix")
         completed |= bool(paths) and bare
         if not paths:
-            if not line or line.startswith("#"):
+            if not line.strip(" \t,;|") or line.startswith("#"):
                 continue
             if re.match(r"[\"']?[a-z]:[\\/]", line, re.IGNORECASE):
                 raise ValueError(f"{where}: {line!r} has a drive of Windows: name videos by their path from {root}")
@@ -723,7 +707,7 @@ def _read_list(root: str, list_file: str | Path) -> tuple[list[str | None], list
                 columns, remark = len(re.split(r"[,;|\t]", line)), f" (line {number} is a header)"
                 continue
             if bare and not strange:
-                strange = f"{where}: no video file in {line!r}, and none in {root} that it names without suffix"
+                strange = f"{where}: no video file in {line!r}, and none that it names without suffix, in {root}"
             name, rest = ways[:2][-1] if bare else ways[0]
             if path_of(name.replace("\\", "/")) is None and not bare:
                 raise ValueError(f"{where}: {name!r} is not in {root}: give a folder that holds all videos (--data)")

@@ -414,11 +414,42 @@ def test_links_in_a_circle_end(tmp_path):
     assert len(find_videos("folder", tmp_path, train=True)) == 2
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may list every folder")
-def test_folders_that_cannot_be_listed_are_counted(tmp_path):
+def test_folders_that_cannot_be_listed_are_counted(tmp_path, monkeypatch):
+    def scan(folder, scandir=os.scandir):
+        if str(folder).endswith("run"):
+            raise PermissionError
+        return scandir(folder)
+
     touch(tmp_path, "jump/a.mp4", "run/b.mp4")
-    (tmp_path / "run").chmod(0)
+    monkeypatch.setattr(os, "scandir", scan)
     assert "1 folders that can't be listed" in find_videos("folder", tmp_path, train=True).report
+
+
+FOLDERS = st.lists(st.sampled_from(["train", "test", "val", "bus", "set"]), max_size=4).map("/".join)
+
+
+@given(st.sets(FOLDERS, min_size=1, max_size=6), st.booleans())
+def test_no_tree_gives_a_training_video_that_is_evaluated(folders, kinetics):
+    """Oracle: training and held-out parts in one folder divide; then each part's videos lie below its topmost part."""
+    paths = [os.path.join("/root", folder, "a.mp4") for folder in sorted(folders)]
+    (train, labels, classes, held, outside, halved), (test, *_) = (
+        data._read_tree("/root", paths, half, kinetics) for half in (True, False)
+    )
+    parts = {(name[: m.start()], m[0]) for name in folders for m in re.finditer(r"\b(train|test|val)\b", name)}
+    divided = {above for above, part in parts if part == "train" and {(above, "test"), (above, "val")} & parts}
+    assert len(labels) == len(train) and max(labels, default=-1) < len(classes)
+    if divided or kinetics or all(re.search(r"\b(train|test|val)\b", name) for name in folders):
+        assert halved and not set(train) & set(test) and test == held
+        assert len(train) + len(test) + outside == len(paths)
+    else:
+        assert not halved and train == test == paths and not outside
+    for path in train if divided else []:
+        name = os.path.dirname(path)[len("/root/") :]
+        first = min(
+            (m for m in re.finditer(r"\b(train|test|val)\b", name) if name[: m.start()] in divided),
+            key=lambda m: m.start(),
+        )
+        assert first[0] == "train"
 
 
 def test_suffixes_of_all_containers_are_found_and_others_counted(tmp_path):
@@ -536,7 +567,7 @@ SHAPES = {  # lines: name of each video's class
     "a.mp4 'run'\n'b.mp4' \"brush hair\"": ["run", "brush hair"],
     '"a.mp4 1"\n\t"b.mp4"\t0': ["1", "0"],
     "# made by hand\na.mp4 1 # a note\n#c/d e.avi 5\n# c/d e.avi 5\n\nb.mp4 0 #": ["1", "0"],
-    "a.mp4;1;\nb.mp4;0;": ["1", "0"],
+    "a.mp4;1;\n;;\nb.mp4;0;\n;;": ["1", "0"],
     "a.mp4|run\nb.mp4|jump": ["run", "jump"],
     ".\\a.mp4 1\nno\\..\\b.mp4 0": ["1", "0"],
     "a 1\nb 0": ["1", "0"],
@@ -583,10 +614,11 @@ REFUSED = {
     "x 1": "line 1: 'x' may be x.avi or x.mp4: write its suffix",
     "nothing 1\na.mp4 0": "line 1: no video file in 'nothing 1'",
     "a.mp4 1\npath label": "line 2: no video file in 'path label'",
+    "a.mp4 1 " * 100_000: "line 1: 799999 characters, more than a path and a label",
 }
 
 
-@pytest.mark.parametrize("text", REFUSED)
+@pytest.mark.parametrize("text", REFUSED, ids=lambda text: text[:40])
 def test_lists_that_say_too_much_or_too_little_are_refused(tmp_path, text):
     touch(tmp_path, *VIDEOS, "x.avi", "x.mp4")
     write(tmp_path / "list.csv", *text.split("\n"))
