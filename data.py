@@ -399,6 +399,7 @@ def find_videos(
             numbers = {videos[path] for path in held} & {videos[path] for path in paths} if train else ()
             twice = {*same_files(*([path for path in part if videos[path] in numbers] for part in (paths, held)))}
     excluded = _read_bad(root, exclude) if exclude else set()
+    twice -= excluded
     left_out = excluded | twice
     found = [(path, label) for path, label in zip(paths, labels, strict=True) if path and path not in left_out]
     missing = [name for path, name in zip(paths, names, strict=True) if not path]
@@ -1404,7 +1405,7 @@ def check_videos(root: str | Path, out: str | Path, workers: int, full: bool = F
     Raises FileNotFoundError when there is no video.
     """
     root = os.path.abspath(root)
-    paths = _walk(root)[0]
+    paths = [*_walk(root)[0]]
     if not paths:
         raise FileNotFoundError(f"{root}: no videos (.{', .'.join(SUFFIXES)}) below it")
     return len(paths), visit_videos(_Checker(full), paths, root, out, workers, f"checking {root}")

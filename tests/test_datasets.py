@@ -404,6 +404,8 @@ def test_a_training_video_that_a_link_makes_a_test_video_is_left_out(tmp_path):
     assert videos.report.endswith("; 4 that are held-out videos too (links) left out")
     assert len(videos.shared) == 4
     assert len(find_videos("folder", tmp_path, train=False)) == 2
+    write(tmp_path / "bad.txt", *videos.shared)
+    assert not find_videos("folder", tmp_path, train=True, exclude=tmp_path / "bad.txt").shared
 
 
 def test_links_in_a_circle_end(tmp_path):

@@ -787,6 +787,7 @@ def test_videos_that_training_and_test_share_by_name_or_link_are_counted(run):
         code, _, err = run(evaluate, "knn", *flags, *lists, dataset=None)
         assert code == 2 and "is a training video and a test video, one of 3 by name or link" in err
         assert err.count("\n") == 1
+        assert f"error: {root}/train/" in err
         if lists:  # now in the tree
             (root / "train/run/soft.mp4").symlink_to("../../test/jump/d.mp4")
             os.link(root / "test/run/e.mp4", root / "train/run/hard.mp4")
