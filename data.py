@@ -11,6 +11,7 @@ Letters: N clips, S sub-clips of a view, T frames of a clip, H, W height and wid
 
 import argparse
 import ast
+import codecs
 import contextlib
 import csv
 import datetime
@@ -27,6 +28,8 @@ import sys
 import tempfile
 import traceback
 from bisect import bisect_left, bisect_right
+from bisect import bisect_right
+from collections import Counter, deque
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -50,7 +53,9 @@ from torch.utils.data import Dataset, Sampler, default_collate
 SKIPPING_CODECS = ("h264", "hevc", "mpeg4", "mpeg1video", "mpeg2video")  # others lose frames when told to skip some
 ONE_BY_ONE = {"mpeg4": b"\0\0\1\xb6", "mpeg1video": b"\0\0\1\0", "mpeg2video": b"\0\0\1\0"}  # and their pictures' mark
 TINY = 19  # bytes of a packet of MPEG-4 that may stand for a picture which came in a packet before
-CONTAINERS = "avi,mov,matroska,webm,mpeg,mpegts,mpegvideo,m4v,h264,hevc,flv,asf"  # no playlists: they open other files
+CONTAINERS = (  # no playlists: they open other files
+    "avi,mov,matroska,webm,mpeg,mpegts,mpegvideo,m4v,h264,hevc,flv,asf,ogg,mxf,dv,ivf,mjpeg,jpeg_pipe"
+)
 DEADLINE = 60.0  # seconds that opening a video may take, and one reading of frames
 MAX_FRAMES = 1_000_000  # of a video
 MAX_PIXELS = 8192 * 4320  # of a frame
@@ -425,11 +430,32 @@ def _is_progressive(extradata: bytes | None) -> bool:
 # ---------------------------------------------------------------------------------------------------------------------
 
 DATASETS = ("synthetic", "folder", "ucf101", "hmdb51", "k400", "diving48", "ssv2")
-SUFFIXES = ("avi", "mp4", "mkv", "webm", "mov", "m4v", "mpg", "mpeg", "ts", "mts", "m2ts", "flv", "wmv", "3gp", "h264")
-K400_TRAIN, K400_VALIDATION = r".*train\.csv", r".*(val|validate|validation)\.csv"
+SUFFIXES = (  # of files in CONTAINERS, without those of sounds and single pictures
+    *("avi", "divx", "xvid", "mp4", "m4v", "mp4v", "mpeg4", "mov", "qt", "f4v", "3gp", "3gpp", "3g2", "3gp2", "ismv"),
+    *("mkv", "mk3d", "webm", "mpg", "mpeg", "mpe", "mpv", "m1v", "m2v", "m2p", "mp2v", "mpv2", "vob", "evo", "vro"),
+    *("tod", "mod", "ts", "mts", "m2ts", "m2t", "tp", "trp", "flv", "wmv", "asf", "h264", "264", "avc", "h26l", "26l"),
+    *("h265", "265", "hevc", "mjpg", "mjpeg", "ogv", "ogg", "ogm", "mxf", "dv", "dif", "ivf"),
+)
+NOT_READ = re.compile(  # names of files and folders that operating systems, network storage and editors make
+    r"\..*|@eadir|@tmp|@recycle|@recently-snapshot|#recycle|#snapshot|~snapshot|\$recycle\.bin|recycler|lost\+found|"
+    r"system volume information|__macosx|network trash folder|temporary items|__pycache__|thumbs\.db|desktop\.ini",
+    re.IGNORECASE,
+)
+PART = re.compile(  # names of folders that divide a data set
+    r"(?:(train)(?:ing)?|(test)(?:ing)?|(val)(?:id(?:at(?:e|ion))?)?)(?:[_ -]?set)?[_ -]?(?:\d+(?:p|x\d+)?)?",
+    re.IGNORECASE,
+)
+SEPARATED = r"[\s,;|]+"  # what may stand between the fields of a list
+SUFFIXED, BARE = rf"\.({'|'.join(SUFFIXES)})(?=[\s,;|]|$)", r"(?<=[^\s,;|])(?=[\s,;|]|$)"  # ends of a video's name
+LABEL = r"\s*\S*|(\s+[+-]?\d+(\.\d*)?)*|\s*[,;|\t].*"  # after a name without suffix; of "a b c", "b c" may be its name
+QUOTED = r"""(["'])((?:(?!\1).|\1\1)*)\1(?=[\s,;|]|$)"""  # a field in quotes, in which a quote is doubled
+HEADER = (
+    r"sep=.|[^\d\\/.]*(\b|_)(path|video|file|clip|name|id|label|class|category|action)s?_?(path|name|id)?\b[^\d\\/]*"
+)
+K400_TRAIN, K400_VALIDATION = r".*train\.csv", r".*(val|valid|validate|validation)\.csv"
 LAYOUTS = {
     "synthetic": "train/CLASS/*.mp4 and test/CLASS/*.mp4, and perhaps unlabeled/*.mp4 for pretraining",
-    "folder": "videos anywhere below it, a folder a class, and above them, if wanted, train/ and test/ (or val/)",
+    "folder": "videos anywhere below it, a folder a class, and if wanted train/ and test/ (or val/) side by side",
     "ucf101": "UCF-101/Class/v_Class_gGG_cCC.avi and ucfTrainTestlist/{classInd,trainlist0K,testlist0K}.txt "
     "(or data/Class/ and anno/)",
     "hmdb51": "class/*.avi (or data/class/) and testTrainMulti_7030_splits/class_test_splitK.txt (or anno/)",
@@ -448,12 +474,16 @@ OFFICIAL_COUNTS = {  # train and test videos of each split
 
 @dataclass(frozen=True)
 class VideoList:
-    """Videos of one part of a data set: paths, labels (-1: unknown), class names, and a line on what was found."""
+    """Videos of one part of a data set: paths, labels (-1: unknown), class names, and a line on what was found.
+
+    `shared` names the training videos that were left out because links make them held-out ones too.
+    """
 
     paths: list[str]
     labels: list[int]
     classes: list[str]
     report: str
+    shared: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -475,10 +505,17 @@ def find_videos(
     Videos that are listed and not on disk are left out and counted in the report. Class indices follow the data set's
     own list where it has one (UCF101: classInd.txt), else the sorted names.
 
-    `list_file`, for "folder" only, names a file of "path label" lines instead: paths below `root`, relative to it or
-    absolute (`root` "/" takes any), spaces allowed; labels optional, all integers or names. Links below `root` are
-    followed, wherever they lead. `exclude` names a file of videos to leave out, as `check_videos` writes it.
-    `unlabeled` takes those of "synthetic" that are for pretraining, where there are any (`make_synthetic`).
+    Without such lists, a folder that holds a training part (train, training, trainset, train_256, …; any case) and
+    a held-out one (test, testing, testset, val, valid, validation, …) divides the videos, at whatever depth; what lies
+    outside of these parts is left out and counted in the report. A part without the other divides nothing (a class may
+    be called "train"), unless all videos lie in parts. Where there are both, "test" is held out and "val" is not used
+    (k400: the other way round). Hidden files and folders, and those of `NOT_READ`, are never read. A training video
+    that is a held-out one too, by a link, is left out of training and counted.
+
+    `list_file`, for "folder" only, names a file of "path label" lines instead (`_read_list`): paths below `root`,
+    relative to it or absolute (`root` "/" takes any), spaces allowed; labels optional, all integers or names. Links
+    below `root` are followed, wherever they lead. `exclude` names a file of videos to leave out, as `check_videos`
+    writes it. `unlabeled` takes those of "synthetic" that are for pretraining, where there are any (`make_synthetic`).
 
     Raises ValueError for an unknown data set or split and for a list that can't be understood or names a path outside
     `root`, FileNotFoundError for a missing folder or list or when no video is found.
@@ -505,13 +542,12 @@ def find_videos(
     part = "train" if train else "validation" if dataset in ("k400", "ssv2") else "test"
     title = f"{dataset} {part} split {split}" if splits > 1 else f"{dataset} {part}"
     expected = f" of {OFFICIAL_COUNTS[dataset][split - 1][not train]} expected" if dataset in OFFICIAL_COUNTS else ""
+    outside, passed, twice = 0, Counter(), set()
     if list_file is not None:
-        title = f"{dataset} list {list_file}"
-        names, labels, classes = _read_list(root, list_file)
-        there = {folder: set(_names_in(folder)) for folder in {os.path.dirname(path) for path in names}}
-        paths = [path if os.path.basename(path) in there[os.path.dirname(path)] else None for path in names]
+        paths, names, labels, classes, note = _read_list(root, list_file)
+        title = f"{dataset} list {list_file}{note}"
     else:
-        videos, lists = _walk(root)
+        videos, lists, passed = _walk(root)
         apart = {path for path in videos if dataset == "synthetic" and Path(path).is_relative_to(Path(root, UNLABELED))}
         if unlabeled and apart:
             title = f"{dataset} {UNLABELED}"
@@ -522,12 +558,17 @@ def find_videos(
             paths = _match(names, [classes[label] for label in labels], videos, id_only=dataset == "k400")
             expected = expected or f" of {len(names)} listed"  # copies of k400 differ
         else:
-            videos = [path for path in videos if path not in apart]
-            names, labels, classes, halved = _read_tree(root, videos, train, kinetics=dataset == "k400")
-            paths = names
+            tree = [path for path in videos if path not in apart]
+            paths, labels, classes, held, outside, halved = _read_tree(root, tree, train, dataset == "k400")
+            names = paths
             title = title if halved else f"{dataset} (no train/ and test/ folders: one list for both)"
+            # By numbers of files first, as few have one in common. They are no proof: each file system has its own.
+            numbers = {videos[path] for path in held} & {videos[path] for path in paths} if train else ()
+            twice = {*same_files(*([path for path in part if videos[path] in numbers] for part in (paths, held)))}
     excluded = _read_bad(root, exclude) if exclude else set()
-    found = [(path, label) for path, label in zip(paths, labels, strict=True) if path and path not in excluded]
+    twice -= excluded
+    left_out = excluded | twice
+    found = [(path, label) for path, label in zip(paths, labels, strict=True) if path and path not in left_out]
     missing = [name for path, name in zip(paths, names, strict=True) if not path]
     report = f"{title}: {len(found)} videos{expected}, {f'{len(classes)} classes' if classes else 'no labels'}"
     if missing:
@@ -535,13 +576,41 @@ def find_videos(
         report += f"; {len(missing)} of {len(names)} listed videos are not on disk: {some}"
     if excluded:
         report += f"; {sum(path in excluded for path in paths)} of the {len(excluded)} named in {exclude} left out"
+    if outside:
+        report += f"; {outside} videos outside of the training and the held-out folder left out"
+    if twice:
+        report += f"; {len(twice)} that are held-out videos too (links) left out"
+    if passed:
+        kinds = [f"{count} {kind}" for kind, count in passed.most_common(5)] + ["…"] * (len(passed) > 5)
+        report += f"; {passed.total()} other files passed over ({', '.join(kinds)})"
     if not found:
         raise FileNotFoundError(f"{root}: no videos found ({report}); {dataset} expects {LAYOUTS[dataset]}")
-    return VideoList([path for path, _ in found], [label for _, label in found], classes, report)
+    return VideoList([path for path, _ in found], [label for _, label in found], classes, report, tuple(sorted(twice)))
 
 
-def _names_in(folder: str) -> list[str]:
-    return os.listdir(folder) if os.path.isdir(folder) else []
+def same_files(paths: Iterable[str], others: Iterable[str]) -> list[str]:
+    """Those of the paths whose file is among the others, by whatever name or link, symbolic or hard."""
+
+    def identity(path: str) -> tuple[int, int] | str:
+        try:
+            status = os.stat(path)
+        except OSError:  # a link to nothing
+            return path
+        return status.st_dev, status.st_ino
+
+    known = set(map(identity, others))
+    return [path for path in paths if identity(path) in known]
+
+
+def _read_text(file: str | Path) -> str:
+    """A list's text, UTF-16 with its mark (as Excel writes it) or UTF-8, lines ended by "\\n"; other bytes stay as in
+    file names."""
+    content = Path(file).read_bytes()
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        text = content.decode("utf-16", "replace")
+    else:
+        text = content.decode("utf-8-sig", "surrogateescape")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 class _Lists:
@@ -560,28 +629,50 @@ class _Lists:
         if not (names := self.named(pattern)):
             raise FileNotFoundError(pattern.replace("\\", "").replace("(something-something-v2-)?", ""))
         self.last_read = self.paths[names[0]]
-        return Path(self.last_read).read_text(encoding="utf-8-sig", errors="surrogateescape")  # as file names are
+        return _read_text(self.last_read)
 
     def lines(self, pattern: str) -> list[str]:
         return [line.strip() for line in self.read(pattern).splitlines() if line.strip()]
 
 
-def _walk(root: str) -> tuple[list[str], _Lists]:
-    """Paths of all videos below a folder, and its lists."""
-    videos, lists, seen = [], _Lists(), set()
-    for folder, below, names in os.walk(root, followlinks=True):
-        below.sort()
-        if os.path.realpath(folder) in seen:  # a link to a folder that was here before
-            below.clear()
+def _walk(root: str) -> tuple[dict[str, int], _Lists, Counter]:
+    """Paths of all videos below a folder with the numbers (inodes) of their files, its lists, and how many other files
+    there are, by suffix."""
+    videos, lists, passed, seen = {}, _Lists(), Counter(), set()
+    suffixes = frozenset(SUFFIXES)
+    folders = [(root, os.path.realpath(root), "")]
+    while folders:
+        folder, real, part = folders.pop()
+        if (part, real) in seen:  # a link to a folder that was here before, in the same part of the data set
             continue
-        seen.add(os.path.realpath(folder))
-        for name in sorted(names):
-            suffix = name.rpartition(".")[2].lower()
-            if suffix in SUFFIXES and not name.startswith("."):
-                videos.append(os.path.join(folder, name))
+        seen.add((part, real))
+        try:
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        except PermissionError:
+            passed["folders that can't be listed"] += 1
+            continue
+        below = []
+        for entry in entries:
+            name = entry.name
+            if NOT_READ.fullmatch(name):
+                continue
+            is_link = entry.is_symlink()
+            if os.path.isdir(entry.path) if is_link else entry.is_dir():
+                target = os.path.realpath(entry.path) if is_link else os.path.join(real, name)
+                if not f"{real}{os.sep}".startswith(f"{target}{os.sep}"):  # a link upwards would find all once more
+                    below.append((entry.path, target, part or (entry.path if PART.fullmatch(name) else "")))
+                continue
+            suffix = os.path.splitext(name)[1][1:].lower()
+            if suffix in suffixes:
+                videos[entry.path] = entry.inode()
+                if is_link and os.path.exists(entry.path):
+                    videos[entry.path] = os.stat(entry.path).st_ino
             elif suffix in ("txt", "csv", "json"):
-                lists.paths.setdefault(name, os.path.join(folder, name))
-    return videos, lists
+                lists.paths.setdefault(name, entry.path)
+            else:
+                passed[f".{suffix}" if suffix else "without suffix"] += 1
+        folders += reversed(below)
+    return videos, lists, passed
 
 
 def _letters(name: str) -> str:
@@ -676,63 +767,175 @@ def _ssv2(lists: _Lists, train: bool, split: int) -> tuple[list[tuple[str, int]]
 
 
 def _read_tree(
-    root: str, videos: list[str], train: bool, kinetics: bool
-) -> tuple[list[str], list[int], list[str], bool]:
-    """Paths and labels of a tree whose folders are the classes, the classes, and whether train/ and test/ divide it."""
-    rows = []
-    for path in videos:
-        folders = path[len(root) :].strip(os.sep).split(os.sep)[:-1]
-        half = re.fullmatch(r"(train|test|val)(idation|idate)?[_-]?\d*", folders[0].lower()) if folders else None
-        rows.append((half and half[1], folders, path))
-    halves = {half for half, _, _ in rows}
-    halved = kinetics or None not in halves  # else these are names of classes
-    rows = [(half, "/".join(folders[halved:]), path) for half, folders, path in rows if half or not halved]
+    root: str, videos: Iterable[str], train: bool, kinetics: bool
+) -> tuple[list[str], list[int], list[str], list[str], int, bool]:
+    """Paths and labels of a part of a tree whose folders are the classes, the classes, the paths of the held-out part,
+    how many videos lie outside of both, and whether there are parts (`find_videos` says what they are).
+
+    A class is named by the folders below a part, and by those above where these differ: ucf/train/jump and
+    hmdb/train/jump, or jump/train.
+    """
+    folders = {folder: folder[len(root) :].strip(os.sep).split(os.sep) for folder in map(os.path.dirname, videos)}
+    places, kinds_in = {}, {}  # of each folder, the parts in its path; of the folder above a part, the parts there
+    for folder, names in folders.items():
+        matches = [(i, match) for i, name in enumerate(names) if (match := PART.fullmatch(name))]
+        places[folder] = [(tuple(names[:i]), match[match.lastindex].lower(), names[i + 1 :]) for i, match in matches]
+        for above, kind, _ in places[folder]:
+            kinds_in.setdefault(above, set()).add(kind)
+    divided = {above for above, kinds in kinds_in.items() if "train" in kinds and len(kinds) > 1}
+    if apart := not divided and (kinetics or all(places.values())):
+        divided = set(kinds_in)
+    alike = [len(set(level)) == 1 for level in zip(*divided, strict=False)]  # levels of folders above the parts
+    common = [*alike, False].index(False)
+    rows = {}  # of a folder, its part and class
+    for folder, names in folders.items():
+        inside = [place for place in places[folder] if place[0] in divided]
+        if inside:
+            above, kind, below = inside[0]
+            rows[folder] = kind, "/".join(below if apart and below else [*above[common:], *below])
+        elif not (divided or kinetics):
+            rows[folder] = None, "/".join(names)
     fold = _letters if kinetics else str
-    names = {fold(name): name.replace("_", " ") if kinetics else name for _, name, _ in rows if name}
-    classes = sorted(names.values())
-    index = {fold(name): i for i, name in enumerate(classes)}
-    held_out = "val" if kinetics or "test" not in halves else "test"
-    part = "train" if train else held_out
-    kept = [(path, index.get(fold(name), -1)) for half, name, path in rows if not halved or half == part]
-    return [path for path, _ in kept], [label for _, label in kept], classes, halved
+    classes = {fold(name): name.replace("_", " ") if kinetics else name for _, name in rows.values() if name}
+    index = {fold(name): i for i, name in enumerate(sorted(classes.values()))}
+    held_out = "val" if kinetics or "test" not in {kind for kind, _ in rows.values()} else "test"
+    found = [(*rows.get(os.path.dirname(path), ("outside", "")), path) for path in videos]
+    wanted = (None, "train" if train else held_out)
+    kept = [(path, index.get(fold(name), -1)) for kind, name, path in found if kind in wanted]
+    held = [path for kind, _, path in found if kind == held_out]
+    outside = sum(kind not in (None, "train", held_out) for kind, _, _ in found)
+    paths, labels = [path for path, _ in kept], [label for _, label in kept]
+    return paths, labels, sorted(classes.values()), held, outside, kinetics or bool(divided)
 
 
-def _read_list(root: str, list_file: str | Path) -> tuple[list[str], list[int], list[str]]:
-    """Paths and labels (-1 where none is given) of a file of "path label" lines, and the classes."""
+def _ways(line: str, ends: str) -> list[tuple[str, str]]:
+    """Ways to read a line of a list as a name, which stops at a match of `ends`, and the rest; long names first."""
+    ways = [(line[: match.end()], line[match.end() :]) for match in re.finditer(ends, line, re.IGNORECASE)][::-1]
+    if quoted := re.match(QUOTED, line):
+        inner = quoted[2].replace(2 * quoted[1], quoted[1])
+        ways += [(name, rest + line[quoted.end() :]) for name, rest in _ways(inner, ends)]
+    return ways
+
+
+def _read_list(root: str, list_file: str | Path) -> tuple[list[str | None], list[str], list[int], list[str], str]:
+    """The lines "path label" of a file: paths (None: not on disk), names, labels (-1: none), classes, a remark.
+
+    Fields stand apart by blanks, tabs, commas, semicolons or bars, and may be quoted; folders may stand apart as on
+    Windows, and a suffix may be missing where one video fits. The first way to read a line by which a video is there
+    counts, and names as they stand are tried before all others: "#20; (a, b).avi" may be one. Else lines that begin
+    with "#" are comments, and the first one may be a header. `_read_labels` tells what lines of more fields mean.
+    """
     file = next((f for f in (os.path.abspath(list_file), os.path.join(root, list_file)) if os.path.isfile(f)), None)
     if file is None:
         raise FileNotFoundError(f"{os.path.abspath(list_file)}: no such list file, and none by that name in {root}")
-    paths, given = [], []
-    text = Path(file).read_text(encoding="utf-8-sig", errors="surrogateescape")  # as file names are
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        match = re.fullmatch(rf"(.+\.(?:{'|'.join(SUFFIXES)}))(?:[\s,]+(.*))?", line.strip(), re.IGNORECASE)
-        if match is None:
-            raise ValueError(f"{file}, line {number}: no video file (.{', .'.join(SUFFIXES)}) in {line!r}")
-        path = os.path.normpath(os.path.join(root, match[1]))
-        if os.path.commonpath([root, path]) != root:
-            where = f"{file}, line {number}: {match[1]!r}"
-            raise ValueError(f"{where} is not in {root}: give a folder that holds all videos (--data)")
-        if re.fullmatch(r"-?\d+[\s,]+-?\d+", match[2] or ""):
-            raise ValueError(f"{file}, line {number}: two numbers after {match[1]!r}; lines are 'path label'")
-        paths.append(path)
-        given.append(match[2])
+
+    @functools.cache
+    def names_in(folder: str) -> set[str]:
+        names = os.listdir(folder) if os.path.isdir(folder) else []
+        return {name for name in names if not NOT_READ.fullmatch(name)}
+
+    @functools.cache
+    def stems_in(folder: str) -> dict[str, list[str]]:
+        stems = {}
+        for name in sorted(names_in(folder)):
+            stem, suffix = os.path.splitext(name)
+            if suffix[1:].lower() in SUFFIXES:
+                stems.setdefault(stem, []).append(name)
+        return stems
+
+    def path_of(name: str) -> str | None:
+        path = os.path.normpath(os.path.join(root, name))
+        return path if path.startswith(root.rstrip(os.sep) + os.sep) else None
+
+    def fits(name: str, bare: bool) -> list[str]:
+        for path in filter(None, map(path_of, dict.fromkeys((name, name.replace("\\", "/"))))):
+            folder, last = os.path.split(path)
+            if fit := stems_in(folder).get(last, []) if bare else [last] * (last in names_in(folder)):
+                return [os.path.join(folder, found) for found in fit]
+        return []
+
+    rows, strange, completed, columns, remark = [], "", False, 0, ""
+    for number, line in enumerate(map(str.strip, _read_text(file).split("\n")), 1):
+        where = f"{file}, line {number}"
+        if len(line) > 9000:
+            raise ValueError(f"{where}: {len(line)} characters, more than a path and a label: not a list of lines")
+        ways = _ways(line, SUFFIXED)
+        bare = not ways
+        ways = ways or [way for way in _ways(line, BARE) if re.fullmatch(LABEL, way[1])]
+        name, rest, paths = next(((*way, fit) for way in ways if (fit := fits(way[0], bare))), ("", "", []))
+        if len(paths) > 1:
+            raise ValueError(f"{where}: {name!r} may be {' or '.join(map(os.path.basename, paths))}: write its suffix")
+        completed |= bool(paths) and bare
+        if not paths:
+            if not line.strip(" \t,;|") or line.startswith("#"):
+                continue
+            if re.match(r"[\"']?[a-z]:[\\/]", line, re.IGNORECASE):
+                raise ValueError(f"{where}: {line!r} has a drive of Windows: name videos by their path from {root}")
+            if bare and not rows and re.fullmatch(HEADER, line, re.IGNORECASE):
+                columns, remark = len(re.split(r"[,;|\t]", line)), f" (line {number} is a header)"
+                continue
+            if bare and not strange:
+                strange = f"{where}: no video file in {line!r}, and none that it names without suffix, in {root}"
+            name, rest = ways[:2][-1] if bare else ways[0]
+            if path_of(name.replace("\\", "/")) is None and not bare:
+                raise ValueError(f"{where}: {name!r} is not in {root}: give a folder that holds all videos (--data)")
+        rows.append((where, name, rest, *(paths or [None])))
+    if strange and not completed:  # else it is missing like others, without suffix too
+        raise ValueError(strange)
+    labels, classes, more = _read_labels([row[:3] for row in rows], columns)
+    return [row[3] for row in rows], [row[1] for row in rows], labels, classes, remark + more
+
+
+def _read_labels(rows: list[tuple[str, str, str]], columns: int) -> tuple[list[int], list[str], str]:
+    """Labels (-1: none) of the lines of a list, of which (where, name, rest) is given; the classes, a remark.
+
+    What numbers before the label are is told by all lines together. One on every line is the number of frames, if it is
+    never below 2 and once not below a label that is a number (else the two may be start and end), or if names come with
+    several; else it is part of the class's name. Two (start and end) are refused, as videos are read as a whole.
+    """
+    given, lines = [], []
+    for where, name, rest in rows:
+        text = re.sub(r"(^|\s)#(\s.*)?$", "", rest).strip(" \t,;|")
+        if (quoted := re.match(QUOTED, text)) and quoted.end() == len(text):
+            text = quoted[2].replace(2 * quoted[1], quoted[1])
+        given.append(text)
+        fields = [field.strip("\"'") for field in re.split(SEPARATED, text)]
+        numbers = [bool(re.fullmatch(r"[+-]?\d+(\.\d*)?", field)) for field in fields]
+        before, after = (len([*itertools.takewhile(bool, flags)]) for flags in (numbers, numbers[::-1]))
+        extra = before - all(numbers) or (after if after > 1 and not before else 0)
+        if text:
+            label = re.split(SEPARATED, text, maxsplit=1)[-1].strip("\"'")
+            many = {2: "two", 3: "three"}.get(extra + all(numbers), extra + all(numbers))
+            lines.append((f"{where}: {many} numbers after {name!r}", extra, all(numbers), fields[0], label))
+    fewest = min((extra for _, extra, *_ in lines), default=0)
+    pairs = {line[3:] for line in lines}
+    counted = fewest == 1 and all(re.fullmatch(r"0*([2-9]|[1-9]\d+)", frames) for frames, _ in pairs)
+    if counted and all(numeric for _, _, numeric, _, _ in lines):
+        counted = all(line[1] == 1 for line in lines) and any(int(frames) >= float(label) for frames, label in pairs)
+    elif counted:
+        counted = 2 * len(pairs) > len(lines) and len({label for _, label in pairs}) < len(pairs)
+    for where, extra, numeric, _, _ in lines:
+        if fewest > 1 or (numeric and extra > counted):
+            raise ValueError(f"{where}; lines are 'path label': start and end are not read, cut the videos instead")
+    if columns > 2 and not fewest and any(re.search(SEPARATED, text) for text in given):
+        raise ValueError(f"{rows[0][0]}: {columns} columns; lines are 'path label': keep these two")
+    if counted:
+        given = [re.split(SEPARATED, text, maxsplit=1)[-1].strip("\"'") for text in given]
     named = sorted({label for label in given if label})
+    remark = " (lines of path, number of frames, label)" if counted else ""
     if all(re.fullmatch(r"-?\d+", label) for label in named):
         labels = [max(int(label), -1) if label else -1 for label in given]
         if max(labels, default=0) > 1_000_000:
-            raise ValueError(f"{file}: label {max(labels)}; labels count the classes from 0")
-        return paths, labels, [str(i) for i in range(max(labels, default=-1) + 1)]
-    return paths, [named.index(label) if label else -1 for label in given], named
+            raise ValueError(f"{rows[0][0].rpartition(',')[0]}: label {max(labels)}; labels count the classes from 0")
+        return labels, [str(i) for i in range(max(labels, default=-1) + 1)], remark
+    return [named.index(label) if label else -1 for label in given], named, remark
 
 
 def _read_bad(root: str, file: str | Path) -> set[str]:
     """Paths named by a list of `check_videos`, by a run's bad_videos.log, or by a file of bare paths, one a line."""
     paths = set()
-    text = Path(file).read_text(encoding="utf-8-sig", errors="surrogateescape")
-    for number, line in enumerate(text.split("\n"), 1):
-        fields = line.rstrip("\r").split("\t")
+    for number, line in enumerate(_read_text(file).split("\n"), 1):
+        fields = line.split("\t")
         name = next((field for field in fields if field[:1] in ("'", '"')), "")
         try:
             name = os.fspath(ast.literal_eval(name)) if name else fields[0]
@@ -1396,7 +1599,7 @@ def check_videos(root: str | Path, out: str | Path, workers: int, full: bool = F
     Raises FileNotFoundError when there is no video.
     """
     root = os.path.abspath(root)
-    paths = _walk(root)[0]
+    paths = [*_walk(root)[0]]
     if not paths:
         raise FileNotFoundError(f"{root}: no videos (.{', .'.join(SUFFIXES)}) below it")
     return len(paths), visit_videos(_Checker(full), paths, root, out, workers, f"checking {root}")

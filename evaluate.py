@@ -293,10 +293,10 @@ def prepare(config: Config) -> tuple[Process, Config, nn.Module, data.VideoList,
                 find_labelled(config.dataset, config.data, True, config.split, config.list_file, config.exclude),
                 find_labelled(config.dataset, config.data, False, config.split, config.test_list),
             )
-        if both := set(train.paths) & set(test.paths):
+        if both := [*data.same_files(train.paths, test.paths), *train.shared]:
             raise ValueError(
-                f"{min(both)} is a training video and a test video: divide them into train/ and test/ folders of "
-                f"{config.data}, or by --list_file and --test_list"
+                f"{min(both)} is a training video and a test video, one of {len(both)} by name or link: divide them "
+                f"into train/ and test/ folders of {config.data}, or by --list_file and --test_list, or --exclude them"
             )
         if isinstance(config, SvmConfig) and len(set(train.labels)) < 2:
             raise ValueError(f"{config.data}: an SVM needs training videos of two classes or more")

@@ -1,12 +1,16 @@
 """Finding videos: official layouts and lists, the ways people keep them, and what is said when something is missing."""
 
+import contextlib
 import csv
 import json
 import os
+import re
 import time
 from pathlib import Path
 
+import av
 import pytest
+from encoding import encode, moving_texture
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -253,7 +257,8 @@ def test_folder_of_classes(tmp_path):
         "run/c.avi": "run",
     }
     assert videos.classes == ["jump", "jump/high", "run"]
-    assert videos.report == "folder (no train/ and test/ folders: one list for both): 4 videos, 3 classes"
+    title = "folder (no train/ and test/ folders: one list for both)"
+    assert videos.report == f"{title}: 4 videos, 3 classes; 1 other files passed over (1 .jpg)"
     assert find_videos("folder", tmp_path, train=False) == videos
 
 
@@ -282,10 +287,217 @@ def test_a_class_may_be_called_train(tmp_path):
     }
 
 
+PLAIN = {"train": {"train/jump/a.mp4": "jump"}, "test": {"test/jump/b.mp4": "jump"}}
+TREES = {
+    "a video above": (["train/jump/a.mp4", "test/jump/b.mp4", "c.mp4"], PLAIN, 1),
+    "folders beside": (["train/jump/a.mp4", "test/jump/b.mp4", "more/c.mp4", "more/train_d.mp4"], PLAIN, 2),
+    "validation beside test": (["train/jump/a.mp4", "val/jump/v.mp4", "test/jump/b.mp4"], PLAIN, 1),
+    "classes called as parts": (
+        ["train/train/a.mp4", "train/bus/b.mp4", "test/train/c.mp4"],
+        {"train": {"train/train/a.mp4": "train", "train/bus/b.mp4": "bus"}, "test": {"test/train/c.mp4": "train"}},
+        0,
+    ),
+    "wrapped": (
+        ["sets/UCF/Training/jump/a.mp4", "sets/UCF/valid_256/jump/b.mp4", "sets/c.mp4"],
+        {
+            "train": {"sets/UCF/Training/jump/a.mp4": "jump"},
+            "test": {"sets/UCF/valid_256/jump/b.mp4": "jump"},
+        },
+        1,
+    ),
+    "two wrapped": (
+        ["u/train/jump/a.mp4", "u/test/jump/b.mp4", "h/train set/run/c.mp4", "h/TEST/run/d.mp4"],
+        {
+            "train": {"h/train set/run/c.mp4": "h/run", "u/train/jump/a.mp4": "u/jump"},
+            "test": {"h/TEST/run/d.mp4": "h/run", "u/test/jump/b.mp4": "u/jump"},
+        },
+        0,
+    ),
+    "parts in classes": (
+        ["all/jump/train/a.mp4", "all/jump/test/b.mp4", "all/run/train/c.mp4", "all/run/test/d.mp4"],
+        {
+            "train": {"all/jump/train/a.mp4": "jump", "all/run/train/c.mp4": "run"},
+            "test": {"all/jump/test/b.mp4": "jump", "all/run/test/d.mp4": "run"},
+        },
+        0,
+    ),
+    "parts apart": (
+        ["kinetics_train/train/jump/a.mp4", "kinetics_val/val/jump/b.mp4"],
+        {
+            "train": {"kinetics_train/train/jump/a.mp4": "jump"},
+            "test": {"kinetics_val/val/jump/b.mp4": "jump"},
+        },
+        0,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_a_split_that_exists_is_used_wherever_it_is(tmp_path, name):
+    names, expected, outside = TREES[name]
+    touch(tmp_path, *names)
+    train, test = (find_videos("folder", tmp_path, train=half) for half in (True, False))
+    assert (found(train, tmp_path), found(test, tmp_path)) == (expected["train"], expected["test"])
+    assert train.classes == test.classes
+    for videos in (train, test):
+        left_out = f"; {outside} videos outside of the training and the held-out folder left out"
+        assert videos.report.endswith(left_out if outside else f"{len(train.classes)} classes")
+
+
+@pytest.mark.parametrize("train", ["train", "Training", "trainset", "train_set", "train-2", "train_340x256"])
+@pytest.mark.parametrize("test", ["test", "testing", "TestSet", "val", "valid", "validate", "validation", "valset"])
+def test_parts_may_have_any_of_these_names(tmp_path, train, test):
+    touch(tmp_path, f"{train}/a.mp4", f"{test}/b.mp4", "c.mp4")
+    assert [*found(find_videos("folder", tmp_path, train=True), tmp_path)] == [f"{train}/a.mp4"]
+    assert [*found(find_videos("folder", tmp_path, train=False), tmp_path)] == [f"{test}/b.mp4"]
+
+
+HIDDEN = [".Trash-1000/files", ".ipynb_checkpoints", "@eaDir/a.mp4", "#recycle", "__MACOSX/train", "lost+found", "@tmp"]
+HIDDEN += ["$RECYCLE.BIN", "System Volume Information", "train/@eaDir", "test/jump/.AppleDouble", ".hidden/train/jump"]
+
+
+def test_what_is_hidden_is_never_read(tmp_path):
+    touch(tmp_path, "train/jump/a.mp4", "test/jump/b.mp4", "train/jump/._a.mp4", "._list.txt", "train/Thumbs.db")
+    touch(tmp_path, *[f"{folder}/{name}" for folder in HIDDEN for name in ("x.mp4", "y.jpg")])
+    train, test = (find_videos("folder", tmp_path, train=half) for half in (True, False))
+    assert (found(train, tmp_path), found(test, tmp_path)) == (PLAIN["train"], PLAIN["test"])
+    assert train.report == "folder train: 1 videos, 1 classes"
+    write(tmp_path / "list.txt", "train/jump/._a.mp4 0", "train/jump/a.mp4 0")
+    assert len(find_videos("folder", tmp_path, train=True, list_file="list.txt")) == 1
+
+
+def test_hidden_lists_are_no_lists_of_a_data_set(tmp_path):
+    make_ucf101(tmp_path / "UCF-101", tmp_path / "lists")
+    touch(tmp_path, "lists/._trainlist01.txt", ".Trash-1000/trainlist01.txt", ".Trash-1000/classInd.txt")
+    assert len(find_videos("ucf101", tmp_path, train=True)) == 4
+    write_k400_csv(tmp_path / "k400" / "train.csv", K400_ROWS, "label,youtube_id")
+    touch(tmp_path / "k400", "._train.csv", "train/-abcdefghi1.mp4", "train/.-abcdefghi1.mp4")
+    assert len(find_videos("k400", tmp_path / "k400", train=True)) == 1
+
+
+def test_a_wrapped_k400_without_lists(tmp_path):
+    touch(tmp_path, "K/train_256/jump_high/a.mp4", "K/val_256/jump high/b.mp4", "K/test/c.mp4", "d.mp4")
+    train, test = (find_videos("k400", tmp_path, train=half) for half in (True, False))
+    assert found(train, tmp_path) == {"K/train_256/jump_high/a.mp4": "jump high"}
+    assert found(test, tmp_path) == {"K/val_256/jump high/b.mp4": "jump high"}
+    assert "; 2 videos outside of" in train.report
+
+
+def test_folders_that_are_links_keep_their_part(tmp_path):
+    touch(tmp_path, "all/jump/a.mp4", "all/run/b.mp4")
+    for link, target in (("train/jump", "all/jump"), ("test/run", "all/run")):
+        (tmp_path / link).parent.mkdir()
+        (tmp_path / link).symlink_to(tmp_path / target)
+    assert found(find_videos("folder", tmp_path, train=True), tmp_path) == {"train/jump/a.mp4": "jump"}
+    assert found(find_videos("folder", tmp_path, train=False), tmp_path) == {"test/run/b.mp4": "run"}
+
+
+def test_a_training_video_that_a_link_makes_a_test_video_is_left_out(tmp_path):
+    touch(tmp_path, "train/jump/a.mp4", "test/jump/b.mp4", "test/jump/c.mp4")
+    (tmp_path / "train" / "jump" / "soft.mp4").symlink_to("../../test/jump/b.mp4")
+    os.link(tmp_path / "test" / "jump" / "c.mp4", tmp_path / "train" / "jump" / "hard.mp4")
+    (tmp_path / "train" / "more").symlink_to("../test")
+    (tmp_path / "train" / "back").symlink_to("..")
+    (tmp_path / "train" / "loop.mp4").symlink_to("loop.mp4")
+    videos = find_videos("folder", tmp_path, train=True)
+    assert [*found(videos, tmp_path)] == ["train/loop.mp4", "train/jump/a.mp4"]
+    assert videos.report.endswith("; 4 that are held-out videos too (links) left out")
+    assert len(videos.shared) == 4
+    assert len(find_videos("folder", tmp_path, train=False)) == 2
+    write(tmp_path / "bad.txt", *videos.shared)
+    assert not find_videos("folder", tmp_path, train=True, exclude=tmp_path / "bad.txt").shared
+
+
 def test_links_in_a_circle_end(tmp_path):
-    touch(tmp_path, "jump/a.mp4")
+    touch(tmp_path, "jump/a.mp4", "run/b.mp4")
     (tmp_path / "jump" / "back").symlink_to(tmp_path)
-    assert len(find_videos("folder", tmp_path, train=True)) == 1
+    (tmp_path / "jump" / "to_run").symlink_to(tmp_path / "run")
+    (tmp_path / "run" / "to_jump").symlink_to(tmp_path / "jump")
+    assert len(find_videos("folder", tmp_path, train=True)) == 2
+
+
+def test_folders_that_cannot_be_listed_are_counted(tmp_path, monkeypatch):
+    def scan(folder, scandir=os.scandir):
+        if str(folder).endswith("run"):
+            raise PermissionError
+        return scandir(folder)
+
+    touch(tmp_path, "jump/a.mp4", "run/b.mp4")
+    monkeypatch.setattr(os, "scandir", scan)
+    assert "1 folders that can't be listed" in find_videos("folder", tmp_path, train=True).report
+
+
+FOLDERS = st.lists(st.sampled_from(["train", "test", "val", "bus", "set"]), max_size=4).map("/".join)
+
+
+@given(st.sets(FOLDERS, min_size=1, max_size=6), st.booleans())
+def test_no_tree_gives_a_training_video_that_is_evaluated(folders, kinetics):
+    """Oracle: training and held-out parts in one folder divide; then each part's videos lie below its topmost part."""
+    paths = [os.path.join("/root", folder, "a.mp4") for folder in sorted(folders)]
+    (train, labels, classes, held, outside, halved), (test, *_) = (
+        data._read_tree("/root", paths, half, kinetics) for half in (True, False)
+    )
+    parts = {(name[: m.start()], m[0]) for name in folders for m in re.finditer(r"\b(train|test|val)\b", name)}
+    divided = {above for above, part in parts if part == "train" and {(above, "test"), (above, "val")} & parts}
+    assert len(labels) == len(train) and max(labels, default=-1) < len(classes)
+    if divided or kinetics or all(re.search(r"\b(train|test|val)\b", name) for name in folders):
+        assert halved and not set(train) & set(test) and test == held
+        assert len(train) + len(test) + outside == len(paths)
+    else:
+        assert not halved and train == test == paths and not outside
+    for path in train if divided else []:
+        name = os.path.dirname(path)[len("/root/") :]
+        first = min(
+            (m for m in re.finditer(r"\b(train|test|val)\b", name) if name[: m.start()] in divided),
+            key=lambda m: m.start(),
+        )
+        assert first[0] == "train"
+
+
+def test_suffixes_of_all_containers_are_found_and_others_counted(tmp_path):
+    sound = {"avif", "heic", "heif", "isma", "ism", "m4a", "m4b", "mj2", "psp", "mka", "mks", "mpo", "wma"}
+    for name in {*data.CONTAINERS.split(",")} - {"jpeg_pipe"}:
+        for mode in "rw":
+            with contextlib.suppress(ValueError):
+                assert av.format.ContainerFormat(name, mode).extensions <= {*data.SUFFIXES} | sound, name
+    names = [f"{n}.{suffix.upper() if n % 2 else suffix}" for n, suffix in enumerate(data.SUFFIXES)]
+    others = [
+        "a.jpg",
+        "b.JPG",
+        "c.jpg",
+        "d.zip",
+        "e.zip",
+        "mp4",
+        "f.wav",
+        "g.md",
+        "h.srt",
+        "i.py",
+        "list.txt",
+        ".x.jpg",
+    ]
+    touch(tmp_path, *names, *others)
+    videos = find_videos("folder", tmp_path, train=True)
+    assert found(videos, tmp_path).keys() == set(names)
+    counted = r"; 10 other files passed over \(3 \.jpg, 2 \.zip, 1 \S+, 1 \S+, 1 \S+, …\)"
+    assert re.search(counted, videos.report.replace("without suffix", "none"))
+
+
+@pytest.mark.parametrize(
+    ("name", "codec"),
+    [
+        *(("a.mjpg", "mjpeg"), ("a.ogv", "libvpx"), ("a.mxf", "mpeg2video"), ("a.ivf", "libvpx"), ("a.f4v", "mpeg4")),
+        *(("a.vob", "mpeg2video"), ("a.divx", "mpeg4"), ("a.3g2", "mpeg4"), ("a.asf", "wmv2"), ("a.m2v", "mpeg2video")),
+    ],
+)
+def test_a_video_of_each_new_suffix_is_read(tmp_path, name, codec):
+    images = moving_texture(24)
+    inner = {"divx": "avi", "vob": "mpg", "f4v": "mp4"}.get(name[2:], name[2:])
+    pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+    encode(tmp_path / f"a.{inner}", images, codec, pix_fmt=pix_fmt, b="2M").rename(tmp_path / name)
+    (path,) = find_videos("folder", tmp_path, train=True).paths
+    with data.Video(path) as video:
+        brightness = [image.mean() for image in video.read(range(len(video)))]
+    assert brightness == pytest.approx(images.mean((1, 2, 3)), abs=4)
 
 
 def test_synthetic_is_made_when_it_is_not_there(tmp_path, monkeypatch):
@@ -346,6 +558,101 @@ def test_list_file_counts_what_is_missing_and_takes_absolute_paths(tmp_path):
         videos = find_videos("folder", root, train=True, list_file=tmp_path / "mine.txt")
         assert videos.paths == [str(tmp_path / "root" / "a.mp4")]
         assert "1 videos, 2 classes; 2 of 3 listed videos are not on disk: " in videos.report
+
+
+VIDEOS = ["a.mp4", "b.mp4", "c/d e.avi"]
+SHAPES = {  # lines: name of each video's class
+    "path label\na.mp4 1\nb.mp4 0": ["1", "0"],
+    "video_path,class\na.mp4,run\nb.mp4,jump": ["run", "jump"],
+    "sep=;\nFile name;Label\na.mp4;run\nb.mp4;jump": ["run", "jump"],
+    '"path","label"\n"a.mp4","run, fast"\n"b.mp4","jump"': ["run, fast", "jump"],
+    "a.mp4 'run'\n'b.mp4' \"brush hair\"": ["run", "brush hair"],
+    '"a.mp4 1"\n\t"b.mp4"\t0': ["1", "0"],
+    "# made by hand\na.mp4 1 # a note\n#c/d e.avi 5\n# c/d e.avi 5\n\nb.mp4 0 #": ["1", "0"],
+    "a.mp4;1;\n;;\nb.mp4;0;\n;;": ["1", "0"],
+    "a.mp4|run\nb.mp4|jump": ["run", "jump"],
+    ".\\a.mp4 1\nno\\..\\b.mp4 0": ["1", "0"],
+    "a 1\nb 0": ["1", "0"],
+    "a\nb": [None, None],
+    "a\tbrush hair\nb\trun": ["brush hair", "run"],
+    '"a" 1\n./b,0': ["1", "0"],
+    "a.mp4 2 hands clap\nb.mp4 brush hair": ["2 hands clap", "brush hair"],
+    "a.mp4 1 hand wave\nb.mp4 2 hands clap": ["1 hand wave", "2 hands clap"],
+    "a.mp4 3 jump\nb.mp4 3 jump": ["3 jump", "3 jump"],
+    "a.mp4 163 0\nb.mp4 98 1": ["0", "1"],
+    "path num_frames label\na.mp4,163,1\nb.mp4,98,0": ["1", "0"],
+    "a 163 0\nb 98 1": ["0", "1"],
+    "a.mp4 163 jump\nb.mp4 98 jump": ["jump", "jump"],
+}
+
+
+@pytest.mark.parametrize("text", SHAPES)
+@pytest.mark.parametrize("way", ["\n", "\r\n", "\r", "utf-16-le", "utf-16-be", "utf-8-sig"])
+def test_lists_of_all_shapes(tmp_path, text, way):
+    touch(tmp_path, *VIDEOS)
+    coded = text.replace("\n", way) if way.isspace() else text
+    coding = "utf-8" if way.isspace() else way
+    (tmp_path / "list").write_bytes((("\ufeff" if "16" in way else "") + coded).encode(coding))
+    videos = find_videos("folder", tmp_path, train=True, list_file="list")
+    assert [*found(videos, tmp_path).items()] == [*zip(["a.mp4", "b.mp4"], SHAPES[text], strict=True)]
+    assert ("number of frames" in videos.report) == ("163" in text)
+
+
+REFUSED = {
+    "a.mp4 0 31 0\nb.mp4 5 36 1": "line 1: three numbers after 'a.mp4'; lines are 'path label'",
+    "path,start,end,label\na.mp4,0,31,0": "line 2: three numbers after 'a.mp4'",
+    "a.mp4 0 31 jump\nb.mp4 5 36 brush hair": "line 1: two numbers after 'a.mp4'",
+    "a.mp4 0.5 3.25 jump\nb.mp4 1.0 2.0 run": "line 1: two numbers after 'a.mp4'",
+    "a.mp4 jump 0 31\nb.mp4 run 5 36": "line 1: two numbers after 'a.mp4'",
+    "a.mp4 0 31\nb.mp4 5 36": "line 1: two numbers after 'a.mp4'",
+    "a.mp4 0 3\nb.mp4 5 2": "line 1: two numbers after 'a.mp4'",
+    "a.mp4 163 1\nb.mp4 98 5 1": "line 1: two numbers after 'a.mp4'",
+    "a.mp4 1\nb.mp4 0 31 0": "line 2: three numbers after 'b.mp4'",
+    "path,label,split\na.mp4,jump,train\nb.mp4,run,test": "line 2: 3 columns; lines are 'path label'",
+    "C:\\videos\\a.mp4 1": "line 1: .* has a drive of Windows: name videos by their path from",
+    "a.mp4 1\n'd:/videos/a.mp4',1": "line 2: .* has a drive of Windows",
+    "\\\\server\\videos\\a.mp4 1": "line 1: .* is not in",
+    "..\\a.mp4 1": "line 1: .* is not in",
+    "x 1": "line 1: 'x' may be x.avi or x.mp4: write its suffix",
+    "nothing 1\na.mp4 0": "line 1: no video file in 'nothing 1'",
+    "a.mp4 1\npath label": "line 2: no video file in 'path label'",
+    "a.mp4 1 " * 100_000: "line 1: 799999 characters, more than a path and a label",
+}
+
+
+@pytest.mark.parametrize("text", REFUSED, ids=lambda text: text[:40])
+def test_lists_that_say_too_much_or_too_little_are_refused(tmp_path, text):
+    touch(tmp_path, *VIDEOS, "x.avi", "x.mp4")
+    write(tmp_path / "list.csv", *text.split("\n"))
+    with pytest.raises(ValueError, match=rf"list\.csv, {REFUSED[text]}") as caught:
+        find_videos("folder", tmp_path, train=True, list_file="list.csv")
+    assert "\n" not in str(caught.value)
+
+
+def test_names_as_they_stand_come_first_in_lists(tmp_path):
+    names = [
+        '#20; (a, b) "c".avi',
+        "'q'.mp4",
+        "a\\b.mp4",
+        "a/b.mp4",
+        "x.mp4 1.mp4",
+        "x.mp4",
+        "C:\\x.mp4",
+        '"x.mp4',
+        "y.mp4.mkv",
+    ]
+    touch(tmp_path, *names)
+    write(tmp_path / "list.txt", *[f"{name} {n}" for n, name in enumerate(names)])
+    videos = find_videos("folder", tmp_path, train=True, list_file="list.txt")
+    assert found(videos, tmp_path) == {name: str(n) for n, name in enumerate(names)}
+
+
+def test_listed_videos_without_suffix_that_are_missing_are_counted_and_not_taken_for_others(tmp_path):
+    touch(tmp_path, "run.mp4", "walk.mp4")
+    write(tmp_path / "list.txt", "walk 1", "run fast 3", "run fast.mp4 3", "gone 2")
+    videos = find_videos("folder", tmp_path, train=True, list_file="list.txt")
+    assert [*found(videos, tmp_path)] == ["walk.mp4"]
+    assert "3 of 4 listed videos are not on disk: run fast, run fast.mp4, gone" in videos.report
 
 
 def test_two_numbers_are_no_label(tmp_path):

@@ -767,9 +767,31 @@ def test_lists_that_make_no_sense_are_refused(run, videos):
     flags = lists_of(videos, run.path, dict.fromkeys(data.MOTIONS, "one"))
     assert "two classes" in refused(*flags)
     (run.path / "both.txt").write_text(line := (run.path / "test.txt").read_text().splitlines()[0])
-    assert "is a training video and a test video" in refused(*flags, "--list_file", "both.txt")
+    assert "is a training video and a test video, one of 1 " in refused(*flags, "--list_file", "both.txt")
     (run.path / "twice.txt").write_text(f"{line}\n{line}\n")
     assert "is named more than once" in refused(*flags, "--test_list", "twice.txt")
+
+
+def test_videos_that_training_and_test_share_by_name_or_link_are_counted(run):
+    root = run.path / "set"
+    for name in ("train/jump/a.mp4", "train/run/b.mp4", "train/run/c.mp4", "test/jump/d.mp4", "test/run/e.mp4"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    (root / "soft.mp4").symlink_to("train/jump/a.mp4")
+    os.link(root / "train/run/b.mp4", root / "hard.mp4")
+    (root / "far").symlink_to("train")
+    (root / "train.txt").write_text("train/jump/a.mp4 jump\ntrain/run/b.mp4 run\ntrain/run/c.mp4 run\n")
+    (root / "test.txt").write_text("soft.mp4 jump\nhard.mp4 run\nfar/run/c.mp4 run\ntest/run/e.mp4 run\n")
+    flags = [*UNTRAINED, *FAST, "--dataset", "folder", "--data", root]
+    for lists in (["--list_file", "train.txt", "--test_list", "test.txt"], []):
+        code, _, err = run(evaluate, "knn", *flags, *lists, dataset=None)
+        assert code == 2 and "is a training video and a test video, one of 3 by name or link" in err
+        assert err.count("\n") == 1
+        assert f"error: {root}/train/" in err
+        if lists:  # now in the tree
+            (root / "train/run/soft.mp4").symlink_to("../../test/jump/d.mp4")
+            os.link(root / "test/run/e.mp4", root / "train/run/hard.mp4")
+            (root / "train/jump/more.mp4").symlink_to("../../test/run/e.mp4")
 
 
 def test_training_videos_are_left_out_and_test_videos_are_not(run, videos):
