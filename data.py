@@ -28,9 +28,7 @@ import sys
 import tempfile
 import traceback
 from bisect import bisect_left, bisect_right
-from bisect import bisect_right
 from collections import Counter, deque
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -85,8 +83,8 @@ class Video:
     Decoding starts at the last key frame before each group of wanted frames. Which packet shows frame k follows
 
     - from the time stamps, where they reorder pictures as far as the decoder says that it does;
-    - from the packets' order, where each is a picture (as of MJPEG), or makes one come out (MPEG-1, 2, 4): in AVI (UCF101,
-      HMDB51) there are no stamps, and those that others make up for packed B-frames are 1, 2, 4, 3, 5, …;
+    - from the packets' order, where each is a picture (as of MJPEG), or makes one come out (MPEG-1, 2, 4): in AVI
+      (UCF101, HMDB51) there are no stamps, and those that others make up for packed B-frames are 1, 2, 4, 3, 5, …;
     - else from decoding the whole video once, when it is opened: other codecs without stamps (in AVI, or raw) or with
       stamps that rise although pictures are reordered; interlaced H.264, of which a packet may be half a frame; videos
       with losses, or that begin between key frames: what can't be decoded is no frame. The process remembers what came
@@ -157,9 +155,10 @@ class Video:
                 raise BadVideo(self.path, f"more than {limits} of video: cut it into clips")
 
     def _find_order(self) -> None:
-        """Fill `_order`, each frame's ticket, and `_starts`, pairs of a frame and the packet from which to decode it and
-        later ones. The ticket of a picture that comes out is, by the `_clock`, the "index" of its packet, that of the
-        packet which was "fed" then, or its "count". `_near`: which packets hold a frame, from its ticket on, at most.
+        """Fill `_order`, each frame's ticket, and `_starts`, pairs of a frame and the packet from which to decode it.
+
+        The ticket of a picture that comes out is, by the `_clock`, the "index" of its packet, that of the packet which
+        was "fed" then, or its "count". `_near`: which packets hold a frame, from its ticket on, at most.
         """
         packets, codec = self._packets, self._codec
         stamps = [packet.pts for packet in packets]
@@ -245,8 +244,8 @@ class Video:
         )
 
     def _is_one_by_one(self) -> bool:
-        """Whether each packet makes a picture come out: the first needs none before it, and for each empty one of MPEG-4
-        another holds two."""
+        """Whether each packet makes a picture come out: the first needs none before it, and for each empty one of
+        MPEG-4 another holds two."""
         packets, mark = self._packets, ONE_BY_ONE[self._codec.name]
         if any(packet.is_corrupt for packet in packets) or self._type(packets[0]) != 0 or self._type(packets[1]) == 2:
             return False
@@ -254,7 +253,7 @@ class Video:
         return not empty or empty <= sum(bytes(packet).count(mark) - 1 for packet in packets)
 
     def _watch(self) -> tuple[str, list[int], list[int]]:
-        """Decode all packets: the clock, the pictures' tickets in the order in which they come out, and the key packets."""
+        """Decode all packets: the clock, the pictures' tickets in the order in which they come out, and key packets."""
         state = os.stat(self.path)
         file = self.path, state.st_size, state.st_mtime_ns
         if file not in _watched:

@@ -536,8 +536,8 @@ def test_without_motion_focus_the_views_are_those_of_every_method(moving):
 @pytest.mark.parametrize("index", [0, 1], ids=["long", "short"])
 def test_the_motion_of_a_sample_is_that_of_its_frames_and_box(moving, index, monkeypatch):
     views, (videos, maps) = moving_views(moving), moving
-    asked, read = [], data.Video.read
-    monkeypatch.setattr(data.Video, "read", lambda video, frames: (asked.append(frames), read(video, frames))[1])
+    asked, stream = [], data.Video.stream
+    monkeypatch.setattr(data.Video, "stream", lambda video, frames: stream(video, asked.append([*frames]) or asked[-1]))
     sample = views[3, index]
     length = (60, 20)[index]
     whole = torch.from_numpy(maps.read(videos.paths[index], length))

@@ -129,14 +129,14 @@ def test_a_sample_is_what_it_says(videos):
 
 @pytest.fixture
 def requested(monkeypatch):
-    """The frames asked for by each call of Video.read, as they come."""
-    calls, read = [], Video.read
+    """The frames asked for by each call of Video.stream, as they come."""
+    calls, stream = [], Video.stream
 
     def record(video, frames):
-        calls.append(frames)
-        return read(video, frames)
+        calls.append(np.array(list(frames)))
+        return stream(video, calls[-1].tolist())
 
-    monkeypatch.setattr(Video, "read", record)
+    monkeypatch.setattr(Video, "stream", record)
     return calls
 
 
