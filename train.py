@@ -668,7 +668,8 @@ def autocast_bf16(config: TrainConfig, process: Process) -> bool:
     if config.precision == "bf16" and (torch.backends.cudnn.version() or 0) < 91500:
         process.say("warning: cuDNN before 9.15 has slow or wrong bf16 3-D convolutions; consider --precision float32")
     recent = tuple(int(n) for n in torch.__version__.split("+")[0].split(".")[:2]) >= (2, 11)
-    return config.precision == "bf16" or (config.precision == "auto" and recent and torch.cuda.is_bf16_supported())
+    supported = recent and torch.cuda.is_bf16_supported(including_emulation=False)
+    return config.precision == "bf16" or (config.precision == "auto" and supported)
 
 
 def to_device(batch: dict, device: torch.device, stream: "torch.cuda.Stream | None") -> dict:

@@ -7,6 +7,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import conftest
@@ -98,6 +99,25 @@ def test_ctrl_c_saves_and_says_how_to_go_on(run, monkeypatch):
     assert step == 6
     code, out, _ = run(fima, "--resume", "run/checkpoint.pt", "--max_steps", step + 1, small=False)
     assert code == 0 and f"resumed after step {step}" in out
+
+
+@pytest.mark.parametrize(
+    ("major", "torch_version", "auto"), [(7, "2.14.1", False), (8, "2.14.1", True), (9, "2.10.0", False)]
+)
+def test_auto_takes_bf16_where_the_gpu_computes_in_it_and_does_not_emulate_it(major, torch_version, auto, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", torch_version)
+    monkeypatch.setattr(torch.version, "hip", None)
+    for name, value in {
+        "is_available": True,
+        "current_device": 0,
+        "get_device_properties": types.SimpleNamespace(major=major),
+        "_check_bf16_tensor_supported": True,  # such a tensor can be made on any GPU
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    process = train.Process(0, 1, torch.device("cuda"))
+    assert train.autocast_bf16(train.TrainConfig(), process) is auto
+    assert not train.autocast_bf16(train.TrainConfig(precision="float32"), process)
+    assert train.autocast_bf16(train.TrainConfig(precision="bf16"), process)  # who asks for it gets it
 
 
 BAD_INPUT = {
