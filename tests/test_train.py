@@ -114,6 +114,7 @@ def test_auto_takes_bf16_where_the_gpu_computes_in_it_and_does_not_emulate_it(ma
         "_check_bf16_tensor_supported": True,  # such a tensor can be made on any GPU
     }.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 92400)
     process = train.Process(0, 1, torch.device("cuda"))
     assert train.autocast_bf16(train.TrainConfig(), process) is auto
     assert not train.autocast_bf16(train.TrainConfig(precision="float32"), process)
