@@ -1092,7 +1092,7 @@ def color_augment(clips: Tensor, params: Tensor) -> Tensor:
         (N, 3, T, H, W) in [0, 1].
     """
     params = params.to(clips.device, clips.dtype, non_blocking=True)
-    on_cpu = clips.device.type == "cpu"
+    on_cpu = clips.device.type == "cpu" and not torch.compiler.is_compiling()  # compiled, it is one graph
     if on_cpu and len(clips) > 1:  # one at a time, they stay in the processor's cache
         return torch.cat([color_augment(*one) for one in zip(clips.split(1), params.split(1), strict=True)])
     brightness, contrast, saturation, hue, gray, sigma = params[:, :, None, None, None, None].unbind(1)
@@ -1114,11 +1114,12 @@ def color_augment(clips: Tensor, params: Tensor) -> Tensor:
 
 
 def normalize(clips: Tensor) -> Tensor:
-    """(..., 3, T, H, W) in [0, 1] → the same less the mean, by the deviation, of Kinetics-400; passes no gradient."""
-    made = torch.empty_like(clips)
-    for channel, target, mean, std in zip(clips.unbind(-4), made.unbind(-4), MEAN, STD, strict=True):
-        torch.sub(channel, mean, out=target).div_(std)
-    return made
+    """(..., 3, T, H, W) in [0, 1] → the same less the mean, by the deviation, of Kinetics-400."""
+    mean, std = (
+        torch.tensor(values, dtype=clips.dtype).to(clips.device, non_blocking=True)[:, None, None, None]
+        for values in (MEAN, STD)
+    )
+    return (clips - mean).div_(std)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

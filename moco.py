@@ -240,7 +240,8 @@ class MoCo(nn.Module):
     def encoder_input(self, clips: Tensor, color: Tensor | None, difference: bool = False) -> Tensor:
         """uint8 clips (N, 3, frames, H, W) → V or, taken before the colours, D; then colours, if any, normalised."""
         order = MEMORY_FORMATS[self.config.memory_format]
-        if clips.device.type == "cpu" and len(clips) > 1:  # one at a time, they stay in the cache and take less memory
+        on_cpu = clips.device.type == "cpu" and not torch.compiler.is_compiling()
+        if on_cpu and len(clips) > 1:  # one at a time, they stay in the cache and take less memory
             made = torch.empty(clips.shape, memory_format=order)
             for i in range(len(clips)):
                 one = slice(i, i + 1)
