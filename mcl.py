@@ -170,13 +170,15 @@ class MotionViews(data.PretrainingViews):
             out[:] = crop_motion(self._clip(start), box, self.SIZE)
         return starts
 
-    def _draw_starts(self, rng: np.random.Generator, video: data.Video) -> np.ndarray:
+    def _possible_starts(self, video: data.Video) -> np.ndarray:
+        """Those of windows that move, or of all, where fewer move than are drawn."""
         self.motion = torch.from_numpy(self.maps.read(video.path, len(video)))
+        starts = super()._possible_starts(video)
         if not self.temporal:
-            return super()._draw_starts(rng, video)
+            return starts
         window = self.frames * self.frame_stride
-        moving = moving_windows(pool_motion(self.motion, "t"), window, self.frame_stride)
-        return rng.choice(np.flatnonzero(moving), self.windows)
+        moving = starts[moving_windows(pool_motion(self.motion, "t"), window, self.frame_stride).numpy()]
+        return moving if len(moving) >= self.windows else starts
 
     def _clip(self, start: int) -> Tensor:
         """m^ST of the whole frames of a clip, (frames, h, w)."""

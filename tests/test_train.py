@@ -12,9 +12,11 @@ from pathlib import Path
 
 import conftest
 import encoding
+import numpy as np
 import pytest
 import torch
 
+import data
 import evaluate
 import fima
 import moco
@@ -68,6 +70,37 @@ def test_run_folder_holds_config_command_versions_and_every_loss_with_its_chance
     for name in start["config"]:
         assert name in out  # the settings are printed in full
     assert "chance" in out and "own other half" in out and "evaluate.py retrieve" in out
+
+
+def test_the_overlap_of_windows_is_in_the_log_and_the_last_epochs_in_run_json_and_too_much_is_warned_of(run, videos):
+    """The videos have 40 frames: of windows of 32, the two of a video share 7/8 or more of them, of 8 much less."""
+    flags = [*conftest.CONV4, "--epochs", 3, "--log_every", 3, "--out", "run"]
+    code, out, _ = run(fima, *flags, "--max_steps", 8, dataset="folder")
+    assert code == 0 and out.count("share more than 80% of their frames") == 1
+    listed = data.find_videos("folder", videos, True)
+    views = data.PretrainingViews(listed, 32)
+
+    def mean_of_epoch(epoch):
+        keys = [key for keys in data.StepSampler(len(listed), 4, 3) for key in keys if key[0] == epoch]
+        return float(np.mean([views[key]["overlap"] for key in keys]))
+
+    def starts():
+        return [start["overlap"] for start in json.loads((run.path / "run" / "run.json").read_text())]
+
+    lines = [json.loads(line) for line in (run.path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [3, 4, 6, 8]
+    assert (3 * lines[0]["overlap"] + lines[1]["overlap"]) / 4 == pytest.approx(mean_of_epoch(0))
+    assert starts() == [pytest.approx(mean_of_epoch(1))]
+    assert run(fima, "--resume", "run/checkpoint.pt", small=False, dataset="folder")[0] == 0
+    assert starts() == [pytest.approx(mean_of_epoch(1)), pytest.approx(mean_of_epoch(2))]
+    code, out, _ = run(fima, *flags[:-1], "short", "--frames", 8, "--frame_stride", 1, dataset="folder")
+    assert code == 0 and "of their frames" not in out
+    code, out, _ = run(
+        evaluate, "linear", "--checkpoint", "short/checkpoint.pt", "--epochs", 1, "--device", "cpu", dataset="folder"
+    )
+    assert code == 0
+    (start,) = json.loads((run.path / "short" / "linear_folder" / "run.json").read_text())
+    assert "overlap" not in start and "of their frames" not in out
 
 
 def test_learning_rate_is_a_half_cosine_per_step_scaled_with_the_total_batch():
