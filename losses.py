@@ -176,7 +176,8 @@ def frame_info_nce(prediction: Tensor, target: Tensor, negatives: Tensor, temper
 def frame_triplet(prediction: Tensor, target: Tensor, negatives: Tensor, margin: float = 1.0) -> Tensor:
     """Triplet form of L_Fra (Table 9): max(0, ‖y − l‖² − ‖y − l⁻‖² + margin), mean over all pairs (y, l⁻).
 
-    Arguments as in `frame_info_nce`. The paper gives no margin; 1 is torch's default. Scalar in [0, 4 + margin].
+    Arguments as in `frame_info_nce`. Neither the paper nor its code has a margin; 1 is torch's default. Scalar in
+    [0, 4 + margin].
     """
     cosine = torch.cat([similarity(prediction, keys, 1.0) for keys in (target, negatives)], 1)
     own = cosine.diagonal()[:, None]  # ‖y − l‖² = 2 − 2 y·l for unit vectors

@@ -73,9 +73,8 @@ class MCLConfig(moco.MoCoConfig, MapsConfig):
         super().__post_init__()
         if "vv" not in self.terms:
             raise UserError(f"--losses {self.losses}: t, s and st align the gradient of vv, add it")
-        for name, refused in (("compile", "on"), ("bn", "sync")):
-            if getattr(self, name) == refused:
-                raise UserError(f"--{name} {refused}: MCL differentiates a gradient, which torch can't do in it")
+        if self.compile == "on":
+            raise UserError("--compile on: MCL differentiates a gradient, which torch can't do in it")
 
 
 PAPER = dict(encoder="s3d", crop=224, batch_size=8, lr=0.04)

@@ -89,8 +89,8 @@ class MoCoConfig(TrainConfig, VideosConfig):
     bn: str = option(
         "shuffle",
         "batch norm with several processes. shuffle: keys are made of clips dealt out over the processes, as in MoCo; "
-        "sync: statistics of all processes (on GPUs only); local: of each process's own clips",
-        ("shuffle", "sync", "local"),
+        "local: of each process's own clips",
+        ("shuffle", "local"),
     )
     memory_format: str = option(
         "channels_last", "order of the encoder's input in memory, a matter of speed alone", tuple(MEMORY_FORMATS)
@@ -299,10 +299,6 @@ def main(method_class: type[MoCo], config_class: type[MoCoConfig], presets: dict
     with user_errors():
         torch.manual_seed(config.seed)
         method = method_class(config)
-        if config.bn == "sync" and process.world_size > 1:
-            if process.device.type != "cuda":
-                raise ValueError("--bn sync needs GPUs: on CPUs take shuffle or local")
-            method = torch.nn.SyncBatchNorm.convert_sync_batchnorm(method)
         untrained = copy.deepcopy(method.encoder) if config.dataset == "synthetic" else None
         with process.first():
             videos = config.find_videos()

@@ -842,7 +842,6 @@ def test_without_motion_nothing_asks_for_maps(run):
         (["--alignment", "v4"], ["--alignment", "v3"]),
         (["--temporal_sampling", "any"], ["--temporal_sampling", "random"]),
         (["--spatial_sampling", "any"], ["--spatial_sampling", "random"]),
-        (["--bn", "sync"], ["--bn sync"]),
         (["--compile", "on"], ["--compile on"]),
         (["--dataset", "folder", "--data", "videos"], ["videos_maps", "18 of 18", "python mcl.py maps"]),
     ],

@@ -21,6 +21,7 @@ import evaluate
 import fima
 import moco
 import train
+import visualize
 
 ROOT, SMALL = Path(__file__).parents[1], [*conftest.SMALL, *conftest.DECODER]
 CLIPS = Path(__file__).parents[2] / "shared" / "clips"
@@ -109,6 +110,21 @@ def test_learning_rate_is_a_half_cosine_per_step_scaled_with_the_total_batch():
     assert rates[0] == pytest.approx(0.01) and rates[50] == pytest.approx(0.005) and rates[100] == pytest.approx(0)
     assert rates == sorted(rates, reverse=True)
     assert config.learning_rate(24, 0) == pytest.approx(0.00375)
+
+
+def test_a_checkpoint_of_synchronised_batch_norm_is_refused_in_one_line_and_goes_on_with_another(run):
+    flags = [*conftest.CONV4, "--epochs", 2, "--out", "run"]
+    assert run(fima, *flags, "--max_steps", 2, dataset="folder")[0] == 0
+    path = run.path / "run" / "checkpoint.pt"
+    state = weights(path)
+    state["config"]["bn"] = "sync"  # which there was
+    torch.save(state, path)
+    code, _, err = run(fima, "--resume", path, small=False, dataset=None)
+    assert code == 2 and err == "error: --bn sync: choose from shuffle, local\n"
+    model, _ = visualize.load_decoder(visualize.FigureConfig(device="cpu"), [str(path)])
+    assert same(model.encoder.state_dict()["units.0.conv3d.weight"], state["model"]["encoder.units.0.conv3d.weight"])
+    code, out, _ = run(fima, "--resume", path, "--bn", "shuffle", "--max_steps", 3, small=False, dataset="folder")
+    assert code == 0 and "--bn shuffle (was sync)" in out
 
 
 def test_moco_trains_with_the_same_command_line(run):
