@@ -505,7 +505,8 @@ def deal(rows: Tensor, back: bool = False) -> Tensor:
     where they came from, in the old order. As the sampler draws who is in a batch, the pattern itself needs no chance.
 
     Args:
-        rows: (N, ...), N the same on every process; any type, uint8 clips travel as such. One process keeps them.
+        rows: (N, ...), N the same on every process, in any order in memory; uint8 clips travel as such. One process
+            keeps them.
     """
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if not distributed or torch.distributed.get_world_size() == 1:
