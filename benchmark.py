@@ -218,8 +218,7 @@ def reading(config: BenchmarkConfig) -> None:
     def read(reader: type[data.Video]) -> None:
         for epoch, index in keys:
             with reader(videos.paths[index]) as video:
-                rng = np.random.default_rng([config.seed, epoch, index, 0])  # as `views` draws its windows
-                starts = rng.integers(max(len(video) - window, 0) + 1, size=(2, 1))
+                starts = views._draw_starts(np.random.default_rng([config.seed, epoch, index, 0]), video)[:, None]
                 video.read(np.minimum(starts + np.arange(window), len(video) - 1).ravel())
 
     ways = {

@@ -278,6 +278,19 @@ def test_background_pixels_are_in_no_pair():
     assert torch.equal(pairs[0], pairs[1].transpose(1, 2))  # the second direction is the first, read backwards
 
 
+@pytest.mark.parametrize("difference", [False, True])
+@pytest.mark.parametrize("colors", [False, True])
+def test_what_compile_compiles_is_one_graph_and_gives_the_same(colors, difference):
+    model, views = build(encoder="conv4", width=0.25, crop=16), make_views(crop=16)
+    clips, color = views["clip"].flatten(0, 1), views["color"].flatten(0, 1)[:, 0] if colors else None
+
+    def whole(clips, color):
+        return model.encoder(model.encoder_input(clips, color, difference))
+
+    compiled = torch.compile(whole, fullgraph=True, dynamic=False, backend="aot_eager")
+    torch.testing.assert_close(compiled(clips, color), whole(clips, color), atol=1e-4, rtol=1e-4)
+
+
 def features_process(rank: int, folder: str) -> None:
     torch.set_num_threads(1)  # as in the parent, whose numbers are compared
     torch.distributed.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)

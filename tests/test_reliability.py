@@ -322,6 +322,10 @@ def test_two_processes_go_on_after_a_kill_as_if_nothing_had_been_and_one_alone_s
     flags = undisturbed[1]
     for process in start_two(whole := tmp_path / "whole", *flags):
         assert finish(process, whole)[0] == 0
+    (record,) = json.loads((whole / "run" / "run.json").read_text())
+    lines = [json.loads(line) for line in (whole / "run" / "log.jsonl").read_text().splitlines()]
+    last = [line["overlap"] for line in lines if line["epoch"] > lines[-1]["epoch"] - 1]
+    assert min(last) <= record["overlap"] <= max(last)  # the last epoch's mean
     first, second = start_two(broken := tmp_path / "broken", *flags, at_step_6="SIGKILL")
     assert (finish(first, broken)[0], finish(second, broken)[0]) == (1, -signal.SIGKILL)
     shutil.copytree(broken, alone := tmp_path / "alone")
