@@ -36,7 +36,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -278,7 +278,8 @@ class Noise(data.Video):
     def __len__(self) -> int:
         return 300
 
-    def stream(self, frames: Sequence[int]) -> Iterator[dict[int, np.ndarray]]:
+    def stream(self, frames: Iterable[int]) -> Iterator[dict[int, np.ndarray]]:
+        frames = [*frames]
         images = np.random.default_rng(0).integers(0, 256, (len(frames), 240, 320, 3), dtype=np.uint8)
         yield dict(zip(frames, images, strict=True))
 
