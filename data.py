@@ -102,9 +102,8 @@ class Video:
                 if os.path.exists(self.path) and not os.path.isfile(self.path):
                     raise BadVideo(self.path, "not a file")  # opening a pipe would wait for its other end
                 options = {"format_whitelist": CONTAINERS, "protocol_whitelist": "file", "max_pixels": str(MAX_PIXELS)}
-                self._container = av.open(
-                    f"file:{self.path}", metadata_errors="ignore", options=options, timeout=DEADLINE
-                )
+                tags = {"metadata_errors": "ignore"} if av.__version__.startswith("18.") else {}  # 19 takes any bytes
+                self._container = av.open(f"file:{self.path}", options=options, timeout=DEADLINE, **tags)
                 self._read_packets()
                 self._find_order()
         except BaseException:
@@ -368,7 +367,7 @@ class Video:
             self._codec.skip_frame = "DEFAULT" if needed is None or i in needed else "NONREF"
             try:
                 images = self._codec.decode(self._packets[i] if i <= last else None)
-            except av.error.FFmpegError:
+            except (av.error.FFmpegError, ValueError):  # av 19: ValueError once its decoder could not be opened
                 continue  # damaged here; the caller counts what stays missing
             for image in images:
                 yield i, image

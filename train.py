@@ -95,8 +95,7 @@ def command_line(main: Callable[[], None]) -> NoReturn:
             code = 1
         else:
             raise
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    end_process()
     sys.exit(code)
 
 
@@ -352,6 +351,16 @@ def start_process(device: str = "auto", timeout: float = 10, deterministic: bool
         else:
             dist.init_process_group("gloo", timeout=timedelta(minutes=timeout))
     return Process(int(os.environ.get("RANK", 0)), world_size, place)
+
+
+def end_process() -> None:
+    """Leaves the run that `start_process` joined, if there is one."""
+    if dist.is_initialized():
+        # Until torch 2.7 a group ends with Python's lock held, and waits for gloo's threads, which may need that lock
+        # to let their last tensors go. A backend ends without holding it: keep gloo's until the group is gone.
+        if torch.__version__ < (2, 8) and dist.get_backend() == "gloo":
+            _last = dist.group.WORLD._get_backend(torch.device("cpu"))
+        dist.destroy_process_group()
 
 
 def loader_workers(config: TrainConfig, process: Process) -> int:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 import data
 import fima
 import moco
+import train
 from losses import bin_centers
 from models import momentum_update
 from train import UserError, parse
@@ -298,7 +299,7 @@ def features_process(rank: int, folder: str) -> None:
         model, views = build(bn=bn), make_views(seed=rank)
         maps = model.encode(views, motion=True)
         torch.save([maps.query, maps.key, maps.motion, model.sub_clip_features(views)], f"{folder}/{bn}{rank}.pt")
-    torch.distributed.destroy_process_group()
+    train.end_process()
 
 
 def test_shuffled_batch_norm_makes_keys_of_clips_of_all_processes(tmp_path):
@@ -368,7 +369,7 @@ def step_process(rank: int, folder: str) -> None:
         gradients = {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
         queues = {k: queue.keys for k, queue in model.queues.items()}
         torch.save([{k: v.detach() for k, v in losses.items()}, gradients, queues], f"{folder}/{name}{rank}.pt")
-    torch.distributed.destroy_process_group()
+    train.end_process()
 
 
 def test_two_processes_do_what_one_does_with_the_same_batch_but_for_negatives_of_the_mini_batch(tmp_path):

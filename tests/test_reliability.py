@@ -305,6 +305,21 @@ def start_two(folder, *flags, at_step_6=""):
     ]
 
 
+def leave_at_once() -> None:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    torch.distributed.all_gather([torch.empty(1 << 22)], torch.ones(1 << 22), async_op=True)
+    train.end_process()
+
+
+def test_a_process_leaves_while_a_thread_still_holds_tensors():
+    """On torch 2.6 and 2.7 the thread waited for Python's lock, held by what waited for the thread."""
+    process = multiprocessing.get_context("forkserver").Process(target=leave_at_once)
+    process.start()
+    process.join(60)
+    process.kill()
+    assert process.exitcode == 0
+
+
 @pytest.mark.parametrize("at_step_6", ["SIGKILL", "SIGSTOP"])
 def test_a_process_that_dies_or_hangs_ends_the_others_with_a_message(at_step_6, undisturbed, tmp_path):
     timeout = ["--timeout", "0.3"] if at_step_6 == "SIGSTOP" else []  # a death is noticed at once
