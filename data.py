@@ -307,9 +307,10 @@ class Video:
         """
         wanted = {self._order[k]: k for k in frames}
         missing, images, size = set(wanted), {}, 3 * self._size[0] * self._size[1]
+        last = self._last(max(wanted, default=0))
         with self._bad_video():
             # Streams refreshed bit by bit need more than their last "key" frame: what is missing is tried from 0 on.
-            for runs, skip in ((self._runs(wanted), self._skip), ([(0, self._last(max(wanted)))], False)):
+            for runs, skip in ((self._runs(wanted), self._skip), ([(0, last)], False)):
                 for ticket, image in self._decode(missing, runs, skip) if missing else ():
                     images[wanted[ticket]] = image
                     del image  # of 8K, it is 100 MB
@@ -1582,7 +1583,8 @@ class _Checker(VideoVisitor):
             last = max(len(video) - 32, 0)
             step = 32 if self.full else max(math.ceil(last / 2), 1)
             for start in (*range(0, last, step), last):
-                video.read(range(start, min(start + 32, len(video))))
+                for _ in video.stream(range(start, min(start + 32, len(video)))):
+                    pass  # they are of no more use
 
 
 def visit_videos(
