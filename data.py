@@ -34,7 +34,8 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from time import monotonic
+from time import monotonic, thread_time
+from typing import TextIO
 
 import av
 import numpy as np
@@ -77,18 +78,22 @@ WANTS = {  # of the machine, which no video is to blame for: by the number of th
 
 
 def _is_memory_short() -> bool:
-    """Whether the system refuses 1 GiB, which is more than a video of fewer than `MAX_PIXELS` asks for at once."""
+    """Whether the system refuses 256 MiB, more than a video whose frames have `MAX_PIXELS` needs to ask for at once."""
     try:
-        mmap.mmap(-1, 2**30).close()
+        mmap.mmap(-1, 2**28).close()
     except OSError:
         return True
     return False
 
 
 def _blame_machine(error: Exception, path: str) -> None:
-    """Raises OSError where an error in reading a video comes of what the machine lacks, not of the video's bytes."""
-    number = errno.ENOMEM if isinstance(error, MemoryError) else getattr(error, "errno", None)
-    if number in WANTS and (number != errno.ENOMEM or _is_memory_short()):  # else the video asks for too much
+    """Raises OSError where an error in reading a video comes of what the machine lacks, not of the video's bytes.
+
+    Decoders that get no memory call a video damaged; one that asks for too much gets none on any machine.
+    """
+    short, number = _is_memory_short(), getattr(error, "errno", None)
+    if short or (number in WANTS and number != errno.ENOMEM):
+        number = errno.ENOMEM if short else number
         raise OSError(number, f"{os.strerror(number)}: {WANTS[number]}", path) from error
 
 
@@ -125,12 +130,18 @@ class Video:
 
     @contextlib.contextmanager
     def _bad_video(self) -> Iterator[None]:
-        """Starts the clock for a block, whose failures in FFmpeg are a BadVideo."""
-        self._deadline = monotonic() + DEADLINE
+        """Starts the clock for a block, whose failures are a BadVideo, or an OSError where the machine is to blame.
+
+        The clock counts the computing of this thread, as others may make it wait.
+        """
+        self._deadline = thread_time() + DEADLINE
         try:
             yield
-        except (av.error.FFmpegError, MemoryError) as error:
-            _blame_machine(error, self.path)
+        except (av.error.FFmpegError, MemoryError, BadVideo) as error:
+            idle = isinstance(error, av.error.ExitError) and thread_time() < self._deadline - DEADLINE / 2
+            _blame_machine(TimeoutError(errno.ETIMEDOUT, "") if idle else error, self.path)
+            if isinstance(error, BadVideo):
+                raise
             reasons = {av.error.ExitError: f"not read within {DEADLINE:g} s", MemoryError: "not enough memory"}
             if self._container is None:
                 reasons[av.error.ArgumentError] = f"in none of the formats {CONTAINERS.replace(',', ', ')}"
@@ -138,7 +149,7 @@ class Video:
             raise BadVideo(self.path, reason) from error
 
     def _check_time(self) -> None:
-        if monotonic() > self._deadline:
+        if thread_time() > self._deadline:
             raise BadVideo(self.path, f"not read within {DEADLINE:g} s")
 
     def _index(self) -> None:
@@ -233,7 +244,8 @@ class Video:
             found = self._decode(wanted, runs, skip=self._clock != "count" and self._codec.name in SKIPPING_CODECS)
             if len(found) < len(wanted):  # streams refreshed bit by bit need more than their last "key" frame
                 found = self._decode(wanted, [(0, runs[-1][1])], skip=False)
-        missing = wanted - found.keys()
+        if missing := wanted - found.keys():
+            _blame_machine(MemoryError(), self.path)
         if 4 * len(missing) > len(wanted):
             raise BadVideo(self.path, f"{len(missing)} of {len(wanted)} frames could not be decoded")
         nearest = {time: min(found, key=lambda other: abs(other - time)) for time in missing}
@@ -1202,6 +1214,15 @@ def normalize(clips: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def _write(text: str, stream: TextIO, end: str = "\n") -> None:
+    """Prints; where the terminal or the pipe is gone, as if by Ctrl-C, and what comes later is lost."""
+    try:
+        print(text, end=end, file=stream, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        raise KeyboardInterrupt from None
+
+
 def _progress(items: Iterable, total: int, what: str) -> Iterator:
     """Passes items on and says how far it is: twice a second in a terminal, twice a minute in a file."""
     terminal = sys.stderr.isatty()
@@ -1212,7 +1233,7 @@ def _progress(items: Iterable, total: int, what: str) -> Iterator:
         if done == total or now - shown > (0.5 if terminal else 30):
             shown, left = now, datetime.timedelta(seconds=round((now - begin) / done * (total - done)))
             end = "\r" if terminal and done < total else "\n"
-            print(f"{what}: {done}/{total}, {left} left ", end=end, file=sys.stderr, flush=True)
+            _write(f"{what}: {done}/{total}, {left} left ", sys.stderr, end)
 
 
 class VideoVisitor:
@@ -1622,6 +1643,8 @@ def _parser() -> argparse.ArgumentParser:
 def main() -> int:
     """Command line: `python data.py check ROOT`, `python data.py synthetic ROOT`; returns the exit code."""
     options = _parser().parse_args()
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # nohup has it ignored
+        signal.signal(signal.SIGHUP, signal.default_int_handler)
     try:
         if options.command == "synthetic":
             size = (options.size, options.size)
@@ -1629,14 +1652,16 @@ def main() -> int:
             make_synthetic(options.root, *given)
             return 0
         count, bad = check_videos(options.root, options.out, max(options.workers, 1), options.full)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        advice = f": leave them out with --exclude {options.out}" if bad else ""
+        _write(f"{bad} of {count} videos can't be read{advice}", sys.stdout)
+        return int(bad > 0)
+    except (ValueError, OSError, MemoryError) as error:
+        print(f"error: {str(error) or 'out of memory: take fewer --workers'}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        with contextlib.suppress(KeyboardInterrupt):
+            _write("interrupted", sys.stderr)
         return 130
-    print(f"{bad} of {count} videos can't be read" + (f": leave them out with --exclude {options.out}" if bad else ""))
-    return int(bad > 0)
 
 
 if __name__ == "__main__":

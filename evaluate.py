@@ -283,6 +283,19 @@ def with_same_classes(train: data.VideoList, test: data.VideoList) -> tuple[data
     return train, dataclasses.replace(test, labels=labels, classes=classes, report=report)
 
 
+def check_out(config: Config) -> None:
+    """Raises UserError, ValueError or OSError where the results can't be written: now, not after the work."""
+    if isinstance(config, ClassifyConfig):
+        check_unused(Path(config.out or default_out(config)), config.resume)
+        return
+    out = result_file(config)
+    if out.is_dir():
+        raise ValueError(f"--out {out} is a folder: name the JSON file to write")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(out.parent, os.W_OK):
+        raise PermissionError(f"{out.parent}: no permission to write the result there, name another --out")
+
+
 def prepare(config: Config) -> tuple[Process, Config, nn.Module, data.VideoList, data.VideoList]:
     """This process, the options filled in, the encoder, and the data set's training and test videos."""
     process = start_process(config.device, getattr(config, "timeout", 10), getattr(config, "deterministic", "") == "on")
@@ -300,15 +313,7 @@ def prepare(config: Config) -> tuple[Process, Config, nn.Module, data.VideoList,
             )
         if isinstance(config, SvmConfig) and len(set(train.labels)) < 2:
             raise ValueError(f"{config.data}: an SVM needs training videos of two classes or more")
-        if isinstance(config, ClassifyConfig):
-            check_unused(Path(config.out or default_out(config)), config.resume)
-        else:  # said now, not after the work
-            out = result_file(config)
-            if out.is_dir():
-                raise ValueError(f"--out {out} is a folder: name the JSON file to write")
-            out.parent.mkdir(parents=True, exist_ok=True)
-            if not os.access(out.parent, os.W_OK):
-                raise PermissionError(f"{out.parent}: no permission to write the result there, name another --out")
+        process.of_first(lambda: check_out(config))
     process.say(f"{train.report}\n{test.report}")
     return process, config, encoder.to(process.device), train, test
 
@@ -698,7 +703,8 @@ def train_and_test(
     probabilities, good, bad = clip_outputs(
         classifier.eval().probabilities, clips, process, workers, config.test_batch, "test videos", average=True
     )
-    more = {"training_videos": videos, "trained_epochs": load_checkpoint(checkpoint)["step"] / steps}
+    trained = process.of_first(lambda: load_checkpoint(checkpoint)["step"])  # no other may have the folder
+    more = {"training_videos": videos, "trained_epochs": trained / steps}
     save_accuracy(process, config, checkpoint.with_name("result.json"), test, probabilities, good, bad, **more)
 
 

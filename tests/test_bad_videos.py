@@ -1,6 +1,7 @@
 """What scraped files do to the loader: mutated, huge, slow, strangely named and fatal ones; the checker; --exclude."""
 
 import contextlib
+import functools
 import os
 import re
 import resource
@@ -333,11 +334,12 @@ def no_more_files(_worker: int = 0) -> None:
 HELD = []
 
 
-def no_more_memory(_worker: int = 0) -> None:
+def no_more_memory(megabytes: int, _worker: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (2**20, 2**20))
     with contextlib.suppress(MemoryError):
         while True:
             HELD.append(bytearray(2**18))
+    del HELD[: 4 * megabytes]
 
 
 def test_too_few_open_files_are_no_videos_fault(folder):
@@ -363,11 +365,24 @@ def test_too_few_open_files_stop_the_checker(folder, check, monkeypatch):
     assert err.startswith("error: [Errno 24] Too many open files: raise `ulimit -n`")
 
 
-def test_too_little_memory_is_no_videos_fault(tmp_path):
+@pytest.mark.parametrize("megabytes", [0, 1, 4])
+def test_too_little_memory_is_no_videos_fault(tmp_path, megabytes):
+    """Whether it fails in decoding, where FFmpeg calls the video damaged, or elsewhere."""
     path = encode(tmp_path / "large.mp4", moving_texture(8, 540, 960), "libx264", preset="ultrafast")
-    assert next(load_batches(views_of([path]), Keys([[(0, 0)]]), 1))["bad"] == []
-    with pytest.raises((OSError, MemoryError, RuntimeError), match=r"emory|^$"):
-        next(load_batches(views_of([path]), Keys([[(0, 0)]]), 1, no_more_memory))
+    views, clips = views_of([path]), data.TestClips(views_of([path]).videos, 16, 4)
+    for items, key in ((views, (0, 0)), (clips, 0)):
+        assert next(load_batches(items, Keys([[key]]), 1))["bad"] == []
+        with pytest.raises((OSError, MemoryError, RuntimeError), match=r"emory|^$"):
+            next(load_batches(items, Keys([[key]]), 1, functools.partial(no_more_memory, megabytes)))
+
+
+def test_a_disk_that_does_not_answer_is_no_videos_fault(folder, monkeypatch):
+    def wait(*_arguments, **_options):
+        raise av.error.ExitError(int.from_bytes(b"TIXE"), "Immediate exit requested")
+
+    monkeypatch.setattr(av, "open", wait)
+    with pytest.raises(OSError, match=r"timed out: mount the disk again.*h264\.mp4"):
+        Video(folder / "h264.mp4")
 
 
 NAMES = [
