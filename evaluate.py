@@ -784,6 +784,10 @@ def export(config: ExportConfig) -> None:
     out = config.out or Path(config.checkpoint).with_name(f"{config.to}.pt")
     with user_errors():
         weights = export_weights(encoder, config.to)
+        if broken := [name for name, value in weights.items() if not torch.as_tensor(value).isfinite().all()]:
+            raise ValueError(
+                f"{config.checkpoint}: {len(broken)} tensors are not finite, the first of them {broken[0]}"
+            )
         with open(out, "xb") as file:
             torch.save(weights, file)
     print(f"{len(weights)} entries written to {out}")

@@ -1,6 +1,7 @@
 """What scraped files do to the loader: mutated, huge, slow, strangely named and fatal ones; the checker; --exclude."""
 
 import contextlib
+import faulthandler
 import functools
 import os
 import re
@@ -223,6 +224,7 @@ class Fatal(PretrainingViews):
 
     def _write_views(self, rng, path, item):
         if "fatal" in path and self.epoch % 2 == 0:
+            faulthandler.disable()  # pytest's
             os.kill(os.getpid(), self.number)
         super()._write_views(rng, path, item)
 

@@ -19,6 +19,7 @@ from encoding import encode, moving_texture
 import evaluate
 import moco
 from data import PretrainingViews, StepSampler, TestClips, VideoList, collate, load_batches
+from train import Process
 
 
 @pytest.fixture(scope="module")
@@ -119,11 +120,10 @@ def long_temporary_folder(tmp_path, monkeypatch):
 
 
 def test_a_long_temporary_folder_costs_no_video(views, long_temporary_folder):
-    clips = TestClips(views.videos, 28, 4, 1, 2)
-    batches = torch.utils.data.BatchSampler(range(5), 2, drop_last=False)
-    for batch, indices in zip(load_batches(clips, batches, workers=2), batches, strict=True):
-        assert_same(batch, collate([clips[i] for i in indices]))
-        assert [path for path, _ in batch["bad"]] == [views.videos.paths[1]] * (1 in indices)
+    clips, alone = TestClips(views.videos, 28, 4, 1, 2), Process(0, 1, torch.device("cpu"))
+    found, _, bad = evaluate.clip_outputs(lambda x: x.flatten(1).float(), clips, alone, 2, 2, "")
+    assert [path for path, _ in bad] == [views.videos.paths[1]]
+    assert torch.equal(found, torch.stack([clips[i]["clips"].flatten(1).float() for i in range(5)]))
 
 
 def test_a_process_that_cannot_be_started_ends_the_run_and_says_why(views, long_temporary_folder, monkeypatch):
