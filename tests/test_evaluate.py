@@ -623,7 +623,7 @@ def test_no_number_is_about_unreadable_videos_alone(run, pretrained, videos):
     assert code == 2 and "error: test videos: none of 10 can be read" in err and "R@1" not in out
 
 
-def evaluate_on_node(rank, folder, pretrained, videos, port, codes):
+def evaluate_on_node(rank, folder, pretrained, videos, ports, codes):
     """Process `rank` of 2, each on a disk of its own, of which the second has no place for the results."""
     own = folder / str(rank)
     own.mkdir()
@@ -631,7 +631,7 @@ def evaluate_on_node(rank, folder, pretrained, videos, port, codes):
     torch.set_num_threads(1)
     if rank == 1:
         Path("run").touch()
-    for protocol in ("linear", "finetune", "knn"):
+    for protocol, port in zip(("linear", "finetune", "knn"), ports, strict=True):
         place = {"RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         os.environ.update({name: str(value) for name, value in place.items()})
         train_it = ["--epochs", 1, "--batch_size", 4] if protocol != "knn" else []
@@ -645,11 +645,12 @@ def evaluate_on_node(rank, folder, pretrained, videos, port, codes):
 
 
 def test_two_nodes_need_no_common_disk(pretrained, videos, tmp_path):
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
+    with contextlib.ExitStack() as stack:
+        servers = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(3)]
+        ports = [server.getsockname()[1] for server in servers]
     context = torch.multiprocessing.get_context("forkserver")
     codes = context.Queue()
-    arguments = tmp_path, pretrained, videos, port, codes
+    arguments = tmp_path, pretrained, videos, ports, codes
     nodes = [context.Process(target=evaluate_on_node, args=(rank, *arguments)) for rank in range(2)]
     for node in nodes:
         node.start()
