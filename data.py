@@ -15,11 +15,14 @@ import codecs
 import contextlib
 import csv
 import datetime
+import errno
 import functools
 import itertools
 import json
 import math
+import mmap
 import multiprocessing.connection
+import multiprocessing.reduction
 import os
 import re
 import shutil
@@ -29,11 +32,12 @@ import tempfile
 import traceback
 from bisect import bisect_left, bisect_right
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from time import monotonic
+from time import monotonic, thread_time
+from typing import TextIO
 
 import av
 import numpy as np
@@ -71,6 +75,34 @@ class BadVideo(Exception):
 
     def __str__(self) -> str:
         return f"{self.path}: {self.reason}"
+
+
+WANTS = {  # of the machine, which no video is to blame for: by the number of the error, what to do
+    errno.EMFILE: "raise `ulimit -n`, or take fewer --workers",
+    errno.ENFILE: "raise `sysctl fs.file-max`, or take fewer --workers",
+    errno.ENOMEM: "take fewer --workers (0: none) or smaller batches",
+    errno.ENOSPC: "make room, or set TMPDIR to another disk",
+} | dict.fromkeys((errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN), "mount the disk again")
+
+
+def _is_memory_short() -> bool:
+    """Whether the system refuses 256 MiB, more than a video whose frames have `MAX_PIXELS` needs to ask for at once."""
+    try:
+        mmap.mmap(-1, 2**28).close()
+    except OSError:
+        return True
+    return False
+
+
+def _blame_machine(error: Exception, path: str) -> None:
+    """Raises OSError where an error in reading a video comes of what the machine lacks, not of the video's bytes.
+
+    Decoders that get no memory call a video damaged; one that asks for too much gets none on any machine.
+    """
+    short, number = _is_memory_short(), getattr(error, "errno", None)
+    if short or (number in WANTS and number != errno.ENOMEM):
+        number = errno.ENOMEM if short else number
+        raise OSError(number, f"{os.strerror(number)}: {WANTS[number]}", path) from error
 
 
 class Video:
@@ -112,11 +144,18 @@ class Video:
 
     @contextlib.contextmanager
     def _bad_video(self) -> Iterator[None]:
-        """Starts the clock for a block, whose failures in FFmpeg are a BadVideo."""
-        self._deadline = monotonic() + DEADLINE
+        """Starts the clock for a block, whose failures are a BadVideo, or an OSError where the machine is to blame.
+
+        The clock counts the computing of this thread, as others may make it wait.
+        """
+        self._deadline = thread_time() + DEADLINE
         try:
             yield
-        except (av.error.FFmpegError, MemoryError) as error:
+        except (av.error.FFmpegError, MemoryError, BadVideo) as error:
+            idle = isinstance(error, av.error.ExitError) and thread_time() < self._deadline - DEADLINE / 2
+            _blame_machine(TimeoutError(errno.ETIMEDOUT, "") if idle else error, self.path)
+            if isinstance(error, BadVideo):
+                raise
             reasons = {av.error.ExitError: f"not read within {DEADLINE:g} s", MemoryError: "not enough memory"}
             if self._container is None:
                 reasons[av.error.ArgumentError] = f"in none of the formats {CONTAINERS.replace(',', ', ')}"
@@ -124,7 +163,7 @@ class Video:
             raise BadVideo(self.path, reason) from error
 
     def _check_time(self) -> None:
-        if monotonic() > self._deadline:
+        if thread_time() > self._deadline:
             raise BadVideo(self.path, f"not read within {DEADLINE:g} s")
 
     def _read_packets(self) -> None:
@@ -317,6 +356,8 @@ class Video:
                     if (len(images) + 1) * size > CHUNK:
                         yield images
                         images.clear()
+            if missing:
+                _blame_machine(MemoryError(), self.path)
             if 4 * len(missing) > len(wanted):
                 raise BadVideo(self.path, f"{len(missing)} of {len(wanted)} frames could not be decoded")
             if missing:
@@ -368,7 +409,8 @@ class Video:
             self._codec.skip_frame = "DEFAULT" if needed is None or i in needed else "NONREF"
             try:
                 images = self._codec.decode(self._packets[i] if i <= last else None)
-            except (av.error.FFmpegError, ValueError):  # av 19: ValueError once its decoder could not be opened
+            except (av.error.FFmpegError, ValueError) as error:  # ValueError: av 19, once it could not open its decoder
+                _blame_machine(error, self.path)
                 continue  # damaged here; the caller counts what stays missing
             for image in images:
                 yield i, image
@@ -1025,7 +1067,33 @@ def crop_frames(
     return box
 
 
-class PretrainingViews(Dataset):
+_killers: dict[Hashable, str] = {}  # in a process of `_in_processes`: what killed others before it, and how
+
+
+def _tell(draw: Hashable) -> None:
+    """In a process of `_in_processes`: tells the parent what is read next."""
+
+
+def _begin(path: str, draw: Hashable) -> None:
+    """Is told what is drawn from which video before this is read; raises BadVideo if processes have died of it."""
+    if draw in _killers:
+        raise BadVideo(path, _killers[draw])
+    _tell(draw)
+
+
+class Items(Dataset):
+    """Items that are made in memory that is given, for `load_batches`.
+
+    A subclass has `empty(*batch)`, which gives a dict of memory for an item or for a batch of them, and
+    `write(key, memory)`, which makes an item there and returns (path, reason) of the videos that could not be read.
+    """
+
+    def __getitem__(self, key: Hashable) -> dict:
+        item = self.empty()
+        return {**item, "bad": self.write(key, item)}
+
+
+class PretrainingViews(Items):
     """Two views of a video, source and target, from windows at two random times (FIMA, sections 3.1 and 4.1).
 
     A window spans `frames × frame_stride` frames and starts anywhere in the video with equal chance, no two at the same
@@ -1043,9 +1111,7 @@ class PretrainingViews(Dataset):
     - "index", "label": int64 (), the video's place in the list and its class (-1: unknown).
     - "bad": list of (path, reason) of the unreadable videos drawn before it.
 
-    Each draw is noted in `current` as (epoch, index, attempt), which may be shared memory, and one that is in `crashed`
-    counts as unreadable: a process died of it. Raises OSError when `attempts` videos drawn for one item are all
-    unreadable.
+    Raises OSError when `attempts` videos drawn for one item are all unreadable.
     """
 
     def __init__(
@@ -1065,7 +1131,6 @@ class PretrainingViews(Dataset):
         self.videos, self.crop, self.frames, self.frame_stride = videos, crop, frames, frame_stride
         self.sub_clips, self.seed, self.min_scale, self.flip_p = sub_clips, seed, min_scale, flip_p
         self.color, self.attempts, self.windows = color or {}, attempts, windows
-        self.current, self.crashed = torch.zeros(3, dtype=torch.int64), {}
 
     def __len__(self) -> int:
         return len(self.videos)
@@ -1086,10 +1151,6 @@ class PretrainingViews(Dataset):
         absent = {"sub_clips": not parts, "overlap": views < 2}
         return {name: tensor for name, tensor in memory.items() if not absent.get(name)}
 
-    def __getitem__(self, key: tuple[int, int]) -> dict:
-        item = self.empty()
-        return {**item, "bad": self.write(key, item)}
-
     def write(self, key: tuple[int, int], item: dict[str, Tensor]) -> list[tuple[str, str]]:
         """Make an item in memory of `empty`; returns its "bad"."""
         epoch, index = key
@@ -1097,11 +1158,9 @@ class PretrainingViews(Dataset):
         for attempt in range(self.attempts):
             rng = np.random.default_rng([self.seed, epoch, index, attempt])
             drawn = int(rng.integers(len(self.videos))) if attempt else index
-            path, draw = self.videos.paths[drawn], (epoch, index, attempt)
-            self.current[:] = torch.tensor(draw)
             try:
-                if draw in self.crashed:
-                    raise BadVideo(path, self.crashed[draw])
+                path = self.videos.paths[drawn]
+                _begin(path, (epoch, index, attempt))
                 starts = self._write_views(rng, path, item)
                 if self.windows > 1:
                     apart = [abs(int(a - b)) for a, b in itertools.combinations(starts, 2)]
@@ -1159,13 +1218,13 @@ class PretrainingViews(Dataset):
         return self._draw_region(rng, height, width, start), bool(rng.random() < self.flip_p)
 
 
-class TestClips(Dataset):
+class TestClips(Items):
     """Clips for evaluation, N of each video at uniformly spaced times; short videos are continued by their last frame.
 
     The crop is the central square of 7/8 of the shorter side: what resizing the shorter side to 8/7 of `crop` and then
-    cropping the centre gives. An item is a dict: "clips" uint8 (N, 3, frames, crop, crop), "label" int (-1: unknown),
-    "index" int, and "bad", empty or [(path, reason)]: an unreadable video gives zeros and is never replaced, so that it
-    can be counted as wrong.
+    cropping the centre gives. An item is a dict: "clips" uint8 (N, 3, frames, crop, crop), "label" int64 ()
+    (-1: unknown), "index" int64 (), and "bad", empty or [(path, reason)]: an unreadable video gives zeros and is never
+    replaced, so that it can be counted as wrong.
     """
 
     __test__ = False  # not a test case, whatever its name makes pytest think
@@ -1173,19 +1232,22 @@ class TestClips(Dataset):
     def __init__(self, videos: VideoList, crop: int, frames: int = 16, frame_stride: int = 2, clips: int = 10):
         self.videos, self.crop, self.frames = videos, crop, frames
         self.frame_stride, self.clips = frame_stride, clips
-        self.current, self.crashed = torch.zeros(1, dtype=torch.int64), {}  # as in PretrainingViews, of the index
 
     def __len__(self) -> int:
         return len(self.videos)
 
-    def __getitem__(self, index: int) -> dict:
-        clips = empty_clips(self.clips, 3, self.frames, self.crop, self.crop)
-        item = {"clips": clips, "label": self.videos.labels[index], "index": index, "bad": []}
+    def empty(self, *batch: int) -> dict[str, Tensor]:
+        """Memory for an item, or for `batch` of them."""
+        clips = empty_clips(*batch, self.clips, 3, self.frames, self.crop, self.crop)
+        return {"clips": clips} | {name: torch.empty(batch, dtype=torch.int64) for name in ("label", "index")}
+
+    def write(self, index: int, item: dict[str, Tensor]) -> list[tuple[str, str]]:
+        """Make an item in memory of `empty`; returns its "bad"."""
+        item["label"].fill_(self.videos.labels[index])
+        item["index"].fill_(index)
         times = np.arange(self.frames) * self.frame_stride
-        self.current.fill_(index)
         try:
-            if (index,) in self.crashed:
-                raise BadVideo(self.videos.paths[index], self.crashed[index,])
+            _begin(self.videos.paths[index], index)
             with Video(self.videos.paths[index]) as video:
                 starts = np.linspace(0, max(len(video) - times[-1] - 1, 0), self.clips).round().astype(int)
                 frames = np.minimum(starts[:, None] + times, len(video) - 1).ravel().tolist()
@@ -1193,11 +1255,11 @@ class TestClips(Dataset):
                     height, width = next(iter(images.values())).shape[:2]
                     side = max(round(min(height, width) * 7 / 8), 1)
                     region = ((height - side) // 2, (width - side) // 2, side, side)
-                    crop_frames(images, frames, region, False, clips.transpose(0, 1).flatten(1, 2))
+                    crop_frames(images, frames, region, False, item["clips"].transpose(0, 1).flatten(1, 2))
         except BadVideo as error:
-            clips.zero_()
-            return {**item, "bad": [(error.path, error.reason)]}
-        return item
+            item["clips"].zero_()
+            return [(error.path, error.reason)]
+        return []
 
 
 class StepSampler(Sampler):
@@ -1243,39 +1305,70 @@ def collate(items: list[dict]) -> dict:
     return {**batch, "bad": [entry for item in items for entry in item["bad"]]}
 
 
-def _serve(pipe: multiprocessing.connection.Connection, function: Callable, start: Callable | None, i: int) -> None:
+CRASHES = (-4, -5, -6, -8, -9, -11)  # of a fault in FFmpeg: SIGILL, SIGTRAP, SIGABRT, SIGFPE, SIGKILL, SIGSEGV
+
+
+def _serve(
+    pipe: multiprocessing.connection.Connection, function: Callable, start: Callable | None, i: int, killers: dict
+) -> None:
     """What process i of `_in_processes` does, until its parent ends it or is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C reaches the parent, which decides
+    global _tell
+    for name in ("SIGINT", "SIGHUP"):  # a Ctrl-C, or the terminal's end, reaches the parent, which decides
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the parent's handler
     torch.set_num_threads(1)
+    _killers.update(killers)
+
+    def _tell(draw: Hashable) -> None:
+        pipe.send(("reads", draw))
+
     if start:
         start(i)
     parent = multiprocessing.parent_process().sentinel
-    while parent not in multiprocessing.connection.wait([pipe, parent]):
-        try:
-            answer = function(pipe.recv()), None
-        except Exception as error:
-            error.add_note(traceback.format_exc())
-            answer = None, error
-        pipe.send(answer)
+    with contextlib.suppress(BrokenPipeError):  # the parent is gone
+        while parent not in multiprocessing.connection.wait([pipe, parent]):
+            try:
+                answer = "made", function(pipe.recv())
+            except Exception as error:
+                error.add_note(traceback.format_exc())
+                answer = "error", error
+            pipe.send(answer)
+
+
+def _memory_kills() -> str:
+    """Linux's count of the processes that it has killed for want of memory; "" elsewhere."""
+    with contextlib.suppress(OSError):
+        return "".join(re.findall(r"^oom_kill \d+", Path("/proc/vmstat").read_text(), re.MULTILINE))
+    return ""
 
 
 def _in_processes(functions: Sequence, tasks: Iterable, ahead: int, start: Callable | None = None) -> Iterator:
     """Yield what the functions, each in a process of its own, make of the tasks, in turn and in order.
 
-    torch's DataLoader ends the run when a process of its own dies. Here the function's method `crashed` is told the
-    task and how the process died (of a fault in FFmpeg, or of want of memory), and another process goes on with it.
+    torch's DataLoader ends the run when a process of its own dies. Here another process goes on with its tasks. What
+    killed two processes by a fault in FFmpeg (`CRASHES`), as the last thing that `_begin` was told, is a BadVideo in
+    the next. Whatever else a process dies of, such as want of memory, is no video's fault.
     Each process has up to `ahead` tasks and calls `start`, given its number, at first.
 
-    Raises what the functions raise, and OSError when processes die more than ten times in a row of one task.
+    Raises what the functions raise, and OSError when a process can't be started, or when processes die more than ten
+    times in a row of what is no video's fault.
     """
-    tasks, deaths = iter(tasks), 0
+    tasks, deaths, kills, suspects, killers = iter(tasks), 0, _memory_kills(), set(), {}
     pending, processes, pipes = [deque() for _ in functions], [None] * len(functions), [None] * len(functions)
+    reading = [None] * len(functions)
 
     def launch(i: int) -> None:
-        pipes[i], end = multiprocessing.Pipe()
-        processes[i] = torch.multiprocessing.Process(target=_serve, args=(end, functions[i], start, i), daemon=True)
-        processes[i].start()
+        try:
+            pipes[i], end = multiprocessing.Pipe()
+            given = (end, functions[i], start, i, killers)
+            process = torch.multiprocessing.Process(target=_serve, args=given, daemon=True)
+            process.start()
+        except OSError as error:
+            advice = WANTS.get(error.errno, "raise `ulimit -u`, or take fewer --workers (0: none)")
+            advice = "set TMPDIR to a shorter path, or take --workers 0" if "AF_UNIX" in str(error) else advice
+            raise OSError(f"a loader process can't be started: {error.strerror or error}: {advice}") from error
+        processes[i], reading[i] = process, None
         end.close()  # the process has the only one, so that its death is the end of the pipe
         send(i, pending[i])
 
@@ -1298,22 +1391,30 @@ def _in_processes(functions: Sequence, tasks: Iterable, ahead: int, start: Calla
         i = next(turns)
         while pending[i]:
             try:
-                result, error = pipes[i].recv()
-            except (EOFError, OSError):  # while it answered, or, where memory is shared, before that was taken
+                kind, value = pipes[i].recv()
+            except (EOFError, OSError):
                 processes[i].join()
-                deaths += 1
-                how = f"the process that read it died (exit code {processes[i].exitcode})"
+                code, draw, deaths = processes[i].exitcode, reading[i], deaths + 1
+                how = f"the process that read it died (exit code {code})"
+                kills, before = _memory_kills(), kills
+                if draw is not None and code in CRASHES and kills == before and not _is_memory_short():
+                    if draw in suspects:
+                        killers[draw], deaths = how, 0
+                    suspects.add(draw)
                 if deaths > 10:
-                    raise OSError(f"{deaths} times in a row, {how}") from None
-                functions[i].crashed(pending[i][0], how)
+                    advice = "if memory is short, take fewer --workers (0: none) or smaller batches"
+                    raise OSError(f"{deaths} times in a row, {how}: {advice}") from None
                 launch(i)
                 continue
-            if error:
-                raise error
-            deaths = 0
+            if kind == "reads":
+                reading[i] = value
+                continue
+            if kind == "error":
+                raise value
+            deaths, reading[i] = 0, None
             pending[i].popleft()
             hand_out(i)
-            yield result
+            yield value
             i = next(turns)
     finally:
         for process, pipe in zip(processes, pipes, strict=True):
@@ -1326,86 +1427,75 @@ def _in_processes(functions: Sequence, tasks: Iterable, ahead: int, start: Calla
 PREFETCH = 2  # batches that each worker makes ahead
 
 
-@dataclass
-class _BatchWriter:
-    """Makes the batch of some keys in a slot of a ring of batches; returns (slot, the batch's "bad")."""
+class _Ring:
+    """A ring of batches of `items`; called with (slot, keys), makes their batch there: (slot, its length, its "bad").
 
-    views: PretrainingViews
-    ring: dict[str, Tensor]
-    current: Tensor
+    If `shared`, processes may share it, however they are started. It is not in /dev/shm, which containers keep small
+    and others fill: on Linux it is a file in memory alone, elsewhere one in TMPDIR.
 
-    def __call__(self, task: tuple[int, list[tuple[int, int]]]) -> tuple[int, list[tuple[str, str]]]:
-        self.views.current = self.current
+    Raises OSError when there is too little memory.
+    """
+
+    def __init__(self, items: Items, slots: int, batch_size: int, shared: bool, fd: int | None = None):
+        self.items, self.shape = items, (slots, batch_size)
+        if not shared:
+            self.memory = items.empty(slots, batch_size)
+            return
+        with torch.device("meta"):
+            plan = items.empty(slots, batch_size)
+        *starts, size = itertools.accumulate((-(-part.nbytes // 64) * 64 for part in plan.values()), initial=0)
+        try:
+            if fd is None and hasattr(os, "memfd_create"):
+                fd = os.memfd_create("batches")
+            self.file = tempfile.TemporaryFile() if fd is None else open(fd, "r+b")  # noqa: SIM115
+            self.file.truncate(size)
+            buffer = mmap.mmap(self.file.fileno(), size)
+        except OSError as error:
+            raise OSError(
+                f"no {size / 2**30:.2g} GiB of shared memory for {slots} batches ({error.strerror}): "
+                f"{WANTS.get(error.errno, WANTS[errno.ENOMEM])}"
+            ) from error
+        self.memory = {
+            name: torch.frombuffer(buffer, dtype=part.dtype, count=part.numel(), offset=start).as_strided(
+                part.shape, part.stride()
+            )
+            for (name, part), start in zip(plan.items(), starts, strict=True)
+        }
+
+    def __reduce__(self) -> tuple:
+        """For processes that are not forked: they get the file, and map it again."""
+        return _open_ring, (self.items, *self.shape, multiprocessing.reduction.DupFd(self.file.fileno()))
+
+    def __call__(self, task: tuple[int, Sequence]) -> tuple[int, int, list[tuple[str, str]]]:
         slot, keys = task
         bad = []
         for place, key in enumerate(keys):
-            bad += self.views.write(key, {name: memory[slot, place] for name, memory in self.ring.items()})
-        return slot, bad
-
-    def crashed(self, _task: tuple, how: str) -> None:
-        self.views.crashed[tuple(self.current.tolist())] = how
+            bad += self.items.write(key, {name: memory[slot, place] for name, memory in self.memory.items()})
+        return slot, len(keys), bad
 
 
-@dataclass
-class _Collator:
-    """Makes the items of some indices of a data set, collated."""
-
-    items: Dataset
-    current: Tensor
-
-    def __call__(self, indices: Sequence[int]) -> dict:
-        self.items.current = self.current
-        return collate([self.items[i] for i in indices])
-
-    def crashed(self, _task: Sequence[int], how: str) -> None:
-        self.items.crashed[tuple(self.current.tolist())] = how
-
-
-def load_items(
-    items: Dataset,
-    batches: Iterable[Sequence[int]],
-    workers: int = 0,
-    worker_init_fn: Callable[[int], None] | None = None,
-) -> Iterator[dict]:
-    """Yield the items of each batch of indices, collated, made by `workers` processes (0: this one).
-
-    The data set is one like `TestClips`, with its `current` and `crashed`: a video that kills a worker counts as
-    unreadable.
-    """
-    collators = [_Collator(items, items.current.clone().share_memory_()) for _ in range(workers or 1)]
-    yield from _in_processes(collators, batches, PREFETCH, worker_init_fn) if workers else map(collators[0], batches)
+def _open_ring(items: Items, slots: int, batch_size: int, fd: multiprocessing.reduction.DupFd) -> _Ring:
+    return _Ring(items, slots, batch_size, True, fd.detach())
 
 
 def load_batches(
-    views: PretrainingViews,
-    sampler: StepSampler,
-    workers: int = 0,
-    worker_init_fn: Callable[[int], None] | None = None,
+    items: Items, batches: Sampler, workers: int = 0, worker_init_fn: Callable[[int], None] | None = None
 ) -> Iterator[dict]:
-    """Yield the sampler's batches: dicts of the views' entries, stacked, and the joined lists "bad".
+    """Yield batches: dicts of the items' entries, stacked, and the joined lists "bad".
 
-    A batch is valid until the next one is asked for: `workers` processes (0: this one) write into a ring of batches
-    in shared memory, which is made once. Sending each batch in new memory would cost as much as decoding it. A video
-    that kills a worker counts as unreadable.
+    `batches` is a batch sampler, with a `batch_size` and a length. A batch is valid until the next one is asked for:
+    `workers` processes (0: this one) write into a ring of batches in shared memory, which is made once. Sending each
+    batch in new memory would cost as much as decoding it. A video that kills workers counts as unreadable.
 
     Raises OSError when there is too little shared memory, and what making the items raises.
     """
-    slots = PREFETCH * workers + 1  # those the workers may have been asked for, and the one in use
-    ring = views.empty(slots, sampler.batch_size)
-    current = torch.zeros(workers or 1, 3, dtype=torch.int64)
-    try:
-        for memory in (*ring.values(), current) if workers else ():
-            memory.share_memory_()
-    except RuntimeError as error:
-        size = sum(memory.nbytes for memory in ring.values()) / 2**30
-        raise OSError(
-            f"no {size:.2g} GiB of shared memory for {slots} batches: take fewer loader workers or smaller batches, or "
-            "enlarge /dev/shm (docker run --shm-size)"
-        ) from error
-    writers = [_BatchWriter(views, ring, row) for row in current]
-    tasks = ((step % slots, keys) for step, keys in enumerate(sampler))
-    for slot, bad in _in_processes(writers, tasks, PREFETCH, worker_init_fn) if workers else map(writers[0], tasks):
-        yield {**{name: memory[slot] for name, memory in ring.items()}, "bad": bad}
+    workers = min(workers, len(batches))
+    slots = min(PREFETCH * workers, len(batches)) + 1  # those the workers may have been asked for, and the one in use
+    ring = _Ring(items, slots, batches.batch_size, workers > 0)
+    tasks = ((step % slots, keys) for step, keys in enumerate(batches))
+    made = _in_processes([ring] * workers, tasks, PREFETCH, worker_init_fn) if workers else map(ring, tasks)
+    for slot, length, bad in made:
+        yield {**{name: memory[slot][:length] for name, memory in ring.memory.items()}, "bad": bad}
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -1535,6 +1625,15 @@ def normalize(clips: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def _write(text: str, stream: TextIO, end: str = "\n") -> None:
+    """Prints; where the terminal or the pipe is gone, as if by Ctrl-C, and what comes later is lost."""
+    try:
+        print(text, end=end, file=stream, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        raise KeyboardInterrupt from None
+
+
 def _progress(items: Iterable, total: int, what: str) -> Iterator:
     """Passes items on and says how far it is: twice a second in a terminal, twice a minute in a file."""
     terminal = sys.stderr.isatty()
@@ -1545,14 +1644,11 @@ def _progress(items: Iterable, total: int, what: str) -> Iterator:
         if done == total or now - shown > (0.5 if terminal else 30):
             shown, left = now, datetime.timedelta(seconds=round((now - begin) / done * (total - done)))
             end = "\r" if terminal and done < total else "\n"
-            print(f"{what}: {done}/{total}, {left} left ", end=end, file=sys.stderr, flush=True)
+            _write(f"{what}: {done}/{total}, {left} left ", sys.stderr, end)
 
 
 class VideoVisitor:
     """What is done to videos one by one, in processes: `visit` does it, and raises BadVideo for those it can't read."""
-
-    def __init__(self):
-        self.reasons: dict[str, str] = {}  # why a video killed the process that visited it
 
     def visit(self, path: str) -> None:
         raise NotImplementedError
@@ -1560,22 +1656,17 @@ class VideoVisitor:
     def __call__(self, path: str) -> tuple[str, str]:
         """Gives (path, why the video can't be read, or "")."""
         try:
-            if path in self.reasons:
-                raise BadVideo(path, self.reasons[path])
+            _begin(path, path)
             self.visit(path)
         except BadVideo as error:
             return path, error.reason
         return path, ""
-
-    def crashed(self, path: str, how: str) -> None:
-        self.reasons[path] = how
 
 
 class _Checker(VideoVisitor):
     """Reads the first, middle and last 32 frames of a video, or all."""
 
     def __init__(self, full: bool):
-        super().__init__()
         self.full = full
 
     def visit(self, path: str) -> None:
@@ -1633,7 +1724,6 @@ class FrameMaps(VideoVisitor):
     """
 
     def __init__(self, root: str | Path, folder: str | Path, recipe: str, command: str):
-        super().__init__()
         self.root, self.folder = os.path.abspath(root), Path(folder)
         self.recipe, self.command = recipe, command
 
@@ -1965,6 +2055,8 @@ def _parser() -> argparse.ArgumentParser:
 def main() -> int:
     """Command line: `python data.py check ROOT`, `python data.py synthetic ROOT`; returns the exit code."""
     options = _parser().parse_args()
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # nohup has it ignored
+        signal.signal(signal.SIGHUP, signal.default_int_handler)
     try:
         if options.command == "synthetic":
             size = (options.size, options.size)
@@ -1972,14 +2064,16 @@ def main() -> int:
             make_synthetic(options.root, *given)
             return 0
         count, bad = check_videos(options.root, options.out, max(options.workers, 1), options.full)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        advice = f": leave them out with --exclude {options.out}" if bad else ""
+        _write(f"{bad} of {count} videos can't be read{advice}", sys.stdout)
+        return int(bad > 0)
+    except (ValueError, OSError, MemoryError) as error:
+        print(f"error: {str(error) or 'out of memory: take fewer --workers'}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        with contextlib.suppress(KeyboardInterrupt):
+            _write("interrupted", sys.stderr)
         return 130
-    print(f"{bad} of {count} videos can't be read" + (f": leave them out with --exclude {options.out}" if bad else ""))
-    return int(bad > 0)
 
 
 if __name__ == "__main__":

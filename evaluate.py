@@ -53,7 +53,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import BatchSampler
 
 import data
 from models import ENCODERS, EXPORTS, build_encoder, encoder_weights, export_weights, load_weights, recognize
@@ -283,6 +283,19 @@ def with_same_classes(train: data.VideoList, test: data.VideoList) -> tuple[data
     return train, dataclasses.replace(test, labels=labels, classes=classes, report=report)
 
 
+def check_out(config: Config) -> None:
+    """Raises UserError, ValueError or OSError where the results can't be written: now, not after the work."""
+    if isinstance(config, ClassifyConfig):
+        check_unused(Path(config.out or default_out(config)), config.resume)
+        return
+    out = result_file(config)
+    if out.is_dir():
+        raise ValueError(f"--out {out} is a folder: name the JSON file to write")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(out.parent, os.W_OK):
+        raise PermissionError(f"{out.parent}: no permission to write the result there, name another --out")
+
+
 def prepare(config: Config) -> tuple[Process, Config, nn.Module, data.VideoList, data.VideoList]:
     """This process, the options filled in, the encoder, and the data set's training and test videos."""
     process = start_process(config.device, getattr(config, "timeout", 10), getattr(config, "deterministic", "") == "on")
@@ -300,15 +313,7 @@ def prepare(config: Config) -> tuple[Process, Config, nn.Module, data.VideoList,
             )
         if isinstance(config, SvmConfig) and len(set(train.labels)) < 2:
             raise ValueError(f"{config.data}: an SVM needs training videos of two classes or more")
-        if isinstance(config, ClassifyConfig):
-            check_unused(Path(config.out or default_out(config)), config.resume)
-        else:  # said now, not after the work
-            out = result_file(config)
-            if out.is_dir():
-                raise ValueError(f"--out {out} is a folder: name the JSON file to write")
-            out.parent.mkdir(parents=True, exist_ok=True)
-            if not os.access(out.parent, os.W_OK):
-                raise PermissionError(f"{out.parent}: no permission to write the result there, name another --out")
+        process.of_first(lambda: check_out(config))
     process.say(f"{train.report}\n{test.report}")
     return process, config, encoder.to(process.device), train, test
 
@@ -339,7 +344,7 @@ def pooled_features(encoder: nn.Module, clips: Tensor, color: Tensor | None = No
 @torch.no_grad()
 def clip_outputs(
     function: Callable[[Tensor], Tensor],
-    clips: Dataset,
+    clips: data.Items,
     process: Process,
     workers: int,
     batch_size: int,
@@ -355,13 +360,18 @@ def clip_outputs(
     Returns:
         (videos, clips, D) on the CPU, or with `average` the means over clips (videos, D); whether each video could be
         read (videos,); (path, reason) of those that could not. The same on every process.
+
+    Raises:
+        UserError: no video can be read, or the outputs of one that can are not all finite.
     """
     batches = [range(i, min(i + batch_size, len(clips))) for i in range(0, len(clips), batch_size)]
     mine = batches[process.rank :: process.world_size]
-    loader = data.load_items(clips, mine, workers, leave_signals)
+    sampler = BatchSampler([i for batch in mine for i in batch], batch_size, drop_last=False)
+    loader = data.load_batches(clips, sampler, workers, leave_signals)
     found, bad = {}, []
     for videos in progress(process, mine, desc=title, unit="batch", leave=False):
-        batch = next(loader)
+        with user_errors():
+            batch = next(loader)
         batch_clips = batch["clips"].to(process.device, non_blocking=True)  # (B, N, 3, frames, crop, crop)
         outputs = function(batch_clips.flatten(0, 1)).unflatten(0, batch_clips.shape[:2])
         found[videos.start] = (outputs.mean(1) if average else outputs).cpu()
@@ -375,7 +385,16 @@ def clip_outputs(
     good = torch.tensor([path not in reasons for path in clips.videos.paths])
     for path, reason in sorted(reasons.items()):
         process.say(f"{title}: {path!r} cannot be read: {reason}")
-    return torch.cat([found[batch.start] for batch in batches]), good, sorted(reasons.items())
+    if not good.any():
+        raise UserError(f"{title}: none of {len(good)} can be read")
+    outputs = torch.cat([found[batch.start] for batch in batches])
+    broken = (good & ~outputs.flatten(1).isfinite().all(1)).nonzero()[:, 0].tolist()
+    if broken:
+        raise UserError(
+            f"{title}: the network's outputs are not finite for {len(broken)} of {len(good)}, the first of them "
+            f"{clips.videos.paths[broken[0]]!r}: take a checkpoint from before (epoch_*.pt), or train with a lower --lr"
+        )
+    return outputs, good, sorted(reasons.items())
 
 
 def clip_features(encoder: nn.Module, *arguments, **options) -> tuple[Tensor, Tensor, list[tuple[str, str]]]:
@@ -396,8 +415,6 @@ def video_features(
         workers = loader_workers(config, process)
         parts.append(clip_features(encoder, clips, process, workers, config.test_batch, title, average=True))
     (gallery, known, _), (queries, good, bad) = parts
-    if not known.any():
-        raise UserError(f"none of the training videos in {config.data} could be read")
     return gallery[known], torch.tensor(train.labels)[known], queries, good, bad
 
 
@@ -599,8 +616,9 @@ class Classifier(nn.Module):
         return self.fc(self.dropout(F.normalize(features, dim=1) if self.frozen else features)).float()
 
     def probabilities(self, clips: Tensor) -> Tensor:
-        """uint8 clips (N, 3, frames, H, W) → (N, classes)."""
-        return self.scores(pooled_features(self.encoder, clips)).softmax(1)
+        """uint8 clips (N, 3, frames, H, W) → (N, classes); nan where a score is not finite."""
+        scores = self.scores(pooled_features(self.encoder, clips))
+        return scores.softmax(1).where(scores.isfinite().all(1, keepdim=True), math.nan)  # softmax makes 0 of −inf
 
 
 def training_views(config: ClassifyConfig, train: data.VideoList, **color: float) -> data.PretrainingViews:
@@ -610,20 +628,26 @@ def training_views(config: ClassifyConfig, train: data.VideoList, **color: float
     return data.PretrainingViews(few, *shape, 0, config.seed, config.min_scale, color=color, windows=1)
 
 
-class AugmentedClips(Dataset):
+class AugmentedClips(data.Items):
     """Each video's views of the epochs 0 … N − 1, for `clip_outputs`."""
 
     def __init__(self, views: data.PretrainingViews, count: int):
         self.views, self.videos, self.count = views, views.videos, count
-        self.current, self.crashed = views.current, views.crashed
 
     def __len__(self) -> int:
         return len(self.views)
 
-    def __getitem__(self, index: int) -> dict:
-        self.views.current = self.current
-        items = [self.views[epoch, index] for epoch in range(self.count)]
-        return {"clips": torch.cat([item["clip"] for item in items]), "bad": [b for item in items for b in item["bad"]]}
+    def empty(self, *batch: int) -> dict[str, Tensor]:
+        """Memory for an item, or for `batch` of them."""
+        views = self.views
+        return {"clips": data.empty_clips(*batch, self.count, 3, views.frames, views.crop, views.crop)}
+
+    def write(self, index: int, item: dict[str, Tensor]) -> list[tuple[str, str]]:
+        """Make an item in memory of `empty`; returns its "bad"."""
+        rest, bad = self.views.empty(), []
+        for epoch, clip in enumerate(item["clips"].split(1)):
+            bad += self.views.write((epoch, index), rest | {"clip": clip})
+        return bad
 
 
 def cached_features(
@@ -679,7 +703,8 @@ def train_and_test(
     probabilities, good, bad = clip_outputs(
         classifier.eval().probabilities, clips, process, workers, config.test_batch, "test videos", average=True
     )
-    more = {"training_videos": videos, "trained_epochs": load_checkpoint(checkpoint)["step"] / steps}
+    trained = process.of_first(lambda: load_checkpoint(checkpoint)["step"])  # no other may have the folder
+    more = {"training_videos": videos, "trained_epochs": trained / steps}
     save_accuracy(process, config, checkpoint.with_name("result.json"), test, probabilities, good, bad, **more)
 
 
@@ -759,6 +784,10 @@ def export(config: ExportConfig) -> None:
     out = config.out or Path(config.checkpoint).with_name(f"{config.to}.pt")
     with user_errors():
         weights = export_weights(encoder, config.to)
+        if broken := [name for name, value in weights.items() if not torch.as_tensor(value).isfinite().all()]:
+            raise ValueError(
+                f"{config.checkpoint}: {len(broken)} tensors are not finite, the first of them {broken[0]}"
+            )
         with open(out, "xb") as file:
             torch.save(weights, file)
     print(f"{len(weights)} entries written to {out}")
@@ -784,13 +813,14 @@ def svm(config: SvmConfig) -> None:
 class CroppedHalves(data.TestClips):
     """Two clips of a video, from its first and its last frames, each in a random crop and flip of its own."""
 
-    def __getitem__(self, index: int) -> dict:
-        item, rng = super().__getitem__(index), np.random.default_rng(index)
-        for n, clip in enumerate(item["clips"]):
+    def write(self, index: int, item: dict[str, Tensor]) -> list[tuple[str, str]]:
+        """As of every clip."""
+        bad, rng = super().write(index, item), np.random.default_rng(index)
+        for clip in item["clips"]:
             region = data.draw_region(rng, self.crop, self.crop, (0.2, 1.0), (3 / 4, 4 / 3))
             images = clip.permute(1, 2, 3, 0).numpy()  # (frames, crop, crop, 3)
-            item["clips"][n] = data.crop_resize(images, region, bool(rng.random() < 0.5), self.crop)[0]
-        return item
+            clip[:] = data.crop_resize(images, region, bool(rng.random() < 0.5), self.crop)[0]
+        return bad
 
 
 def first_look(

@@ -323,10 +323,10 @@ def main(method_class: type[MoCo], config_class: type[MoCoConfig], presets: dict
     def make_loader(start: int) -> Iterator[dict]:
         return data.load_batches(views, sampler(start), loader_workers(config, process), leave_signals)
 
-    name, out = method_class.__name__.lower(), ""
-    if not config.out and process.rank == 0:
-        with user_errors():
-            out = unused_folder(f"runs/{name}-{config.dataset}-{time.strftime('%Y%m%d-%H%M%S')}")
+    name = method_class.__name__.lower()
+    unused = f"runs/{name}-{config.dataset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    with user_errors():
+        out = config.out or process.of_first(lambda: unused_folder(unused))
     checkpoint = fit(method, config, process, make_loader, sampler(0).steps_per_epoch, out, paths=views.videos.paths)
     if config.dataset == "synthetic":
         shape = config.crop, config.frames, config.frame_stride

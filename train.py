@@ -31,12 +31,14 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TextIO, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
+
+HANGUP = getattr(signal, "SIGHUP", 0)  # Windows has none
 
 
 class UserError(Exception):
@@ -60,41 +62,74 @@ def user_errors() -> Iterator[None]:
         raise UserError(last.removeprefix(type(error).__name__ + ": ")) from error
 
 
+class _Output:
+    """A standard stream whose end, as of a terminal that is closed, is a SIGHUP; what is written later is lost."""
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        with self.ending():
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self.ending():
+            self.stream.flush()
+
+    @contextlib.contextmanager
+    def ending(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            if HANGUP:
+                signal.raise_signal(HANGUP)
+
+
 def command_line(main: Callable[[], None]) -> NoReturn:
     """Runs a script: a UserError is one line and exit code 2, an interrupt 128 + its signal.
 
-    So is the loss of another process of the run (exit code 1), whose own message says more.
+    So is the loss of another process of the run (exit code 1), whose own message says more. The end of the terminal, or
+    of the pipe that is written to, is an interrupt, unless SIGHUP is ignored, as under nohup.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # names of files need not fit the terminal's encoding
             stream.reconfigure(errors="backslashreplace")
-    try:
-        main()
-        code = 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = 2
-    except Interrupted as error:
-        code = 128 + error.args[0]
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        code = 130
-    except (RuntimeError, MemoryError) as error:
-        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
-            what = str(error).partition(" If reserved")[0].partition("\n")[0]
-            advice = "take a smaller --batch_size (of each process), --crop, --frames or model"
-            print(f"error: out of memory: {advice}" + (f"; {what}" if what else ""), file=sys.stderr)
-            code = 2
-        elif dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error)):
-            reason = str(error).partition("] ")[2].partition(". ")[0]
-            print(
-                f"error: process {dist.get_rank()} has lost another one, which ended, or was silent for longer than "
-                f"--timeout: {reason}; the last checkpoint is whole: continue with --resume auto",
-                file=sys.stderr,
-            )
-            code = 1
-        else:
-            raise
+    if HANGUP and signal.getsignal(HANGUP) == signal.SIG_DFL:
+        signal.signal(HANGUP, signal.default_int_handler)
+    code, message = 0, ""
+    with contextlib.redirect_stdout(_Output(sys.stdout)), contextlib.redirect_stderr(_Output(sys.stderr)):
+        try:
+            main()
+            sys.stdout.flush()
+        except UserError as error:
+            code, message = 2, f"error: {error}"
+        except Interrupted as error:
+            code = 128 + error.args[0]
+        except KeyboardInterrupt:
+            code, message = 130, "interrupted"
+        except (RuntimeError, MemoryError) as error:
+            if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
+                what = str(error).partition(" If reserved")[0].partition("\n")[0]
+                advice = "take a smaller --batch_size (of each process), --crop, --frames or model, or fewer --workers"
+                code, message = 2, f"error: out of memory: {advice}" + (f"; {what}" if what else "")
+            elif dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+                reason = str(error).partition("] ")[2].partition(". ")[0]
+                code, message = (
+                    1,
+                    (
+                        f"error: process {dist.get_rank()} has lost another one, which ended, or was silent for longer "
+                        f"than --timeout: {reason}; the last checkpoint is whole: continue with --resume auto"
+                    ),
+                )
+            else:
+                raise
+        with contextlib.suppress(KeyboardInterrupt):  # of the terminal's end
+            print(message, end="\n" * bool(message), file=sys.stderr)
     end_process()
     sys.exit(code)
 
@@ -287,12 +322,26 @@ class Process:
             if self.rank == 0 and self.world_size > 1:
                 dist.barrier()
 
-    def of_first(self, value: str) -> str:
-        """The first process's value, on every process."""
-        values = [value]
+    def of_first(self, function: Callable[[], Any]) -> Any:
+        """What a function gives, or raises for the user, on the first process; on every process."""
+        outcome = [None, None]
+        if self.rank == 0:
+            try:
+                outcome[0] = function()
+            except (UserError, ValueError, OSError) as error:
+                outcome[1] = error
         if self.world_size > 1:
-            dist.broadcast_object_list(values)
-        return values[0]
+            dist.broadcast_object_list(outcome)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
+
+    def gather(self, entries: list) -> list:
+        """The entries of all processes, on each."""
+        shares = [entries] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(shares, entries)
+        return [entry for share in shares for entry in share]
 
     def sums(self, *counts: int) -> list[int]:
         """Each count, summed over the processes."""
@@ -317,6 +366,33 @@ def keep_freed_memory() -> None:
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
 
 
+def _places() -> tuple[int, int, int]:
+    """RANK, WORLD_SIZE and LOCAL_RANK of torchrun's environment; 0, 1 and 0 without one.
+
+    Raises:
+        UserError: some are missing, are no numbers, or do not go together.
+    """
+    defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    given = {name: os.environ[name] for name in defaults if name in os.environ}
+    values, missing, wrong = (defaults | given).values(), {"RANK", "WORLD_SIZE"} - given.keys() if given else set(), ""
+    if not all(value.isdecimal() for value in values):
+        wrong = "not whole numbers"
+    else:
+        rank, world_size, local_rank, local_size = map(int, values)
+        if world_size > 1:
+            missing |= {"MASTER_ADDR", "MASTER_PORT"} - os.environ.keys()
+        if missing:
+            wrong = f"without {' and '.join(sorted(missing))}"
+        elif not (rank < world_size and local_rank < world_size and local_size > 0):
+            wrong = "no rank among so many processes"
+    if wrong:
+        raise UserError(
+            f"the environment has {' '.join(f'{name}={value}' for name, value in given.items())}, {wrong}, as a "
+            f"scheduler may leave it: start several processes with torchrun, or one after `unset {' '.join(given)}`"
+        )
+    return rank, world_size, local_rank
+
+
 def start_process(device: str = "auto", timeout: float = 10, deterministic: bool = False) -> Process:
     """Joins the run that torchrun's environment describes, or stands alone without it.
 
@@ -325,9 +401,10 @@ def start_process(device: str = "auto", timeout: float = 10, deterministic: bool
         deterministic: have torch choose deterministic algorithms, and warn where it has none.
 
     Raises:
-        UserError: CUDA asked for where there is none, or more processes than GPUs.
+        UserError: CUDA asked for where there is none, more processes than GPUs, an environment that is not torchrun's,
+            or one whose other processes are not there.
     """
-    world_size, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    rank, world_size, local_rank = _places()
     if deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read by cuBLAS when it starts
         torch.use_deterministic_algorithms(True, warn_only=True)  # the backward of max_pool3d has no such form
@@ -346,11 +423,17 @@ def start_process(device: str = "auto", timeout: float = 10, deterministic: bool
     else:
         raise UserError(f"process {local_rank} has no GPU: {torch.cuda.device_count()} here; lower --nproc_per_node")
     if world_size > 1 and not dist.is_initialized():
-        if place.type == "cuda":
-            dist.init_process_group("nccl", device_id=place, timeout=timedelta(minutes=timeout))
-        else:
-            dist.init_process_group("gloo", timeout=timedelta(minutes=timeout))
-    return Process(int(os.environ.get("RANK", 0)), world_size, place)
+        own = {"device_id": place} if place.type == "cuda" else {}
+        try:
+            backend = "nccl" if own else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(minutes=timeout), **own)
+        except (dist.DistError, ValueError) as error:
+            at = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            raise UserError(
+                f"process {rank} of {world_size} does not meet the others at {at} ({str(error).splitlines()[0]}): "
+                "start all of them with torchrun"
+            ) from error
+    return Process(rank, world_size, place)
 
 
 def end_process() -> None:
@@ -537,9 +620,8 @@ def _keep(path: Path, wanted: Callable[[str], bool]) -> None:
 
 
 class RunFolder:
-    """config, command, commit and versions in run.json; numbers in log.jsonl; unreadable videos in bad_videos.log.
-
-    Only the first process writes the first two, and TensorBoard's events where it is installed.
+    """config, command, commit and versions in run.json; numbers in log.jsonl; unreadable videos in bad_videos.log;
+    TensorBoard's events where it is installed. Only the first process needs the folder, and writes there.
 
     Raises:
         UserError: the folder holds another run than the one to continue, or a run.json that is damaged.
@@ -548,9 +630,9 @@ class RunFolder:
     def __init__(self, path: Path, config: TrainConfig, process: Process, start_step: int, steps_per_epoch: int):
         self.path, self.writes = path, process.rank == 0
         self.board = None
-        path.mkdir(parents=True, exist_ok=True)
         if not self.writes:
             return
+        path.mkdir(parents=True, exist_ok=True)
         check_unused(path, config.resume)
         record = path / "run.json"
         try:
@@ -596,8 +678,8 @@ class RunFolder:
                 self.board.add_scalar(name, value, record["step"])
 
     def log_bad(self, step: int, bad: list[tuple[str, str]]) -> None:
-        """Names the videos that could not be read in this process's batch of a step, and why; each video once."""
-        if bad:
+        """Names videos that could not be read in the batches up to a step, and why; each video once."""
+        if bad and self.writes:
             with open(self.path / "bad_videos.log", "a+", encoding="utf-8", errors="backslashreplace") as file:
                 file.seek(0)
                 named = file.read()
@@ -703,17 +785,24 @@ def to_device(batch: dict, device: torch.device, stream: "torch.cuda.Stream | No
 
 @contextlib.contextmanager
 def noted_signals(process: Process) -> Iterator[list[int]]:
-    """Has SIGINT and SIGTERM noted in a list, to be obeyed when it suits; the second one is obeyed at once."""
+    """Has SIGINT, SIGTERM and, unless it is ignored, SIGHUP noted in a list, to be obeyed when it suits.
+
+    A second one is obeyed at once, but for SIGHUP: each stream of a terminal that is gone raises it.
+    """
     caught: list[int] = []
     own = os.getpid()
 
     def note(number: int, _frame: Any) -> None:
-        if caught or os.getpid() != own:  # a process forked from this one is to end at once
+        if os.getpid() != own or (caught and number != HANGUP):  # a process forked from this one is to end at once
             raise KeyboardInterrupt
         caught.append(number)
-        process.say("stopping after this step, to save; once more to stop without saving")
+        if len(caught) == 1:
+            process.say("stopping after this step, to save; once more to stop without saving")
 
-    handlers = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if HANGUP and signal.getsignal(HANGUP) != signal.SIG_IGN:
+        numbers.append(HANGUP)
+    handlers = {number: signal.signal(number, note) for number in numbers}
     try:
         yield caught
     finally:
@@ -975,7 +1064,7 @@ def fit(
     Raises:
         UserError: a checkpoint that does not fit or cannot be written, more unreadable videos than `max_bad`, or a loss
             or gradient that is not finite.
-        Interrupted: SIGINT or SIGTERM came; the state is saved.
+        Interrupted: SIGINT, SIGTERM or SIGHUP came; the state is saved.
     """
     run = Run(method, config, process, steps_per_epoch, paths)
     stop = min(config.epochs * steps_per_epoch, config.max_steps or math.inf)
@@ -983,21 +1072,18 @@ def fit(
         process.say(f"{config.resume} is at step {run.done} of {stop}: nothing left to train (--epochs, --max_steps)")
         return Path(config.resume)
     with user_errors():
-        folder = RunFolder(Path(process.of_first(config.out or out)), config, process, run.done, steps_per_epoch)
+        folder = RunFolder(Path(config.out or out), config, process, run.done, steps_per_epoch)
     checkpoint = folder.path / "checkpoint.pt"
     process.say(f"{run}\nrun folder {folder.path}" + (f", resumed after step {run.done}" if config.resume else ""))
     journal, saved = Journal(run, folder, clips_per_video * run.total_batch), time.monotonic()
     with noted_signals(process) as caught, contextlib.closing(journal):
-        batches = iter(make_loader(run.done))
+        batches, bad = iter(make_loader(run.done)), []
         while run.done < stop:
             waiting = time.perf_counter()
             with user_errors():
                 batch = next(batches)
             waited = time.perf_counter() - waiting
-            bad = batch.pop("bad", [])
-            run.bad_videos += len(bad)
-            with user_errors():
-                folder.log_bad(run.done + 1, bad)
+            bad += batch.pop("bad", [])
             journal.add(run.step(batch), waited)
 
             ends = run.done % steps_per_epoch == 0 or run.done == stop
@@ -1005,7 +1091,13 @@ def fit(
             if process.world_size > 1 and not line_due and run.done % 10:
                 continue  # the rest has the processes wait for each other
             late = process.rank == 0 and time.monotonic() - saved >= 60 * config.save_minutes
-            interrupted, bad_videos, late = process.sums(len(caught), run.bad_videos, late)  # so that all do the same
+            run.bad_videos += len(bad)
+            counts = len(caught), run.bad_videos, late, len(bad)
+            interrupted, bad_videos, late, unnamed = process.sums(*counts)  # so that all do the same
+            if unnamed:
+                with user_errors():
+                    folder.log_bad(run.done, process.gather(bad))
+                bad = []
             if bad_videos > config.max_bad * steps_per_epoch * run.total_batch:
                 raise UserError(
                     f"{bad_videos} videos of this epoch could not be read, more than --max_bad {config.max_bad:g}; "

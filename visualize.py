@@ -313,17 +313,11 @@ def read_log(run: str) -> list[dict[str, float]]:
 def clip_outputs(
     model: Model, videos: data.VideoList, title: str, function: Callable[[Tensor], Tensor], average: bool = False
 ) -> tuple[Tensor, data.VideoList]:
-    """`evaluate.clip_outputs` for the clips of the videos that can be read, and these videos.
-
-    Raises:
-        UserError: none of them can be read.
-    """
+    """`evaluate.clip_outputs` for the clips of the videos that can be read, and these videos."""
     config, process = model.config, start_process(model.config.device)
     clips = data.TestClips(videos, config.crop, config.frames, config.frame_stride, config.clips)
     workers, title = loader_workers(config, process), f"{model.name}, {title}"
     found, good, _ = evaluate.clip_outputs(function, clips, process, workers, config.test_batch, title, average)
-    if not good.any():
-        raise UserError(f"{title}: none of {len(videos)} can be read")
     return found[good], subset(videos, good.nonzero()[:, 0].tolist())
 
 

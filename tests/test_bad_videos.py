@@ -1,7 +1,11 @@
 """What scraped files do to the loader: mutated, huge, slow, strangely named and fatal ones; the checker; --exclude."""
 
+import contextlib
+import faulthandler
+import functools
 import os
 import re
+import resource
 import signal
 import struct
 import subprocess
@@ -118,7 +122,9 @@ def views_of(paths: list, **options) -> PretrainingViews:
 
 
 class Keys(list):
-    batch_size = 1
+    def __init__(self, keys, batch_size=1):
+        super().__init__(keys)
+        self.batch_size = batch_size
 
 
 @pytest.fixture
@@ -195,6 +201,10 @@ def test_pixels_that_cannot_be_converted_make_a_bad_video(folder, monkeypatch, e
         pytest.raises(BadVideo, match=r"Operation not supported|not enough memory"),
     ):
         video.read([0])
+    monkeypatch.setattr(data, "_is_memory_short", lambda: True)
+    if isinstance(error, MemoryError):
+        with Video(folder / "h264.mp4") as video, pytest.raises(OSError, match="Cannot allocate memory: take fewer"):
+            video.read([0])
 
 
 def test_a_pipe_is_not_waited_for(tmp_path):
@@ -206,9 +216,16 @@ def test_a_pipe_is_not_waited_for(tmp_path):
 class Fatal(PretrainingViews):
     """Its process dies of videos named fatal, in even epochs."""
 
+    number = signal.SIGKILL
+
+    def write(self, key, item):
+        self.epoch = key[0]
+        return super().write(key, item)
+
     def _write_views(self, rng, path, item):
-        if "fatal" in path and self.current[0] % 2 == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if "fatal" in path and self.epoch % 2 == 0:
+            faulthandler.disable()  # pytest's
+            os.kill(os.getpid(), self.number)
         super()._write_views(rng, path, item)
 
 
@@ -247,6 +264,127 @@ def test_processes_that_die_before_they_read_end_the_run(folder):
     views = Broken(VideoList([str(folder / "h264.mp4")], [0], [], ""), 16)
     with pytest.raises(OSError, match=r"11 times in a row, the process that read it died \(exit code 3\)"):
         next(load_batches(views, data.StepSampler(1, 1, 1), workers=1))
+
+
+class Mortal(Fatal):
+    """Its process dies of videos named fatal only where a file is, which it takes away if `once`."""
+
+    def __init__(self, paths: list, file: Path, number: int, once: bool):
+        super().__init__(VideoList([str(path) for path in paths], [0] * len(paths), [], ""), 16, 4)
+        self.file, self.number, self.once = file, number, once
+        file.touch()
+
+    def _write_views(self, rng, path, item):
+        if self.file.exists():
+            if self.once and "fatal" in path:
+                self.file.unlink()
+            super()._write_views(rng, path, item)
+        else:
+            PretrainingViews._write_views(self, rng, path, item)
+
+
+@pytest.mark.parametrize("number", [signal.SIGBUS, signal.SIGKILL, signal.SIGSEGV, signal.SIGTERM])
+def test_a_process_that_dies_once_costs_no_video(folder, tmp_path, number):
+    """As where somebody or something ends it: another one makes the same again."""
+    fatal = tmp_path / "fatal.mp4"
+    fatal.write_bytes((folder / "h264.mp4").read_bytes())
+    views = Mortal([folder / "h264.mp4", fatal], tmp_path / "mortal", number, once=True)
+    expected = data.collate([PretrainingViews.__getitem__(views_of(views.videos.paths), (0, i)) for i in range(2)])
+    (batch,) = load_batches(views, Keys([[(0, 0), (0, 1)]], 2), workers=1)
+    assert batch["bad"] == [] and not views.file.exists()
+    assert all(torch.equal(batch[name], expected[name]) for name in ("clip", "index"))
+
+
+def test_a_process_that_lacks_memory_costs_no_video(folder, tmp_path, monkeypatch):
+    """It dies of SIGBUS, or Linux has killed it, which it counts: the run ends, with the advice."""
+    fatal = tmp_path / "fatal.mp4"
+    fatal.write_bytes((folder / "h264.mp4").read_bytes())
+    counts = map(str, range(100))
+    monkeypatch.setattr(data, "_memory_kills", lambda: next(counts))
+    for number in (signal.SIGBUS, signal.SIGKILL):
+        views = Mortal([fatal], tmp_path / "mortal", number, once=False)
+        says = rf"11 times in a row, the process that read it died \(exit code -{number:d}\): .*memory.*--workers"
+        with pytest.raises(OSError, match=says):
+            next(load_batches(views, data.StepSampler(1, 1, 1), workers=1))
+
+
+def lower(limit: int, value: int):
+    """Lowers a limit of this process, for a block."""
+
+    @contextlib.contextmanager
+    def lowered():
+        before = resource.getrlimit(limit)
+        resource.setrlimit(limit, (value, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(limit, before)
+
+    return lowered()
+
+
+def next_file() -> int:
+    """The number that the next file to be opened gets, above which this process may have none."""
+    with open(os.devnull) as file:
+        return file.fileno()
+
+
+def no_more_files(_worker: int = 0) -> None:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (next_file(), resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+
+
+HELD = []
+
+
+def no_more_memory(megabytes: int, _worker: int) -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (2**20, 2**20))
+    with contextlib.suppress(MemoryError):
+        while True:
+            HELD.append(bytearray(2**18))
+    del HELD[: 4 * megabytes]
+
+
+def test_too_few_open_files_are_no_videos_fault(folder):
+    path = folder / "h264.mp4"
+    says = r"Too many open files\)?: raise `ulimit -n`"
+    with (
+        lower(resource.RLIMIT_NOFILE, next_file()),
+        pytest.raises(OSError, match=r"Too many open files: raise `ulimit -n`.*h264\.mp4"),
+    ):
+        Video(path)
+    for more in range(5):  # for memory to share, two; for a pipe, two; and for the process
+        with lower(resource.RLIMIT_NOFILE, next_file() + more), pytest.raises(OSError, match=says):
+            next(load_batches(views_of([path]), Keys([[(0, 0)]]), workers=1))
+    for items, key in ((views_of([path]), (0, 0)), (data.TestClips(views_of([path]).videos, 16, 4), 0)):
+        with pytest.raises(OSError, match=says):
+            next(load_batches(items, Keys([[key]]), 1, no_more_files))
+
+
+def test_too_few_open_files_stop_the_checker(folder, check, monkeypatch):
+    monkeypatch.setattr(data._Checker, "visit", lambda checker, path: (no_more_files(), Video(path)))
+    code, out, err, listed = check(folder, "--workers", 1)
+    assert (code, out, listed) == (2, "", "") and err.count("\n") == 1
+    assert err.startswith("error: [Errno 24] Too many open files: raise `ulimit -n`")
+
+
+@pytest.mark.parametrize("megabytes", [0, 1, 4])
+def test_too_little_memory_is_no_videos_fault(tmp_path, megabytes):
+    """Whether it fails in decoding, where FFmpeg calls the video damaged, or elsewhere."""
+    path = encode(tmp_path / "large.mp4", moving_texture(8, 540, 960), "libx264", preset="ultrafast")
+    views, clips = views_of([path]), data.TestClips(views_of([path]).videos, 16, 4)
+    for items, key in ((views, (0, 0)), (clips, 0)):
+        assert next(load_batches(items, Keys([[key]]), 1))["bad"] == []
+        with pytest.raises((OSError, MemoryError, RuntimeError), match=r"emory|^$"):
+            next(load_batches(items, Keys([[key]]), 1, functools.partial(no_more_memory, megabytes)))
+
+
+def test_a_disk_that_does_not_answer_is_no_videos_fault(folder, monkeypatch):
+    def wait(*_arguments, **_options):
+        raise av.error.ExitError(int.from_bytes(b"TIXE"), "Immediate exit requested")
+
+    monkeypatch.setattr(av, "open", wait)
+    with pytest.raises(OSError, match=r"timed out: mount the disk again.*h264\.mp4"):
+        Video(folder / "h264.mp4")
 
 
 NAMES = [
@@ -401,13 +539,13 @@ def test_an_interrupted_check_keeps_what_it_found(tmp_path, monkeypatch, check):
 def test_check_names_a_video_that_kills_its_process(tmp_path, monkeypatch):
     for name in ("a", "fatal", "z"):
         (tmp_path / f"{name}.mp4").touch()
-    call = data._Checker.__call__
+    visit = data._Checker.visit
 
     def die(checker, path):
-        if "fatal" in path and path not in checker.reasons:
+        if "fatal" in path:
             os.kill(os.getpid(), signal.SIGKILL)
-        return call(checker, path)
+        visit(checker, path)
 
-    monkeypatch.setattr(data._Checker, "__call__", die)
+    monkeypatch.setattr(data._Checker, "visit", die)
     assert data.check_videos(tmp_path, tmp_path / "bad.txt", workers=1) == (3, 3)
     assert "'fatal.mp4'\tthe process that read it died (exit code -9)\n" in (tmp_path / "bad.txt").read_text()

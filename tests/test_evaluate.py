@@ -213,8 +213,8 @@ def test_each_process_reads_its_own_share_and_learns_of_the_others(videos, monke
     shares, processes = [], [Process(rank, 3, torch.device("cpu")) for rank in range(3)]
     clips = data.TestClips(evaluate.find_labelled("synthetic", videos, train=False, split=1), 16, clips=1)
     clips.videos.paths[3] = "nowhere.mp4"
-    read, item = [], data.TestClips.__getitem__
-    monkeypatch.setattr(data.TestClips, "__getitem__", lambda self, index: read.append(index) or item(self, index))
+    read, write = [], data.TestClips.write
+    monkeypatch.setattr(data.TestClips, "write", lambda self, *given: read.append(given[0]) or write(self, *given))
     monkeypatch.setattr(evaluate.dist, "all_gather_object", send)
     for process in processes:
         with pytest.raises(Sent):
@@ -544,6 +544,122 @@ def test_an_unreadable_test_video_counts_as_wrong_and_is_named(run, pretrained, 
             name in [Path(path).parent.name for path, _ in result["unreadable"]] or value is not None
             for name, value in result["per_class_percent"].items()
         )
+
+
+FINITE = {  # protocol → flags
+    "linear": ["--epochs", 1, "--batch_size", 8, "--out", "run"],
+    "cached": ["--epochs", 1, "--batch_size", 8, "--out", "run", "--cached", 1],
+    "finetune": ["--epochs", 1, "--batch_size", 8, "--out", "run"],
+    "retrieve": ["--out", "run/result.json"],
+    "knn": ["--out", "run/result.json"],
+    "svm": ["--out", "run/result.json"],
+    "export": ["--out", "run.pt"],
+}
+
+
+@pytest.mark.parametrize("name", FINITE)
+def test_an_encoder_that_is_not_finite_gives_no_number(run, pretrained, name):
+    state = torch.load(pretrained)
+    state["model"]["encoder.stem.0.weight"][0] = math.nan
+    torch.save(state, run.path / "broken.pt")
+    where = [] if name == "export" else FAST
+    protocol = "linear" if name == "cached" else name
+    dataset = None if name == "export" else "synthetic"
+    code, out, err = run(evaluate, protocol, "--checkpoint", "broken.pt", *where, *FINITE[name], dataset=dataset)
+    last = err.splitlines()[-1]
+    assert code == 2 and last.startswith("error: ") and "not finite" in last and "Traceback" not in err, err
+    assert ".mp4'" in last or (name == "export" and "stem.0.weight" in last)
+    assert "%  of" not in out and not (run.path / "run" / "result.json").exists() and not (run.path / "run.pt").exists()
+
+
+@pytest.mark.parametrize("part", ["training videos", "test videos"])
+def test_a_video_whose_features_are_not_finite_is_named(run, pretrained, videos, part, monkeypatch):
+    """One of many is enough: every figure would be about other numbers."""
+    broken = data.find_videos("synthetic", videos, train=part == "training videos").paths[3]
+    bright, write, features = [], data.TestClips.write, evaluate.pooled_features
+
+    def mark(clips, index, item):
+        bad = write(clips, index, item)
+        if clips.videos.paths[index] == broken:
+            item["clips"].fill_(255)
+        return bad
+
+    def spoil(encoder, clips, color=None):
+        found = features(encoder, clips, color)
+        bright.append((clips == 255).flatten(1).all(1))
+        found[bright[-1], 0] = math.inf
+        return found
+
+    monkeypatch.setattr(data.TestClips, "write", mark)
+    monkeypatch.setattr(evaluate, "pooled_features", spoil)
+    for protocol in ("retrieve", "knn", "svm"):
+        code, out, err = run(evaluate, protocol, "--checkpoint", pretrained, *FAST, "--out", "result.json")
+        count = {"training videos": 18, "test videos": 10}[part]
+        assert code == 2 and f"error: {part}: the network's outputs are not finite for 1 of {count}" in err, err
+        assert repr(broken) in err.splitlines()[-1] and "%  of" not in out and not (run.path / "result.json").exists()
+    monkeypatch.setattr(data.TestClips, "write", write)
+    with pytest.raises(train.UserError, match="conv4, training videos: the network's outputs are not finite for 18 of"):
+        encoder = evaluate.build_encoder("conv4", 0.25)
+        next(iter(encoder.parameters())).data.fill_(math.nan)
+        evaluate.first_look({"conv4": encoder}, videos, (32, 8, 2), ALONE, 0)
+
+
+def test_logits_that_are_not_finite_are_no_probabilities():
+    """Of a score of −∞, softmax makes 0, and of this a rank."""
+    classifier = evaluate.Classifier(evaluate.build_encoder("conv4", 0.25), 3, frozen=True).eval()
+    clips = torch.zeros(2, 3, 8, 32, 32, dtype=torch.uint8)
+    assert classifier.probabilities(clips).isfinite().all()
+    classifier.fc.bias.data[1] = -math.inf
+    assert classifier.probabilities(clips).isnan().all()
+
+
+def test_no_number_is_about_unreadable_videos_alone(run, pretrained, videos):
+    shutil.copytree(videos, damaged := run.path / "damaged")
+    for path in damaged.glob("test/*/*.mp4"):
+        path.write_bytes(b"not a video")
+    code, out, err = run(evaluate, "retrieve", "--checkpoint", pretrained, *FAST, "--data", damaged, dataset=None)
+    assert code == 2 and "error: test videos: none of 10 can be read" in err and "R@1" not in out
+
+
+def evaluate_on_node(rank, folder, pretrained, videos, ports, codes):
+    """Process `rank` of 2, each on a disk of its own, of which the second has no place for the results."""
+    own = folder / str(rank)
+    own.mkdir()
+    os.chdir(own)
+    torch.set_num_threads(1)
+    if rank == 1:
+        Path("run").touch()
+    for protocol, port in zip(("linear", "finetune", "knn"), ports, strict=True):
+        place = {"RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in place.items()})
+        train_it = ["--epochs", 1, "--batch_size", 4] if protocol != "knn" else []
+        out = f"run/{protocol}" + ".json" * (protocol == "knn")
+        flags = ["--checkpoint", pretrained, "--data", videos, *FAST, *train_it, "--out", out]
+        sys.argv = ["evaluate.py", protocol, *map(str, flags)]
+        try:
+            train.command_line(evaluate.main)
+        except SystemExit as stop:
+            codes.put((protocol, rank, stop.code))
+
+
+def test_two_nodes_need_no_common_disk(pretrained, videos, tmp_path):
+    with contextlib.ExitStack() as stack:
+        servers = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(3)]
+        ports = [server.getsockname()[1] for server in servers]
+    context = torch.multiprocessing.get_context("forkserver")
+    codes = context.Queue()
+    arguments = tmp_path, pretrained, videos, ports, codes
+    nodes = [context.Process(target=evaluate_on_node, args=(rank, *arguments)) for rank in range(2)]
+    for node in nodes:
+        node.start()
+    ended = [codes.get(timeout=200) for _ in range(6)]
+    for node in nodes:
+        node.join()
+    assert sorted(ended) == [(protocol, rank, 0) for protocol in ("finetune", "knn", "linear") for rank in range(2)]
+    assert os.listdir(tmp_path / "1") == ["run"] and (tmp_path / "1" / "run").read_bytes() == b""
+    for name in ("linear/result.json", "finetune/result.json", "knn.json"):
+        assert numbers(tmp_path / "0" / "run" / name)["test_videos"] == 10
+    assert numbers(tmp_path / "0" / "run" / "linear" / "result.json")["trained_epochs"] == 1
 
 
 def test_results_lie_beside_the_checkpoint_or_in_a_folder_of_the_untrained_encoder(run, pretrained, videos):

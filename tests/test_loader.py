@@ -1,15 +1,25 @@
 """Batches made by worker processes in shared memory."""
 
+import json
+import multiprocessing
 import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
 import time
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
 import torch
 from encoding import encode, moving_texture
 
+import evaluate
 import moco
-from data import PretrainingViews, StepSampler, VideoList, collate, load_batches
+from data import PretrainingViews, StepSampler, TestClips, VideoList, collate, load_batches
+from train import Process
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +74,9 @@ def test_a_batch_stays_as_it_is_until_the_next_one_is_asked_for(workers):
         assert (batch["value"] == torch.tensor([[2 * step], [2 * step + 1]])).all()
 
 
-def test_workers_that_are_not_forked_share_the_memory_too(views, monkeypatch):
-    monkeypatch.setattr(torch.multiprocessing, "Process", torch.multiprocessing.get_context("spawn").Process)
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_workers_that_are_not_forked_share_the_memory_too(views, monkeypatch, method):
+    monkeypatch.setattr(torch.multiprocessing, "Process", torch.multiprocessing.get_context(method).Process)
     sampler = StepSampler(len(views), batch_size=2, epochs=2)
     for keys, batch in zip(sampler, load_batches(views, sampler, workers=1), strict=True):
         assert_same(batch, collate([views[key] for key in keys]))
@@ -86,14 +97,67 @@ def test_weights_are_the_same_whatever_the_number_of_workers(run, videos):
     assert logs[0].count("\n") == 1 and logs == logs[:1] * 3
 
 
-def test_too_little_shared_memory_is_an_error_that_says_what_to_do(monkeypatch):
-    def refuse(tensor):
-        raise RuntimeError("unable to allocate shared memory(shm) for file </torch>: No space left on device (28)")
+def test_too_little_shared_memory_is_an_error_that_says_what_to_do():
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        says = r"GiB of shared memory for 2 batches \(File too large\): take fewer --workers.*smaller batches"
+        with pytest.raises(OSError, match=says):
+            next(load_batches(Counter(), Keys([[(0, 0), (0, 1)]]), workers=2))
+        assert len(list(load_batches(Counter(), Keys([[(0, 0), (0, 1)]]), workers=0))) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
-    monkeypatch.setattr(torch.Tensor, "share_memory_", refuse)
-    with pytest.raises(OSError, match=r"GiB of shared memory for 5 batches: .*workers.*smaller batches.*/dev/shm"):
-        next(load_batches(Counter(), Keys([[(0, 0), (0, 1)]]), workers=2))
-    assert len(list(load_batches(Counter(), Keys([[(0, 0), (0, 1)]]), workers=0))) == 1
+
+@pytest.fixture
+def long_temporary_folder(tmp_path, monkeypatch):
+    """TMPDIR with a name that no socket can have."""
+    folder = tmp_path / ("long" * 30)
+    folder.mkdir()
+    monkeypatch.setenv("TMPDIR", str(folder))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.delitem(multiprocessing.current_process()._config, "tempdir", raising=False)
+
+
+def test_a_long_temporary_folder_costs_no_video(views, long_temporary_folder):
+    clips, alone = TestClips(views.videos, 28, 4, 1, 2), Process(0, 1, torch.device("cpu"))
+    found, _, bad = evaluate.clip_outputs(lambda x: x.flatten(1).float(), clips, alone, 2, 2, "")
+    assert [path for path, _ in bad] == [views.videos.paths[1]]
+    assert torch.equal(found, torch.stack([clips[i]["clips"].flatten(1).float() for i in range(5)]))
+
+
+def test_a_process_that_cannot_be_started_ends_the_run_and_says_why(views, long_temporary_folder, monkeypatch):
+    context = multiprocessing.get_context("forkserver")
+    monkeypatch.setattr(torch.multiprocessing, "Process", context.Process)
+    monkeypatch.setattr(forkserver, "connect_to_new_process", forkserver.ForkServer().connect_to_new_process)
+    says = "a loader process can't be started: AF_UNIX path too long: set TMPDIR to a shorter path"
+    with pytest.raises(OSError, match=says):
+        next(load_batches(views, StepSampler(len(views), 2, 2), workers=1))
+
+
+SHARED_MEMORY_IS_FULL = """
+mount -t tmpfs -o size=64k tmpfs /dev/shm || exit 77
+dd if=/dev/zero of=/dev/shm/other bs=1k 2> /dev/null
+exec "$@"
+"""
+
+
+def test_shared_memory_that_others_have_filled_costs_no_video(run, videos):
+    """Docker gives 64 MB of it, which another program may have taken; numbers are as without."""
+    flags = ["--encoder=conv4", "--width=0.25", "--crop=32", "--device=cpu", f"--data={videos}", "--clips=2"]
+    assert run(evaluate, "retrieve", *flags, "--workers=0", "--out=0.json")[0] == 0
+    command = [sys.executable, evaluate.__file__, "retrieve", *flags, "--dataset=synthetic", "--workers=2"]
+    shell = ["unshare", "-m", "sh", "-c", SHARED_MEMORY_IS_FULL, "sh"]
+    if not shutil.which("unshare") or subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
+        pytest.skip("only root may mount a small /dev/shm")
+    done = subprocess.run(
+        [*shell, *command, "--out=2.json"], cwd=run.path, capture_output=True, text=True, timeout=120, check=False
+    )
+    if done.returncode == 77:
+        pytest.skip("no small /dev/shm can be mounted here")
+    assert done.returncode == 0, done.stderr
+    results = [json.loads((run.path / f"{n}.json").read_text())["result"] for n in (0, 2)]
+    assert results[0] == results[1] and results[0]["unreadable"] == []
 
 
 def test_workers_end_with_the_iteration():

@@ -5,7 +5,9 @@ import json
 import math
 import multiprocessing
 import os
+import pty
 import resource
+import select
 import shutil
 import signal
 import socket
@@ -17,6 +19,8 @@ import pytest
 import torch
 from test_train import same, weights
 
+import data
+import evaluate
 import fima
 import moco
 import train
@@ -49,12 +53,15 @@ def kill_at_line(count: int, within: tuple[str, ...]) -> None:
     sys.settrace(at_call)
 
 
-def live(folder: str, flags: list[str], environment: dict, kill: tuple, file_size: int, at_step_6: str) -> None:
+def live(
+    folder: str, flags: list[str], environment: dict, kill: tuple, file_size: int, at_step_6: str, output: str
+) -> None:
     os.chdir(folder)
     os.environ.update(environment)
-    output = os.open(f"out{environment.get('RANK', 0)}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    output = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOCTTY)
     os.dup2(output, 1)
     os.dup2(output, 2)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
     torch.set_num_threads(1)
     sys.argv = ["fima.py", *flags]
     if file_size:
@@ -79,13 +86,14 @@ def live(folder: str, flags: list[str], environment: dict, kill: tuple, file_siz
     train.command_line(lambda: moco.main(fima.FIMA, fima.FIMAConfig, fima.PRESETS, ""))
 
 
-def start(folder, *flags, environment=None, kill=(), file_size=0, at_step_6=""):
+def start(folder, *flags, environment=None, kill=(), file_size=0, at_step_6="", output=""):
     """A run of fima.py in its own process: killed in `fit` (see `kill_at_line`), unable to write files above file_size
-    bytes, or spoiling a weight ("spoil") or sending itself a signal after step 6.
+    bytes, or spoiling a weight ("spoil") or sending itself a signal after step 6. It writes to out0.txt, or `output`.
     """
+    output = output or f"out{(environment or {}).get('RANK', 0)}.txt"
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["test_reliability", "torch.utils.tensorboard"])
-    arguments = (str(folder), [str(flag) for flag in flags], environment or {}, kill, file_size, at_step_6)
+    arguments = (str(folder), [str(flag) for flag in flags], environment or {}, kill, file_size, at_step_6, output)
     process = context.Process(target=live, args=arguments)
     process.start()
     return process
@@ -134,6 +142,72 @@ def test_killed_at_random_moments_a_run_ends_as_if_it_had_not_been(undisturbed, 
     for name in ("model", "optimizer", "step"):
         assert same(*(weights(folder / "checkpoint.pt")[name] for folder in (expected, tmp_path / "run"))), name
     assert log(tmp_path / "run") == log(expected)
+
+
+def test_a_run_whose_terminal_hangs_up_is_saved_and_goes_on_as_if_nothing_had_been(undisturbed, tmp_path):
+    expected, flags = undisturbed
+    code, out = finish(start(tmp_path, *flags, at_step_6="SIGHUP"), tmp_path)
+    assert code == 128 + signal.SIGHUP and "--resume run/checkpoint.pt" in out, out
+    assert weights(tmp_path / "run" / "checkpoint.pt")["step"] == 6  # of 9 in an epoch
+    assert finish(start(tmp_path, *flags, "--resume", "auto"), tmp_path)[0] == 0
+    assert same(*(weights(folder / "checkpoint.pt")["model"] for folder in (expected, tmp_path / "run")))
+
+
+def test_a_run_whose_terminal_is_gone_ends_and_is_saved(undisturbed, tmp_path):
+    """No signal comes where it is not the terminal's own; to write there fails."""
+    terminal, end = pty.openpty()
+    flags = [*undisturbed[1], "--epochs", "9999", "--workers", "1"]
+    process = start(tmp_path, *flags, output=os.ttyname(end))
+    out = b""
+    while b"epoch 1/" not in out and process.is_alive():
+        if select.select([terminal], [], [], 1)[0]:
+            out += os.read(terminal, 1024)
+    assert process.is_alive(), out.decode()
+    os.close(terminal)
+    os.close(end)
+    process.join(120)
+    assert process.exitcode == 128 + signal.SIGHUP
+    saved = weights(tmp_path / "run" / "checkpoint.pt")["step"]
+    assert saved >= 9 and log(tmp_path / "run")[-1]["step"] == saved
+
+
+def test_nohup_is_obeyed():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with train.noted_signals(train.Process(0, 1, torch.device("cpu"))) as caught:
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert caught == []
+        with pytest.raises(SystemExit) as stop:
+            train.command_line(lambda: os.kill(os.getpid(), signal.SIGHUP))
+        assert stop.value.code == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.fixture
+def broken_pipe():
+    """A stream that nobody reads, as before `| head`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as stream:
+        yield stream
+
+
+def test_output_that_nobody_reads_ends_a_command(broken_pipe, monkeypatch):
+    steps = []
+    monkeypatch.setattr(sys, "stdout", broken_pipe)
+    with pytest.raises(SystemExit) as stop:
+        train.command_line(lambda: [(steps.append(n), print(n, flush=True)) for n in range(9)])
+    assert stop.value.code == 130 and steps == [0]
+
+
+def test_a_check_whose_terminal_is_gone_ends_and_keeps_its_list(broken_pipe, tmp_path, monkeypatch):
+    (tmp_path / "bad.mp4").touch()
+    monkeypatch.setattr(sys, "stderr", broken_pipe)
+    monkeypatch.setattr(sys, "argv", ["data.py", "check", str(tmp_path), "--out", str(tmp_path / "bad.txt")])
+    assert data.main() == 130
+    assert (tmp_path / "bad.txt").read_text() == "'bad.mp4'\tInvalid data found when processing input\n"
+    assert not multiprocessing.active_children()
 
 
 def test_a_full_disk_stops_the_run_and_spoils_nothing(undisturbed, tmp_path):
@@ -353,6 +427,60 @@ def test_two_processes_go_on_after_a_kill_as_if_nothing_had_been_and_one_alone_s
     state = weights(alone / "run" / "checkpoint.pt")
     assert (state["step"], state["world_size"]) == (36, 1)
     assert all(value.isfinite().all() for value in state["model"].values())
+
+
+def test_two_nodes_need_no_common_disk(undisturbed, videos, tmp_path):
+    """The second has no place for a run folder; what it cannot read is named in the first one's."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    tree = tmp_path / "tree"
+    for n, path in enumerate(sorted((videos / "train").glob("*/*.mp4"))):
+        tree.mkdir(exist_ok=True)
+        (tree / f"{n}.mp4").write_bytes(path.read_bytes() if n % 9 else b"")
+    flags = [*undisturbed[1], "--dataset", "folder", "--data", tree, "--epochs", "2", "--max_bad", "1"]
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+    nodes = [tmp_path / str(rank) for rank in range(2)]
+    for node in nodes:
+        node.mkdir()
+    (nodes[1] / "run").touch()
+    running = [start(node, *flags, environment=common | {"RANK": str(rank)}) for rank, node in enumerate(nodes)]
+    for rank, (process, node) in enumerate(zip(running, nodes, strict=True)):
+        code, out = finish(process, node, rank)
+        assert code == 0, out
+    assert weights(nodes[0] / "run" / "checkpoint.pt")["step"] == 8
+    named = (nodes[0] / "run" / "bad_videos.log").read_text()
+    assert [named.count(f"/{name}.mp4'") for name in (0, 9)] == [1, 1]  # the processes have met one each, or both
+    assert (nodes[1] / "run").read_bytes() == b""
+
+
+LEFT = {  # in the environment → what is said
+    "WORLD_SIZE=4": "WORLD_SIZE=4, without MASTER_ADDR and MASTER_PORT and RANK",
+    "RANK=1": "RANK=1, without WORLD_SIZE",
+    "RANK=0": "RANK=0, without WORLD_SIZE",
+    "LOCAL_RANK=2": "LOCAL_RANK=2, without RANK and WORLD_SIZE",
+    "WORLD_SIZE=2 RANK=0": "RANK=0 WORLD_SIZE=2, without MASTER_ADDR and MASTER_PORT",
+    "WORLD_SIZE=two RANK=0": "RANK=0 WORLD_SIZE=two, not whole numbers",
+    "WORLD_SIZE= RANK=0": "RANK=0 WORLD_SIZE=, not whole numbers",
+    "WORLD_SIZE=1 RANK=1": "RANK=1 WORLD_SIZE=1, no rank among so many processes",
+    "WORLD_SIZE=1 RANK=0 LOCAL_WORLD_SIZE=0": "LOCAL_WORLD_SIZE=0, no rank among so many processes",
+}
+
+
+@pytest.mark.parametrize("left", LEFT)
+def test_an_environment_that_a_scheduler_has_left_is_one_clear_line(left, run, monkeypatch):
+    for setting in left.split():
+        monkeypatch.setenv(*setting.split("="))
+    for script in (moco, evaluate):
+        code, out, err = run(script, *(["knn", "--encoder=conv4", "--crop=32"] if script is evaluate else []))
+        assert code == 2 and err.count("\n") == 1 and LEFT[left] in err, err
+        assert "torchrun" in err and "unset" in err and out == ""
+
+
+def test_processes_that_are_not_there_are_one_clear_line(run, monkeypatch):
+    for name, value in dict(RANK=1, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=9).items():
+        monkeypatch.setenv(name, str(value))
+    code, _, err = run(moco, "--timeout", 0.02)
+    assert code == 2 and "error: process 1 of 2 does not meet the others at 127.0.0.1:9" in err.splitlines()[-1]
 
 
 def test_processes_that_disagree_stop_before_they_save(undisturbed, tmp_path):
