@@ -31,7 +31,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -210,8 +210,7 @@ def reading(config: BenchmarkConfig) -> None:
     def read(reader: type[data.Video]) -> None:
         for epoch, index in keys:
             with reader(videos.paths[index]) as video:
-                rng = np.random.default_rng([config.seed, epoch, index, 0])  # as `views` draws its windows
-                starts = rng.integers(max(len(video) - window, 0) + 1, size=(2, 1))
+                starts = views._draw_starts(np.random.default_rng([config.seed, epoch, index, 0]), video)[:, None]
                 video.read(np.minimum(starts + np.arange(window), len(video) - 1).ravel())
 
     ways = {
@@ -271,7 +270,8 @@ class Noise(data.Video):
     def __len__(self) -> int:
         return 300
 
-    def stream(self, frames: Sequence[int]) -> Iterator[dict[int, np.ndarray]]:
+    def stream(self, frames: Iterable[int]) -> Iterator[dict[int, np.ndarray]]:
+        frames = [*frames]
         images = np.random.default_rng(0).integers(0, 256, (len(frames), 240, 320, 3), dtype=np.uint8)
         yield dict(zip(frames, images, strict=True))
 

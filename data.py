@@ -102,9 +102,8 @@ class Video:
                 if os.path.exists(self.path) and not os.path.isfile(self.path):
                     raise BadVideo(self.path, "not a file")  # opening a pipe would wait for its other end
                 options = {"format_whitelist": CONTAINERS, "protocol_whitelist": "file", "max_pixels": str(MAX_PIXELS)}
-                self._container = av.open(
-                    f"file:{self.path}", metadata_errors="ignore", options=options, timeout=DEADLINE
-                )
+                tags = {"metadata_errors": "ignore"} if av.__version__.startswith("18.") else {}  # 19 takes any bytes
+                self._container = av.open(f"file:{self.path}", options=options, timeout=DEADLINE, **tags)
                 self._read_packets()
                 self._find_order()
         except BaseException:
@@ -368,7 +367,7 @@ class Video:
             self._codec.skip_frame = "DEFAULT" if needed is None or i in needed else "NONREF"
             try:
                 images = self._codec.decode(self._packets[i] if i <= last else None)
-            except av.error.FFmpegError:
+            except (av.error.FFmpegError, ValueError):  # av 19: ValueError once its decoder could not be opened
                 continue  # damaged here; the caller counts what stays missing
             for image in images:
                 yield i, image
@@ -1026,18 +1025,20 @@ def crop_frames(
 
 
 class PretrainingViews(Dataset):
-    """Two views of a video, source and target, from windows at independent random times (FIMA, sections 3.1 and 4.1).
+    """Two views of a video, source and target, from windows at two random times (FIMA, sections 3.1 and 4.1).
 
-    A window spans `frames × frame_stride` frames and starts anywhere in the video with equal chance; a shorter video
-    is continued with its last frame. Crops take from `min_scale` to all of the frame's area; `color` holds settings of
-    `draw_color`. With another number of `windows`, 1 to train a classifier, there are as many views instead of 2. An
-    item is asked for by (epoch, index) and depends on nothing but these and the seed:
+    A window spans `frames × frame_stride` frames and starts anywhere in the video with equal chance, no two at the same
+    frame as far as the video has others; a shorter video is continued with its last frame. Crops take from `min_scale`
+    to all of the frame's area; `color` holds settings of `draw_color`. With another number of `windows`, 1 to train a
+    classifier, there are as many views instead of 2. An item is asked for by (epoch, index) and depends on nothing but
+    these and the seed:
 
     - "clip": uint8 (2, 3, frames, crop, crop), every `frame_stride`-th frame of each window.
     - "sub_clips": uint8 (2, S, 3, window // S, crop, crop), each window cut in S parts at stride 1, each with a crop
       and a flip of its own; absent for S = 0.
     - "box": float32 (2, 4), where the clips lie in the frame (see `crop_resize`).
     - "color": float32 (2, 2 + S, P), colour parameters of the clip, its frame difference, and each sub-clip's.
+    - "overlap": float32 (), the share of a window's frames that another one shows, too; absent for one window.
     - "index", "label": int64 (), the video's place in the list and its class (-1: unknown).
     - "bad": list of (path, reason) of the unreadable videos drawn before it.
 
@@ -1077,10 +1078,12 @@ class PretrainingViews(Dataset):
             "sub_clips": empty_clips(*batch, views, parts, 3, length, self.crop, self.crop),
             "box": torch.empty(*batch, views, 4),
             "color": torch.empty(*batch, views, 2 + parts, colors),
+            "overlap": torch.empty(batch),
             "index": torch.empty(batch, dtype=torch.int64),
             "label": torch.empty(batch, dtype=torch.int64),
         }
-        return {name: tensor for name, tensor in memory.items() if parts or name != "sub_clips"}
+        absent = {"sub_clips": not parts, "overlap": views < 2}
+        return {name: tensor for name, tensor in memory.items() if not absent.get(name)}
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
         item = self.empty()
@@ -1098,7 +1101,11 @@ class PretrainingViews(Dataset):
             try:
                 if draw in self.crashed:
                     raise BadVideo(path, self.crashed[draw])
-                self._write_views(rng, path, item)
+                starts = self._write_views(rng, path, item)
+                if self.windows > 1:
+                    apart = [abs(int(a - b)) for a, b in itertools.combinations(starts, 2)]
+                    shares = [max(1 - frames / (self.frames * self.frame_stride), 0) for frames in apart]
+                    item["overlap"].fill_(sum(shares) / len(shares))
                 item["index"].fill_(drawn)
                 item["label"].fill_(self.videos.labels[drawn])
                 return bad
@@ -1133,8 +1140,13 @@ class PretrainingViews(Dataset):
         return starts
 
     def _draw_starts(self, rng: np.random.Generator, video: Video) -> np.ndarray:
-        """First frames of the windows of a video, (windows,)."""
-        return rng.integers(max(len(video) - self.frames * self.frame_stride, 0) + 1, size=self.windows)
+        """First frames of the windows of a video, (windows,), all different where there are as many."""
+        starts = self._possible_starts(video)
+        return np.resize(rng.choice(starts, min(self.windows, len(starts)), replace=False), self.windows)
+
+    def _possible_starts(self, video: Video) -> np.ndarray:
+        """First frames that a window may have."""
+        return np.arange(max(len(video) - self.frames * self.frame_stride, 0) + 1)
 
     def _draw_region(self, rng: np.random.Generator, height: int, width: int, start: int) -> tuple[int, int, int, int]:
         """Region of a crop of the window that starts at frame `start`, of the video whose windows were drawn last."""
@@ -1487,7 +1499,7 @@ def color_augment(clips: Tensor, params: Tensor) -> Tensor:
         (N, 3, T, H, W) in [0, 1].
     """
     params = params.to(clips.device, clips.dtype, non_blocking=True)
-    on_cpu = clips.device.type == "cpu"
+    on_cpu = clips.device.type == "cpu" and not torch.compiler.is_compiling()  # compiled, it is one graph
     if on_cpu and len(clips) > 1:  # one at a time, they stay in the processor's cache
         return torch.cat([color_augment(*one) for one in zip(clips.split(1), params.split(1), strict=True)])
     brightness, contrast, saturation, hue, gray, sigma = params[:, :, None, None, None, None].unbind(1)
@@ -1509,11 +1521,12 @@ def color_augment(clips: Tensor, params: Tensor) -> Tensor:
 
 
 def normalize(clips: Tensor) -> Tensor:
-    """(..., 3, T, H, W) in [0, 1] → the same less the mean, by the deviation, of Kinetics-400; passes no gradient."""
-    made = torch.empty_like(clips)
-    for channel, target, mean, std in zip(clips.unbind(-4), made.unbind(-4), MEAN, STD, strict=True):
-        torch.sub(channel, mean, out=target).div_(std)
-    return made
+    """(..., 3, T, H, W) in [0, 1] → the same less the mean, by the deviation, of Kinetics-400."""
+    mean, std = (
+        torch.tensor(values, dtype=clips.dtype).to(clips.device, non_blocking=True)[:, None, None, None]
+        for values in (MEAN, STD)
+    )
+    return (clips - mean).div_(std)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

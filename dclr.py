@@ -59,11 +59,7 @@ class DCLRConfig(MoCoConfig):
     momentum: float = option(0.0, "what the slow extractor keeps of itself at an update", least=0, most=1)
     queue: int = option(2048, "length of the pool of features to retrieve from", least=1, most=2**24)
     gray_p: float = option(0.0, "probability of grayscale, which the paper does without", least=0, most=1)
-    bn: str = option(
-        "local",
-        "batch norm with several processes. local: of each process's own clips; sync: of all (on GPUs only)",
-        ("sync", "local"),
-    )
+    bn: str = option("local", "batch norm with several processes, of each process's own clips", ("local",))
 
     KNOWN_LOSSES = ("vv", "vs", "vd", "sd", "ac")
 

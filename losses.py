@@ -176,7 +176,8 @@ def frame_info_nce(prediction: Tensor, target: Tensor, negatives: Tensor, temper
 def frame_triplet(prediction: Tensor, target: Tensor, negatives: Tensor, margin: float = 1.0) -> Tensor:
     """Triplet form of L_Fra (Table 9): max(0, ‖y − l‖² − ‖y − l⁻‖² + margin), mean over all pairs (y, l⁻).
 
-    Arguments as in `frame_info_nce`. The paper gives no margin; 1 is torch's default. Scalar in [0, 4 + margin].
+    Arguments as in `frame_info_nce`. Neither the paper nor its code has a margin; 1 is torch's default. Scalar in
+    [0, 4 + margin].
     """
     cosine = torch.cat([similarity(prediction, keys, 1.0) for keys in (target, negatives)], 1)
     own = cosine.diagonal()[:, None]  # ‖y − l‖² = 2 − 2 y·l for unit vectors
@@ -208,8 +209,8 @@ class ForegroundBackgroundMerging:
     Args:
         foreground: β, the portion of the picture that is foreground (Table 1: 0.3, 0.5, 0.7; 1 leaves clips as they
             are).
-        mask: how the foreground is found (Table 4). fame: colour statistics of the seed region; seed: the seed region
-            alone; grid: the cells of a 4 × 4 grid that move most; gauss: the middle of the picture.
+        mask: how the foreground is found (Table 4). fame: colour statistics of the seed region, and blurs; seed: the
+            seed region alone; grid: the cells of a 4 × 4 grid that move most; gauss: the middle of the picture.
         background: whose background it gets (Table 3). inter: another video's; intra: that of the video's other view;
             none: clips stay as they are.
         branches: merge the first view only ("single") or "both" (Table 1).
@@ -220,7 +221,7 @@ class ForegroundBackgroundMerging:
 
     MASKS, BACKGROUNDS, BRANCHES = ("fame", "gauss", "seed", "grid"), ("inter", "intra", "none"), ("single", "both")
     FRONT, BACK = 0.5, 0.1  # the portions of S, from the top and from the bottom, that lend their colours (Sec. 3.2)
-    LEVELS = 8  # of each of red, green and blue: what counts as one colour
+    LEVELS = 16  # of each of red, green and blue: what counts as one colour
     CELLS = 4  # rows and columns of the grid
 
     def __init__(
@@ -261,7 +262,11 @@ class ForegroundBackgroundMerging:
         seed = self.seed_region(clips)  # S, Eq. 2
         if self.mask == "grid":
             return self.top_cells(seed, self.foreground, self.CELLS)
-        soft = {"fame": self.color_likelihood, "seed": lambda *_: seed, "gauss": self.center}[self.mask](clips, seed)
+        if self.mask == "fame":
+            seed = self.blur(seed)
+            soft = self.blur(self.color_likelihood(clips, seed))
+        else:
+            soft = seed if self.mask == "seed" else self.center(seed)
         return self.top_portion(soft, self.foreground, seed)  # Eq. 3
 
     @staticmethod
@@ -272,12 +277,26 @@ class ForegroundBackgroundMerging:
         change = change.sum(1, dtype=torch.promote_types(clips.dtype, torch.int16))
         return change.sum(1) / max(clips.shape[2] - 1, 1)
 
+    @staticmethod
+    def blur(maps: Tensor) -> Tensor:
+        """Gaussian blur of maps (N, H, W) by a tenth of each side made odd, with σ a third of that, edges reflected."""
+        maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
+        with torch.autocast(maps.device.type, enabled=False):
+            for size in maps.shape[1:]:  # columns, then rows: each by a matrix of what its pixels are made of
+                radius = int(0.1 * size) // 2
+                distance = torch.arange(-radius, radius + 1, device=maps.device, dtype=maps.dtype)
+                weights = torch.exp(-0.5 * (distance * 3 / (2 * radius + 1)) ** 2)
+                lines = torch.eye(size, device=maps.device, dtype=maps.dtype)[None]
+                lines = F.pad(lines, (radius, radius), mode="reflect")[0].unfold(1, 2 * radius + 1, 1)
+                maps = maps.mT @ (lines @ (weights / weights.sum()))
+        return maps
+
     @classmethod
     def color_likelihood(cls, clips: Tensor, seed: Tensor) -> Tensor:
         """The soft mask M_ij = P(F | x_ij) = P(x | F) / (P(x | F) + P(x | B)) (Sec. 3.2): (N, H, W) in [0, 1].
 
         x is the colour of the clip's mean over time. F is the top half of S, B its last tenth, with all pixels that
-        equal the last one in. A colour that neither has shown gets ½.
+        equal the last one in, and one pixel more of every colour.
         """
         white = clips.shape[2] * (255 if clips.dtype == torch.uint8 else 1)  # summed over the frames
         levels = clips.sum(2, dtype=torch.promote_types(clips.dtype, torch.int32)) * (cls.LEVELS / white)
@@ -291,15 +310,15 @@ class ForegroundBackgroundMerging:
             pixels <= pixels.kthvalue(math.ceil(cls.BACK * count), 1, keepdim=True).values,
         )
         shares = []  # P(x | F), P(x | B) of every colour
-        for region in regions:
-            histogram = seed.new_zeros(len(seed), cls.LEVELS**3).scatter_add_(1, color, region.to(seed.dtype))
-            shares.append(histogram / region.sum(1, keepdim=True))
+        for region, more in zip(regions, (0, 1), strict=True):
+            histogram = seed.new_full((len(seed), cls.LEVELS**3), more)
+            histogram.scatter_add_(1, color, region.to(seed.dtype))
+            shares.append(histogram / histogram.sum(1, keepdim=True))
         front, back = shares
-        likelihood = torch.where(front + back > 0, front / (front + back), 0.5)
-        return likelihood.gather(1, color).view_as(seed)
+        return (front / (front + back)).gather(1, color).view_as(seed)
 
     @staticmethod
-    def center(_clips: Tensor, seed: Tensor) -> Tensor:
+    def center(seed: Tensor) -> Tensor:
         """A 2-D Gaussian in the middle of the picture, half a side wide (Gauss, Sec. 4.3): (N, H, W) in [0, 1]."""
         rows, columns = (torch.linspace(-1, 1, size, device=seed.device, dtype=seed.dtype) for size in seed.shape[1:])
         return torch.exp(-0.5 * (rows[:, None] ** 2 + columns**2)).expand_as(seed)

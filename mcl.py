@@ -73,9 +73,8 @@ class MCLConfig(moco.MoCoConfig, MapsConfig):
         super().__post_init__()
         if "vv" not in self.terms:
             raise UserError(f"--losses {self.losses}: t, s and st align the gradient of vv, add it")
-        for name, refused in (("compile", "on"), ("bn", "sync")):
-            if getattr(self, name) == refused:
-                raise UserError(f"--{name} {refused}: MCL differentiates a gradient, which torch can't do in it")
+        if self.compile == "on":
+            raise UserError("--compile on: MCL differentiates a gradient, which torch can't do in it")
 
 
 PAPER = dict(encoder="s3d", crop=224, batch_size=8, lr=0.04)
@@ -170,13 +169,15 @@ class MotionViews(data.PretrainingViews):
             out[:] = crop_motion(self._clip(start), box, self.SIZE)
         return starts
 
-    def _draw_starts(self, rng: np.random.Generator, video: data.Video) -> np.ndarray:
+    def _possible_starts(self, video: data.Video) -> np.ndarray:
+        """Those of windows that move, or of all, where fewer move than are drawn."""
         self.motion = torch.from_numpy(self.maps.read(video.path, len(video)))
+        starts = super()._possible_starts(video)
         if not self.temporal:
-            return super()._draw_starts(rng, video)
+            return starts
         window = self.frames * self.frame_stride
-        moving = moving_windows(pool_motion(self.motion, "t"), window, self.frame_stride)
-        return rng.choice(np.flatnonzero(moving), self.windows)
+        moving = starts[moving_windows(pool_motion(self.motion, "t"), window, self.frame_stride).numpy()]
+        return moving if len(moving) >= self.windows else starts
 
     def _clip(self, start: int) -> Tensor:
         """m^ST of the whole frames of a clip, (frames, h, w)."""

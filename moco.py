@@ -89,8 +89,8 @@ class MoCoConfig(TrainConfig, VideosConfig):
     bn: str = option(
         "shuffle",
         "batch norm with several processes. shuffle: keys are made of clips dealt out over the processes, as in MoCo; "
-        "sync: statistics of all processes (on GPUs only); local: of each process's own clips",
-        ("shuffle", "sync", "local"),
+        "local: of each process's own clips",
+        ("shuffle", "local"),
     )
     memory_format: str = option(
         "channels_last", "order of the encoder's input in memory, a matter of speed alone", tuple(MEMORY_FORMATS)
@@ -240,7 +240,8 @@ class MoCo(nn.Module):
     def encoder_input(self, clips: Tensor, color: Tensor | None, difference: bool = False) -> Tensor:
         """uint8 clips (N, 3, frames, H, W) → V or, taken before the colours, D; then colours, if any, normalised."""
         order = MEMORY_FORMATS[self.config.memory_format]
-        if clips.device.type == "cpu" and len(clips) > 1:  # one at a time, they stay in the cache and take less memory
+        on_cpu = clips.device.type == "cpu" and not torch.compiler.is_compiling()
+        if on_cpu and len(clips) > 1:  # one at a time, they stay in the cache and take less memory
             made = torch.empty(clips.shape, memory_format=order)
             for i in range(len(clips)):
                 one = slice(i, i + 1)
@@ -298,10 +299,6 @@ def main(method_class: type[MoCo], config_class: type[MoCoConfig], presets: dict
     with user_errors():
         torch.manual_seed(config.seed)
         method = method_class(config)
-        if config.bn == "sync" and process.world_size > 1:
-            if process.device.type != "cuda":
-                raise ValueError("--bn sync needs GPUs: on CPUs take shuffle or local")
-            method = torch.nn.SyncBatchNorm.convert_sync_batchnorm(method)
         untrained = copy.deepcopy(method.encoder) if config.dataset == "synthetic" else None
         with process.first():
             videos = config.find_videos()

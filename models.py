@@ -505,7 +505,8 @@ def deal(rows: Tensor, back: bool = False) -> Tensor:
     where they came from, in the old order. As the sampler draws who is in a batch, the pattern itself needs no chance.
 
     Args:
-        rows: (N, ...), N the same on every process; any type, uint8 clips travel as such. One process keeps them.
+        rows: (N, ...), N the same on every process, in any order in memory; uint8 clips travel as such. One process
+            keeps them.
     """
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if not distributed or torch.distributed.get_world_size() == 1:
@@ -515,10 +516,11 @@ def deal(rows: Tensor, back: bool = False) -> Tensor:
     sent = [len(range(len(rows))[share]) for share in shares]
     received = [len(range((rank - other) % world, len(rows), world)) for other in range(world)]
     if not back:
-        sorted_rows, dealt = torch.cat([rows[share] for share in shares]), torch.empty_like(rows).contiguous()
+        sorted_rows = torch.cat([rows[share] for share in shares]).contiguous()  # cat keeps the order in memory
+        dealt = rows.new_empty(rows.shape)
         torch.distributed.all_to_all_single(dealt, sorted_rows, received, sent)
         return dealt
-    sorted_rows, dealt = torch.empty_like(rows).contiguous(), torch.empty_like(rows)
+    sorted_rows, dealt = rows.new_empty(rows.shape), torch.empty_like(rows)
     torch.distributed.all_to_all_single(sorted_rows, rows.contiguous(), sent, received)
     for share, part in zip(shares, sorted_rows.split(sent), strict=True):
         dealt[share] = part

@@ -95,8 +95,7 @@ def command_line(main: Callable[[], None]) -> NoReturn:
             code = 1
         else:
             raise
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    end_process()
     sys.exit(code)
 
 
@@ -354,6 +353,16 @@ def start_process(device: str = "auto", timeout: float = 10, deterministic: bool
     return Process(int(os.environ.get("RANK", 0)), world_size, place)
 
 
+def end_process() -> None:
+    """Leaves the run that `start_process` joined, if there is one."""
+    if dist.is_initialized():
+        # Until torch 2.7 a group ends with Python's lock held, and waits for gloo's threads, which may need that lock
+        # to let their last tensors go. A backend ends without holding it: keep gloo's until the group is gone.
+        if torch.__version__ < (2, 8) and dist.get_backend() == "gloo":
+            _last = dist.group.WORLD._get_backend(torch.device("cpu"))
+        dist.destroy_process_group()
+
+
 def loader_workers(config: TrainConfig, process: Process) -> int:
     """Number of loader processes: `--workers`, or this process's share of the CPU cores, at most 8."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -545,10 +554,10 @@ class RunFolder:
         check_unused(path, config.resume)
         record = path / "run.json"
         try:
-            starts = json.loads(record.read_text()) if record.exists() else []
+            self.starts = json.loads(record.read_text()) if record.exists() else []
         except ValueError as error:
             raise UserError(f"{record} is damaged ({error}): move it away, the run goes on without it") from error
-        starts.append(
+        self.starts.append(
             {
                 "command": shlex.join([sys.executable, *sys.argv]),
                 "config": dataclasses.asdict(config),
@@ -562,7 +571,7 @@ class RunFolder:
                 else f"{os.cpu_count()} CPU cores",
             }
         )
-        _replace(record, json.dumps(starts, indent=1) + "\n")
+        self.note()
         # Later steps come again; by the epoch, as with another batch a step is another part of it.
         _keep(path / "log.jsonl", lambda line: _epoch_of(line) * steps_per_epoch < start_step + 0.6)
         _keep(path / "bad_videos.log", lambda line: line.endswith("\n"))
@@ -570,6 +579,12 @@ class RunFolder:
             from torch.utils.tensorboard import SummaryWriter
 
             self.board = SummaryWriter(str(path), purge_step=start_step + 1)
+
+    def note(self, **facts: Any) -> None:
+        """Writes run.json, with facts about this start of the run that have come to be known."""
+        if self.writes:
+            self.starts[-1] |= facts
+            _replace(self.path / "run.json", json.dumps(self.starts, indent=1) + "\n")
 
     def log(self, record: dict[str, float]) -> None:
         """Appends one line of numbers."""
@@ -668,7 +683,8 @@ def autocast_bf16(config: TrainConfig, process: Process) -> bool:
     if config.precision == "bf16" and (torch.backends.cudnn.version() or 0) < 91500:
         process.say("warning: cuDNN before 9.15 has slow or wrong bf16 3-D convolutions; consider --precision float32")
     recent = tuple(int(n) for n in torch.__version__.split("+")[0].split(".")[:2]) >= (2, 11)
-    return config.precision == "bf16" or (config.precision == "auto" and recent and torch.cuda.is_bf16_supported())
+    supported = recent and torch.cuda.is_bf16_supported(including_emulation=False)
+    return config.precision == "bf16" or (config.precision == "auto" and supported)
 
 
 def to_device(batch: dict, device: torch.device, stream: "torch.cuda.Stream | None") -> dict:
@@ -837,6 +853,8 @@ class Run:
         trained = itertools.chain(*(group["params"] for group in self.optimizer.param_groups))
         norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
         numbers = {"loss": loss.detach()} | {f"loss/{k}": v.detach() for k, v in losses.items()} | {"grad_norm": norm}
+        if "overlap" in batch:
+            numbers["overlap"] = batch["overlap"].mean()
         self.done += 1
         step = Step(self.done, numbers | self.method.metrics, videos)
         if before is None or not any(process.sums(not step.is_finite())):  # all processes decide alike
@@ -869,6 +887,8 @@ class Run:
 class Journal:
     """Says what the steps gave: in log.jsonl, in the progress bar, in a line an epoch, and in warnings, each once."""
 
+    MOST_OVERLAP = 0.8  # of the two windows of a video, which are to show different moments
+
     def __init__(self, run: Run, folder: RunFolder, clips: int):
         self.run, self.folder, self.clips = run, folder, clips  # clips of a step, of all processes
         self.bar = progress(run.process, total=run.config.epochs * run.steps_per_epoch, initial=run.done, unit="step")
@@ -895,13 +915,17 @@ class Journal:
             f"loss {line['loss']:.2f}, {line['clips_per_s']:.0f} clips/s, data wait {line['data_wait']:.0%}",
             refresh=False,  # by the next step that is due, not at every line
         )
-        for warning in self.run.method.warnings(line) if hasattr(self.run.method, "warnings") else ():
+        self.warn(self.run.method.warnings(line) if hasattr(self.run.method, "warnings") else ())
+
+    def warn(self, warnings: Iterable[str]) -> None:
+        """Says what has not been said before."""
+        for warning in warnings:
             if warning not in self.warned:
-                run.process.say(f"warning, step {run.done}: {warning}")
+                self.run.process.say(f"warning, step {self.run.done}: {warning}")
                 self.warned.add(warning)
 
     def summary(self) -> None:
-        """Prints the means of the lines since the last summary."""
+        """Prints the means of the lines since the last summary, and puts that of the windows' overlap in run.json."""
         if not self.lines:
             return
         weight, last = sum(count for count, _ in self.lines), self.lines[-1][1]
@@ -912,6 +936,12 @@ class Journal:
             f"epoch {last['epoch']:g}/{self.run.config.epochs}  {describe(means)}  {means['clips_per_s']:.0f} clips/s  "
             f"data wait {means['data_wait']:.0%}{unreadable}{skipped}"
         )
+        if "overlap" in means:
+            with user_errors():
+                self.folder.note(overlap=means["overlap"])
+            if means["overlap"] > self.MOST_OVERLAP:
+                found = f"the two windows of a video share more than {self.MOST_OVERLAP:.0%} of their frames (overlap)"
+                self.warn([f"{found}: take longer videos, or a smaller --frames or --frame_stride"])
         self.lines = []
 
     def close(self) -> None:
@@ -935,7 +965,8 @@ def fit(
     Args:
         make_loader: step to start from → batches from that step on, one a step; a batch is a dict of tensors and, under
             "bad", the list of (path, reason) of videos that could not be read and were replaced. The method gets it
-            with "epoch", how many of them have passed, a whole number at the start of each.
+            with "epoch", how many of them have passed, a whole number at the start of each. "overlap" (B,), of the two
+            windows of each video, is logged.
         steps_per_epoch: batches in an epoch.
         out: run folder when config names none.
         clips_per_video: of a batch, for the log's clips/s.

@@ -189,7 +189,7 @@ def load_decoder(config: FigureConfig, inputs: list[str]) -> tuple[Model, nn.Mod
     state = load_checkpoint(model.path, foreign=True) if model.path and not more else {"method": ""}
     if state["method"] != "FIMA":
         raise UserError("attention needs one checkpoint of fima.py: visualize.py attention RUN")
-    known = {field.name for field in dataclasses.fields(fima.FIMAConfig)}
+    known = {field.name for field in dataclasses.fields(fima.FIMAConfig)} - {"bn"}  # older ones may say "sync"
     method = fima.FIMA(fima.FIMAConfig(**{k: v for k, v in state["config"].items() if k in known}))
     if method.decoder is None:
         raise UserError(f"{model.path} was trained without a motion decoder (--losses, --decoder)")

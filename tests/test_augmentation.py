@@ -170,3 +170,6 @@ def test_normalize_takes_out_the_mean_and_deviation():
     clips = mean[:, None, None, None].expand(2, 3, 4, 5, 5) + std[:, None, None, None]
     torch.testing.assert_close(data.normalize(clips), torch.ones_like(clips))
     torch.testing.assert_close(data.normalize(clips[0]), torch.ones_like(clips[0]))
+    noise = random_clips()  # each channel by numbers, bit for bit
+    for channel, expected, m, s in zip(data.normalize(noise)[0], noise[0], data.MEAN, data.STD, strict=True):
+        assert torch.equal(channel, (expected - m) / s)

@@ -19,7 +19,6 @@ import encoding
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -470,8 +469,7 @@ def evaluate_as(rank, pretrained, videos, out, ports):
         for flags in (probe if world == 3 else test, vote):
             sys.argv = ["evaluate.py", *map(str, flags)]
             evaluate.main()
-        if world > 1:
-            dist.destroy_process_group()
+        train.end_process()
 
 
 class FatalVideo(data.Video):

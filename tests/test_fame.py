@@ -5,9 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import CONV4
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.colors import rgb_to_hsv
 from test_fima import make_views
 from test_losses import generator
 from test_train import same, weights
@@ -39,19 +41,81 @@ def seed_loop(clip) -> np.ndarray:
 
 
 def likelihood_loop(clip, region) -> np.ndarray:
-    """P(F | x) for 8 levels of each colour; clip in [0, 1]."""
+    """P(F | x) for 16 levels of each colour, with one pixel more of each in B; clip in [0, 1]."""
     height, width = region.shape
     pixels = list(np.ndindex(height, width))
-    color = {(i, j): tuple(min(int(8 * clip[c, :, i, j].mean()), 7) for c in range(3)) for i, j in pixels}
+    color = {(i, j): tuple(min(int(16 * clip[c, :, i, j].mean()), 15) for c in range(3)) for i, j in pixels}
     ordered = sorted((region[p] for p in pixels), reverse=True)
     front = [p for p in pixels if region[p] >= ordered[math.ceil(0.5 * len(pixels)) - 1]]
     back = [p for p in pixels if region[p] <= ordered[len(pixels) - math.ceil(0.1 * len(pixels))]]
     result = np.full((height, width), 0.5)
     for p in pixels:
-        f, b = (sum(color[q] == color[p] for q in part) / len(part) for part in (front, back))
-        if f + b:
-            result[p] = f / (f + b)
+        f, b = (sum(color[q] == color[p] for q in part) for part in (front, back))
+        f, b = f / len(front), (b + 1) / (len(back) + 16**3)
+        result[p] = f / (f + b)
     return result
+
+
+def blur_loop(picture: np.ndarray) -> np.ndarray:
+    """Each pixel the mean of those about it by a Gaussian, a tenth of each side wide; edges are mirrors."""
+    for _ in range(2):  # columns, then rows
+        size = len(picture)
+        kernel = int(0.1 * size) // 2 * 2 + 1
+        offsets = range(-(kernel // 2), kernel // 2 + 1)
+        weights = [math.exp(-0.5 * (d / (kernel / 3)) ** 2) for d in offsets]
+        lines = [
+            sum(w * picture[size - 1 - abs(size - 1 - abs(i + d))] for d, w in zip(offsets, weights, strict=True))
+            for i in range(size)
+        ]
+        picture = np.array(lines).T / sum(weights)
+    return picture
+
+
+def released_mask(clip: np.ndarray, portion: float = 0.5) -> np.ndarray:
+    """The mask of FAME's released code, as a note on it says: seed and soft mask blurred, 10 × 10 × 10 bins of HSV on
+    (S cos H, S sin H, V) with H, in radians, times 2π once more, 1 added to the background's. (3, T, H, W) in [0, 1].
+    """
+    height, width = clip.shape[2:]
+    seed = blur_loop(np.abs(np.diff(clip, axis=1)).sum(0).mean(0)).ravel()
+    hsv = rgb_to_hsv(clip.mean(1).reshape(3, -1).T)
+    hue, saturation, value = hsv[:, 0] * (2 * np.pi) ** 2, hsv[:, 1], hsv[:, 2]
+    axes = (saturation * np.cos(hue) + 1) / 2, (saturation * np.sin(hue) + 1) / 2, value
+    color = sum(np.round(9 * axis).astype(int) * 10**i for i, axis in enumerate(axes))
+    ranks = np.argsort(-seed, kind="stable")
+    front = np.bincount(color[ranks[: int(0.5 * len(ranks))]], minlength=1000)
+    back = np.bincount(color[ranks[len(ranks) - int(0.1 * len(ranks)) :]], minlength=1000) + 1
+    front, back = front / front.sum(), back / back.sum()
+    soft = blur_loop((front / (front + back))[color].reshape(height, width)).ravel()
+    mask = np.zeros(len(soft), bool)
+    mask[np.argsort(-soft, kind="stable")[: int(portion * len(soft))]] = True
+    return mask.reshape(height, width)
+
+
+def moving_disc(rng: np.random.Generator, side: int, textured: bool, size: float, shift: float) -> tuple:
+    """A disc, of one colour or textured, that moves over a textured picture before a camera with a little noise: uint8
+    (3, 16, side, side), and where it is in each frame (16, side, side). Size and path are in sides of the picture.
+    """
+
+    def texture(side: int, cells: tuple) -> np.ndarray:
+        layers = [torch.from_numpy(rng.random((1, 3, n, n))) for n in cells]
+        layers = [F.interpolate(x, (side, side), mode="bicubic", align_corners=True)[0].numpy() for x in layers]
+        picture = sum(layers)
+        return (picture - picture.min()) / (picture.max() - picture.min())
+
+    across = round(size * side)
+    offset = (np.arange(across) - (across - 1) / 2) ** 2
+    disc = offset[:, None] + offset < (across / 2) ** 2
+    look = texture(across, (3, 5, 9)) if textured else np.broadcast_to(rng.random((3, 1, 1)), (3, across, across))
+    clip = np.repeat(texture(side, (5, 9, 17, 33))[:, None], 16, 1)
+    where, angle = np.zeros((16, side, side), bool), 2 * np.pi * rng.random()
+    middle = (side - across) / 2 + 0.08 * side * rng.uniform(-1, 1, 2)
+    for t in range(16):
+        steps = shift * side * (t / 15 - 0.5) * np.array([np.sin(angle), np.cos(angle)])
+        y, x = (middle + steps).round().astype(int).clip(0, side - across)
+        clip[:, t, y : y + across, x : x + across][:, disc] = look[:, disc]
+        where[t, y : y + across, x : x + across] = disc
+    clip += rng.normal(0, 0.004, clip.shape)
+    return (255 * clip.clip(0, 1)).round().astype(np.uint8), where
 
 
 def cells_loop(region, portion) -> np.ndarray:
@@ -102,8 +166,37 @@ def test_color_likelihood_does_not_know_where_pixels_are_and_counts_one_colour_o
     order = torch.randperm(20, generator=generator(seed))
     shuffled = clips.flatten(3)[..., order].view_as(clips), region.flatten(1)[:, order].view_as(region)
     assert torch.equal(Merging.color_likelihood(*shuffled), soft.flatten(1)[:, order].view_as(soft))
-    assert (Merging.color_likelihood(torch.full_like(clips, 77), region) == 0.5).all()  # one colour says nothing
-    assert (Merging.color_likelihood(clips, torch.zeros_like(region)) == 0.5).all()  # nor does a clip without motion
+    plain = Merging.color_likelihood(torch.full_like(clips, 77), region)
+    assert (plain == plain[:, :1, :1]).all()  # one colour says nothing of where
+
+
+@settings(max_examples=12)
+@given(seeds, st.integers(1, 45), st.integers(1, 45))
+def test_blur_is_that_of_a_loop_and_of_each_map_alone(seed, height, width):
+    maps = torch.rand(3, height, width, generator=generator(seed), dtype=torch.float64)
+    blurred = Merging.blur(maps)
+    for found, own in zip(blurred.numpy(), maps.numpy(), strict=True):
+        np.testing.assert_allclose(found, blur_loop(own), atol=1e-12)
+    torch.testing.assert_close(Merging.blur(maps.float()), blurred.float())
+    torch.testing.assert_close(Merging.blur(maps[1:2]), blurred[1:2])
+    torch.testing.assert_close(Merging.blur(torch.ones_like(maps)), torch.ones_like(maps))
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(Merging.blur(maps.float()), blurred.float())
+
+
+@pytest.mark.parametrize("textured", [False, True])
+@pytest.mark.parametrize(("side", "clips"), [(32, 24), (112, 12), (224, 6)])
+def test_masks_keep_as_much_of_what_moves_as_the_released_ones(side, clips, textured):
+    rng = np.random.default_rng(0)
+    drawn = [moving_disc(rng, side, textured, *(((0.35, 0.3), (0.2, 0.3), (0.5, 0.2))[i % 3])) for i in range(clips)]
+    masks = Merging(0.5).foreground_of(torch.from_numpy(np.stack([clip for clip, _ in drawn]))).numpy()
+
+    def kept(mask, where):
+        return np.mean([(mask & place).sum() / place.sum() for place in where])
+
+    ours = [kept(mask, where) for mask, (_, where) in zip(masks, drawn, strict=True)]
+    released = [kept(released_mask(clip / 255), where) for clip, where in drawn]
+    assert np.mean(ours) > max(np.mean(released) - 0.02, 0.9), (np.mean(ours), np.mean(released))
 
 
 @given(seeds, sizes, sizes, portions, portions, st.sampled_from([1, 3, 1000]))

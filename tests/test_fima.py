@@ -11,6 +11,7 @@ import torch.nn.functional as F
 import data
 import fima
 import moco
+import train
 from losses import bin_centers
 from models import momentum_update
 from train import UserError, parse
@@ -278,6 +279,19 @@ def test_background_pixels_are_in_no_pair():
     assert torch.equal(pairs[0], pairs[1].transpose(1, 2))  # the second direction is the first, read backwards
 
 
+@pytest.mark.parametrize("difference", [False, True])
+@pytest.mark.parametrize("colors", [False, True])
+def test_what_compile_compiles_is_one_graph_and_gives_the_same(colors, difference):
+    model, views = build(encoder="conv4", width=0.25, crop=16), make_views(crop=16)
+    clips, color = views["clip"].flatten(0, 1), views["color"].flatten(0, 1)[:, 0] if colors else None
+
+    def whole(clips, color):
+        return model.encoder(model.encoder_input(clips, color, difference))
+
+    compiled = torch.compile(whole, fullgraph=True, dynamic=False, backend="aot_eager")
+    torch.testing.assert_close(compiled(clips, color), whole(clips, color), atol=1e-4, rtol=1e-4)
+
+
 def features_process(rank: int, folder: str) -> None:
     torch.set_num_threads(1)  # as in the parent, whose numbers are compared
     torch.distributed.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)
@@ -285,7 +299,7 @@ def features_process(rank: int, folder: str) -> None:
         model, views = build(bn=bn), make_views(seed=rank)
         maps = model.encode(views, motion=True)
         torch.save([maps.query, maps.key, maps.motion, model.sub_clip_features(views)], f"{folder}/{bn}{rank}.pt")
-    torch.distributed.destroy_process_group()
+    train.end_process()
 
 
 def test_shuffled_batch_norm_makes_keys_of_clips_of_all_processes(tmp_path):
@@ -355,7 +369,7 @@ def step_process(rank: int, folder: str) -> None:
         gradients = {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
         queues = {k: queue.keys for k, queue in model.queues.items()}
         torch.save([{k: v.detach() for k, v in losses.items()}, gradients, queues], f"{folder}/{name}{rank}.pt")
-    torch.distributed.destroy_process_group()
+    train.end_process()
 
 
 def test_two_processes_do_what_one_does_with_the_same_batch_but_for_negatives_of_the_mini_batch(tmp_path):

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import models
+import train
 
 WIDTHS = [("conv4", 1.0), ("i3d", 0.125), ("r3d_18", 0.125), ("r2plus1d_18", 0.125), ("s3d", 1.0)]
 
@@ -319,7 +320,7 @@ def gather_process(rank: int, folder: str) -> None:
     for step in range(3):
         queue.enqueue(torch.tensor([[step, rank], [step, rank + 10]]))
     torch.save(queue.state_dict(), f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    train.end_process()
 
 
 def test_processes_hold_the_same_queue_in_the_order_of_ranks(tmp_path):
@@ -330,29 +331,55 @@ def test_processes_hold_the_same_queue_in_the_order_of_ranks(tmp_path):
         assert oldest_first(queue) == [[1, 11], [2, 0], [2, 10], [2, 1], [2, 11]]
 
 
+LAYOUTS = {  # rows of (n, 2, 3, 4, 5) in memory of several orders
+    "contiguous": lambda rows: rows,
+    "channels last": lambda rows: rows.to(memory_format=torch.channels_last_3d),
+    "permuted": lambda rows: rows.permute(4, 0, 3, 2, 1).contiguous().permute(1, 4, 3, 2, 0),
+    "rows last": lambda rows: rows.movedim(0, -1).contiguous().movedim(-1, 0),
+    "every second row": lambda rows: rows.repeat_interleave(2, 0)[::2],
+    "expanded": lambda rows: rows[..., :1].expand(-1, -1, -1, -1, 5),
+}
+DEALT = [
+    (n, dtype, layout)
+    for n in (0, 1, 2, 3, 5, 8)
+    for dtype in (torch.uint8, torch.float32, torch.bfloat16)
+    for layout in LAYOUTS
+]
+
+
+def rows_of(rank: int, n: int, dtype: torch.dtype, layout: str) -> torch.Tensor:
+    """What a process has: values that differ within a row, between rows, and between processes."""
+    values = torch.arange(n * 120).view(n, 2, 3, 4, 5) % 83 + 40 * rank
+    return LAYOUTS[layout](values.to(dtype))
+
+
 def deal_process(rank: int, folder: str) -> None:
-    torch.distributed.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=3)
-    found = []
-    for n in (1, 3, 5, 8):
-        for dtype in (torch.uint8, torch.float32):
-            rows = (10 * rank + torch.arange(n, dtype=dtype))[:, None, None].expand(n, 2, 3)
-            dealt = models.deal(rows)
-            assert dealt.dtype == dtype and dealt.shape == rows.shape
-            assert torch.equal(models.deal(dealt, back=True), rows)
-            found.append(dealt[:, 0, 0].tolist())
-    torch.save(found, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    for world in (3, 2):
+        if rank == world:
+            return
+        rendezvous = f"file://{folder}/rendezvous{world}"
+        torch.distributed.init_process_group("gloo", rendezvous, rank=rank, world_size=world)
+        found = []
+        for case in DEALT:
+            rows = rows_of(rank, *case)
+            before = rows.clone()
+            found.append(models.deal(rows))
+            assert found[-1].dtype == rows.dtype and found[-1].shape == rows.shape, case
+            made = LAYOUTS[case[2]](found[-1])  # what is made of dealt rows comes in any order, too
+            assert torch.equal(models.deal(made, back=True), before) and torch.equal(rows, before), case
+        torch.save(found, f"{folder}/{world}{rank}.pt")
+        train.end_process()
 
 
 def test_rows_are_dealt_over_the_processes_like_cards_and_come_back(tmp_path):
     torch.multiprocessing.spawn(deal_process, (str(tmp_path),), nprocs=3)
-    for rank in range(3):
-        expected = [
-            [10 * source + i for source in range(3) for i in range(n) if (source + i) % 3 == rank]
-            for n in (1, 3, 5, 8)
-            for _ in range(2)
-        ]
-        assert torch.load(tmp_path / f"{rank}.pt") == expected
+    for world in (3, 2):
+        found = [torch.load(tmp_path / f"{world}{rank}.pt") for rank in range(world)]
+        for case, *dealt in zip(DEALT, *found, strict=True):
+            rows = [rows_of(source, *case) for source in range(world)]
+            for receiver in range(world):
+                due = [rows[r][i] for r in range(world) for i in range(case[0]) if (r + i) % world == receiver]
+                assert torch.equal(dealt[receiver], torch.stack(due) if due else rows[0]), case
 
 
 def test_one_process_deals_to_itself():

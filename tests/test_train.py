@@ -7,17 +7,21 @@ import shlex
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import conftest
 import encoding
+import numpy as np
 import pytest
 import torch
 
+import data
 import evaluate
 import fima
 import moco
 import train
+import visualize
 
 ROOT, SMALL = Path(__file__).parents[1], [*conftest.SMALL, *conftest.DECODER]
 CLIPS = Path(__file__).parents[2] / "shared" / "clips"
@@ -69,12 +73,58 @@ def test_run_folder_holds_config_command_versions_and_every_loss_with_its_chance
     assert "chance" in out and "own other half" in out and "evaluate.py retrieve" in out
 
 
+def test_the_overlap_of_windows_is_in_the_log_and_the_last_epochs_in_run_json_and_too_much_is_warned_of(run, videos):
+    """The videos have 40 frames: of windows of 32, the two of a video share 7/8 or more of them, of 8 much less."""
+    flags = [*conftest.CONV4, "--epochs", 3, "--log_every", 3, "--out", "run"]
+    code, out, _ = run(fima, *flags, "--max_steps", 8, dataset="folder")
+    assert code == 0 and out.count("share more than 80% of their frames") == 1
+    listed = data.find_videos("folder", videos, True)
+    views = data.PretrainingViews(listed, 32)
+
+    def mean_of_epoch(epoch):
+        keys = [key for keys in data.StepSampler(len(listed), 4, 3) for key in keys if key[0] == epoch]
+        return float(np.mean([views[key]["overlap"] for key in keys]))
+
+    def starts():
+        return [start["overlap"] for start in json.loads((run.path / "run" / "run.json").read_text())]
+
+    lines = [json.loads(line) for line in (run.path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [3, 4, 6, 8]
+    assert (3 * lines[0]["overlap"] + lines[1]["overlap"]) / 4 == pytest.approx(mean_of_epoch(0))
+    assert starts() == [pytest.approx(mean_of_epoch(1))]
+    assert run(fima, "--resume", "run/checkpoint.pt", small=False, dataset="folder")[0] == 0
+    assert starts() == [pytest.approx(mean_of_epoch(1)), pytest.approx(mean_of_epoch(2))]
+    code, out, _ = run(fima, *flags[:-1], "short", "--frames", 8, "--frame_stride", 1, dataset="folder")
+    assert code == 0 and "of their frames" not in out
+    code, out, _ = run(
+        evaluate, "linear", "--checkpoint", "short/checkpoint.pt", "--epochs", 1, "--device", "cpu", dataset="folder"
+    )
+    assert code == 0
+    (start,) = json.loads((run.path / "short" / "linear_folder" / "run.json").read_text())
+    assert "overlap" not in start and "of their frames" not in out
+
+
 def test_learning_rate_is_a_half_cosine_per_step_scaled_with_the_total_batch():
     config = train.TrainConfig(lr=0.04, epochs=100)
     rates = [config.learning_rate(64, epoch) for epoch in range(101)]
     assert rates[0] == pytest.approx(0.01) and rates[50] == pytest.approx(0.005) and rates[100] == pytest.approx(0)
     assert rates == sorted(rates, reverse=True)
     assert config.learning_rate(24, 0) == pytest.approx(0.00375)
+
+
+def test_a_checkpoint_of_synchronised_batch_norm_is_refused_in_one_line_and_goes_on_with_another(run):
+    flags = [*conftest.CONV4, "--epochs", 2, "--out", "run"]
+    assert run(fima, *flags, "--max_steps", 2, dataset="folder")[0] == 0
+    path = run.path / "run" / "checkpoint.pt"
+    state = weights(path)
+    state["config"]["bn"] = "sync"  # which there was
+    torch.save(state, path)
+    code, _, err = run(fima, "--resume", path, small=False, dataset=None)
+    assert code == 2 and err == "error: --bn sync: choose from shuffle, local\n"
+    model, _ = visualize.load_decoder(visualize.FigureConfig(device="cpu"), [str(path)])
+    assert same(model.encoder.state_dict()["units.0.conv3d.weight"], state["model"]["encoder.units.0.conv3d.weight"])
+    code, out, _ = run(fima, "--resume", path, "--bn", "shuffle", "--max_steps", 3, small=False, dataset="folder")
+    assert code == 0 and "--bn shuffle (was sync)" in out
 
 
 def test_moco_trains_with_the_same_command_line(run):
@@ -98,6 +148,26 @@ def test_ctrl_c_saves_and_says_how_to_go_on(run, monkeypatch):
     assert step == 6
     code, out, _ = run(fima, "--resume", "run/checkpoint.pt", "--max_steps", step + 1, small=False)
     assert code == 0 and f"resumed after step {step}" in out
+
+
+@pytest.mark.parametrize(
+    ("major", "torch_version", "auto"), [(7, "2.14.1", False), (8, "2.14.1", True), (9, "2.10.0", False)]
+)
+def test_auto_takes_bf16_where_the_gpu_computes_in_it_and_does_not_emulate_it(major, torch_version, auto, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", torch_version)
+    monkeypatch.setattr(torch.version, "hip", None)
+    for name, value in {
+        "is_available": True,
+        "current_device": 0,
+        "get_device_properties": types.SimpleNamespace(major=major),
+        "_check_bf16_tensor_supported": True,  # such a tensor can be made on any GPU
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 92400)
+    process = train.Process(0, 1, torch.device("cuda"))
+    assert train.autocast_bf16(train.TrainConfig(), process) is auto
+    assert not train.autocast_bf16(train.TrainConfig(precision="float32"), process)
+    assert train.autocast_bf16(train.TrainConfig(precision="bf16"), process)  # who asks for it gets it
 
 
 BAD_INPUT = {

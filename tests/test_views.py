@@ -10,6 +10,7 @@ from encoding import encode, moving_texture
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import data
 from data import (
     BadVideo,
     PretrainingViews,
@@ -118,6 +119,7 @@ def test_a_sample_is_what_it_says(videos):
         "sub_clips": ((2, 2, 3, 16, 28, 28), torch.uint8),
         "box": ((2, 4), torch.float32),
         "color": ((2, 4, sample["color"].shape[-1]), torch.float32),
+        "overlap": ((), torch.float32),
         "index": ((), torch.int64),
         "label": ((), torch.int64),
     }
@@ -170,14 +172,74 @@ def test_clip_and_sub_clips_show_the_same_window_and_short_videos_repeat_their_l
                 assert first == 0
 
 
-def test_window_starts_are_independent_and_uniform(videos, requested):
-    views = PretrainingViews(videos, 8, frames=2, frame_stride=16, sub_clips=0)
+class Length:
+    """Stands for a video of so many gray frames."""
+
+    path = ""
+
+    def __init__(self, frames: int):
+        self.frames = frames
+
+    def __len__(self) -> int:
+        return self.frames
+
+    def __enter__(self) -> "Length":
+        return self
+
+    def __exit__(self, *_) -> None:
+        pass
+
+    def read(self, frames) -> list:
+        return [np.zeros((8, 8, 3), np.uint8)] * len(frames)
+
+
+@given(length=st.integers(1, 40), windows=st.integers(1, 4), stride=st.integers(1, 3), seed=st.integers(0, 2**32 - 1))
+def test_windows_differ_as_far_as_the_video_has_others(length, windows, stride, seed):
+    views = PretrainingViews(VideoList([""], [0], [], ""), 8, 4, stride, 0, windows=windows)
+    starts = views._draw_starts(np.random.default_rng(seed), Length(length))
+    possible = max(length - 4 * stride, 0) + 1
+    assert starts.shape == (windows,) and set(starts) <= set(range(possible))
+    assert len(set(starts)) == min(windows, possible)
+    assert np.array_equal(starts, views._draw_starts(np.random.default_rng(seed), Length(length)))
+
+
+def test_all_pairs_of_different_windows_are_equally_likely(videos, requested):
+    views = PretrainingViews(videos, 8, frames=2, frame_stride=18, sub_clips=0)
     for epoch in range(400):
-        views[epoch, 0]  # 40 frames: starts from 0 to 8
-    starts = np.array(requested)[:, ::2]
-    assert set(starts.ravel()) == set(range(9))
-    assert np.bincount(starts.ravel()).min() > 50  # 89 expected
-    assert abs(np.corrcoef(starts.T)[0, 1]) < 0.15
+        views[epoch, 0]  # 40 frames: starts from 0 to 4
+    pairs, counts = np.unique(np.array(requested)[:, ::2], axis=0, return_counts=True)
+    assert pairs.tolist() == [[a, b] for a in range(5) for b in range(5) if a != b]
+    assert np.abs(counts - 20).max() < 4 * 20**0.5
+
+
+@pytest.mark.parametrize(("frames", "stride", "sub_clips"), [(16, 2, 2), (16, 2, 0), (4, 3, 0)])
+@pytest.mark.parametrize("length", [3, 12, 32, 33, 34, 48, 64, 150])
+def test_the_overlap_of_the_windows_is_the_share_of_frames_that_both_show(
+    length, frames, stride, sub_clips, monkeypatch
+):
+    monkeypatch.setattr(data, "Video", lambda path: Length(length))
+    views = PretrainingViews(VideoList([""], [0], [], ""), 4, frames, stride, sub_clips)
+    drawn, draw = [], views._draw_starts
+    monkeypatch.setattr(views, "_draw_starts", lambda *arguments: drawn.append(draw(*arguments)) or drawn[-1])
+    window, found = frames * stride, []
+    for epoch in range(60):
+        found.append(views[epoch, 0]["overlap"].item())
+        shown = [set(range(start, min(start + window, length))) for start in drawn[-1].tolist()]
+        assert found[-1] == pytest.approx(len(shown[0] & shown[1]) / len(shown[0]))
+    n = max(length - window, 0) + 1
+    chances = {d: 2 * (n - d) / (n * (n - 1)) for d in range(1, n)} or {0: 1}  # of starts d frames apart
+    overlaps = {d: max(1 - d / window, 0) for d in chances}
+    mean = sum(chances[d] * overlaps[d] for d in chances)
+    if n - 1 <= window:
+        assert mean == pytest.approx(1 - (n + 1) / (3 * window) if n > 1 else 1)
+    deviation = sum(chances[d] * (overlaps[d] - mean) ** 2 for d in chances) ** 0.5
+    assert abs(np.mean(found) - mean) <= 4 * deviation / 60**0.5 + 1e-6
+
+
+def test_one_window_overlaps_with_none_and_of_several_all_pairs_count(monkeypatch):
+    monkeypatch.setattr(data, "Video", lambda path: Length(14))  # three windows of 12 frames
+    one, three = (PretrainingViews(VideoList([""], [0], [], ""), 4, 6, 2, 0, windows=n)[0, 0] for n in (1, 3))
+    assert "overlap" not in one and three["overlap"].item() == pytest.approx((11 + 11 + 10) / 36)
 
 
 def test_boxes_hold_through_files_and_the_whole_sampling(tmp_path):
