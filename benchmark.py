@@ -7,9 +7,9 @@
 A machine's speed wanders, so milliseconds of two runs do not compare. After a warm-up of each, variants go round robin
 (A B C A B C …), and what to quote is the ratio: the median over the rounds of a variant's time by the base's in the
 same round. Every command prints tables and writes them, with machine, versions, commit, command and options, to
-OUT/benchmark_COMMAND_DEVICE.json. `scale`, and `step` at its end, measure by `benchmark.py one` in fresh processes, so
-that peak memory is of the setting alone; on a CPU it includes Python and torch. `scale` starts from --crop 112 and
-takes 3 rounds. `data` runs on the CPU, and counts the time of one core but for the loader.
+OUT/benchmark_COMMAND_DEVICE.json. `scale` measures each setting by `benchmark.py one` in fresh processes, so that its
+peak memory is its own; on a CPU it includes Python and torch. `one` alone tells it of ours, or of --way plain. `scale`
+starts from --crop 112 and takes 3 rounds. `data` runs on the CPU, and counts the time of one core but for the loader.
 
 "plain" is the training step written straight down, as in the authors' code: a forward of its own for each view,
 modality and sub-clip, decoder and L_Pix once per direction and feature frame, contiguous memory, float32. "encoders
@@ -506,14 +506,11 @@ def step(config: BenchmarkConfig) -> None:
     results["per_sample"] = {name: total / config.batch_size for name, total in results["per_sample"].items()}
     show("a sample's operations, and the bytes its operators read and write", {"a sample": results["per_sample"]})
     write(config, "step", process.device, results)  # what follows takes long, and may be stopped
-    apart, peaks = {"ours": [], "plain": []}, {}
+    apart = {"ours": [], "plain": []}
     for way in progress(process, [*apart] * rounds, desc="processes of their own", unit="run", leave=False):
-        found = fresh(config, way=way)
-        apart[way].append(statistics.median(found["seconds"]))
-        peaks[way] = {"peak_gb": found["peak_gb"]}
+        apart[way].append(statistics.median(fresh(config, way=way)["seconds"]))
     title = "a training step in a process of its own, plain with the system's handling of the heap"
-    results |= {"apart": compare(title, apart, "ours"), "peaks": peaks}
-    show("peak memory of such a process", peaks)
+    results["apart"] = compare(title, apart, "ours")
     write(config, "step", process.device, results)
 
 

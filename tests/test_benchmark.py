@@ -140,8 +140,7 @@ def test_step_writes_its_json(run):
     assert COMMON | {"variants", "floors", "pixel_loss_ratio", "split_rounds_s", "per_sample"} <= record.keys()
     assert record["variants"].keys() == {"plain", "ours", "ours, contiguous", "ours, vv,vd", "ours, vv,pix"}
     assert record["floors"].keys() == {"ours"}
-    assert record["apart"].keys() == record["peaks"].keys() == {"ours", "plain"}
-    assert all(0.1 < row["peak_gb"] < 10 for row in record["peaks"].values())
+    assert record["apart"].keys() == {"ours", "plain"}
     assert record["per_sample"]["gflop"] > 0 and record["per_sample"]["gb_moved"] > 0
     floor = record["floors"]["ours"]
     ratios = [a / b for a, b in zip(*(floor[name]["rounds_ms"] for name in ("ours", "encoders alone")), strict=True)]
