@@ -2,17 +2,14 @@
 
     python benchmark.py data --data /videos     # reading, against decoding alone; the loader by number of workers
     python benchmark.py step                    # a training step and its parts, against its encoder passes alone
-    python benchmark.py scale                   # a step by processes, batch, crop, frames and queue, with a plot
-    python benchmark.py memory                  # peak memory by batch
-    python benchmark.py augment                 # colours, and FAME's merging, by clip
-    python benchmark.py soak --steps 2000       # does a training run keep to its memory and open files?
+    python benchmark.py scale                   # its time and memory by processes, batch, crop, frames and queue
 
 A machine's speed wanders, so milliseconds of two runs do not compare. After a warm-up of each, variants go round robin
 (A B C A B C …), and what to quote is the ratio: the median over the rounds of a variant's time by the base's in the
 same round. Every command prints tables and writes them, with machine, versions, commit, command and options, to
-OUT/benchmark_COMMAND_DEVICE.json. `scale` and `memory` measure each setting by `benchmark.py one` in fresh processes,
-so that its peak memory is its own; on a CPU it includes Python and torch. `scale` starts from --crop 112 and takes
-3 rounds. `data` runs on the CPU, and counts the time of one core but for the loader.
+OUT/benchmark_COMMAND_DEVICE.json. `scale` measures each setting by `benchmark.py one` in fresh processes, so that its
+peak memory is its own; on a CPU it includes Python and torch. `one` alone tells it of ours, or of --way plain. `scale`
+starts from --crop 112 and takes 3 rounds. `data` runs on the CPU, and counts the time of one core but for the loader.
 
 "plain" is the training step written straight down, as in the authors' code: a forward of its own for each view,
 modality and sub-clip, decoder and L_Pix once per direction and feature frame, contiguous memory, float32. "encoders
@@ -28,13 +25,11 @@ import json
 import math
 import os
 import platform
-import re
 import resource
 import shlex
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -64,11 +59,9 @@ from train import Options, Process, UserError, command_line, option, parse, prog
 class BenchmarkConfig(Options):
     """Options of the benchmarks; lists are numbers separated by commas."""
 
-    data: str = option(
-        "datasets/synthetic", "data, soak: a video or a folder of videos; the default's are made if need be"
-    )
+    data: str = option("datasets/synthetic", "data: a video or a folder of videos; the default's are made if need be")
     samples: int = option(32, "data: samples a turn", least=1)
-    workers: str = option("0,1,2", "data: numbers of loader processes; soak takes the largest")
+    workers: str = option("0,1,2", "data: numbers of loader processes")
     encoder: str = option("i3d", "video encoder", tuple(ENCODERS))
     width: float = option(1.0, "factor on the encoder's numbers of channels", least=0.01, most=8)
     crop: int = option(224, "height and width of a clip in pixels", least=1, most=1024)
@@ -78,11 +71,10 @@ class BenchmarkConfig(Options):
     queue: int = option(2048, "length of each queue of keys", least=1, most=2**24)
     rounds: int = option(5, "turns of each variant", least=1)
     processes: str = option("1,2,4", "scale: numbers of processes")
-    batches: str = option("1,2,4", "scale, memory: batch sizes")
+    batches: str = option("1,2,4", "scale: batch sizes")
     crops: str = option("112,160,224", "scale: crops")
     lengths: str = option("8,16,32", "scale: frames of a clip")
     queues: str = option("2048,16384,65536", "scale: lengths of the queues")
-    steps: int = option(200, "soak: steps of training", least=8)
     way: str = option("ours", "one: which way of writing the step", ("ours", "plain"))
     device: str = option("auto", "auto takes a GPU if there is one", ("auto", "cpu", "cuda"))
     seed: int = option(0, "seed of weights, views and samples", least=0, most=2**31 - 1)
@@ -504,12 +496,8 @@ def step(config: BenchmarkConfig) -> None:
     training = Training(config, process)
     splits = [Split(clock).step(training) for _ in range(config.rounds + 1)][1:]
     results["split_rounds_s"] = splits
-    parts = {}
-    for part in splits[0]:
-        shares = [times[part] / times["step"] for times in splits]
-        median = statistics.median(times[part] for times in splits)
-        parts[part] = {"median_ms": 1e3 * median, "share": statistics.median(shares)}
-    show("parts of a step of ours, in rounds of their own", parts)
+    parts = {part: [times[part] for times in splits] for part in splits[0]}
+    compare("parts of a step of ours, in rounds of their own", parts, "step")
     with FlopCounterMode(display=False) as counter:
         training.step()
     with Traffic() as traffic:
@@ -526,7 +514,7 @@ def step(config: BenchmarkConfig) -> None:
     write(config, "step", process.device, results)
 
 
-# -------------------------------------------------------------------------------------------------- scale and memory
+# ------------------------------------------------------------------------------------------------------------- scale
 
 
 def one(config: BenchmarkConfig) -> None:
@@ -643,101 +631,7 @@ def plot(title: str, rows: list[dict[str, Any]], names: list[str], path: Path) -
     print(f"written to {path}")
 
 
-def memory(config: BenchmarkConfig) -> None:
-    """Measures the peak memory of training by batch, ours and plain, each in a fresh process."""
-    process, rows = start_process(config.device), {}
-    for batch in progress(process, config.numbers("batches"), desc="batches", unit="batch", leave=False):
-        peaks = {w: fresh(config, batch_size=batch, way=w, rounds=1)["peak_gb"] for w in ("ours", "plain")}
-        rows[f"batch {batch}"] = {"batch_size": batch, "ours_gb": peaks["ours"], "plain_gb": peaks["plain"]}
-        rows[f"batch {batch}"]["plain_over_ours"] = peaks["plain"] / peaks["ours"]
-    show("peak memory of a process", rows)
-    write(config, "memory", process.device, {"rows": list(rows.values())})
-
-
-def augment(config: BenchmarkConfig) -> None:
-    """Times what is done to a batch of clips on the device, by clip: colours as in pretraining, and FAME's merging."""
-    process = start_process(config.device)
-    clock, rng = functools.partial(now, process.device), np.random.default_rng(config.seed)
-    shape = config.batch_size, 2, 3, config.frames, config.crop, config.crop
-    views = torch.randint(256, shape, dtype=torch.uint8, device=process.device)
-    color = torch.from_numpy(np.stack([data.draw_color(rng) for _ in range(2 * config.batch_size)]))
-    with user_errors():
-        method = fima.FIMA(fima.FIMAConfig(encoder="conv4", width=0.1, crop=config.crop, frames=config.frames))
-    clips, color = views.flatten(0, 1), color.to(process.device)
-    works = {"colours, normalised": lambda: method.encoder_input(clips, color)}
-    masks = losses.ForegroundBackgroundMerging.MASKS
-    merges = {mask: losses.ForegroundBackgroundMerging(mask=mask, branches="both") for mask in masks}
-    works |= {f"merging, --mask {mask}": functools.partial(merge, views) for mask, merge in merges.items()}
-    turns = {name: timed(work, clock, 5 if process.device.type == "cuda" else 1) for name, work in works.items()}
-    seconds = take_turns(turns, config.rounds, process)
-    seconds = {name: [turn / len(clips) for turn in turns] for name, turns in seconds.items()}
-    title = f"a clip of {config.frames} × {config.crop}², in batches of {len(clips)}"
-    write(config, "augment", process.device, {"clips": compare(title, seconds, next(iter(works)))})
-
-
-def used(process_id: int) -> tuple[int, int]:
-    """Bytes of memory (shared by its share, pages of files not at all) and open files of a process and its children.
-
-    0 for one that has just ended.
-    """
-    folder = Path("/proc", str(process_id))
-    try:
-        memory = re.findall(r"^Pss_(?:Anon|Shmem):\s+(\d+) kB", (folder / "smaps_rollup").read_text(), re.MULTILINE)
-        files = len(os.listdir(folder / "fd"))
-        children = [used(int(child)) for path in folder.glob("task/*/children") for child in path.read_text().split()]
-    except OSError:
-        return 0, 0
-    return sum(map(int, memory)) * 1024 + sum(m for m, _ in children), files + sum(f for _, f in children)
-
-
-def growth(values: list[float]) -> float:
-    """What a measure has gained since a run was warm: median of its last quarter less that of its second."""
-    quarter = len(values) // 4
-    return statistics.median(values[-quarter:]) - statistics.median(values[quarter : 2 * quarter])
-
-
-def soak(config: BenchmarkConfig) -> None:
-    """Trains by fima.py in a process of its own, and fails where memory or the number of open files grows."""
-    if not Path("/proc/self/smaps_rollup").exists():
-        raise UserError("soak reads memory and open files in /proc, which Linux has")
-    names = ("data", "encoder", "width", "crop", "frames", "batch_size", "losses", "queue", "device", "seed")
-    flags = {name: getattr(config, name) for name in names} | {"epochs": config.steps + 1}
-    flags["dataset"] = "synthetic" if config.data == BenchmarkConfig.data else "folder"
-    flags |= {"workers": max(config.numbers("workers", least=0)), "log_every": max(config.steps // 40, 1)}
-    process, rows, reached = start_process(config.device), {}, 0
-    with tempfile.TemporaryDirectory() as folder, progress(process, total=config.steps, unit="step") as bar:
-        log, errors = Path(folder, "run", "log.jsonl"), Path(folder, "errors")
-        command = [sys.executable, fima.__file__, *(f"--{k}={v}" for k, v in flags.items()), f"--out={log.parent}"]
-        with open(errors, "wb") as stream:
-            run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stream)
-        try:
-            while reached < config.steps:  # and not to the end of training, which frees what this measures
-                ended = run.poll() is not None
-                lines = log.read_text().split("\n")[:-1] if log.exists() else []  # whole ones
-                step = json.loads(lines[-1])["step"] if lines else 0
-                if step == reached and ended:
-                    raise UserError(f"training ended after step {step}: {errors.read_text().strip().splitlines()[-1]}")
-                if step > reached:
-                    memory, files = used(run.pid)
-                    rows[f"step {step}"] = {"step": step, "memory_mb": memory / 1e6, "open_files": float(files)}
-                    bar.update(step - reached)
-                    reached = step
-                time.sleep(0.05)
-        finally:
-            run.kill()
-            run.wait()
-    grown = {name: growth([row[name] for row in rows.values()]) for name in ("memory_mb", "open_files")}
-    show("training and its loader, all processes together", rows)
-    write(config, "soak", process.device, {"rows": list(rows.values()), "grown": grown})
-    limit = max(16, 0.02 * rows[f"step {reached}"]["memory_mb"])
-    said = ", ".join(f"{name.replace('_', ' ')} by {value:g}" for name, value in grown.items())
-    if grown["memory_mb"] > limit or grown["open_files"] >= 1:
-        raise UserError(f"since the first quarter of the run, {said}: more than {limit:.0f} MB or a file")
-    print(f"since the first quarter of the run, {said}")
-
-
-COMMANDS = {"data": reading, "step": step, "scale": scale, "memory": memory, "augment": augment}
-COMMANDS |= {"soak": soak, "one": one}
+COMMANDS = {"data": reading, "step": step, "scale": scale, "one": one}
 
 
 def main() -> None:

@@ -269,7 +269,6 @@ def test_the_report_is_one_file_that_holds_its_pictures(draw, runs):
         (["curves", "nowhere"], "No such file"),
         (["report"], "report needs one run folder"),
         (["report", "nowhere"], "no such folder"),
-        (["method", "FIMA"], "takes no checkpoint"),
     ],
 )
 def test_a_mistake_is_one_line(draw, runs, words, message):
