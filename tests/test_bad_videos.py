@@ -226,7 +226,7 @@ class Fatal(PretrainingViews):
         if "fatal" in path and self.epoch % 2 == 0:
             faulthandler.disable()  # pytest's
             os.kill(os.getpid(), self.number)
-        super()._write_views(rng, path, item)
+        return super()._write_views(rng, path, item)
 
 
 def test_a_video_that_kills_its_process_is_replaced_whatever_the_number_of_workers(folder, tmp_path):
@@ -278,9 +278,8 @@ class Mortal(Fatal):
         if self.file.exists():
             if self.once and "fatal" in path:
                 self.file.unlink()
-            super()._write_views(rng, path, item)
-        else:
-            PretrainingViews._write_views(self, rng, path, item)
+            return super()._write_views(rng, path, item)
+        return PretrainingViews._write_views(self, rng, path, item)
 
 
 @pytest.mark.parametrize("number", [signal.SIGBUS, signal.SIGKILL, signal.SIGSEGV, signal.SIGTERM])
