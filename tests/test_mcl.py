@@ -504,7 +504,7 @@ def moving_views(moving, temporal=True, spatial=True, **options):
 
 def inside(box, low=20 / 32, high=26 / 32, top=8 / 24, bottom=14 / 24):
     """Share of the moving pixels in a box."""
-    x0, y0, x1, y1 = box.tolist()
+    x0, y0, x1, y1 = (box / torch.tensor([64, 48, 64, 48])).tolist()
     x0, x1 = min(x0, x1), max(x0, x1)
     centers = [(i + 0.5, j + 0.5) for i in range(8, 14) for j in range(20, 26)]
     return mean([float(y0 <= i / 24 <= y1 and x0 <= j / 32 <= x1) for i, j in centers])
@@ -545,7 +545,7 @@ def test_the_motion_of_a_sample_is_that_of_its_frames_and_box(moving, index, mon
         first = int(asked[0][8 * view])
         times = [first + 2 * k for k in range(8)]
         clip = torch.stack([whole[t] if t < length else torch.zeros(24, 32) for t in times])
-        expected = losses.crop_motion(clip, sample["box"][view], 28)
+        expected = losses.crop_motion(clip, sample["box"][view] / torch.tensor([64, 48, 64, 48]), 28)
         assert torch.equal(sample["motion"][view], expected) and expected.any()
 
 
