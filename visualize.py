@@ -359,9 +359,10 @@ def on_clip(encoder: nn.Module, maps: Tensor, size: int, mode: str = "bicubic") 
 
 
 def show(ax: Axes, picture: Tensor, title: str = "", heat: Tensor | None = None) -> None:
-    """Shows a picture (3, H, W) in [0, 1]; with a map (H, W), in the map's colours, from its least to its greatest."""
+    """Shows a picture (3, H, W) in [0, 1]; with a map (h, w), in the map's colours, from its least to its greatest."""
     pixels = picture.permute(1, 2, 0).numpy()
     if heat is not None:
+        heat = F.interpolate(heat[None, None].cpu(), size=picture.shape[1:], mode="bicubic")[0, 0]
         heat = (heat - heat.min()) / (heat.max() - heat.min()).clamp(min=1e-12)
         gray = pixels.mean(2, keepdims=True)
         gray = (gray - gray.min()) / max(np.ptp(gray), 1e-12)
