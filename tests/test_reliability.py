@@ -222,7 +222,7 @@ def test_a_checkpoint_of_the_conv4_of_old_is_refused_wherever_one_is_taken(run):
     path = run.path / "runs" / "old" / "checkpoint.pt"
     assert run(fima, "--max_steps", 1, "--out", path.parent, *QUICK)[0] == 0
     state = weights(path)
-    names = {name: name.replace("encoder.layers.0.weight", "encoder.units.0.conv3d.weight") for name in state["model"]}
+    names = {name: name.replace("encoder.layers.1.weight", "encoder.units.0.conv3d.weight") for name in state["model"]}
     train.save_checkpoint(path, state | {"model": {names[name]: value for name, value in state["model"].items()}})
     for script, *words in (
         (fima, "--resume", path),
