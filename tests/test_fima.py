@@ -340,7 +340,8 @@ def slices(views, parts):
     return [{name: view.chunk(parts)[i] for name, view in views.items()} for i in range(parts)]
 
 
-INSTANCE, ALL_LOSSES, VIDEO = dict(losses="vv,vd"), dict(losses="vv,vd,pix,fra"), dict(pixel_negatives="video")
+INSTANCE, ALL_LOSSES = dict(losses="vv,vd"), dict(losses="vv,vd,pix,fra")
+VIDEO = dict(pixel_negatives="video", threshold=1.4)  # with which each video has positives, so that all count alike
 
 
 def step_process(rank: int, folder: str) -> None:
@@ -349,7 +350,7 @@ def step_process(rank: int, folder: str) -> None:
     for name, flags in (
         ("instance", dict(losses="vv,vd")),
         ("batch", ALL_LOSSES),
-        ("video", {"pixel_negatives": "video"}),
+        ("video", VIDEO),
     ):
         model = frozen(**flags)
         parallel = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
