@@ -68,7 +68,7 @@ def bin_centers(box: Tensor, height: int, width: int) -> Tensor:
 
 
 def seen_box(box: Tensor, size: int, pixels: int, stride: int, offset: float) -> Tensor:
-    """The part of the frame whose bins have their centres where the feature pixels of a crop look.
+    """The part of the frame whose bins have their centres where the feature pixels of a crop look (Sec. 3.1).
 
     That is the crop itself where `stride * pixels` is `size` and `offset` is 0.
 
