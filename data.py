@@ -1032,13 +1032,11 @@ def crop_resize(
         out: memory of `empty_clips` for the clip; new if absent.
 
     Returns:
-        The clip, uint8 (3, T, size, size), and its box, float32 (x0, y0, x1, y1) in units of the images' width and
-        height: the column at x / size of the clip shows the image at x0 + (x / size)·(x1 − x0), so that a horizontal
-        flip swaps x0 and x1.
+        The clip, uint8 (3, T, size, size), and its box, float32 (x0, y0, x1, y1) in pixels of the images: the column at
+        x / size of the clip shows the image at x0 + (x / size)·(x1 − x0), so that a horizontal flip swaps x0 and x1.
     """
     clip = empty_clips(3, len(images), size, size) if out is None else out
     top, left, h, w = region
-    height, width = images[0].shape[:2]
     for i in range(0, len(images), 4):  # as many as fit in a core's cache
         crops = [image[top : top + h, left : left + w] for image in images[i : i + 4]]
         crops = torch.from_numpy(np.stack(crops) if len(crops) > 1 else crops[0][None])
@@ -1047,7 +1045,7 @@ def crop_resize(
         crops, resized = crops.permute(0, 3, 1, 2), clip[:, i : i + 4].transpose(0, 1)
         torch.ops.aten.upsample_bilinear2d.out(crops, (size, size), False, out=resized)  # F.interpolate has no `out`
     x0, x1 = (left + w, left) if flip else (left, left + w)
-    return clip, torch.tensor([x0 / width, top / height, x1 / width, (top + h) / height])
+    return clip, torch.tensor([x0, top, x1, top + h], dtype=torch.float32)
 
 
 def crop_frames(
@@ -1106,7 +1104,7 @@ class PretrainingViews(Items):
     - "clip": uint8 (2, 3, frames, crop, crop), every `frame_stride`-th frame of each window.
     - "sub_clips": uint8 (2, S, 3, window // S, crop, crop), each window cut in S parts at stride 1, each with a crop
       and a flip of its own; absent for S = 0.
-    - "box": float32 (2, 4), where the clips lie in the frame (see `crop_resize`).
+    - "box": float32 (2, 4), where the clips lie in the frame, in its pixels (see `crop_resize`).
     - "color": float32 (2, 2 + S, P), colour parameters of the clip, its frame difference, and each sub-clip's.
     - "overlap": float32 (), the share of a window's frames that another one shows, too; absent for one window.
     - "index", "label": int64 (), the video's place in the list and its class (-1: unknown).

@@ -27,6 +27,7 @@ from losses import (
     foreground_mask,
     pixel_contrast,
     positive_pairs,
+    seen_box,
 )
 from moco import PRESETS as MOCO_PRESETS
 from moco import FeatureMaps, MoCo, MoCoConfig, main, pool
@@ -40,6 +41,12 @@ class FIMAConfig(MoCoConfig):
 
     losses: str = option("vv,pix,fra", "losses to sum, of vv (Eq. 1), vd (Eq. 2), pix (Eq. 8) and fra (Eq. 10)")
     threshold: float = option(0.7, "distance below which pixels are positive, in bin diagonals (Table 3a)", least=0.01)
+    centres: str = option(
+        "measured",
+        "where feature pixels look, of which distances are taken: as the encoder's padding has it, or nominal, in the "
+        "middle of bins that tile the crop (released code)",
+        ("measured", "nominal"),
+    )
     foreground: float = option(0.5, "portion of the pixels that is foreground, beta (Table 3d)", least=0.01, most=1)
     mask_source: str = option(
         "both", "activation maps that make the foreground mask (Table 3e)", ("rgb", "difference", "both")
@@ -74,6 +81,7 @@ class FIMAConfig(MoCoConfig):
     )
 
     KNOWN_LOSSES = ("vv", "vd", "pix", "fra")
+    BEFORE = {"centres": "nominal"}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -150,8 +158,10 @@ class FIMA(MoCo):
     @torch.no_grad()
     def positive_pixels(self, boxes: Tensor, maps: FeatureMaps) -> Tensor:
         """φ_p of Eq. 3 from the boxes (B, 2, 4), less the background by Eq. 6: (2, B, HW, HW) bool, source × target."""
-        boxes, config = boxes.transpose(0, 1), self.config
-        pairs = positive_pairs(boxes.flatten(0, 1), boxes.flip(0).flatten(0, 1), maps.key.shape[-2:], config.threshold)
+        boxes, config, grid = boxes.transpose(0, 1), self.config, maps.key.shape[-2:]
+        if config.centres == "measured":
+            boxes = seen_box(boxes, config.crop, grid[1], self.encoder.strides[1], self.encoder.offsets[1])
+        pairs = positive_pairs(boxes.flatten(0, 1), boxes.flip(0).flatten(0, 1), grid, config.threshold)
         pairs = pairs.unflatten(0, (2, -1))
         if config.mask_position != "none":
             sources = {"rgb": [maps.key], "difference": [maps.motion], "both": [maps.key, maps.motion]}[

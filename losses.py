@@ -53,7 +53,7 @@ def bin_centers(box: Tensor, height: int, width: int) -> Tensor:
     """Where the feature pixels of a crop lie in the original frame (Sec. 3.1).
 
     Args:
-        box: (B, 4), the crop's x0, y0, x1, y1 in any unit; x0 > x1 after a horizontal flip.
+        box: (B, 4), the crop's x0, y0, x1, y1, all in one unit; x0 > x1 after a horizontal flip.
         height, width: H, W of the feature map.
 
     Returns:
@@ -67,13 +67,30 @@ def bin_centers(box: Tensor, height: int, width: int) -> Tensor:
     return torch.stack([x[:, None].expand(-1, height, -1), y[:, :, None].expand(-1, -1, width)], 3).flatten(1, 2)
 
 
+def seen_box(box: Tensor, size: int, pixels: int, stride: int, offset: float) -> Tensor:
+    """The part of the frame whose bins have their centres where the feature pixels of a crop look (Sec. 3.1).
+
+    That is the crop itself where `stride * pixels` is `size` and `offset` is 0.
+
+    Args:
+        box: (..., 4), as in `bin_centers`.
+        size, pixels: rows, and columns, of the clip and of its feature map.
+        stride, offset: of the encoder, in pixels of the clip (`strides` and `offsets` in models.py).
+
+    Returns:
+        (..., 4), in the units of the box.
+    """
+    corner, sides = box[..., :2], box[..., 2:] - box[..., :2]
+    return torch.cat([corner + offset / size * sides, corner + (offset + stride * pixels) / size * sides], -1)
+
+
 def positive_pairs(source_box: Tensor, target_box: Tensor, grid: tuple[int, int], threshold: float = 0.7) -> Tensor:
     """φ_p by location (Sec. 3.1): pixels whose centres in the original frame lie closer than `threshold` bins.
 
     The distance is divided by the longer of the two views' bin diagonals, which makes the relation symmetric.
 
     Args:
-        source_box, target_box: (B, 4) each, in the same units (see `bin_centers`).
+        source_box, target_box: (B, 4) each, in one unit for both axes, such as the frame's pixels (see `bin_centers`).
         grid: (H, W) of the feature map.
         threshold: 𝒯, in bin diagonals (Table 3a: 0.35, 0.7, 1.4, 2.8).
 

@@ -166,7 +166,7 @@ class MotionViews(data.PretrainingViews):
     def _write_views(self, rng: np.random.Generator, path: str, item: dict[str, Tensor]) -> np.ndarray:
         starts = super()._write_views(rng, path, item)
         for start, box, out in zip(starts, item["box"], item["motion"], strict=True):
-            out[:] = crop_motion(self._clip(start), box, self.SIZE)
+            out[:] = crop_motion(self._clip(start), box / self.frame, self.SIZE)
         return starts
 
     def _possible_starts(self, video: data.Video) -> np.ndarray:
@@ -186,6 +186,7 @@ class MotionViews(data.PretrainingViews):
 
     def _draw_region(self, rng: np.random.Generator, height: int, width: int, start: int) -> tuple[int, int, int, int]:
         """The first of some regions that holds enough of the pixels that move most, or else the one that holds most."""
+        self.frame = torch.tensor([width, height] * 2)
         if not self.spatial:
             return super()._draw_region(rng, height, width, start)
         moving = foreground_mask(pool_motion(self._clip(start), "s")[None], self.MOVING)[0].numpy()

@@ -4,8 +4,10 @@ others' encoders, read and written.
 Can be copied alone into another project: it imports torch and torchvision only.
 
 Letters: B videos, C channels, T, H, W frames, rows and columns of a feature map, D projected channels, N tokens.
-Every encoder maps clips (B, 3, frames, height, width) to feature maps (B, C, T, H, W), carries `out_channels` and
-`strides` (frames, rows, columns of the clip for each feature pixel), and is built by `build_encoder(name, width)`.
+Every encoder maps clips (B, 3, frames, height, width) to feature maps (B, C, T, H, W), carries `out_channels`,
+`strides` (frames, rows, columns of the clip for each feature pixel) and `offsets` (by how many of them a feature pixel
+looks beside the middle of its bin: by arithmetic on the layers' padding, the middle of what pixel i looks at lies at
+stride · (i + ½) + offset, 0 being the clip's edge), and is built by `build_encoder(name, width)`.
 """
 
 import contextlib
@@ -81,6 +83,7 @@ class I3D(nn.Module):
     """
 
     strides = (8, 32, 32)
+    offsets = (1.5, 7.5, 7.5)  # where frames are a multiple of 8, height and width of 16: at 224 and at 112
 
     def __init__(self, width: float = 1.0):
         super().__init__()
@@ -154,6 +157,7 @@ class VideoResNet(resnet.VideoResNet):
     """
 
     strides = (8, 16, 16)
+    offsets = (-3.5, -7.5, -7.5)
 
     def __init__(self, conv: type[nn.Conv3d] | type[nn.Sequential], width: float = 1.0):
         nn.Module.__init__(self)
@@ -183,6 +187,7 @@ class S3D(nn.Module):
     """Trunk of torchvision's s3d (Xie et al. 2018), with its names. (B, 3, 16, 112, 112) → (B, 1024, 2, 3, 3)."""
 
     strides = (8, 32, 32)
+    offsets = (-1.5, -7.5, -7.5)
     out_channels = 1024
 
     def __init__(self, width: float = 1.0):
@@ -197,26 +202,32 @@ class S3D(nn.Module):
 
 
 class Conv4(nn.Module):
-    """Four 3-D convolutions of 3×3×3 with batch norm and ReLU, for small pictures and machines without a GPU.
+    """Four 3-D convolutions with batch norm and ReLU, for small pictures and machines without a GPU.
 
-    236 720 parameters at width 1. (B, 3, 16, 32, 32) → (B, 96, 2, 4, 4).
+    The first kernel is of 4×4×4, with two zeros before, the others of 3×3×3, the third with a zero behind: so feature
+    pixels look at the middle of their bins. With 3×3×3 alone they miss it by 0.06 bin, at the same cost; kernels of 2
+    or 4 at each stride learn less of motion. 238 496 parameters at width 1. (B, 3, 16, 32, 32) → (B, 96, 2, 4, 4).
 
     Args:
         width: factor on every number of channels.
     """
 
     strides = (8, 8, 8)
+    offsets = (0.0, 0.0, 0.0)
 
     def __init__(self, width: float = 1.0):
         super().__init__()
-        channels = [3] + [max(1, round(width * c)) for c in (16, 32, 64, 96)]
-        units = [ConvUnit(*channels[i : i + 2], 3, stride) for i, stride in enumerate((2, 2, 2, 1))]
-        self.units = nn.Sequential(*units)
-        self.out_channels = channels[-1]
+        self.layers, self.out_channels = nn.Sequential(), 3
+        for channels, kernel, stride, zeros in ((16, 4, 2, (2, 0)), (32, 3, 2, 1), (64, 3, 2, (0, 1)), (96, 3, 1, 1)):
+            inputs, self.out_channels = self.out_channels, max(1, round(width * channels))
+            if zeros != 1:
+                self.layers.append(nn.ConstantPad3d(zeros * 3, 0.0))
+            self.layers.append(nn.Conv3d(inputs, self.out_channels, kernel, stride, int(zeros == 1), bias=False))
+            self.layers.extend([nn.BatchNorm3d(self.out_channels), nn.ReLU(inplace=True)])
 
     def forward(self, clip: Tensor) -> Tensor:
         """(B, 3, frames, height, width), normalised → (B, C, T, H, W)."""
-        return self.units(clip)
+        return self.layers(clip)
 
 
 ENCODERS = {
@@ -243,7 +254,7 @@ def build_encoder(name: str, width: float = 1.0) -> nn.Module:
 
 
 LAST_NORMS = re.compile(  # names of the batch norms that come after the last convolutions, in all encoders
-    r"units\.3\.batch3d|mixed_5c\.branch_(0|[123]\.1)\.batch3d|layer4\.1\.conv2\.1|"
+    r"layers\.12|mixed_5c\.branch_(0|[123]\.1)\.batch3d|layer4\.1\.conv2\.1|"
     r"features\.15\.(branch0\.1|branch[12]\.1\.1\.1|branch3\.1\.1)"
 )
 

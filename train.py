@@ -153,6 +153,8 @@ class Options:
         UserError: a value that is none of the choices, out of range, or not a number.
     """
 
+    BEFORE = {}  # how it was before there was an option, of which old checkpoints say nothing
+
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             choices, (least, most), value = (
@@ -289,7 +291,7 @@ def parse(
         state = load_checkpoint(given["resume"])
         if state["method"] != method:
             raise UserError(f"{given['resume']} is a checkpoint of {state['method']}, not of {method}")
-        saved = {k: v for k, v in state["config"].items() if k in own}
+        saved = config_class.BEFORE | {k: v for k, v in state["config"].items() if k in own}
         given.setdefault("out", str(Path(given["resume"]).parent))
     dataset = given.get("dataset", saved.get("dataset", getattr(config_class, "dataset", "")))
     return config_class(**presets.get(dataset, {}) | saved | given)
@@ -503,7 +505,7 @@ def load_checkpoint(path: str | Path, foreign: bool = False) -> dict:
         foreign: take another project's file too, as a checkpoint of no method and no config whose "model" is all of it.
 
     Raises:
-        UserError: no such file, damaged, or not a checkpoint of this project.
+        UserError: no such file, damaged, or not a checkpoint of this project, or one of the conv4 of old.
     """
     if not Path(path).is_file():
         raise UserError(f"no checkpoint at {path}")
@@ -523,6 +525,8 @@ def load_checkpoint(path: str | Path, foreign: bool = False) -> dict:
         if foreign:
             return {"method": "", "config": {}, "model": state}
         raise UserError(f"{path} is no checkpoint of this project: it lacks some of {', '.join(sorted(expected))}")
+    if any(name.endswith("units.0.conv3d.weight") for name in state["model"]):
+        raise UserError(f"{path} is of conv4 before its feature pixels were centred: only code of then takes it")
     return state
 
 

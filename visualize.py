@@ -22,6 +22,7 @@ import inspect
 import io
 import itertools
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -40,7 +41,7 @@ from torch import Tensor, nn
 import data
 import evaluate
 import fima
-from losses import activation_map, bin_centers, foreground_mask, frame_difference
+from losses import activation_map, bin_centers, foreground_mask, frame_difference, seen_box
 from train import (
     Options,
     UserError,
@@ -324,6 +325,15 @@ def grid(rows: int, columns: int, cell: float, **options) -> tuple[Figure, np.nd
     return fig, axes
 
 
+def on_clip(encoder: nn.Module, maps: Tensor, size: int, mode: str = "bicubic") -> Tensor:
+    """Maps of an encoder's feature pixels, (N, h, w), laid on what these look at: (N, size, size), on the CPU."""
+    scale = size / (encoder.strides[1] * maps.shape[-1])
+    shift = scale * (1 - 2 * encoder.offsets[1] / size) - 1
+    corners = torch.tensor([[scale, 0, shift], [0, scale, shift]]).expand(len(maps), -1, -1)
+    places = F.affine_grid(corners, [len(maps), 1, size, size], align_corners=False)
+    return F.grid_sample(maps[:, None].cpu(), places, mode, "border", align_corners=False)[:, 0]
+
+
 def show(ax: Axes, picture: Tensor, title: str = "", heat: Tensor | None = None) -> None:
     """Shows a picture (3, H, W) in [0, 1]; with a map (h, w), in the map's colours, from its least to its greatest."""
     pixels = picture.permute(1, 2, 0).numpy()
@@ -359,12 +369,11 @@ def scale_bar(fig: Figure, axes: np.ndarray, label: str) -> None:
     bar.set_ticks([0, 1], labels=["least", "most"])
 
 
-def draw_boxes(ax: Axes, boxes: Tensor, width: float, height: float) -> None:
-    """Boxes (2, 4) of source and target view, in units of the frame."""
+def draw_boxes(ax: Axes, boxes: Tensor) -> None:
+    """Boxes (2, 4) of source and target view, in pixels of the frame."""
     for (x0, y0, x1, y1), color in zip(boxes.tolist(), (BLUE, ORANGE), strict=True):
-        corner = width * min(x0, x1) - 0.5, height * y0 - 0.5
-        size = width * abs(x1 - x0), height * (y1 - y0)
-        ax.add_patch(Rectangle(corner, *size, fill=False, color=color, lw=2))
+        corner = min(x0, x1) - 0.5, y0 - 0.5
+        ax.add_patch(Rectangle(corner, abs(x1 - x0), y1 - y0, fill=False, color=color, lw=2))
 
 
 # ------------------------------------------------------------------------------------------------------------ figures
@@ -383,7 +392,8 @@ def draw_activations(config: RowsConfig, inputs: list[str]) -> Figure:
         show(axes[row, 1], middle(difference_of(clip) * 255), "" if row else "frame difference × 4")
     for column, model in enumerate(models, 2):
         for row, clip in enumerate(middle_clips(videos, model.config)):
-            heat = activation_map(feature_maps(model.encoder, clip[None]))[0]
+            heat = activation_map(feature_maps(model.encoder, clip[None]))
+            heat = on_clip(model.encoder, heat, model.config.crop)[0]
             show(axes[row, column], middle(clip), "" if row else plain(model.name), heat)
     scale_bar(fig, axes, "activation, in each map")
     return fig
@@ -449,14 +459,18 @@ def draw_attention(config: RowsConfig, inputs: list[str]) -> Figure:
         source, target = maps[:, :, step].flatten(2).mT.split(1)  # (1, HW, C)
         with torch.no_grad():
             weights = decoder(source, target, need_weights=True)[2][0].cpu()  # (HW, HW)
-        pictures = [clip[:, (2 * step + 1) * clip.shape[1] // (2 * maps.shape[2])] / 255 for clip in clips]
+        (stride, side, _), offsets = model.encoder.strides, model.encoder.offsets
+        seen = min(max(math.floor(stride * (step + 0.5) + offsets[0]), 0), options.frames - 1)
+        pictures = [clip[:, seen] / 255 for clip in clips]
         activity = activation_map(maps[:1])[0].flatten().cpu()
-        spots = bin_centers(torch.tensor([[0.0, 0.0, 1.0, 1.0]]), *maps.shape[3:])[0] * options.crop - 0.5
+        whole = torch.tensor([[0.0, 0.0, options.crop, options.crop]])
+        spots = seen_box(whole, options.crop, maps.shape[4], side, offsets[1])
+        spots = bin_centers(spots, *maps.shape[3:])[0] - 0.5
         for column, query, kind in ((0, activity.argmax(), "most"), (2, activity.argmin(), "least")):
             show(axes[row, column], pictures[0], "" if row else f"source, {kind} active")
             axes[row, column].plot(*spots[query], "o", ms=9, mfc="none", mec="white", mew=3)
             axes[row, column].plot(*spots[query], "o", ms=9, mfc="none", mec=ORANGE, mew=1.5)
-            heat = weights[query].unflatten(0, maps.shape[3:])
+            heat = on_clip(model.encoder, weights[query].view(1, *maps.shape[3:]), options.crop)[0]
             show(axes[row, column + 1], pictures[1], "" if row else "target, attention", heat)
     scale_bar(fig, axes, "attention, in each picture")
     return fig
@@ -474,7 +488,7 @@ def draw_masks(config: MasksConfig, inputs: list[str]) -> Figure:
     videos = draw_videos(model.config, config.count)
     clips = middle_clips(videos, model.config)
     masks = foreground_masks(*both_modalities(model.encoder, clips), config.foreground).float()
-    masks = F.interpolate(masks, size=clips.shape[3:], mode="nearest").cpu()
+    masks = on_clip(model.encoder, masks.flatten(0, 1), model.config.crop, "nearest").unflatten(0, (3, -1))
     fig, axes = grid(len(videos), 5, 1.4, layout="constrained")
     titles = ("frame difference × 4", "by RGB", "by frame difference", "by both")
     for row, clip in enumerate(clips):
@@ -567,7 +581,7 @@ def draw_sample(config: FigureConfig, inputs: list[str]) -> Figure:
     top, bottom = fig.subfigures(2, 1, height_ratios=(1.9, 3))
     axes = top.subplots(1, 3)
     show(axes[0], frame, f"{class_name(videos, 0)}: a frame, both boxes")
-    draw_boxes(axes[0], views["box"], *frame.shape[:0:-1])
+    draw_boxes(axes[0], views["box"])
     strips = bottom.subplots(4, 2)
     for view, (color, name) in enumerate(((BLUE, "source"), (ORANGE, "target"))):
         clip, box = views["clip"][view], views["box"][view]

@@ -57,8 +57,83 @@ def test_i3d_has_the_size_and_names_of_released_checkpoints():
 
 def test_conv4_is_four_convolutions_of_the_documented_size():
     encoder = models.build_encoder("conv4")
-    assert count(encoder) == 236_720
-    assert [type(m) for m in encoder.modules() if not list(m.children())] == [nn.Conv3d, nn.BatchNorm3d] * 4
+    assert count(encoder) == 238_496
+    parts = [type(m) for m in encoder.modules() if not list(m.children()) and not isinstance(m, nn.ConstantPad3d)]
+    assert parts == [nn.Conv3d, nn.BatchNorm3d, nn.ReLU] * 4
+
+
+def center_of(weight: Tensor, axis: int) -> float:
+    """Centre of mass along an axis of a clip, of which pixel k covers k to k + 1."""
+    mass = weight.double().sum([d for d in range(weight.dim()) if d != axis])
+    return float(mass @ (torch.arange(len(mass)).double() + 0.5) / mass.sum())
+
+
+def average_pool(x, kernel, stride, padding=0, dilation=1, ceil_mode=False, return_indices=False):
+    padding = (padding,) * 3 if isinstance(padding, int) else padding
+    return F.avg_pool3d(F.pad(x, [p for p in padding[::-1] for _ in range(2)]), kernel, stride, 0, ceil_mode)
+
+
+def middle_pool(x, kernel, stride, padding=0, dilation=1, ceil_mode=False, return_indices=False):
+    """Takes the middle of each window, of an even one the mean of the two in the middle."""
+    for axis, (k, s, p) in enumerate(zip(kernel, stride, padding, strict=True), 2):
+        count = math.ceil((x.shape[axis] + 2 * p - k) / s) + 1
+        x = F.pad(x, [0, 0] * (4 - axis) + [p, p + s])
+        first, second = (x.narrow(axis, at, s * (count - 1) + 1) for at in ((k - 1) // 2, k // 2))
+        x = ((first + second) / 2).index_select(axis, torch.arange(0, s * (count - 1) + 1, s))
+    return x
+
+
+def linear(encoder: nn.Module, middle: bool) -> nn.Module:
+    """Makes it a weighted mean of positive clips: of all that it looks at, or of what its kernels' middles hit."""
+    for module in encoder.eval().modules():
+        if isinstance(module, nn.Conv3d):
+            nn.init.constant_(module.weight, 0 if middle else 1 / module.weight[0].numel())
+            if middle:
+                module.weight.data[(..., *(k // 2 for k in module.kernel_size))] = 1 / module.in_channels
+    return encoder
+
+
+@pytest.mark.parametrize("name", models.ENCODERS)
+def test_offsets_are_where_feature_pixels_look(name, monkeypatch):
+    """The centre of gravity of all that an inner feature pixel looks at, none of which is cut by the clip's edge."""
+    monkeypatch.setattr(F, "max_pool3d", average_pool)
+    encoder = linear(models.build_encoder(name, 1 if name == "s3d" else 0.05), middle=False)
+    for axis, (stride, offset) in enumerate(zip(encoder.strides, encoder.offsets, strict=True)):
+        size = [8, 32, 32]
+        size[axis] = 160 if axis == 0 else 448
+        clip = torch.ones(1, 3, *size, requires_grad=True)
+        pixel = size[axis] // stride // 2
+        encoder(clip).select(2 + axis, pixel).sum().backward()
+        seen = clip.grad[0].sum(0)
+        assert not seen.select(axis, 0).any() and not seen.select(axis, -1).any()
+        assert center_of(seen, axis) == pytest.approx(stride * (pixel + 0.5) + offset, abs=1e-3), axis
+
+
+@pytest.mark.parametrize("crop", [112, 224])
+def test_offsets_of_i3d_are_those_at_the_papers_sizes(crop, monkeypatch):
+    """Its padding goes by the size. Kernels look at their middles alone here, so that no edge cuts what is seen."""
+    monkeypatch.setattr(F, "max_pool3d", middle_pool)
+    encoder = linear(models.build_encoder("i3d", 0.02), middle=True)
+    clip = torch.ones(1, 3, 16, crop, crop, requires_grad=True)
+    features = encoder(clip)
+    for axis, (stride, offset) in enumerate(zip(encoder.strides, encoder.offsets, strict=True)):
+        whole = [i for i in range(features.shape[2 + axis]) if stride * (i + 1) <= clip.shape[2 + axis]]
+        assert len(whole) >= (2, 3, 3)[axis]
+        for i in whole:
+            (seen,) = torch.autograd.grad(features.select(2 + axis, i).sum(), clip, retain_graph=True)
+            assert center_of(seen[0].sum(0), axis) == pytest.approx(stride * (i + 0.5) + offset, abs=1e-3)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_feature_pixels_of_a_random_conv4_look_at_the_middle_of_their_bins(seed):
+    torch.manual_seed(seed)
+    encoder, clip = models.build_encoder("conv4"), torch.randn(1, 3, 64, 96, 96, requires_grad=True)
+    features, beside = encoder(clip), []
+    for place in ((3, 5, 5), (3, 6, 7), (4, 5, 6), (4, 6, 4), (3, 7, 6), (4, 7, 5)):
+        (seen,) = torch.autograd.grad(features[(0, slice(None), *place)].sum(), clip, retain_graph=True)
+        squares = seen[0].square().sum(0)
+        beside.append([center_of(squares, axis) / 8 - (i + 0.5) for axis, i in enumerate(place)])
+    assert torch.tensor(beside).mean(0).abs().max() < 0.07
 
 
 @pytest.mark.parametrize(

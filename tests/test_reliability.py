@@ -24,6 +24,7 @@ import evaluate
 import fima
 import moco
 import train
+import visualize
 
 ROOT = Path(__file__).parents[1]
 QUICK = ["--encoder=conv4", "--width=0.25", "--crop=32"]
@@ -288,6 +289,36 @@ def test_resume_auto_takes_the_newest_readable_checkpoint_of_the_method(run):
     assert weights(run.path / "runs" / "b" / "checkpoint.pt")["step"] == 5
     code, out, _ = run(fima, *flags, 2, "--out", first, small=False)
     assert code == 0 and f"found {first}/checkpoint.pt, step 1" in out
+
+
+def test_a_checkpoint_of_the_conv4_of_old_is_refused_wherever_one_is_taken(run):
+    path = run.path / "runs" / "old" / "checkpoint.pt"
+    assert run(fima, "--max_steps", 1, "--out", path.parent, *QUICK)[0] == 0
+    state = weights(path)
+    names = {name: name.replace("encoder.layers.1.weight", "encoder.units.0.conv3d.weight") for name in state["model"]}
+    train.save_checkpoint(path, state | {"model": {names[name]: value for name, value in state["model"].items()}})
+    for script, *words in (
+        (fima, "--resume", path),
+        (evaluate, "retrieve", "--checkpoint", path),
+        (evaluate, "linear", "--resume", path),
+        (evaluate, "export", "--checkpoint", path),
+    ):
+        code, _, err = run(script, *words, small=False, dataset=None)
+        assert code == 2 and err.count("\n") == 1 and f"{path} is of conv4 before" in err
+    with pytest.raises(train.UserError, match="is of conv4 before"):
+        visualize.load_models(visualize.FigureConfig(), [str(path)])
+    code, out, _ = run(fima, "--resume", "auto", "--max_steps", 1, *QUICK)
+    assert code == 0 and f"passes over a checkpoint: runs/old/{path.name} is of conv4 before" in out
+
+
+def test_a_run_from_before_there_were_centres_goes_on_with_nominal_ones(run):
+    path = run.path / "run" / "checkpoint.pt"
+    assert run(fima, "--max_steps", 2, "--out", "run", "--centres", "nominal")[0] == 0
+    state = weights(path)
+    assert state["config"].pop("centres") == "nominal"
+    train.save_checkpoint(path, state)
+    assert run(fima, "--resume", path, "--max_steps", 4, small=False)[0] == 0
+    assert weights(path)["config"]["centres"] == "nominal"
 
 
 def test_a_checkpoint_with_code_in_it_is_refused_and_the_code_never_runs(tmp_path):

@@ -32,10 +32,10 @@ def coordinates(height: int, width: int) -> np.ndarray:
     return np.stack([2 * x, 2 * y, np.full_like(x, 128)], -1).astype(np.uint8)
 
 
-def assert_shows_box(clip: torch.Tensor, box: torch.Tensor, height: int, width: int, noise: float) -> None:
+def assert_shows_box(clip: torch.Tensor, box: torch.Tensor, noise: float) -> None:
     """Each of 7 × 7 bins of a clip of coordinates shows the place that the box says, within half a bin."""
     bins, size = 7, clip.shape[-1]
-    x0, y0, x1, y1 = (box * torch.tensor([width, height, width, height])).tolist()
+    x0, y0, x1, y1 = box.tolist()
     said = bin_centers(torch.tensor([[x0, y0, x1, y1]]), bins, bins)[0].unflatten(0, (bins, bins))  # (rows, columns, 2)
     seen = clip.double().mean(1)[:2].unflatten(1, (bins, -1)).unflatten(3, (bins, -1)).mean((2, 4)) / 2 + 0.5
     for axis, bin_size in ((0, abs(x1 - x0) / bins), (1, abs(y1 - y0) / bins)):
@@ -50,11 +50,12 @@ def test_a_box_says_what_its_crop_shows(height, width, seed, flip):
     clip, box = crop_resize([coordinates(height, width)] * 2, region, flip, 56)
     assert clip.shape == (3, 2, 56, 56)
     assert clip.dtype == torch.uint8
-    expected = [left / width, top / height, (left + w) / width, (top + h) / height]
+    expected = [left, top, left + w, top + h]
     if flip:
         expected[0], expected[2] = expected[2], expected[0]
-    assert box.tolist() == pytest.approx(expected)
-    assert_shows_box(clip, box, height, width, noise=0.5)
+    assert box.dtype == torch.float32
+    assert box.tolist() == expected
+    assert_shows_box(clip, box, noise=0.5)
 
 
 @given(height=st.integers(1, 90), width=st.integers(1, 90), seed=st.integers(0, 2**32 - 1), flip=st.booleans())
@@ -250,7 +251,7 @@ def test_boxes_hold_through_files_and_the_whole_sampling(tmp_path):
     for epoch in range(12):
         sample = views[epoch, 0]
         for clip, box in zip(sample["clip"], sample["box"], strict=True):
-            assert_shows_box(clip, box, height, width, noise=2.5)  # half the chroma's resolution is lost on the way
+            assert_shows_box(clip, box, noise=2.5)  # half the chroma's resolution is lost on the way
             flips.add(bool(box[0] > box[2]))
     assert flips == {False, True}
 
@@ -340,9 +341,9 @@ def test_test_crops_are_the_centre_of_the_resized_frame(tmp_path):
     height, width = 64, 112
     path = encode(tmp_path / "coordinates.mp4", [coordinates(height, width)] * 20, "libx264", crf="1")
     clips = TestClips(VideoList([str(path)], [-1], [], ""), 56, frames=4, clips=2)[0]["clips"]
-    box = torch.tensor([(56 - 28) / 112, 4 / 64, (56 + 28) / 112, 60 / 64])
+    box = torch.tensor([56 - 28, 4, 56 + 28, 60])
     for clip in clips:
-        assert_shows_box(clip, box, height, width, noise=2.5)
+        assert_shows_box(clip, box, noise=2.5)
 
 
 run_shapes = dict(

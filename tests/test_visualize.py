@@ -1,15 +1,18 @@
 """Figures: the numbers behind them against plain loops, every command on a tiny checkpoint, and users' mistakes."""
 
 import json
+import math
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import data
@@ -140,18 +143,35 @@ def test_key_encoders_see_both_modalities_by_the_statistics_of_their_own_batch(r
     config = visualize.MasksConfig(workers=0)
     query, key = (visualize.load_models(config, [str(runs / "fima")], key)[0].encoder for key in (False, True))
     state = train.load_checkpoint(runs / "fima" / "checkpoint.pt")["model"]
-    assert torch.equal(query.units[0].conv3d.weight, state["encoder.units.0.conv3d.weight"])
-    state["key_encoder.units.0.conv3d.weight"] += 1
+    assert torch.equal(query.layers[1].weight, state["encoder.layers.1.weight"])
+    state["key_encoder.layers.1.weight"] += 1
     train.save_checkpoint(
         runs / "fima" / "other.pt", train.load_checkpoint(runs / "fima" / "checkpoint.pt") | {"model": state}
     )
     key = visualize.load_models(config, [str(runs / "fima" / "other.pt")], key=True)[0].encoder
-    assert torch.equal(key.units[0].conv3d.weight, state["key_encoder.units.0.conv3d.weight"])
+    assert torch.equal(key.layers[1].weight, state["key_encoder.layers.1.weight"])
     maps = visualize.both_modalities(key, torch.randint(0, 256, (3, 3, 16, 32, 32), dtype=torch.uint8))
-    unit = key.units[-1].batch3d
     for values in maps:  # a ReLU of what has mean 0 and deviation 1 in every channel: about half of it is positive
         assert 0.2 < (values > 0).float().mean() < 0.8
-    assert unit.training
+    assert key.layers[-2].training
+
+
+@pytest.mark.parametrize(("size", "pixels", "stride", "offset"), [(64, 4, 16, -7.5), (50, 2, 32, 7.5), (48, 6, 8, 0.0)])
+def test_maps_lie_on_what_their_pixels_look_at(size, pixels, stride, offset):
+    encoder, maps = (
+        SimpleNamespace(strides=(8, stride, stride), offsets=(0, offset, offset)),
+        torch.rand(2, pixels, pixels),
+    )
+    places = [(k + 0.5 - offset) / stride for k in range(size)]
+    near = [min(max(math.floor(place), 0), pixels - 1) for place in places]
+    expected = torch.tensor([[[float(m[r, c]) for c in near] for r in near] for m in maps])
+    inside = torch.tensor([place % 1 > 0 for place in places])  # not on the line between two bins
+    drawn = visualize.on_clip(encoder, maps, size, "nearest")
+    assert drawn.shape == (2, size, size) and inside.sum() > 0.9 * size
+    assert torch.equal(drawn[:, inside][..., inside], expected[:, inside][..., inside])
+    if not offset:
+        smooth = F.interpolate(maps[:, None], size=size, mode="bicubic")[:, 0]
+        torch.testing.assert_close(visualize.on_clip(encoder, maps, size), smooth)
 
 
 # ------------------------------------------------------------------------------------------------------------ commands
@@ -209,7 +229,7 @@ def test_the_report_is_one_file_that_holds_its_pictures(draw, runs):
     assert code == 0, err
     page = (runs / "fima" / "report.html").read_text()
     assert page.count("<img ") == page.count('src="data:image/png;base64,') == len(visualize.SECTIONS)
-    assert "http" not in page
+    assert "://" not in page  # "http" alone may stand in a picture by chance
     assert "<script" not in page
     assert "2.6 &lt;&amp;&gt;" in page
     assert "decoder_width" in page
