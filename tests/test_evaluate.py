@@ -716,7 +716,8 @@ UCF_CLASSES = [f"Class{chr(65 + i // 26)}{chr(65 + i % 26)}" for i in range(101)
 
 
 def make_ucf101(root, clips):
-    """The tree of UCF101 with its lists in the published format and numbers; its videos link to a few clips."""
+    """The tree of UCF101 with its lists in the published format and numbers; its videos link to a few clips, of which
+    the last are for testing."""
     lists = {"train": [], "test": []}
     for n in range(13320):
         part = "train" if n < 9537 else "test"
@@ -726,7 +727,7 @@ def make_ucf101(root, clips):
         link = root / "UCF-101" / file
         if n < 101:
             link.parent.mkdir(parents=True)
-        link.symlink_to(clips[n % len(clips)])
+        link.symlink_to(clips[n % (len(clips) - 2)] if part == "train" else clips[n % 2 - 2])
     folder = root / "ucfTrainTestlist"
     folder.mkdir()
     for part, lines in lists.items():
