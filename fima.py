@@ -42,10 +42,10 @@ class FIMAConfig(MoCoConfig):
     losses: str = option("vv,pix,fra", "losses to sum, of vv (Eq. 1), vd (Eq. 2), pix (Eq. 8) and fra (Eq. 10)")
     threshold: float = option(0.7, "distance below which pixels are positive, in bin diagonals (Table 3a)", least=0.01)
     centres: str = option(
-        "measured",
-        "where feature pixels look, of which distances are taken: as the encoder's padding has it, or nominal, in the "
-        "middle of bins that tile the crop (released code)",
-        ("measured", "nominal"),
+        "nominal",
+        "where feature pixels look, of which distances are taken: nominal, in the middle of bins that tile the crop "
+        "(released code), or measured, as the encoder's padding has it",
+        ("nominal", "measured"),
     )
     foreground: float = option(0.5, "portion of the pixels that is foreground, beta (Table 3d)", least=0.01, most=1)
     mask_source: str = option(
@@ -81,7 +81,6 @@ class FIMAConfig(MoCoConfig):
     )
 
     KNOWN_LOSSES = ("vv", "vd", "pix", "fra")
-    BEFORE = {"centres": "nominal"}
 
     def __post_init__(self) -> None:
         super().__post_init__()

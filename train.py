@@ -153,8 +153,6 @@ class Options:
         UserError: a value that is none of the choices, out of range, or not a number.
     """
 
-    BEFORE = {}  # how it was before there was an option, of which old checkpoints say nothing
-
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             choices, (least, most), value = (
@@ -291,7 +289,7 @@ def parse(
         state = load_checkpoint(given["resume"])
         if state["method"] != method:
             raise UserError(f"{given['resume']} is a checkpoint of {state['method']}, not of {method}")
-        saved = config_class.BEFORE | {k: v for k, v in state["config"].items() if k in own}
+        saved = {k: v for k, v in state["config"].items() if k in own}
         given.setdefault("out", str(Path(given["resume"]).parent))
     dataset = given.get("dataset", saved.get("dataset", getattr(config_class, "dataset", "")))
     return config_class(**presets.get(dataset, {}) | saved | given)

@@ -165,7 +165,7 @@ SWITCHES = [
     dict(frame_loss="mse"),
     dict(pixel_negatives="video"),
     dict(pixel_queue=40),
-    dict(centres="nominal"),
+    dict(centres="measured"),
     dict(encoder="i3d", crop=64),
 ]
 

@@ -313,7 +313,7 @@ def test_a_checkpoint_of_the_conv4_of_old_is_refused_wherever_one_is_taken(run):
 
 def test_a_run_from_before_there_were_centres_goes_on_with_nominal_ones(run):
     path = run.path / "run" / "checkpoint.pt"
-    assert run(fima, "--max_steps", 2, "--out", "run", "--centres", "nominal")[0] == 0
+    assert run(fima, "--max_steps", 2, "--out", "run")[0] == 0
     state = weights(path)
     assert state["config"].pop("centres") == "nominal"
     train.save_checkpoint(path, state)
