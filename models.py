@@ -205,7 +205,8 @@ class Conv4(nn.Module):
     """Four 3-D convolutions with batch norm and ReLU, for small pictures and machines without a GPU.
 
     The first kernel is of 4×4×4, with two zeros before, the others of 3×3×3, the third with a zero behind: so feature
-    pixels look at the middle of their bins. With 3×3×3 alone they miss it by 0.06 bin. 238 496 parameters at width 1. (B, 3, 16, 32, 32) → (B, 96, 2, 4, 4).
+    pixels look at the middle of their bins. With 3×3×3 alone they miss it by 0.06 bin.
+    238 496 parameters at width 1. (B, 3, 16, 32, 32) → (B, 96, 2, 4, 4).
 
     Args:
         width: factor on every number of channels.
