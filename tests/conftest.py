@@ -1,5 +1,6 @@
 """What the tests share: settings, a small generated data set, and a way to run a script as its command line would."""
 
+import os
 import sys
 
 import pytest
@@ -18,6 +19,15 @@ import train
 torch.set_num_threads(1)  # operators so small take longer where threads wait for each other
 settings.register_profile("project", deadline=None, derandomize=True, max_examples=30)
 settings.load_profile("project")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """The whole suite runs in a process for each core, at most four; what is named on the command line in one."""
+    whole = config.args_source == config.ArgsSource.TESTPATHS and not config.option.usepdb
+    if whole and config.pluginmanager.hasplugin("xdist") and config.option.numprocesses is None:
+        config.option.numprocesses, config.option.dist = min(4, os.cpu_count() or 1), "loadfile"
+
 
 SMALL = ["--encoder=r3d_18", "--width=0.0625", "--crop=48", "--batch_size=4", "--queue=8", "--device=cpu"]
 DECODER = ["--decoder_width=32"]

@@ -1,0 +1,263 @@
+"""Runs are killed, doubled, starved of disk and given other videos, at random, until the minutes are over.
+
+Each try ends with a run whose weights, optimiser and log must equal those of an undisturbed one, and with every file
+that is not the run's own as it was. Not one of the quick tests: by hand, and for two minutes in `.ci/run`.
+
+    python tests/torture.py --minutes 60 --seed 1
+    python tests/torture.py --only full_disk --seed 7
+"""
+
+import argparse
+import hashlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from random import Random
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from test_reliability import TINY, finish, log, start, start_two  # noqa: E402
+from test_train import same, weights  # noqa: E402
+
+import data  # noqa: E402
+
+FLAGS = [*TINY, "--epochs=3", "--out=run", "--save_minutes=0", "--workers=1"]
+
+
+def digests(*places: Path) -> dict[str, str]:
+    """What is in the files that are not the runs' own."""
+    files = (path for place in places for path in [place, *sorted(place.rglob("*"))] if path.is_file())
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def children(process: int) -> list[int]:
+    found = Path(f"/proc/{process}/task/{process}/children")
+    return [int(child) for child in found.read_text().split()] if found.exists() else []
+
+
+def alive(word: str) -> list[int]:
+    """Processes that have a word in their environment, as all of a run have."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            found += [int(path.parent.name)] * (word.encode() in path.read_bytes())
+        except OSError:
+            continue
+    return found
+
+
+class Torture:
+    """The tries: each is given chance and an empty folder, and raises AssertionError where a promise is not kept."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.videos = folder, folder / "videos"
+        data.make_synthetic(self.videos, train=18, test=10, frames=40, size=(56, 56))
+        self.flags = [*FLAGS, "--data", self.videos]
+        self.expected = {}
+        for processes in (1, 2):
+            (where := folder / f"undisturbed{processes}").mkdir()
+            began = time.monotonic()
+            self.live(where, processes)
+            self.seconds = time.monotonic() - began
+            self.expected[processes] = where / "run"
+
+    def live(self, folder: Path, processes: int = 1, *flags, **options) -> str:
+        """A run that nothing disturbs from here on: its output."""
+        if processes == 1:
+            running = [start(folder, *self.flags, *flags, **options)]
+        else:
+            running = start_two(folder, *self.flags, *flags)
+        ends = [finish(process, folder, rank) for rank, process in enumerate(running)]
+        assert not any(code for code, _ in ends), ends
+        return ends[0][1]
+
+    def ends_as_if_nothing_had_been(self, folder: Path, processes: int = 1) -> None:
+        """Goes on to the end, which is the undisturbed one's; nothing half is left."""
+        self.live(folder, processes, "--resume", "auto")
+        for name in ("model", "optimizer", "step"):
+            found = [weights(run / "checkpoint.pt")[name] for run in (self.expected[processes], folder / "run")]
+            assert same(*found), f"other {name}"
+        assert log(folder / "run") == log(self.expected[processes]), "another log"
+        assert not list(folder.rglob("*partial*")), list(folder.rglob("*partial*"))
+
+    def killed(self, chance: Random, folder: Path) -> None:
+        """A process, its worker, or both, up to three times."""
+        for _ in range(chance.randint(1, 3)):
+            process = start(folder, *self.flags, "--resume", "auto")
+            time.sleep(chance.uniform(0, self.seconds))
+            workers, victim = children(process.pid), chance.choice(("process", "worker", "both"))
+            for one in [*workers * (victim != "process"), *[process.pid] * (victim != "worker")]:
+                if process.is_alive():
+                    os.kill(one, signal.SIGKILL)
+            process.join(120)
+            assert process.exitcode in ((0, -signal.SIGKILL) if victim != "worker" else (0,)), process.exitcode
+            time.sleep(1)
+            left = [worker for worker in workers if Path(f"/proc/{worker}").exists()]
+            assert not left, f"workers {left} outlive their process"
+        self.ends_as_if_nothing_had_been(folder)
+
+    def told_to_stop(self, chance: Random, folder: Path) -> None:
+        """Ctrl-C, a scheduler's SIGTERM, a terminal that hangs up."""
+        process, number = start(folder, *self.flags), chance.choice((signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
+        time.sleep(chance.uniform(0.5, self.seconds))
+        if process.is_alive():
+            os.kill(process.pid, number)
+        code, out = finish(process, folder)
+        assert code in (0, 128 + number, 128 + signal.SIGINT, -number) and "Traceback" not in out, out
+        self.ends_as_if_nothing_had_been(folder)
+
+    def launcher(self, chance: Random, folder: Path) -> None:
+        """torchrun is killed, or one of its processes."""
+        word = f"TORTURE={folder}"
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        environment = os.environ | dict([word.split("=")]) | {"OMP_NUM_THREADS": "1"}
+        with open(folder / "launched.txt", "w") as out:
+            running = subprocess.Popen(
+                [*command, ROOT / "fima.py", *map(str, self.flags)], cwd=folder, env=environment, stdout=out, stderr=out
+            )
+        until = time.monotonic() + 60
+        while not (folder / "run" / "run.json").exists() and time.monotonic() < until:
+            time.sleep(0.1)
+        time.sleep(chance.uniform(0, self.seconds))
+        victim = chance.choice([running.pid, *children(running.pid)])
+        if running.poll() is None:
+            os.kill(victim, signal.SIGKILL)
+        running.wait(120)
+        until = time.monotonic() + 30
+        while (left := alive(word)) and time.monotonic() < until:
+            time.sleep(0.1)
+        assert not left, f"processes {left} outlive torchrun"
+        self.ends_as_if_nothing_had_been(folder, processes=2)
+
+    def two_at_once(self, chance: Random, folder: Path) -> None:
+        """A second run in the folder of the first, or one that would resume it."""
+        first = start(folder, *self.flags, output="first.txt")
+        time.sleep(chance.uniform(0, self.seconds / 2))
+        second = start(folder, *self.flags, *chance.choice(([], ["--resume", "auto"])), output="second.txt")
+        codes = []
+        for process, name in ((first, "first.txt"), (second, "second.txt")):
+            process.join(300)
+            text = (folder / name).read_text()
+            assert process.exitcode in (0, 2) and "Traceback" not in text, text
+            codes.append(process.exitcode)
+        assert 0 in codes, codes
+        self.ends_as_if_nothing_had_been(folder)
+
+    def full_disk(self, chance: Random, folder: Path) -> None:
+        """Of some size, in the middle of anything; afterwards there is room."""
+        size = weights_size = (self.expected[1] / "checkpoint.pt").stat().st_size
+        size = chance.randint(4096, 5 * weights_size // 2)
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "torture", folder]
+        if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:  # no root: files have a largest size
+            code, out = finish(start(folder, *self.flags, file_size=min(size, weights_size)), folder)
+            assert code in (0, 2) and "Traceback" not in out, out
+            self.ends_as_if_nothing_had_been(folder)
+            return
+        try:
+            said = self.folder / "full.txt"
+            process = start(folder, *self.flags, output=str(said))
+            process.join(300)
+            out = said.read_text()
+            assert process.exitcode in (0, 2) and "Traceback" not in out, out
+            assert process.exitcode == 0 or ("No space left" in out and "run" in out.splitlines()[-1]), out
+            subprocess.run(["mount", "-o", "remount,size=1g", folder], check=True)
+            self.ends_as_if_nothing_had_been(folder)
+        finally:
+            subprocess.run(["umount", "-l", folder], check=True)
+
+    def changed_videos(self, chance: Random, folder: Path) -> None:
+        """One more, one less, another class, other bytes: the run says so and waits; with the old ones it goes on."""
+        shutil.copytree(self.videos, folder / "videos")
+        flags = ["--data", folder / "videos"]
+        self.live(folder, 1, *flags, "--max_steps", str(chance.randint(1, 20)))
+        path = chance.choice(sorted((folder / "videos" / "train").rglob("*.mp4")))
+        change = chance.choice(("more", "less", "class", "bytes"))
+        if change == "more":
+            shutil.copy(path, other := path.with_name("more.mp4"))
+        elif change == "less":
+            path.rename(other := folder / "taken.mp4")
+        elif change == "class":
+            (other := path.parent.with_name("other") / path.name).parent.mkdir()
+            path.rename(other)
+        else:
+            shutil.copy(path, folder / "old.mp4")
+            with open(path, "ab") as file:
+                file.write(b"\0" * 8)
+        resume = [*self.flags, *flags, "--resume", "run/checkpoint.pt"]
+        code, out = finish(start(folder, *resume), folder)
+        assert code == 2 and "Traceback" not in out and "--" in out.splitlines()[-1], (change, out)
+        if change == "more":
+            other.unlink()
+        elif change == "bytes":
+            (folder / "old.mp4").replace(path)
+        else:
+            other.rename(path)
+        if change == "class":
+            other.parent.rmdir()
+        self.flags, flags = [*self.flags, *flags], self.flags
+        try:
+            self.ends_as_if_nothing_had_been(folder)
+        finally:
+            self.flags = flags
+
+    def damaged(self, chance: Random, folder: Path) -> None:
+        """A bit, a hole or the end of the checkpoint is lost: it is refused, or nothing of it was."""
+        self.live(folder, 1, "--max_steps", str(chance.randint(1, 20)))
+        path = folder / "run" / "checkpoint.pt"
+        content, whole = bytearray(path.read_bytes()), path.read_bytes()
+        place, how = chance.randrange(len(content)), chance.choice(("bit", "hole", "end"))
+        if how == "bit":
+            content[place] ^= 1 << chance.randrange(8)
+        else:
+            content[place : place + 4096 if how == "hole" else None] = b""
+        path.write_bytes(content)
+        code, out = finish(start(folder, *self.flags, "--resume", path), folder)
+        assert code in (0, 2) and "Traceback" not in out, out
+        if code:
+            path.write_bytes(whole)
+        self.ends_as_if_nothing_had_been(folder)
+
+
+TRIES = ("killed", "told_to_stop", "launcher", "two_at_once", "full_disk", "changed_videos", "damaged")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=2, help="start no try after so many (default: 2)")
+    parser.add_argument("--seed", type=int, default=0, help="of what happens, and when (default: 0)")
+    parser.add_argument("--only", choices=TRIES, help="this kind alone")
+    options = parser.parse_args()
+    until, tries, failures = time.monotonic() + 60 * options.minutes, Counter(), []
+    with tempfile.TemporaryDirectory(prefix="torture-") as folder:
+        torture, number = Torture(Path(folder)), 0
+        while time.monotonic() < until:
+            kind = options.only or TRIES[number % len(TRIES)]
+            chance, place = Random(f"{options.seed} {number}"), Path(folder) / f"{number}-{kind}"
+            (place / "run").mkdir(parents=True)
+            (place / "run" / "notes.txt").write_text("theirs")
+            theirs = [place / "run" / "notes.txt", torture.videos, *torture.expected.values()]
+            before = digests(*theirs)
+            try:
+                getattr(torture, kind)(chance, place)
+                assert digests(*theirs) == before, "files of others have changed"
+            except AssertionError as error:
+                failures.append(kind)
+                print(f"try {number}, {kind}: {error}", flush=True)
+            finally:
+                shutil.rmtree(place, ignore_errors=True)
+            tries[kind] += 1
+            number += 1
+    for kind, count in tries.items():
+        print(f"{kind:<16}{count:>4} tries{failures.count(kind):>4} failures")
+    return min(len(failures), 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
