@@ -1750,28 +1750,44 @@ class FrameMaps(VideoVisitor):
         os.replace(partial, file)
 
     def is_made(self, path: str) -> bool:
-        """Whether there are maps of this video as it is now, by this recipe."""
-        with contextlib.suppress(Exception), np.load(self.file(path)) as held:  # damaged files raise all kinds
-            return (int(held["size"]), str(held["recipe"])) == (os.path.getsize(path), self.recipe)
-        return False
-
-    def read(self, path: str, frames: int) -> np.ndarray:
-        """The maps of a video of so many frames: float32 (frames, h, w).
-
-        Raises ValueError when they are missing, damaged, or those of another video or another recipe.
-        """
-        file = self.file(path)
+        """Whether there are whole maps of this video as it is now, by this recipe."""
         try:
-            with np.load(file) as held:
-                levels, scale = held["levels"], np.float32(held["scale"])
-                size, recipe = int(held["size"]), str(held["recipe"])
-            wrong = "" if recipe == self.recipe else f"made by another recipe ({recipe}, not {self.recipe})"
-            wrong = wrong if (len(levels), size) == (frames, os.path.getsize(path)) else "of another video of this name"
-        except Exception as error:
-            wrong = f"missing or damaged ({error})"
+            self.read(path)
+        except (ValueError, FileNotFoundError):  # the latter of a video that is gone, which making them will name
+            return False
+        return True
+
+    def read(self, path: str, frames: int | None = None) -> np.ndarray:
+        """The maps of a video, of so many frames if it is given: float32 (frames, h, w).
+
+        Raises ValueError when they are missing, damaged, or those of another video or another recipe, and OSError when
+        they can't be read for a reason that is not in the file.
+        """
+        file, size = self.file(path), os.path.getsize(path)
+        try:
+            with np.load(file) as held:  # reading an entry compares its check sum
+                levels, scale, *made_from = (held[name] for name in ("levels", "scale", "size", "recipe"))
+            wrong = (
+                ""
+                if (recipe := str(made_from[1])) == self.recipe
+                else f"made by another recipe ({recipe}, not {self.recipe})"
+            )
+            if int(made_from[0]) != size or frames not in (None, len(levels)):
+                wrong = "of another video of this name"
+            maps = np.float32(scale) * np.square(levels / np.float32(255))
+        except FileNotFoundError:
+            wrong = "missing"
+        except Exception as error:  # damaged files raise all kinds
+            _blame_machine(error, str(file))
+            if isinstance(error, OSError) and error.errno not in (
+                None,
+                errno.EINVAL,
+            ):  # EINVAL: a place out of the file
+                raise
+            wrong = f"damaged ({error})"
         if wrong:
             raise ValueError(f"{file}: {wrong}; make it again with `{self.command}`")
-        return scale * np.square(levels / np.float32(255))
+        return maps
 
     def check(self, paths: Sequence[str]) -> None:
         """Raises FileNotFoundError when there is a video without maps."""

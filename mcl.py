@@ -124,7 +124,7 @@ class MotionMaps(data.FrameMaps):
         command = f"python mcl.py maps --dataset {config.dataset} --data {shlex.quote(root)}"
         for field in dataclasses.fields(MapsConfig):
             value = getattr(config, field.name)
-            if field.name not in ("dataset", "data", "workers") and value != field.default:
+            if field.name not in ("dataset", "data", "workers") and value:  # defaults too, over which presets win
                 command += f" --{field.name} {shlex.quote(str(value))}"
         recipe = f"TV-L1, {self.side} pixels, {self.warps} warps"
         super().__init__(root, config.maps or f"{root}_maps", recipe, command)
