@@ -149,6 +149,9 @@ def command_line(main: Callable[[], None]) -> NoReturn:
         with contextlib.suppress(KeyboardInterrupt):  # of the terminal's end
             print(message, end="\n" * bool(message), file=sys.stderr)
     end_process()
+    if any(thread.name == _join.__name__ for thread in threading.enumerate()):  # torch's own would abort a usual exit
+        sys.stdout.flush()
+        os._exit(code)
     sys.exit(code)
 
 
@@ -469,7 +472,8 @@ def _join(place: torch.device, timeout: float) -> None:
             outcome.append(error)
 
     own = {"device_id": place} if place.type == "cuda" else {}
-    thread, held, nowhere = threading.Thread(target=join, daemon=True), os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    thread = threading.Thread(target=join, name=_join.__name__, daemon=True)
+    held, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     try:
         thread.start()
