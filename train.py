@@ -53,15 +53,11 @@ class Interrupted(Exception):
 
 @contextlib.contextmanager
 def user_errors() -> Iterator[None]:
-    """Where only what the user asked for can raise a ValueError or OSError, makes it a UserError.
-
-    Of an error in a loader's worker, which comes with the worker's traceback as its text, the last line is the message.
-    """
+    """Where only what the user asked for can raise a ValueError or OSError, makes it a UserError."""
     try:
         yield
     except (ValueError, OSError) as error:
-        last = (str(error).strip() or type(error).__name__).splitlines()[-1]
-        raise UserError(last.removeprefix(type(error).__name__ + ": ")) from error
+        raise UserError(str(error).strip() or type(error).__name__) from error
 
 
 def shown(text: str, besides: str = "") -> str:

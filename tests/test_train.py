@@ -1,8 +1,11 @@
 """The loop and the command line: resuming, several processes, logs, interrupts, and what the user is told."""
 
+import argparse
+import dataclasses
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -16,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 
+import benchmark  # noqa: F401  its options are tried, too
 import data
 import evaluate
 import fima
@@ -211,6 +215,47 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(case, run, monkeypatch):
     code, _, err = run(script, *flags, dataset=dataset, small=False)
     assert code == 2 and err.startswith("error: ") and err.count("\n") == 1
     assert all(word in err for word in says), err
+
+
+def below(config: type) -> list[type]:
+    return [
+        config,
+        *(found for each in config.__subclasses__() if each.__module__ in sys.modules for found in below(each)),
+    ]
+
+
+@pytest.mark.parametrize("config", dict.fromkeys(below(train.Options)), ids=lambda config: config.__name__)
+def test_every_number_has_limits_that_help_shows_and_beyond_them_is_one_line(config, capsys):
+    with pytest.raises(SystemExit):
+        train.parse(config, "", argv=["--help"])
+    described = " ".join(capsys.readouterr().out.split())
+    for field in dataclasses.fields(config):
+        if field.type is str:
+            continue
+        least, most = field.metadata["allowed"]
+        assert -math.inf < least <= field.default <= most < math.inf, field.name
+        limits = " to ".join(f"{limit:g}" if isinstance(limit, float) else str(limit) for limit in (least, most))
+        assert f"(default: {field.default}; {limits})" in described
+        steps = [least - 1, most + 1, 10**20] if field.type is int else [math.nextafter(least, -math.inf)]
+        steps += [] if field.type is int else [math.nextafter(most, math.inf), 1e308, math.inf, math.nan]
+        for beyond in steps:
+            with pytest.raises(train.UserError, match=rf"--{field.name} \S+: must be \S+ to \S+$"):
+                train.parse(config, "", argv=[f"--{field.name}={beyond}"])
+
+
+def test_every_number_of_data_py_has_limits_too(monkeypatch, capsys):
+    (commands,) = (action for action in data._parser()._actions if isinstance(action, argparse._SubParsersAction))
+    numbers = [(n, action) for n, parser in commands.choices.items() for action in parser._actions if action.type]
+    assert len(numbers) == 8
+    for command, action in numbers:
+        least, most = map(float, re.search(r"\(default: \S+; (\S+) to (\S+)\)$", action.help).groups())
+        assert least <= action.default <= most
+        for beyond in (least - 1, most + 1, 10**20):
+            value = str(beyond if isinstance(action.default, float) else int(beyond))
+            monkeypatch.setattr(sys, "argv", ["data.py", command, "nowhere", f"--{action.dest}={value}"])
+            assert data.main() == 2
+            err = capsys.readouterr().err
+            assert err.startswith("error: ") and err.count("\n") == 1 and f"{value}: must be" in err
 
 
 def test_a_run_is_not_overwritten(run):
