@@ -101,7 +101,7 @@ def _is_memory_short() -> bool:
     return False
 
 
-def _blame_machine(error: Exception, path: str) -> None:
+def _blame_machine(error: Exception, path: str | None) -> None:
     """Raises OSError where an error in reading a video comes of what the machine lacks, not of the video's bytes.
 
     Decoders that get no memory call a video damaged; one that asks for too much gets none on any machine.
@@ -1444,6 +1444,7 @@ def _in_processes(functions: Sequence, tasks: Iterable, ahead: int, start: Calla
                 reading[i] = value
                 continue
             if kind == "error":
+                _blame_machine(value, getattr(value, "filename", None))
                 raise value
             deaths, reading[i] = 0, None
             pending[i].popleft()
