@@ -26,6 +26,7 @@ import multiprocessing.connection
 import multiprocessing.reduction
 import os
 import re
+import shlex
 import shutil
 import signal
 import stat
@@ -580,7 +581,8 @@ def find_videos(
     `list_file`, for "folder" only, names a file of "path label" lines instead (`_read_list`): paths below `root`,
     relative to it or absolute (`root` "/" takes any), spaces allowed; labels optional, all integers or names. Links
     below `root` are followed, wherever they lead. `exclude` names a file of videos to leave out, as `check_videos`
-    writes it. `unlabeled` takes those of "synthetic" that are for pretraining, where there are any (`make_synthetic`).
+    writes it, or several with commas between. `unlabeled` takes those of "synthetic" that are for pretraining, where
+    there are any (`make_synthetic`).
 
     Raises ValueError for an unknown data set or split and for a list that can't be understood or names a path outside
     `root`, FileNotFoundError for a missing folder or list or when no video is found.
@@ -951,7 +953,9 @@ def _read_list(root: str, list_file: str | Path) -> tuple[list[str | None], list
                 strange = f"{where}: no video file in {line!r}, and none that it names without suffix, in {root}"
             name, rest = ways[:2][-1] if bare else ways[0]
             if path_of(name.replace("\\", "/")) is None and not bare:
-                raise ValueError(f"{where}: {name!r} is not in {root}: give a folder that holds all videos (--data)")
+                raise ValueError(
+                    f"{where}: {name!r} is not in {root}: give a folder that holds all (--data), and paths from there"
+                )
         rows.append((where, name, rest, *(paths or [None])))
     if strange and not completed:  # else it is missing like others, without suffix too
         raise ValueError(strange)
@@ -1006,6 +1010,8 @@ def _read_labels(rows: list[tuple[str, str, str]], columns: int) -> tuple[list[i
 
 def _read_bad(root: str, file: str | Path) -> set[str]:
     """Paths named by a list of `check_videos`, by a run's bad_videos.log, or by a file of bare paths, one a line."""
+    if not os.path.exists(file) and "," in str(file):
+        return set().union(*(_read_bad(root, each) for each in str(file).split(",")))
     paths = set()
     for number, line in enumerate(_read_text(file).split("\n"), 1):
         fields = line.split("\t")
@@ -1315,7 +1321,9 @@ class StepSampler(Sampler):
         self.rank, self.world_size, self.start_step = rank, world_size, start_step
         self.steps_per_epoch = length // (batch_size * world_size)
         if self.steps_per_epoch == 0:
-            raise ValueError(f"{length} videos don't fill one batch of {batch_size} × {world_size} processes")
+            raise ValueError(
+                f"{length} videos, fewer than one batch of {batch_size} × {world_size} processes: lower --batch_size"
+            )
 
     def __len__(self) -> int:
         return self.epochs * self.steps_per_epoch - self.start_step
@@ -1760,11 +1768,12 @@ class FrameMaps(VideoVisitor):
         folder: of the maps.
         recipe: says how they are computed; others are made anew.
         command: makes them; named where one is missing.
+        exclude: the files of videos that are left out already.
     """
 
-    def __init__(self, root: str | Path, folder: str | Path, recipe: str, command: str):
+    def __init__(self, root: str | Path, folder: str | Path, recipe: str, command: str, exclude: str = ""):
         self.root, self.folder = os.path.abspath(root), Path(folder)
-        self.recipe, self.command = recipe, command
+        self.recipe, self.command, self.exclude = recipe, command, exclude
 
     def compute(self, path: str) -> np.ndarray:
         """The maps of a video, floating point (N, h, w) ≥ 0; raises BadVideo."""
@@ -1846,7 +1855,8 @@ class FrameMaps(VideoVisitor):
         self.folder.mkdir(parents=True, exist_ok=True)
         bad = self.folder / "bad_videos.txt"
         count = visit_videos(self, todo, self.root, bad, workers, f"making {self.folder}", "a")
-        advice = f", {count} videos can't be read: leave them out with --exclude {bad}" if count else ""
+        exclude = shlex.quote(",".join(filter(None, [self.exclude, str(bad)])))
+        advice = f", {count} videos can't be read: leave them out with --exclude {exclude}" if count else ""
         return f"{report}, {len(todo) - count} made{advice}"
 
 
@@ -2141,7 +2151,7 @@ def main() -> int:
             make_synthetic(options.root, *given)
             return 0
         count, bad = check_videos(options.root, options.out, options.workers, options.full)
-        advice = f": leave them out with --exclude {options.out}" if bad else ""
+        advice = f": leave them out with --exclude {shlex.quote(options.out)}" if bad else ""
         _write(f"{bad} of {count} videos can't be read{advice}", sys.stdout)
         return int(bad > 0)
     except (ValueError, OSError, MemoryError) as error:

@@ -238,7 +238,9 @@ def load_encoder(config: Config, say: Callable[[str], None] = print, key: bool =
         for name in ("dataset", "split", "list_file", "test_list", "exclude", "fraction"):
             was, now = state["config"].get(name, ""), getattr(config, name)
             if was != now:
-                raise UserError(f"{path} was trained with --{name} {was}, not {now}: start anew, without --resume")
+                raise UserError(
+                    f"{path} was trained with --{name} {was}, not {now}: start anew, without --resume, in another --out"
+                )
     if path:
         try:
             report = load_weights(encoder, weights)
@@ -259,7 +261,8 @@ def find_labelled(
     """
     videos = data.find_videos(dataset, root, train, split, list_file or None, exclude or None)
     if videos.closed:
-        raise ValueError(f"{videos.report}: evaluation leaves none out, give permission (chmod -R u+rX)")
+        command = f"chmod -R u+rX {shlex.quote(root)}"
+        raise ValueError(f"{videos.report}: evaluation leaves none out, give permission with `{command}`")
     twice = [path for path, count in Counter(videos.paths).items() if count > 1] if list_file else []
     if twice:
         raise ValueError(f"{list_file}: {twice[0]} is named more than once")

@@ -127,7 +127,7 @@ class MotionMaps(data.FrameMaps):
             if field.name not in ("dataset", "data", "workers") and value:  # defaults too, over which presets win
                 command += f" --{field.name} {shlex.quote(str(value))}"
         recipe = f"TV-L1, {self.side} pixels, {self.warps} warps"
-        super().__init__(root, config.maps or f"{root}_maps", recipe, command)
+        super().__init__(root, config.maps or f"{root}_maps", recipe, command, config.exclude)
 
     def compute(self, path: str) -> np.ndarray:
         """(N, h, w); the last frame, from which nothing flows, has the map of the one before (Sec. 3.1)."""

@@ -128,7 +128,7 @@ def command_line(main: Callable[[], None]) -> NoReturn:
         except (RuntimeError, MemoryError) as error:
             if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
                 what = str(error).partition(" If reserved")[0].partition("\n")[0]
-                advice = "take a smaller --batch_size (of each process), --crop, --frames or model, or fewer --workers"
+                advice = "take a smaller --batch_size, --test_batch, --crop, --frames or model, or fewer --workers"
                 code, message = 2, f"error: out of memory: {advice}" + (f"; {what}" if what else "")
             elif dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error)):
                 reason = str(error).partition("] ")[2].partition(". ")[0]
@@ -647,8 +647,8 @@ def check_unused(path: Path, resume: str) -> None:
     continued = resume and Path(resume).resolve().parent == path.resolve()
     if (path / "checkpoint.pt").exists() and not continued:
         raise UserError(
-            f"{path} holds a run already: continue it with --resume {path / 'checkpoint.pt'}, move it away if it is "
-            "damaged, or name another --out"
+            f"{path} holds a run already: continue it with --resume {shlex.quote(str(path / 'checkpoint.pt'))}, move "
+            "it away if it is damaged, or name another --out"
         )
 
 
@@ -1148,10 +1148,11 @@ def fit(
                     folder.log_bad(run.done, process.gather(bad))
                 bad = []
             if bad_videos > config.max_bad * steps_per_epoch * run.total_batch:
+                names = str(folder.path / "bad_videos.log")
+                exclude = shlex.quote(",".join(filter(None, [getattr(config, "exclude", ""), names])))
                 raise UserError(
                     f"{bad_videos} videos of this epoch could not be read, more than --max_bad {config.max_bad:g}; "
-                    f"{folder.path / 'bad_videos.log'} names them and says why: mend them, allow more, or leave them "
-                    "out by --exclude and that file"
+                    f"{names} names them and says why: mend them, allow more, or leave them out by --exclude {exclude}"
                 )
             if line_due or interrupted:
                 journal.line(bad_videos)  # before saving, as it finds losses that are not finite

@@ -435,6 +435,10 @@ def test_the_command_makes_what_is_missing_and_names_what_it_cannot_read(folder,
     assert not list(made.rglob("*.partial"))
     code, out, err = command(folder, "--exclude", made / "bad_videos.txt")
     assert code == 0 and "3 of 3 were there\n" in out and err == ""
+    (tmp_path / "a.txt").write_text("a.mp4\n")
+    out = command(folder, "--exclude", tmp_path / "a.txt")[1]
+    assert f"2 of 3 were there, 0 made, 1 videos can't be read: leave them out with --exclude {tmp_path}/a.txt," in out
+    assert "2 of 2 were there\n" in command(folder, *shlex.split(out.partition("them out with ")[2]))[1]
     other = command(folder, "--flow_side", 32, "--exclude", made / "bad_videos.txt")[1]
     assert "0 of 3 were there, 3 made" in other
 

@@ -411,7 +411,13 @@ def test_too_many_unreadable_videos_stop_the_run_and_are_named(run, videos):
         (tree / "a" / f"{n}.mp4").write_bytes(path.read_bytes() if n else b"")
     flags = ["--dataset", "folder", "--data", tree, "--out", "run", "--epochs", 2]
     code, _, err = run(fima, *flags, dataset=None)
-    assert code == 2 and "max_bad" in err and "bad_videos.log names them" in err and "--exclude" in err
+    assert code == 2 and "max_bad" in err and "bad_videos.log names them" in err
+    assert err.endswith(" by --exclude run/bad_videos.log\n")
+    (run.path / "other bad.txt").write_text("a/7.mp4\n")
+    code, _, err = run(fima, *flags[:-3], "again", "--exclude", "other bad.txt", dataset=None)
+    assert code == 2 and err.endswith("--exclude 'other bad.txt,again/bad_videos.log'\n"), err
+    listed = data.find_videos("folder", tree, True, exclude=shlex.split(err.partition("--exclude ")[2])[0])
+    assert [Path(path).name for path in listed.paths] == [f"{n}.mp4" for n in range(1, 7)]
     code, out, _ = run(fima, *flags, "--max_bad", 0.5, "--max_steps", 3, dataset=None)
     assert code == 0 and "unreadable" in out
     assert "0.mp4" in (run.path / "run" / "bad_videos.log").read_text()
