@@ -612,7 +612,7 @@ def find_videos(
     outside, passed, twice, closed = 0, Counter(), set(), []
     if list_file is not None:
         paths, names, labels, classes, note = _read_list(root, list_file)
-        title = f"{dataset} list {shown(str(list_file))}{note}"
+        title = f"{dataset} list {list_file}{note}"
     else:
         videos, lists, passed, closed = _walk(root)
         apart = {path for path in videos if dataset == "synthetic" and Path(path).is_relative_to(Path(root, UNLABELED))}
@@ -639,25 +639,23 @@ def find_videos(
     missing = [name for path, name in zip(paths, names, strict=True) if not path]
     report = f"{title}: {len(found)} videos{expected}, {f'{len(classes)} classes' if classes else 'no labels'}"
     if missing:
-        some = ", ".join(map(shown, missing[:3])) + (", …" if len(missing) > 3 else "")
+        some = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
         report += f"; {len(missing)} of {len(names)} listed videos are not on disk: {some}"
     if excluded:
-        count = sum(path in excluded for path in paths)
-        report += f"; {count} of the {len(excluded)} named in {shown(str(exclude))} left out"
+        report += f"; {sum(path in excluded for path in paths)} of the {len(excluded)} named in {exclude} left out"
     if outside:
         report += f"; {outside} videos outside of the training and the held-out folder left out"
     if twice:
         report += f"; {len(twice)} that are held-out videos too (links) left out"
     if passed:
-        kinds = [f"{count} {shown(kind)}" for kind, count in passed.most_common(5)] + ["…"] * (len(passed) > 5)
+        kinds = [f"{count} {kind}" for kind, count in passed.most_common(5)] + ["…"] * (len(passed) > 5)
         report += f"; {passed.total()} other files passed over ({', '.join(kinds)})"
     if closed:
-        report += f"; {len(closed)} folders left out, for want of permission to list them: {shown(closed[0])}"
-        report += ", …" * (len(closed) > 1)
+        report += f"; {len(closed)} folders left out, for want of permission to list them, such as {closed[0]}"
     if not found:
         raise FileNotFoundError(f"{root}: no videos found ({report}); {dataset} expects {LAYOUTS[dataset]}")
     paths, labels = [path for path, _ in found], [label for _, label in found]
-    return VideoList(paths, labels, classes, report, tuple(sorted(twice)), tuple(closed))
+    return VideoList(paths, labels, classes, shown(report), tuple(sorted(twice)), tuple(closed))
 
 
 def same_files(paths: Iterable[str], others: Iterable[str]) -> list[str]:

@@ -277,10 +277,10 @@ def parse(
     )
     for field in dataclasses.fields(config_class):
         names = dict.fromkeys(["--" + field.name, "--" + field.name.replace("_", "-")])
-        shown, allowed = str(field.default), field.metadata["allowed"]
+        default, allowed = str(field.default), field.metadata["allowed"]
         options = {"metavar": field.type.__name__.upper()}
         if field.type is not str:
-            shown += f"; {_range(allowed)}"
+            default += f"; {_range(allowed)}"
         elif allowed:
             options = {"choices": allowed, "metavar": "|".join(filter(None, allowed))}
         if allowed == SWITCH:
@@ -289,7 +289,7 @@ def parse(
             *names,
             type=field.type,
             default=argparse.SUPPRESS,
-            help=(field.metadata["help"] + (f" (default: {shown})" if shown else "")).replace("%", "%%"),
+            help=(field.metadata["help"] + (f" (default: {default})" if default else "")).replace("%", "%%"),
             **options,
         )
     lines = [f"  {name}: " + " ".join(f"--{k} {v}" for k, v in preset.items()) for name, preset in presets.items()]

@@ -426,9 +426,11 @@ def test_folders_that_cannot_be_listed_are_counted_and_evaluation_refuses_them(t
     touch(tmp_path, "jump/a.mp4", "run/b.mp4")
     monkeypatch.setattr(os, "scandir", scan)
     videos = find_videos("folder", tmp_path, train=True)
-    assert videos.report.endswith(f"; 1 folders left out, for want of permission to list them: {tmp_path}/run")
+    assert videos.report.endswith(f"; 1 folders left out, for want of permission to list them, such as {tmp_path}/run")
     assert len(videos) == 1 and videos.closed == (str(tmp_path / "run"),)
-    with pytest.raises(ValueError, match=f"permission to list them: {tmp_path}/run: .*`chmod -R u\\+rX {tmp_path}`"):
+    with pytest.raises(
+        ValueError, match=f"permission to list them, such as {tmp_path}/run: .*`chmod -R u\\+rX {tmp_path}`"
+    ):
         evaluate.find_labelled("folder", str(tmp_path), True, 1)
     with pytest.raises(PermissionError, match=f"{tmp_path}/run: no permission to list this folder"):
         data.check_videos(tmp_path, tmp_path / "bad.txt", 1)
