@@ -1667,9 +1667,9 @@ def normalize(clips: Tensor) -> Tensor:
 
 
 def _write(text: str, stream: TextIO, end: str = "\n") -> None:
-    """Prints; where nobody reads it, it is lost, and where the terminal is gone, this is a Ctrl-C."""
+    """Prints a line; where nobody reads it, it is lost, and where the terminal is gone, this is a Ctrl-C."""
     try:
-        print(text, end=end, file=stream, flush=True)
+        print(shown(text), end=end, file=stream, flush=True)
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         if error.errno == errno.EIO:
@@ -2153,7 +2153,7 @@ def main() -> int:
         _write(f"{bad} of {count} videos can't be read{advice}", sys.stdout)
         return int(bad > 0)
     except (ValueError, OSError, MemoryError) as error:
-        _write(f"error: {shown(str(error)) or 'out of memory: take fewer --workers'}", sys.stderr)
+        _write(f"error: {str(error) or 'out of memory: take fewer --workers'}", sys.stderr)
         return 2
     except KeyboardInterrupt:
         with contextlib.suppress(KeyboardInterrupt):

@@ -102,9 +102,7 @@ class RetrieveConfig(Options):
     crop: int = option(0, "height and width of a clip in pixels; 0: as trained, or 224", (0, 1024))
     clips: int = option(10, "uniformly spaced clips of a test video", (1, 10_000))
     test_batch: int = option(4, "videos a forward in testing, in each process", (1, 65_536))
-    workers: int = option(
-        -1, "loader processes of each process; -1: as many as its share of CPU cores, at most 8", (-1, 1024)
-    )
+    workers: int = option(-1, "loader processes of each process; -1: its share of the CPU cores, at most 8", (-1, 1024))
     device: str = option("auto", "auto takes a GPU if there is one", ("auto", "cpu", "cuda"))
     seed: int = option(0, "seed of everything random", (0, 2**31 - 1))
     out: str = option("", "JSON file to write (default: PROTOCOL_DATASET.json beside the checkpoint)")
@@ -158,14 +156,10 @@ class ClassifyConfig(TrainConfig, RetrieveConfig):
 class LinearConfig(ClassifyConfig):
     """Options of the linear probe; the defaults are the paper's."""
 
-    epochs: int = option(
-        100, "passes over the training videos; the rate is divided by 10 after 60 % and 80 %", (1, 10**6)
-    )
+    epochs: int = option(100, "passes over the training videos; rate ÷ 10 after 60 % and 80 % of them", (1, 10**6))
     lr: float = option(1.5, "learning rate at a total batch of 16, scaled linearly", (0, 1e6))
     weight_decay: float = option(0.0, "weight decay of SGD", (0, 1000))
-    cached: int = option(
-        0, "compute features of this many augmented views of a video once, and train on them; 0: new views", (0, 10_000)
-    )
+    cached: int = option(0, "views of a video whose features are computed once, and reused; 0: new views", (0, 10_000))
 
     DROPS = (60, 80)
 
@@ -174,9 +168,7 @@ class LinearConfig(ClassifyConfig):
 class FinetuneConfig(ClassifyConfig):
     """Options of fine-tuning; the defaults are the paper's."""
 
-    epochs: int = option(
-        150, "passes over the training videos; the rate is divided by 10 after 40 % and 80 %", (1, 10**6)
-    )
+    epochs: int = option(150, "passes over the training videos; rate ÷ 10 after 40 % and 80 % of them", (1, 10**6))
     lr: float = option(0.0033, "learning rate at a total batch of 16, scaled linearly", (0, 1e6))
     dropout: float = option(-1.0, "before the classifier; -1: 0.7 on ucf101, 0.5 on others", (-1, 1))
     jitter_p: float = option(0.8, "probability of colour jitter", (0, 1))

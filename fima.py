@@ -40,9 +40,7 @@ class FIMAConfig(MoCoConfig):
     """Options of FIMA; the defaults are the paper's."""
 
     losses: str = option("vv,pix,fra", "losses to sum, of vv (Eq. 1), vd (Eq. 2), pix (Eq. 8) and fra (Eq. 10)")
-    threshold: float = option(
-        0.7, "distance below which pixels are positive, in bin diagonals (Table 3a)", (0.01, 1000)
-    )
+    threshold: float = option(0.7, "distance below which pixels are positive, in bin diagonals (Table 3a)", (0.01, 100))
     centres: str = option(
         "nominal",
         "where feature pixels look, of which distances are taken: nominal, in the middle of bins that tile the crop "
@@ -64,7 +62,7 @@ class FIMAConfig(MoCoConfig):
         ("shared", "separate", "none"),
     )
     decoder_depth: int = option(2, "blocks of the motion decoder (Table 3b)", (1, 64))
-    decoder_width: int = option(512, "channels of the motion decoder (Tables 3c, 7)", (1, 16_384))
+    decoder_width: int = option(512, "channels of the motion decoder (Tables 3c, 7)", (1, 8192))
     decoder_heads: int = option(4, "attention heads of the motion decoder (Table 3c)", (1, 1024))
     frame_loss: str = option("infonce", "form of fra (Table 9)", tuple(FRAME_LOSSES))
     pixel_negatives: str = option(

@@ -49,9 +49,7 @@ class MapsConfig(moco.VideosConfig):
     """Options of `mcl.py maps`, by the names that they have in training."""
 
     maps: str = option("", "folder of the motion maps (default: beside the data set's, its name and _maps)")
-    flow_side: int = option(
-        120, "shorter side in pixels that frames are reduced to before flow is computed", (16, 4096)
-    )
+    flow_side: int = option(120, "shorter side in pixels that frames are reduced to for the flow", (16, 4096))
     flow_warps: int = option(5, "warps of TV-L1 at each scale; with fewer it is faster, and coarser", (1, 1000))
     workers: int = option(os.cpu_count() or 1, "processes", (1, 1024))
 

@@ -53,9 +53,7 @@ class VideosConfig(Options):
     dataset: str = option("synthetic", "what to train on", data.DATASETS)
     data: str = option("", "folder of the data set (default: datasets/DATASET)")
     list_file: str = option("", "with --dataset folder: a file of lines 'path label', label optional")
-    exclude: str = option(
-        "", "files of videos to leave out, with commas between: of data.py check, or a run's bad_videos.log"
-    )
+    exclude: str = option("", "files of videos to leave out, by commas: of data.py check, or a run's bad_videos.log")
     split: int = option(1, "official split of the data set", (1, 99))
 
     @property

@@ -194,20 +194,12 @@ class TrainConfig(Options):
 
     epochs: int = option(200, "passes over the data set, the length of the half-cosine schedule", (1, 10**6))
     batch_size: int = option(8, "videos a process; the total batch is this times the number of processes", (1, 65_536))
-    lr: float = option(
-        0.04, "learning rate at a total batch of 256, scaled linearly (0.00375 at 24, 0.01 at 64)", (0, 1e6)
-    )
+    lr: float = option(0.04, "learning rate at a total batch of 256, scaled linearly (0.00375 at 24)", (0, 1e6))
     sgd_momentum: float = option(0.9, "momentum of SGD", (0, 1))
     weight_decay: float = option(1e-4, "weight decay of SGD", (0, 1000))
-    precision: str = option(
-        "auto",
-        "auto: bf16 autocast on GPUs that have it, from torch 2.11 on; else float32",
-        ("auto", "float32", "bf16"),
-    )
+    precision: str = option("auto", "auto: bf16 on GPUs that have it, from torch 2.11 on", ("auto", "float32", "bf16"))
     device: str = option("auto", "auto takes a GPU if there is one", ("auto", "cpu", "cuda"))
-    workers: int = option(
-        -1, "loader processes of each training process; -1: as many as its share of CPU cores, at most 8", (-1, 1024)
-    )
+    workers: int = option(-1, "loader processes of each process; -1: its share of the CPU cores, at most 8", (-1, 1024))
     seed: int = option(0, "seed of everything random", (0, 2**31 - 1))
     out: str = option("", "run folder (default: runs/METHOD-DATASET-TIME, or the folder of --resume)")
     resume: str = option(
@@ -218,20 +210,14 @@ class TrainConfig(Options):
     max_steps: int = option(0, "stop and save after this step of the schedule; 0: run all of it", (0, 2**31 - 1))
     log_every: int = option(10, "steps between two lines of log.jsonl", (1, 10**6))
     keep_every: int = option(0, "epochs between two checkpoints kept for good; 0: keep the latest only", (0, 10**6))
-    save_minutes: float = option(
-        30.0,
-        "minutes after which the next line of the log comes with a checkpoint, besides those of epoch ends",
-        (0, 1e6),
-    )
+    save_minutes: float = option(30.0, "minutes after which a line of the log comes with a checkpoint, too", (0, 1e6))
     on_nan: str = option(
         "stop",
         "what to do where a loss or its gradient is not finite. stop: the run ends, and its last checkpoint is from "
         "before; skip: leave the step out, which costs a copy of the model's state and a wait for the GPU each step",
         ("stop", "skip"),
     )
-    deterministic: str = option(
-        "off", "deterministic algorithms on a GPU too, where torch has them; it warns where not; slower", SWITCH
-    )
+    deterministic: str = option("off", "deterministic algorithms on a GPU, too, where torch has them; slower", SWITCH)
     timeout: float = option(10.0, "minutes after which a process gives up waiting for another one", (0.01, 1e6))
     max_bad: float = option(0.05, "stop when more than this share of an epoch's videos cannot be read", (0, 1))
 

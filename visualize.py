@@ -114,9 +114,7 @@ class TsneConfig(FigureConfig):
 
     count: int = option(1000, "test videos at most, drawn by --seed", (4, 10**6))
     classes: int = option(20, "classes at most, drawn by --seed", (1, 1000))
-    perplexity: float = option(
-        30.0, "of t-SNE, about the number of neighbours; at most a third of the videos", (1, 1e6)
-    )
+    perplexity: float = option(30.0, "of t-SNE: neighbours, about; at most a third of the videos", (1, 1e6))
 
 
 @dataclasses.dataclass(frozen=True)
