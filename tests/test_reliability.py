@@ -212,10 +212,9 @@ def broken_pipe():
         yield stream
 
 
-@pytest.mark.parametrize("closed", ["2", "012"])
-def test_a_run_whose_streams_are_closed_ends_as_if_they_were_not(closed, undisturbed, tmp_path):
+def test_a_run_whose_streams_are_closed_ends_as_if_they_were_not(undisturbed, tmp_path):
     expected, flags = undisturbed
-    assert finish(start(tmp_path, *flags, closed=closed), tmp_path)[0] == 0
+    assert finish(start(tmp_path, *flags, closed="2"), tmp_path)[0] == 0
     assert same(*(weights(folder / "checkpoint.pt")["model"] for folder in (expected, tmp_path / "run")))
     assert log(tmp_path / "run") == log(expected)
 
