@@ -132,7 +132,7 @@ def command_line(main: Callable[[], None]) -> NoReturn:
                 code, message = 2, f"error: out of memory: {advice}" + (f"; {what}" if what else "")
             elif dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error)):
                 reason = str(error).partition("] ")[2].partition(". ")[0]
-                lost = f"process {dist.get_rank()} has lost another one, which ended, or was silent for longer than --timeout"
+                lost = f"process {dist.get_rank()} has lost another one, which ended, or was silent beyond --timeout"
                 again = "start all again, in training with --resume auto: from the last checkpoint, if there is one"
                 code, message = 1, f"error: {lost}: {reason}; {again}"
             else:
