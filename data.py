@@ -726,20 +726,24 @@ def _walk(root: str) -> tuple[dict[str, int], _Lists, Counter, list[str]]:
             continue
         below = []
         for entry in entries:
-            name = entry.name
+            name, state = entry.name, None
+            suffix = os.path.splitext(name)[1][1:].lower()
             if NOT_READ.fullmatch(name):
                 continue
-            is_link = entry.is_symlink()
-            if os.path.isdir(entry.path) if is_link else entry.is_dir():
-                target = os.path.realpath(entry.path) if is_link else os.path.join(real, name)
+            if entry.is_symlink():
+                try:
+                    state = os.stat(entry.path)
+                except OSError as error:  # of a video, reading it will say so
+                    if isinstance(error, PermissionError) and suffix not in suffixes:
+                        closed.append(entry.path)
+                        continue
+            if stat.S_ISDIR(state.st_mode) if state else entry.is_dir(follow_symlinks=False):
+                target = os.path.realpath(entry.path) if state else os.path.join(real, name)
                 if not f"{real}{os.sep}".startswith(f"{target}{os.sep}"):  # a link upwards would find all once more
                     below.append((entry.path, target, part or (entry.path if PART.fullmatch(name) else "")))
                 continue
-            suffix = os.path.splitext(name)[1][1:].lower()
             if suffix in suffixes:
-                videos[entry.path] = entry.inode()
-                if is_link and os.path.exists(entry.path):
-                    videos[entry.path] = os.stat(entry.path).st_ino
+                videos[entry.path] = state.st_ino if state else entry.inode()
             elif suffix in ("txt", "csv", "json"):
                 lists.paths.setdefault(name, entry.path)
             else:

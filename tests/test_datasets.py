@@ -434,6 +434,16 @@ def test_folders_that_cannot_be_listed_are_counted_and_evaluation_refuses_them(t
         evaluate.find_labelled("folder", str(tmp_path), True, 1)
     with pytest.raises(PermissionError, match=f"{tmp_path}/run: no permission to list this folder"):
         data.check_videos(tmp_path, tmp_path / "bad.txt", 1)
+    monkeypatch.undo()
+
+    def status(path, *rest, stat=os.stat, **options):
+        if str(path) == f"{tmp_path}/away":
+            raise PermissionError
+        return stat(path, *rest, **options)
+
+    (tmp_path / "away").symlink_to(tmp_path / "elsewhere")  # to where nothing may be seen
+    monkeypatch.setattr(os, "stat", status)
+    assert find_videos("folder", tmp_path, train=True).closed == (f"{tmp_path}/away",)
 
 
 FOLDERS = st.lists(st.sampled_from(["train", "test", "val", "bus", "set"]), max_size=4).map("/".join)
