@@ -60,16 +60,16 @@ class BenchmarkConfig(Options):
     """Options of the benchmarks; lists are numbers separated by commas."""
 
     data: str = option("datasets/synthetic", "data: a video or a folder of videos; the default's are made if need be")
-    samples: int = option(32, "data: samples a turn", least=1)
+    samples: int = option(32, "data: samples a turn", (1, 100_000))
     workers: str = option("0,1,2", "data: numbers of loader processes")
     encoder: str = option("i3d", "video encoder", tuple(ENCODERS))
-    width: float = option(1.0, "factor on the encoder's numbers of channels", least=0.01, most=8)
-    crop: int = option(224, "height and width of a clip in pixels", least=1, most=1024)
-    frames: int = option(16, "frames of a clip", least=8)
-    batch_size: int = option(8, "videos a process, the paper's 8; but for data, 2 where there is no GPU", least=1)
+    width: float = option(1.0, "factor on the encoder's numbers of channels", (0.01, 8))
+    crop: int = option(224, "height and width of a clip in pixels", (1, 1024))
+    frames: int = option(16, "frames of a clip", (8, 4096))
+    batch_size: int = option(8, "videos a process, the paper's 8; but for data, 2 where there is no GPU", (1, 65_536))
     losses: str = option("vv,pix,fra", "losses to sum, of vv, vd, pix and fra")
-    queue: int = option(2048, "length of each queue of keys", least=1, most=2**24)
-    rounds: int = option(5, "turns of each variant", least=1)
+    queue: int = option(2048, "length of each queue of keys", (1, 2**24))
+    rounds: int = option(5, "turns of each variant", (1, 10_000))
     processes: str = option("1,2,4", "scale: numbers of processes")
     batches: str = option("1,2,4", "scale: batch sizes")
     crops: str = option("112,160,224", "scale: crops")
@@ -77,17 +77,18 @@ class BenchmarkConfig(Options):
     queues: str = option("2048,16384,65536", "scale: lengths of the queues")
     way: str = option("ours", "one: which way of writing the step", ("ours", "plain"))
     device: str = option("auto", "auto takes a GPU if there is one", ("auto", "cpu", "cuda"))
-    seed: int = option(0, "seed of weights, views and samples", least=0, most=2**31 - 1)
+    seed: int = option(0, "seed of weights, views and samples", (0, 2**31 - 1))
     out: str = option("results", "folder to write to")
 
     def numbers(self, name: str, least: int = 1) -> list[int]:
-        """The numbers of a list option, each at least `least`; raises UserError."""
+        """The numbers of a list option, from `least` on; raises UserError."""
+        most = 1024 if name in ("workers", "processes") else 2**24
         try:
             found = [int(number) for number in getattr(self, name).split(",")]
         except ValueError:
             found = [least - 1]
-        if min(found) < least:
-            raise UserError(f"--{name} {getattr(self, name)}: numbers from {least} on, separated by commas")
+        if not least <= min(found) <= max(found) <= most:
+            raise UserError(f"--{name} {getattr(self, name)}: numbers from {least} to {most}, separated by commas")
         return found
 
 

@@ -26,8 +26,10 @@ import multiprocessing.connection
 import multiprocessing.reduction
 import os
 import re
+import shlex
 import shutil
 import signal
+import stat
 import sys
 import tempfile
 import traceback
@@ -38,7 +40,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic, thread_time
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 import av
 import numpy as np
@@ -65,6 +67,11 @@ MAX_PIXELS = 8192 * 4320  # of a frame
 MAX_BYTES = 4 * 2**30  # of a video's packets, and of the frames of one reading
 CHUNK = 32 * 2**20  # bytes of RGB that are held while frames are streamed
 _watched: dict[tuple, tuple] = {}  # what `Video._watch` found, by file
+
+
+def shown(name: str) -> str:
+    """A name for a line of text: what isn't printable, as terminals' codes and bytes of no character, by its number."""
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in name)
 
 
 class BadVideo(Exception):
@@ -95,7 +102,7 @@ def _is_memory_short() -> bool:
     return False
 
 
-def _blame_machine(error: Exception, path: str) -> None:
+def _blame_machine(error: Exception, path: str | None) -> None:
     """Raises OSError where an error in reading a video comes of what the machine lacks, not of the video's bytes.
 
     Decoders that get no memory call a video damaged; one that asks for too much gets none on any machine.
@@ -104,6 +111,23 @@ def _blame_machine(error: Exception, path: str) -> None:
     if short or (number in WANTS and number != errno.ENOMEM):
         number = errno.ENOMEM if short else number
         raise OSError(number, f"{os.strerror(number)}: {WANTS[number]}", path) from error
+
+
+def _file_state(path: str) -> os.stat_result:
+    """What the system knows of a file that holds something; raises BadVideo for anything else.
+
+    To open a pipe may wait for its other end, a device and a file of /proc (which says 0 bytes) may have no end.
+    """
+    try:
+        state = os.stat(path)
+    except OSError as error:
+        _blame_machine(error, path)
+        raise BadVideo(path, error.strerror) from error
+    if not stat.S_ISREG(state.st_mode):
+        raise BadVideo(path, "not a file")
+    if not state.st_size:
+        raise BadVideo(path, "empty")
+    return state
 
 
 class Video:
@@ -132,8 +156,7 @@ class Video:
         self._container = None
         try:
             with self._bad_video():
-                if os.path.exists(self.path) and not os.path.isfile(self.path):
-                    raise BadVideo(self.path, "not a file")  # opening a pipe would wait for its other end
+                self._state = _file_state(self.path)
                 options = {"format_whitelist": CONTAINERS, "protocol_whitelist": "file", "max_pixels": str(MAX_PIXELS)}
                 tags = {"metadata_errors": "ignore"} if av.__version__.startswith("18.") else {}  # 19 takes any bytes
                 self._container = av.open(f"file:{self.path}", options=options, timeout=DEADLINE, **tags)
@@ -293,8 +316,7 @@ class Video:
 
     def _watch(self) -> tuple[str, list[int], list[int]]:
         """Decode all packets: the clock, the pictures' tickets in the order in which they come out, and key packets."""
-        state = os.stat(self.path)
-        file = self.path, state.st_size, state.st_mtime_ns
+        file = self.path, self._state.st_size, self._state.st_mtime_ns
         if file not in _watched:
             out = [(i, image.pts, image.key_frame) for i, image in self._pictures(0, len(self._packets) - 1)]
             clock = "fed" if self._codec.name in ONE_BY_ONE else "index"
@@ -518,7 +540,8 @@ OFFICIAL_COUNTS = {  # train and test videos of each split
 class VideoList:
     """Videos of one part of a data set: paths, labels (-1: unknown), class names, and a line on what was found.
 
-    `shared` names the training videos that were left out because links make them held-out ones too.
+    `shared` names the training videos that were left out because links make them held-out ones too, `closed` the
+    folders that may not be listed, whose videos are missing.
     """
 
     paths: list[str]
@@ -526,6 +549,7 @@ class VideoList:
     classes: list[str]
     report: str
     shared: tuple[str, ...] = ()
+    closed: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -557,7 +581,8 @@ def find_videos(
     `list_file`, for "folder" only, names a file of "path label" lines instead (`_read_list`): paths below `root`,
     relative to it or absolute (`root` "/" takes any), spaces allowed; labels optional, all integers or names. Links
     below `root` are followed, wherever they lead. `exclude` names a file of videos to leave out, as `check_videos`
-    writes it. `unlabeled` takes those of "synthetic" that are for pretraining, where there are any (`make_synthetic`).
+    writes it, or several with commas between. `unlabeled` takes those of "synthetic" that are for pretraining, where
+    there are any (`make_synthetic`).
 
     Raises ValueError for an unknown data set or split and for a list that can't be understood or names a path outside
     `root`, FileNotFoundError for a missing folder or list or when no video is found.
@@ -584,12 +609,12 @@ def find_videos(
     part = "train" if train else "validation" if dataset in ("k400", "ssv2") else "test"
     title = f"{dataset} {part} split {split}" if splits > 1 else f"{dataset} {part}"
     expected = f" of {OFFICIAL_COUNTS[dataset][split - 1][not train]} expected" if dataset in OFFICIAL_COUNTS else ""
-    outside, passed, twice = 0, Counter(), set()
+    outside, passed, twice, closed = 0, Counter(), set(), []
     if list_file is not None:
         paths, names, labels, classes, note = _read_list(root, list_file)
         title = f"{dataset} list {list_file}{note}"
     else:
-        videos, lists, passed = _walk(root)
+        videos, lists, passed, closed = _walk(root)
         apart = {path for path in videos if dataset == "synthetic" and Path(path).is_relative_to(Path(root, UNLABELED))}
         if unlabeled and apart:
             title = f"{dataset} {UNLABELED}"
@@ -625,9 +650,12 @@ def find_videos(
     if passed:
         kinds = [f"{count} {kind}" for kind, count in passed.most_common(5)] + ["…"] * (len(passed) > 5)
         report += f"; {passed.total()} other files passed over ({', '.join(kinds)})"
+    if closed:
+        report += f"; {len(closed)} folders left out, for want of permission to list them, such as {closed[0]}"
     if not found:
         raise FileNotFoundError(f"{root}: no videos found ({report}); {dataset} expects {LAYOUTS[dataset]}")
-    return VideoList([path for path, _ in found], [label for _, label in found], classes, report, tuple(sorted(twice)))
+    paths, labels = [path for path, _ in found], [label for _, label in found]
+    return VideoList(paths, labels, classes, shown(report), tuple(sorted(twice)), tuple(closed))
 
 
 def same_files(paths: Iterable[str], others: Iterable[str]) -> list[str]:
@@ -646,8 +674,11 @@ def same_files(paths: Iterable[str], others: Iterable[str]) -> list[str]:
 
 def _read_text(file: str | Path) -> str:
     """A list's text, UTF-16 with its mark (as Excel writes it) or UTF-8, lines ended by "\\n"; other bytes stay as in
-    file names."""
-    content = Path(file).read_bytes()
+    file names. Raises ValueError for what is no file, such as a pipe, which might have no end."""
+    state = os.stat(file)
+    if not stat.S_ISREG(state.st_mode):
+        raise ValueError(f"{file}: not a file on a disk")
+    content = Path(file).read_bytes() if state.st_size else b""  # files of /proc say 0
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         text = content.decode("utf-16", "replace")
     else:
@@ -677,44 +708,48 @@ class _Lists:
         return [line.strip() for line in self.read(pattern).splitlines() if line.strip()]
 
 
-def _walk(root: str) -> tuple[dict[str, int], _Lists, Counter]:
-    """Paths of all videos below a folder with the numbers (inodes) of their files, its lists, and how many other files
-    there are, by suffix."""
-    videos, lists, passed, seen = {}, _Lists(), Counter(), set()
+def _walk(root: str) -> tuple[dict[str, int], _Lists, Counter, list[str]]:
+    """Paths of all videos below a folder with the numbers (inodes) of their files, its lists, how many other files
+    there are, by suffix, and the folders that may not be listed."""
+    videos, lists, passed, closed, seen = {}, _Lists(), Counter(), [], set()
     suffixes = frozenset(SUFFIXES)
     folders = [(root, os.path.realpath(root), "")]
     while folders:
         folder, real, part = folders.pop()
-        if (part, real) in seen:  # a link to a folder that was here before, in the same part of the data set
+        if (part, real) in seen or re.match(r"/(proc|sys)(/|$)", real):  # seen: by a link, in the same part of the set
             continue
         seen.add((part, real))
         try:
             entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
         except PermissionError:
-            passed["folders that can't be listed"] += 1
+            closed.append(folder)
             continue
         below = []
         for entry in entries:
-            name = entry.name
+            name, state = entry.name, None
+            suffix = os.path.splitext(name)[1][1:].lower()
             if NOT_READ.fullmatch(name):
                 continue
-            is_link = entry.is_symlink()
-            if os.path.isdir(entry.path) if is_link else entry.is_dir():
-                target = os.path.realpath(entry.path) if is_link else os.path.join(real, name)
+            if entry.is_symlink():
+                try:
+                    state = os.stat(entry.path)
+                except OSError as error:  # of a video, reading it will say so
+                    if isinstance(error, PermissionError) and suffix not in suffixes:
+                        closed.append(entry.path)
+                        continue
+            if stat.S_ISDIR(state.st_mode) if state else entry.is_dir(follow_symlinks=False):
+                target = os.path.realpath(entry.path) if state else os.path.join(real, name)
                 if not f"{real}{os.sep}".startswith(f"{target}{os.sep}"):  # a link upwards would find all once more
                     below.append((entry.path, target, part or (entry.path if PART.fullmatch(name) else "")))
                 continue
-            suffix = os.path.splitext(name)[1][1:].lower()
             if suffix in suffixes:
-                videos[entry.path] = entry.inode()
-                if is_link and os.path.exists(entry.path):
-                    videos[entry.path] = os.stat(entry.path).st_ino
+                videos[entry.path] = state.st_ino if state else entry.inode()
             elif suffix in ("txt", "csv", "json"):
                 lists.paths.setdefault(name, entry.path)
             else:
                 passed[f".{suffix}" if suffix else "without suffix"] += 1
         folders += reversed(below)
-    return videos, lists, passed
+    return videos, lists, passed, closed
 
 
 def _letters(name: str) -> str:
@@ -920,7 +955,9 @@ def _read_list(root: str, list_file: str | Path) -> tuple[list[str | None], list
                 strange = f"{where}: no video file in {line!r}, and none that it names without suffix, in {root}"
             name, rest = ways[:2][-1] if bare else ways[0]
             if path_of(name.replace("\\", "/")) is None and not bare:
-                raise ValueError(f"{where}: {name!r} is not in {root}: give a folder that holds all videos (--data)")
+                raise ValueError(
+                    f"{where}: {name!r} is not in {root}: give a folder that holds all (--data), and paths from there"
+                )
         rows.append((where, name, rest, *(paths or [None])))
     if strange and not completed:  # else it is missing like others, without suffix too
         raise ValueError(strange)
@@ -975,6 +1012,8 @@ def _read_labels(rows: list[tuple[str, str, str]], columns: int) -> tuple[list[i
 
 def _read_bad(root: str, file: str | Path) -> set[str]:
     """Paths named by a list of `check_videos`, by a run's bad_videos.log, or by a file of bare paths, one a line."""
+    if not os.path.exists(file) and "," in str(file):
+        return set().union(*(_read_bad(root, each) for each in str(file).split(",")))
     paths = set()
     for number, line in enumerate(_read_text(file).split("\n"), 1):
         fields = line.split("\t")
@@ -1284,7 +1323,9 @@ class StepSampler(Sampler):
         self.rank, self.world_size, self.start_step = rank, world_size, start_step
         self.steps_per_epoch = length // (batch_size * world_size)
         if self.steps_per_epoch == 0:
-            raise ValueError(f"{length} videos don't fill one batch of {batch_size} × {world_size} processes")
+            raise ValueError(
+                f"{length} videos, fewer than one batch of {batch_size} × {world_size} processes: lower --batch_size"
+            )
 
     def __len__(self) -> int:
         return self.epochs * self.steps_per_epoch - self.start_step
@@ -1413,6 +1454,7 @@ def _in_processes(functions: Sequence, tasks: Iterable, ahead: int, start: Calla
                 reading[i] = value
                 continue
             if kind == "error":
+                _blame_machine(value, getattr(value, "filename", None))
                 raise value
             deaths, reading[i] = 0, None
             pending[i].popleft()
@@ -1629,12 +1671,13 @@ def normalize(clips: Tensor) -> Tensor:
 
 
 def _write(text: str, stream: TextIO, end: str = "\n") -> None:
-    """Prints; where the terminal or the pipe is gone, as if by Ctrl-C, and what comes later is lost."""
+    """Prints a line; where nobody reads it, it is lost, and where the terminal is gone, this is a Ctrl-C."""
     try:
-        print(text, end=end, file=stream, flush=True)
-    except OSError:
+        print(shown(text), end=end, file=stream, flush=True)
+    except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-        raise KeyboardInterrupt from None
+        if error.errno == errno.EIO:
+            raise KeyboardInterrupt from None
 
 
 def _progress(items: Iterable, total: int, what: str) -> Iterator:
@@ -1704,10 +1747,13 @@ def check_videos(root: str | Path, out: str | Path, workers: int, full: bool = F
     Reads the first, middle and last 32 frames of each, or with `full` all, several times slower. The bad ones are
     listed in the file `out` (see `visit_videos`).
 
-    Raises FileNotFoundError when there is no video.
+    Raises FileNotFoundError when there is no video, PermissionError when there is a folder that may not be listed.
     """
     root = os.path.abspath(root)
-    paths = [*_walk(root)[0]]
+    paths, _, _, closed = _walk(root)
+    paths = [*paths]
+    if closed:
+        raise PermissionError(f"{closed[0]}: no permission to list this folder, one of {len(closed)} such folders")
     if not paths:
         raise FileNotFoundError(f"{root}: no videos (.{', .'.join(SUFFIXES)}) below it")
     return len(paths), visit_videos(_Checker(full), paths, root, out, workers, f"checking {root}")
@@ -1724,11 +1770,12 @@ class FrameMaps(VideoVisitor):
         folder: of the maps.
         recipe: says how they are computed; others are made anew.
         command: makes them; named where one is missing.
+        exclude: the files of videos that are left out already.
     """
 
-    def __init__(self, root: str | Path, folder: str | Path, recipe: str, command: str):
+    def __init__(self, root: str | Path, folder: str | Path, recipe: str, command: str, exclude: str = ""):
         self.root, self.folder = os.path.abspath(root), Path(folder)
-        self.recipe, self.command = recipe, command
+        self.recipe, self.command, self.exclude = recipe, command, exclude
 
     def compute(self, path: str) -> np.ndarray:
         """The maps of a video, floating point (N, h, w) ≥ 0; raises BadVideo."""
@@ -1750,28 +1797,44 @@ class FrameMaps(VideoVisitor):
         os.replace(partial, file)
 
     def is_made(self, path: str) -> bool:
-        """Whether there are maps of this video as it is now, by this recipe."""
-        with contextlib.suppress(Exception), np.load(self.file(path)) as held:  # damaged files raise all kinds
-            return (int(held["size"]), str(held["recipe"])) == (os.path.getsize(path), self.recipe)
-        return False
-
-    def read(self, path: str, frames: int) -> np.ndarray:
-        """The maps of a video of so many frames: float32 (frames, h, w).
-
-        Raises ValueError when they are missing, damaged, or those of another video or another recipe.
-        """
-        file = self.file(path)
+        """Whether there are whole maps of this video as it is now, by this recipe."""
         try:
-            with np.load(file) as held:
-                levels, scale = held["levels"], np.float32(held["scale"])
-                size, recipe = int(held["size"]), str(held["recipe"])
-            wrong = "" if recipe == self.recipe else f"made by another recipe ({recipe}, not {self.recipe})"
-            wrong = wrong if (len(levels), size) == (frames, os.path.getsize(path)) else "of another video of this name"
-        except Exception as error:
-            wrong = f"missing or damaged ({error})"
+            self.read(path)
+        except (ValueError, FileNotFoundError):  # the latter of a video that is gone, which making them will name
+            return False
+        return True
+
+    def read(self, path: str, frames: int | None = None) -> np.ndarray:
+        """The maps of a video, of so many frames if it is given: float32 (frames, h, w).
+
+        Raises ValueError when they are missing, damaged, or those of another video or another recipe, and OSError when
+        they can't be read for a reason that is not in the file.
+        """
+        file, size = self.file(path), os.path.getsize(path)
+        try:
+            with np.load(file) as held:  # reading an entry compares its check sum
+                levels, scale, *made_from = (held[name] for name in ("levels", "scale", "size", "recipe"))
+            wrong = (
+                ""
+                if (recipe := str(made_from[1])) == self.recipe
+                else f"made by another recipe ({recipe}, not {self.recipe})"
+            )
+            if int(made_from[0]) != size or frames not in (None, len(levels)):
+                wrong = "of another video of this name"
+            maps = np.float32(scale) * np.square(levels / np.float32(255))
+        except FileNotFoundError:
+            wrong = "missing"
+        except Exception as error:  # damaged files raise all kinds
+            _blame_machine(error, str(file))
+            if isinstance(error, OSError) and error.errno not in (
+                None,
+                errno.EINVAL,
+            ):  # EINVAL: a place out of the file
+                raise
+            wrong = f"damaged ({error})"
         if wrong:
             raise ValueError(f"{file}: {wrong}; make it again with `{self.command}`")
-        return scale * np.square(levels / np.float32(255))
+        return maps
 
     def check(self, paths: Sequence[str]) -> None:
         """Raises FileNotFoundError when there is a video without maps."""
@@ -1794,7 +1857,8 @@ class FrameMaps(VideoVisitor):
         self.folder.mkdir(parents=True, exist_ok=True)
         bad = self.folder / "bad_videos.txt"
         count = visit_videos(self, todo, self.root, bad, workers, f"making {self.folder}", "a")
-        advice = f", {count} videos can't be read: leave them out with --exclude {bad}" if count else ""
+        exclude = shlex.quote(",".join(filter(None, [self.exclude, str(bad)])))
+        advice = f", {count} videos can't be read: leave them out with --exclude {exclude}" if count else ""
         return f"{report}, {len(todo) - count} made{advice}"
 
 
@@ -2036,42 +2100,64 @@ def make_synthetic(
             made.rename(root)
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} (--help lists the flags)")
+
+    def add_number(self, name: str, default: float, least: float, most: float, help: str = "") -> None:
+        """A flag for a number of the default's kind, not below the least nor above the greatest."""
+
+        def number(text: str) -> float:
+            if not least <= (value := type(default)(text)) <= most:  # nan, too
+                raise argparse.ArgumentTypeError(f"{text}: must be {least} to {most}")
+            return value
+
+        shown = f"{help} (default: {default}; {least} to {most})".strip()
+        self.add_argument(f"--{name}", type=number, default=default, metavar=type(default).__name__.upper(), help=shown)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Check the videos below a folder, or make the synthetic data set.")
+    parser = _Parser(description="Check the videos below a folder, or make the synthetic data set.")
     commands = parser.add_subparsers(dest="command", required=True)
     check = commands.add_parser("check", help="find videos that can't be read; exit code 1 if there are any")
     check.add_argument("root", help="the folder given as --data in training")
     check.add_argument("--out", default="bad_videos.txt", help="list to write, for --exclude (default: %(default)s)")
-    check.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one a core)")
+    check.add_number("workers", os.cpu_count() or 1, 1, 1024, "processes, one a core if not given")
     check.add_argument("--full", action="store_true", help="read all frames, not only 32 at three places: slower")
     synthetic = commands.add_parser("synthetic", help="make videos in which the class is the motion alone")
     synthetic.add_argument("root", help="folder to make")
-    for name, default in (("train", 1500), ("test", 500), ("seed", 0), ("frames", 48), ("size", 40)):
-        synthetic.add_argument(f"--{name}", type=int, default=default, help="(default: %(default)s)")
-    described = "how far the camera moves at most, in sides of the frame (default: %(default)s)"
-    synthetic.add_argument("--shake", type=float, default=0.008, help=described)
+    synthetic.add_number("train", 1500, 1, 10**6)
+    synthetic.add_number("test", 500, 1, 10**6)
+    synthetic.add_number("seed", 0, 0, 2**31 - 1)
+    synthetic.add_number("frames", 48, 2, 10_000)
+    synthetic.add_number("size", 40, 1, 2048)
+    synthetic.add_number("shake", 0.008, 0, 1, "how far the camera moves at most, in sides of the frame")
     described = "from 2 on: as many videos again, unlabeled, of so many shots, each in another motion; pretraining is "
-    synthetic.add_argument("--shots", type=int, default=1, help=f"{described}done on these (default: %(default)s)")
+    synthetic.add_number("shots", 1, 1, len(MOTIONS), f"{described}done on these")
     return parser
 
 
 def main() -> int:
     """Command line: `python data.py check ROOT`, `python data.py synthetic ROOT`; returns the exit code."""
-    options = _parser().parse_args()
+    while (number := os.open(os.devnull, os.O_RDWR)) < 3:  # what is closed of 0, 1, 2 is not to be a file's number
+        pass
+    os.close(number)
+    sys.stdout, sys.stderr = (stream or os.fdopen(n, "w") for n, stream in ((1, sys.stdout), (2, sys.stderr)))
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # nohup has it ignored
         signal.signal(signal.SIGHUP, signal.default_int_handler)
     try:
+        options = _parser().parse_args()
         if options.command == "synthetic":
             size = (options.size, options.size)
             given = options.train, options.test, options.seed, options.frames, size, options.shake, options.shots
             make_synthetic(options.root, *given)
             return 0
-        count, bad = check_videos(options.root, options.out, max(options.workers, 1), options.full)
-        advice = f": leave them out with --exclude {options.out}" if bad else ""
+        count, bad = check_videos(options.root, options.out, options.workers, options.full)
+        advice = f": leave them out with --exclude {shlex.quote(options.out)}" if bad else ""
         _write(f"{bad} of {count} videos can't be read{advice}", sys.stdout)
         return int(bad > 0)
     except (ValueError, OSError, MemoryError) as error:
-        print(f"error: {str(error) or 'out of memory: take fewer --workers'}", file=sys.stderr)
+        _write(f"error: {str(error) or 'out of memory: take fewer --workers'}", sys.stderr)
         return 2
     except KeyboardInterrupt:
         with contextlib.suppress(KeyboardInterrupt):

@@ -44,21 +44,21 @@ class DCLRConfig(MoCoConfig):
         "vs,vd,sd,ac",
         "losses to sum, of vv (Eq. 1), vs (Eq. 6), vd (Eq. 7, 10), sd (Eq. 8, which is maximised) and ac (Eq. 12)",
     )
-    ac_weight: float = option(0.5, "weight of ac, lambda (Eq. 16)", least=0)
+    ac_weight: float = option(0.5, "weight of ac, lambda (Eq. 16)", (0, 1000))
     same_view: str = option("off", "vs and vd within a view, not across the two (Table 4)", SWITCH)
     search: str = option(
         "motion", "of which input, the still or the frame difference, positives are retrieved (Table 5)", tuple(PARTS)
     )
-    retrieved: int = option(5, "positives retrieved for each clip, K (Table 6)", least=1)
+    retrieved: int = option(5, "positives retrieved for each clip, K (Table 6)", (1, 65_536))
     retrieved_weights: str = option("prior", "their weights: by similarity, or equal (Table 6)", ("prior", "uniform"))
     decouple: str = option(
         "both", "which of vs and vd pools RGB features by activation maps (Eq. 14, 15; Table 7)", tuple(PARTS)
     )
-    delay: float = option(10.0, "epochs before retrieval and decoupling start", least=0)
-    refresh: int = option(10, "epochs between two updates of the slow extractor", least=1)
-    momentum: float = option(0.0, "what the slow extractor keeps of itself at an update", least=0, most=1)
-    queue: int = option(2048, "length of the pool of features to retrieve from", least=1, most=2**24)
-    gray_p: float = option(0.0, "probability of grayscale, which the paper does without", least=0, most=1)
+    delay: float = option(10.0, "epochs before retrieval and decoupling start", (0, 1e6))
+    refresh: int = option(10, "epochs between two updates of the slow extractor", (1, 10**6))
+    momentum: float = option(0.0, "what the slow extractor keeps of itself at an update", (0, 1))
+    queue: int = option(2048, "length of the pool of features to retrieve from", (1, 2**24))
+    gray_p: float = option(0.0, "probability of grayscale, which the paper does without", (0, 1))
     bn: str = option("local", "batch norm with several processes, of each process's own clips", ("local",))
 
     KNOWN_LOSSES = ("vv", "vs", "vd", "sd", "ac")

@@ -91,22 +91,20 @@ class RetrieveConfig(Options):
     checkpoint: str = option("", "checkpoint.pt of a run, or another project's; without it, an untrained encoder")
     dataset: str = option("", "what to evaluate on", ("", *data.DATASETS))
     data: str = option("", "folder of the data set (default: the checkpoint's, or datasets/DATASET)")
-    split: int = option(0, "official split of the data set; 0: as trained, or 1", least=0)
+    split: int = option(0, "official split of the data set; 0: as trained, or 1", (0, 99))
     list_file: str = option("", "with --dataset folder and --test_list: training videos, a file of lines 'path label'")
     test_list: str = option("", "with --dataset folder and --list_file: test videos, a file of lines 'path label'")
     exclude: str = option("", "file of training videos to leave out, as in pretraining; no test video is left out")
     encoder: str = option("", "video encoder; as in the checkpoint, without one i3d", ("", *ENCODERS))
-    width: float = option(0.0, "factor on the encoder's numbers of channels; 0: as trained, or 1", least=0, most=8)
-    frames: int = option(0, "frames of a clip; 0: as trained, or 16", least=0)
-    frame_stride: int = option(0, "a clip takes every Nth frame; 0: as trained, or 2", least=0)
-    crop: int = option(0, "height and width of a clip in pixels; 0: as trained, or 224", least=0, most=1024)
-    clips: int = option(10, "uniformly spaced clips of a test video", least=1)
-    test_batch: int = option(4, "videos a forward in testing, in each process", least=1)
-    workers: int = option(
-        -1, "loader processes of each process; -1: as many as its share of CPU cores, at most 8", least=-1
-    )
+    width: float = option(0.0, "factor on the encoder's numbers of channels; 0: as trained, or 1", (0, 8))
+    frames: int = option(0, "frames of a clip; 0: as trained, or 16", (0, 4096))
+    frame_stride: int = option(0, "a clip takes every Nth frame; 0: as trained, or 2", (0, 4096))
+    crop: int = option(0, "height and width of a clip in pixels; 0: as trained, or 224", (0, 1024))
+    clips: int = option(10, "uniformly spaced clips of a test video", (1, 10_000))
+    test_batch: int = option(4, "videos a forward in testing, in each process", (1, 65_536))
+    workers: int = option(-1, "loader processes of each process; -1: its share of the CPU cores, at most 8", (-1, 1024))
     device: str = option("auto", "auto takes a GPU if there is one", ("auto", "cpu", "cuda"))
-    seed: int = option(0, "seed of everything random", least=0, most=2**31 - 1)
+    seed: int = option(0, "seed of everything random", (0, 2**31 - 1))
     out: str = option("", "JSON file to write (default: PROTOCOL_DATASET.json beside the checkpoint)")
 
     def __post_init__(self) -> None:
@@ -124,25 +122,25 @@ class RetrieveConfig(Options):
 class KnnConfig(RetrieveConfig):
     """Options of the vote of nearest neighbours."""
 
-    k: int = option(20, "neighbours that vote", least=1)
-    temperature: float = option(0.07, "a neighbour's vote weighs exp(cosine / temperature)", least=0.001)
+    k: int = option(20, "neighbours that vote", (1, 10**6))
+    temperature: float = option(0.07, "a neighbour's vote weighs exp(cosine / temperature)", (0.001, 1000))
 
 
 @dataclasses.dataclass(frozen=True)
 class SvmConfig(RetrieveConfig):
     """Options of the linear SVM; the defaults are MCL's (Sec. 4.2)."""
 
-    clips: int = option(20, "uniformly spaced clips of a video", least=1)
-    cost: float = option(1.0, "cost of a training video on the wrong side, C", least=1e-6)
+    clips: int = option(20, "uniformly spaced clips of a video", (1, 10_000))
+    cost: float = option(1.0, "cost of a training video on the wrong side, C", (1e-6, 1e6))
 
 
 @dataclasses.dataclass(frozen=True)
 class ClassifyConfig(TrainConfig, RetrieveConfig):
     """Options of the protocols that train a classifier."""
 
-    batch_size: int = option(16, "videos a process; the total batch is this times the number of processes", least=1)
-    fraction: float = option(1.0, "share of each class's training videos to train on, at least one", least=0, most=1)
-    min_scale: float = option(0.2, "least share of a frame's area that a random crop covers", least=0.01, most=1)
+    batch_size: int = option(16, "videos a process; the total batch is this times the number of processes", (1, 65_536))
+    fraction: float = option(1.0, "share of each class's training videos to train on, at least one", (0, 1))
+    min_scale: float = option(0.2, "least share of a frame's area that a random crop covers", (0.01, 1))
     out: str = option("", "run folder (default: PROTOCOL_DATASET beside the checkpoint, or the folder of --resume)")
 
     LR_BATCH = 16
@@ -158,12 +156,10 @@ class ClassifyConfig(TrainConfig, RetrieveConfig):
 class LinearConfig(ClassifyConfig):
     """Options of the linear probe; the defaults are the paper's."""
 
-    epochs: int = option(100, "passes over the training videos; the rate is divided by 10 after 60 % and 80 %", least=1)
-    lr: float = option(1.5, "learning rate at a total batch of 16, scaled linearly", least=0)
-    weight_decay: float = option(0.0, "weight decay of SGD", least=0)
-    cached: int = option(
-        0, "compute features of this many augmented views of a video once, and train on them; 0: new views", least=0
-    )
+    epochs: int = option(100, "passes over the training videos; rate ÷ 10 after 60 % and 80 % of them", (1, 10**6))
+    lr: float = option(1.5, "learning rate at a total batch of 16, scaled linearly", (0, 1e6))
+    weight_decay: float = option(0.0, "weight decay of SGD", (0, 1000))
+    cached: int = option(0, "views of a video whose features are computed once, and reused; 0: new views", (0, 10_000))
 
     DROPS = (60, 80)
 
@@ -172,11 +168,11 @@ class LinearConfig(ClassifyConfig):
 class FinetuneConfig(ClassifyConfig):
     """Options of fine-tuning; the defaults are the paper's."""
 
-    epochs: int = option(150, "passes over the training videos; the rate is divided by 10 after 40 % and 80 %", least=1)
-    lr: float = option(0.0033, "learning rate at a total batch of 16, scaled linearly", least=0)
-    dropout: float = option(-1.0, "before the classifier; -1: 0.7 on ucf101, 0.5 on others", least=-1, most=1)
-    jitter_p: float = option(0.8, "probability of colour jitter", least=0, most=1)
-    gray_p: float = option(0.2, "probability of grayscale", least=0, most=1)
+    epochs: int = option(150, "passes over the training videos; rate ÷ 10 after 40 % and 80 % of them", (1, 10**6))
+    lr: float = option(0.0033, "learning rate at a total batch of 16, scaled linearly", (0, 1e6))
+    dropout: float = option(-1.0, "before the classifier; -1: 0.7 on ucf101, 0.5 on others", (-1, 1))
+    jitter_p: float = option(0.8, "probability of colour jitter", (0, 1))
+    gray_p: float = option(0.2, "probability of grayscale", (0, 1))
 
     DROPS = (60, 120)
 
@@ -187,7 +183,7 @@ class ExportConfig(Options):
 
     checkpoint: str = option("", "checkpoint.pt of a run, or another project's")
     encoder: str = option("", "video encoder; as in the checkpoint", ("", *ENCODERS))
-    width: float = option(0.0, "factor on the encoder's numbers of channels; 0: as trained, or 1", least=0, most=8)
+    width: float = option(0.0, "factor on the encoder's numbers of channels; 0: as trained, or 1", (0, 8))
     to: str = option("torchvision", "whose network it is for", tuple(EXPORTS))
     out: str = option("", "file to write (default: TO.pt beside the checkpoint)")
 
@@ -234,7 +230,9 @@ def load_encoder(config: Config, say: Callable[[str], None] = print, key: bool =
         for name in ("dataset", "split", "list_file", "test_list", "exclude", "fraction"):
             was, now = state["config"].get(name, ""), getattr(config, name)
             if was != now:
-                raise UserError(f"{path} was trained with --{name} {was}, not {now}: start anew, without --resume")
+                raise UserError(
+                    f"{path} was trained with --{name} {was}, not {now}: start anew, without --resume, in another --out"
+                )
     if path:
         try:
             report = load_weights(encoder, weights)
@@ -251,9 +249,12 @@ def find_labelled(
     """`data.find_videos`, for protocols that need to know the classes.
 
     Raises:
-        ValueError: a video without a label, or one that a list names twice.
+        ValueError: a video without a label, one that a list names twice, or a folder that may not be listed.
     """
     videos = data.find_videos(dataset, root, train, split, list_file or None, exclude or None)
+    if videos.closed:
+        command = f"chmod -R u+rX {shlex.quote(root)}"
+        raise ValueError(f"{videos.report}: evaluation leaves none out, give permission with `{command}`")
     twice = [path for path, count in Counter(videos.paths).items() if count > 1] if list_file else []
     if twice:
         raise ValueError(f"{list_file}: {twice[0]} is named more than once")
@@ -278,7 +279,7 @@ def with_same_classes(train: data.VideoList, test: data.VideoList) -> tuple[data
     classes = train.classes + unseen
     index = {name: i for i, name in enumerate(classes)}
     labels = [index[test.classes[label]] for label in test.labels]
-    report = test.report + (f"; without training videos: {', '.join(unseen)}" if unseen else "")
+    report = test.report + (f"; without training videos: {', '.join(map(data.shown, unseen))}" if unseen else "")
     train = dataclasses.replace(train, classes=classes)
     return train, dataclasses.replace(test, labels=labels, classes=classes, report=report)
 
@@ -551,13 +552,17 @@ def save_accuracy(
         process.say(f"written to {picture}")
 
 
+def plain(name: str) -> str:
+    """A name as matplotlib is to show it: no formula, which $ begins, and no bytes that are no characters."""
+    return data.shown(name).replace("$", r"\$")
+
+
 def draw_confusion(path: Path, percent: Tensor, classes: list[str], title: str) -> None:
     """A picture of a confusion matrix (true classes, predicted classes), in percent of each class's test videos."""
     from matplotlib.colors import PowerNorm  # here, so that nothing else needs matplotlib
     from matplotlib.figure import Figure
 
-    classes = [name.encode(errors="replace").decode().replace("$", r"\$") for name in classes]  # $ begins a formula
-    count = len(classes)
+    classes, count = [plain(name) for name in classes], len(classes)
     cell, font = (0.5, 9) if count <= 20 else (0.16, 7)  # inches, points
     figure = Figure((3 + cell * count, 2.5 + cell * count), layout="constrained")
     axes = figure.subplots()

@@ -25,7 +25,7 @@ from train import UserError, command_line, option
 class FAMEConfig(MoCoConfig):
     """Options of FAME; the defaults are the paper's."""
 
-    foreground: float = option(0.5, "portion of the picture that is foreground, beta (Table 1)", least=0.01, most=1)
+    foreground: float = option(0.5, "portion of the picture that is foreground, beta (Table 1)", (0.01, 1))
     branches: str = option("single", "merge one clip of each video, or both (Table 1)", Merging.BRANCHES)
     background: str = option(
         "inter",

@@ -40,14 +40,14 @@ class FIMAConfig(MoCoConfig):
     """Options of FIMA; the defaults are the paper's."""
 
     losses: str = option("vv,pix,fra", "losses to sum, of vv (Eq. 1), vd (Eq. 2), pix (Eq. 8) and fra (Eq. 10)")
-    threshold: float = option(0.7, "distance below which pixels are positive, in bin diagonals (Table 3a)", least=0.01)
+    threshold: float = option(0.7, "distance below which pixels are positive, in bin diagonals (Table 3a)", (0.01, 100))
     centres: str = option(
         "nominal",
         "where feature pixels look, of which distances are taken: nominal, in the middle of bins that tile the crop "
         "(released code), or measured, as the encoder's padding has it",
         ("nominal", "measured"),
     )
-    foreground: float = option(0.5, "portion of the pixels that is foreground, beta (Table 3d)", least=0.01, most=1)
+    foreground: float = option(0.5, "portion of the pixels that is foreground, beta (Table 3d)", (0.01, 1))
     mask_source: str = option(
         "both", "activation maps that make the foreground mask (Table 3e)", ("rgb", "difference", "both")
     )
@@ -61,18 +61,16 @@ class FIMAConfig(MoCoConfig):
         "motion decoder shared by pix and fra, one each (Table 8), or none (pix alone)",
         ("shared", "separate", "none"),
     )
-    decoder_depth: int = option(2, "blocks of the motion decoder (Table 3b)", least=1)
-    decoder_width: int = option(512, "channels of the motion decoder (Tables 3c, 7)", least=1)
-    decoder_heads: int = option(4, "attention heads of the motion decoder (Table 3c)", least=1)
+    decoder_depth: int = option(2, "blocks of the motion decoder (Table 3b)", (1, 64))
+    decoder_width: int = option(512, "channels of the motion decoder (Tables 3c, 7)", (1, 8192))
+    decoder_heads: int = option(4, "attention heads of the motion decoder (Table 3c)", (1, 1024))
     frame_loss: str = option("infonce", "form of fra (Table 9)", tuple(FRAME_LOSSES))
     pixel_negatives: str = option(
         "batch",
         "motion pixels in the denominator of pix: the video's own, or the mini-batch's (Table 10)",
         ("video", "batch"),
     )
-    pixel_queue: int = option(
-        0, "motion pixels of earlier batches added to the denominator (Table 10)", least=0, most=2**24
-    )
+    pixel_queue: int = option(0, "motion pixels of earlier batches added to the denominator (Table 10)", (0, 2**24))
     fame: str = option(
         "none",
         "FAME's augmentation beside the method: the foreground of the first view, or of each, on another video; motion "

@@ -49,11 +49,9 @@ class MapsConfig(moco.VideosConfig):
     """Options of `mcl.py maps`, by the names that they have in training."""
 
     maps: str = option("", "folder of the motion maps (default: beside the data set's, its name and _maps)")
-    flow_side: int = option(
-        120, "shorter side in pixels that frames are reduced to before flow is computed", least=16, most=4096
-    )
-    flow_warps: int = option(5, "warps of TV-L1 at each scale; with fewer it is faster, and coarser", least=1)
-    workers: int = option(os.cpu_count() or 1, "processes", least=1)
+    flow_side: int = option(120, "shorter side in pixels that frames are reduced to for the flow", (16, 4096))
+    flow_warps: int = option(5, "warps of TV-L1 at each scale; with fewer it is faster, and coarser", (1, 1000))
+    workers: int = option(os.cpu_count() or 1, "processes", (1, 1024))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,10 +122,10 @@ class MotionMaps(data.FrameMaps):
         command = f"python mcl.py maps --dataset {config.dataset} --data {shlex.quote(root)}"
         for field in dataclasses.fields(MapsConfig):
             value = getattr(config, field.name)
-            if field.name not in ("dataset", "data", "workers") and value != field.default:
+            if field.name not in ("dataset", "data", "workers") and value:  # defaults too, over which presets win
                 command += f" --{field.name} {shlex.quote(str(value))}"
         recipe = f"TV-L1, {self.side} pixels, {self.warps} warps"
-        super().__init__(root, config.maps or f"{root}_maps", recipe, command)
+        super().__init__(root, config.maps or f"{root}_maps", recipe, command, config.exclude)
 
     def compute(self, path: str) -> np.ndarray:
         """(N, h, w); the last frame, from which nothing flows, has the map of the one before (Sec. 3.1)."""

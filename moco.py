@@ -53,8 +53,8 @@ class VideosConfig(Options):
     dataset: str = option("synthetic", "what to train on", data.DATASETS)
     data: str = option("", "folder of the data set (default: datasets/DATASET)")
     list_file: str = option("", "with --dataset folder: a file of lines 'path label', label optional")
-    exclude: str = option("", "file of videos to leave out: of `python data.py check`, or a run's bad_videos.log")
-    split: int = option(1, "official split of the data set", least=1)
+    exclude: str = option("", "files of videos to leave out, by commas: of data.py check, or a run's bad_videos.log")
+    split: int = option(1, "official split of the data set", (1, 99))
 
     @property
     def root(self) -> str:
@@ -71,21 +71,19 @@ class VideosConfig(Options):
 class MoCoConfig(TrainConfig, VideosConfig):
     """Options of MoCo; the defaults are the paper's for UCF101 (Sec. 4.1, A.1, A.3)."""
 
-    frames: int = option(16, "frames of a clip", least=1)
-    frame_stride: int = option(2, "a clip takes every Nth frame of the video", least=1)
-    crop: int = option(
-        224, "height and width of a clip in pixels; the paper has 112 for r2plus1d_18", least=1, most=1024
-    )
+    frames: int = option(16, "frames of a clip", (1, 4096))
+    frame_stride: int = option(2, "a clip takes every Nth frame of the video", (1, 4096))
+    crop: int = option(224, "height and width of a clip in pixels; the paper has 112 for r2plus1d_18", (1, 1024))
     encoder: str = option("i3d", "video encoder", tuple(ENCODERS))
-    width: float = option(1.0, "factor on the encoder's numbers of channels", least=0.01, most=8)
+    width: float = option(1.0, "factor on the encoder's numbers of channels", (0.01, 8))
     losses: str = option("vv", "losses to sum, of vv (Eq. 1) and vd (Eq. 2)")
-    temperature: float = option(0.1, "temperature of every contrast", least=0.001)
-    momentum: float = option(0.999, "momentum of the key encoder; small data sets want 0.99", least=0, most=1)
-    queue: int = option(2048, "length of each queue of keys; keep it below the number of videos", least=1, most=2**24)
-    min_scale: float = option(0.2, "least share of a frame's area that a random crop covers", least=0.01, most=1)
-    jitter_p: float = option(0.8, "probability of colour jitter (A.3 prints 0.2)", least=0, most=1)
-    gray_p: float = option(0.2, "probability of grayscale", least=0, most=1)
-    blur_p: float = option(0.5, "probability of Gaussian blur (A.3 prints 0.2)", least=0, most=1)
+    temperature: float = option(0.1, "temperature of every contrast", (0.001, 1000))
+    momentum: float = option(0.999, "momentum of the key encoder; small data sets want 0.99", (0, 1))
+    queue: int = option(2048, "length of each queue of keys; keep it below the number of videos", (1, 2**24))
+    min_scale: float = option(0.2, "least share of a frame's area that a random crop covers", (0.01, 1))
+    jitter_p: float = option(0.8, "probability of colour jitter (A.3 prints 0.2)", (0, 1))
+    gray_p: float = option(0.2, "probability of grayscale", (0, 1))
+    blur_p: float = option(0.5, "probability of Gaussian blur (A.3 prints 0.2)", (0, 1))
     bn: str = option(
         "shuffle",
         "batch norm with several processes. shuffle: keys are made of clips dealt out over the processes, as in MoCo; "

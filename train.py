@@ -14,6 +14,7 @@ import contextlib
 import copy
 import ctypes
 import dataclasses
+import errno
 import importlib.metadata
 import io
 import itertools
@@ -25,6 +26,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 import zlib
@@ -51,19 +53,25 @@ class Interrupted(Exception):
 
 @contextlib.contextmanager
 def user_errors() -> Iterator[None]:
-    """Where only what the user asked for can raise a ValueError or OSError, makes it a UserError.
-
-    Of an error in a loader's worker, which comes with the worker's traceback as its text, the last line is the message.
-    """
+    """Where only what the user asked for can raise a ValueError or OSError, makes it a UserError."""
     try:
         yield
     except (ValueError, OSError) as error:
-        last = (str(error).strip() or type(error).__name__).splitlines()[-1]
-        raise UserError(last.removeprefix(type(error).__name__ + ": ")) from error
+        raise UserError(str(error).strip() or type(error).__name__) from error
+
+
+def shown(text: str, besides: str = "") -> str:
+    """A text for a terminal: what isn't printable, as its own codes in the name of a file, is shown by its number.
+
+    Args:
+        besides: characters to leave as they are.
+    """
+    return "".join(char if char.isprintable() or char in besides else repr(char)[1:-1] for char in text)
 
 
 class _Output:
-    """A standard stream whose end, as of a terminal that is closed, is a SIGHUP; what is written later is lost."""
+    """A standard stream in which no text has codes of a terminal's. What nobody reads is lost, and the end of the
+    terminal itself is a SIGHUP."""
 
     def __init__(self, stream: TextIO):
         self.stream = stream
@@ -73,7 +81,7 @@ class _Output:
 
     def write(self, text: str) -> int:
         with self.ending():
-            self.stream.write(text)
+            self.stream.write(shown(text, "\n\r\t"))
         return len(text)
 
     def flush(self) -> None:
@@ -84,18 +92,23 @@ class _Output:
     def ending(self) -> Iterator[None]:
         try:
             yield
-        except OSError:
+        except OSError as error:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-            if HANGUP:
+            if HANGUP and error.errno == errno.EIO:
                 signal.raise_signal(HANGUP)
 
 
 def command_line(main: Callable[[], None]) -> NoReturn:
     """Runs a script: a UserError is one line and exit code 2, an interrupt 128 + its signal.
 
-    So is the loss of another process of the run (exit code 1), whose own message says more. The end of the terminal, or
-    of the pipe that is written to, is an interrupt, unless SIGHUP is ignored, as under nohup.
+    So is the loss of another process of the run (exit code 1), whose own message says more. The end of the terminal is
+    an interrupt, unless SIGHUP is ignored, as under nohup; with streams that are closed, or that nobody reads, it goes
+    on.
     """
+    while (number := os.open(os.devnull, os.O_RDWR)) < 3:  # a stream that is closed: its number is not for other files
+        pass
+    os.close(number)
+    sys.stdout, sys.stderr = (stream or os.fdopen(n, "w") for n, stream in ((1, sys.stdout), (2, sys.stderr)))
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # names of files need not fit the terminal's encoding
             stream.reconfigure(errors="backslashreplace")
@@ -107,7 +120,7 @@ def command_line(main: Callable[[], None]) -> NoReturn:
             main()
             sys.stdout.flush()
         except UserError as error:
-            code, message = 2, f"error: {error}"
+            code, message = 2, f"error: {shown(str(error))}"
         except Interrupted as error:
             code = 128 + error.args[0]
         except KeyboardInterrupt:
@@ -115,31 +128,34 @@ def command_line(main: Callable[[], None]) -> NoReturn:
         except (RuntimeError, MemoryError) as error:
             if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
                 what = str(error).partition(" If reserved")[0].partition("\n")[0]
-                advice = "take a smaller --batch_size (of each process), --crop, --frames or model, or fewer --workers"
+                advice = "take a smaller --batch_size, --test_batch, --crop, --frames or model, or fewer --workers"
                 code, message = 2, f"error: out of memory: {advice}" + (f"; {what}" if what else "")
             elif dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error)):
                 reason = str(error).partition("] ")[2].partition(". ")[0]
-                code, message = (
-                    1,
-                    (
-                        f"error: process {dist.get_rank()} has lost another one, which ended, or was silent for longer "
-                        f"than --timeout: {reason}; the last checkpoint is whole: continue with --resume auto"
-                    ),
-                )
+                lost = f"process {dist.get_rank()} has lost another one, which ended, or was silent beyond --timeout"
+                again = "start all again, in training with --resume auto: from the last checkpoint, if there is one"
+                code, message = 1, f"error: {lost}: {reason}; {again}"
             else:
                 raise
         with contextlib.suppress(KeyboardInterrupt):  # of the terminal's end
             print(message, end="\n" * bool(message), file=sys.stderr)
     end_process()
+    if any(thread.name == _join.__name__ for thread in threading.enumerate()):  # torch's own would abort a usual exit
+        sys.stdout.flush()
+        os._exit(code)
     sys.exit(code)
 
 
 # ---------------------------------------------------------------------------------------------------------- options
 
 
-def option(default: Any, help: str, choices: tuple = (), least: float = -math.inf, most: float = math.inf) -> Any:
-    """A field of a config dataclass, which `parse` makes a command-line flag: one of `choices`, or in [least, most]."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "range": (least, most)})
+def option(default: Any, help: str, allowed: tuple = ()) -> Any:
+    """A field of a config dataclass, which `parse` makes a command-line flag.
+
+    Args:
+        allowed: of a text, the choices, if not any is; of a number, which needs them, the least and the greatest.
+    """
+    return dataclasses.field(default=default, metadata={"help": help, "allowed": allowed})
 
 
 SWITCH = ("off", "on")  # choices of an option whose flag alone means "on"
@@ -155,68 +171,50 @@ class Options:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            choices, (least, most), value = (
-                field.metadata["choices"],
-                field.metadata["range"],
-                getattr(self, field.name),
-            )
-            if choices and value not in choices:
-                raise UserError(f"--{field.name} {value}: choose from {', '.join(filter(None, choices))}")
-            if field.type is not str and not (least <= value <= most and math.isfinite(value)):
-                limits = f"at least {least}" if most == math.inf else f"from {least} to {most}"
-                raise UserError(f"--{field.name} {value}: must be {limits}")
-            if field.type is int and value > 2**31 - 1:
-                raise UserError(f"--{field.name} {value}: must be at most {2**31 - 1}")
+            allowed, value = field.metadata["allowed"], getattr(self, field.name)
+            if field.type is not str and not allowed[0] <= value <= allowed[1]:  # nan, too
+                raise UserError(f"--{field.name} {value}: must be {_range(allowed)}")
+            if field.type is str and allowed and value not in allowed:
+                raise UserError(f"--{field.name} {value}: choose from {', '.join(filter(None, allowed))}")
+
+
+def _range(limits: tuple) -> str:
+    """ "0 to 1e+06" of the least and the greatest number."""
+    return " to ".join(str(limit) if isinstance(limit, int) else f"{limit:g}" for limit in limits)
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig(Options):
     """What `fit` needs; a method's config inherits from it."""
 
-    epochs: int = option(200, "passes over the data set, the length of the half-cosine schedule", least=1)
-    batch_size: int = option(8, "videos a process; the total batch is this times the number of processes", least=1)
-    lr: float = option(
-        0.04, "learning rate at a total batch of 256, scaled linearly (0.00375 at 24, 0.01 at 64)", least=0
-    )
-    sgd_momentum: float = option(0.9, "momentum of SGD", least=0, most=1)
-    weight_decay: float = option(1e-4, "weight decay of SGD", least=0)
-    precision: str = option(
-        "auto",
-        "auto: bf16 autocast on GPUs that have it, from torch 2.11 on; else float32",
-        ("auto", "float32", "bf16"),
-    )
+    epochs: int = option(200, "passes over the data set, the length of the half-cosine schedule", (1, 10**6))
+    batch_size: int = option(8, "videos a process; the total batch is this times the number of processes", (1, 65_536))
+    lr: float = option(0.04, "learning rate at a total batch of 256, scaled linearly (0.00375 at 24)", (0, 1e6))
+    sgd_momentum: float = option(0.9, "momentum of SGD", (0, 1))
+    weight_decay: float = option(1e-4, "weight decay of SGD", (0, 1000))
+    precision: str = option("auto", "auto: bf16 on GPUs that have it, from torch 2.11 on", ("auto", "float32", "bf16"))
     device: str = option("auto", "auto takes a GPU if there is one", ("auto", "cpu", "cuda"))
-    workers: int = option(
-        -1, "loader processes of each training process; -1: as many as its share of CPU cores, at most 8", least=-1
-    )
-    seed: int = option(0, "seed of everything random", least=0, most=2**31 - 1)
+    workers: int = option(-1, "loader processes of each process; -1: its share of the CPU cores, at most 8", (-1, 1024))
+    seed: int = option(0, "seed of everything random", (0, 2**31 - 1))
     out: str = option("", "run folder (default: runs/METHOD-DATASET-TIME, or the folder of --resume)")
     resume: str = option(
         "",
         "checkpoint to continue, with its options unless others are given; auto: the newest readable one of this "
         "method and data set in --out, or else beside --checkpoint or below runs/, if there is one",
     )
-    max_steps: int = option(0, "stop and save after this step of the schedule; 0: run all of it", least=0)
-    log_every: int = option(10, "steps between two lines of log.jsonl", least=1)
-    keep_every: int = option(0, "epochs between two checkpoints kept for good; 0: keep the latest only", least=0)
-    save_minutes: float = option(
-        30.0,
-        "minutes after which the next line of the log comes with a checkpoint, besides those of epoch ends",
-        least=0,
-    )
+    max_steps: int = option(0, "stop and save after this step of the schedule; 0: run all of it", (0, 2**31 - 1))
+    log_every: int = option(10, "steps between two lines of log.jsonl", (1, 10**6))
+    keep_every: int = option(0, "epochs between two checkpoints kept for good; 0: keep the latest only", (0, 10**6))
+    save_minutes: float = option(30.0, "minutes after which a line of the log comes with a checkpoint, too", (0, 1e6))
     on_nan: str = option(
         "stop",
         "what to do where a loss or its gradient is not finite. stop: the run ends, and its last checkpoint is from "
         "before; skip: leave the step out, which costs a copy of the model's state and a wait for the GPU each step",
         ("stop", "skip"),
     )
-    deterministic: str = option(
-        "off", "deterministic algorithms on a GPU too, where torch has them; it warns where not; slower", SWITCH
-    )
-    timeout: float = option(
-        10.0, "minutes after which a process gives up waiting for another one", least=0.01, most=1e6
-    )
-    max_bad: float = option(0.05, "stop when more than this share of an epoch's videos cannot be read", least=0, most=1)
+    deterministic: str = option("off", "deterministic algorithms on a GPU, too, where torch has them; slower", SWITCH)
+    timeout: float = option(10.0, "minutes after which a process gives up waiting for another one", (0.01, 1e6))
+    max_bad: float = option(0.05, "stop when more than this share of an epoch's videos cannot be read", (0, 1))
 
     LR_BATCH = 256  # total batch at which `lr` holds
 
@@ -260,17 +258,19 @@ def parse(
     )
     for field in dataclasses.fields(config_class):
         names = dict.fromkeys(["--" + field.name, "--" + field.name.replace("_", "-")])
-        shown = "" if field.default == "" else f" (default: {field.default})"
-        options = {"choices": field.metadata["choices"] or None, "metavar": field.type.__name__.upper()}
-        if options["choices"]:
-            options["metavar"] = "|".join(filter(None, map(str, options["choices"])))
-        if options["choices"] == SWITCH:
+        default, allowed = str(field.default), field.metadata["allowed"]
+        options = {"metavar": field.type.__name__.upper()}
+        if field.type is not str:
+            default += f"; {_range(allowed)}"
+        elif allowed:
+            options = {"choices": allowed, "metavar": "|".join(filter(None, allowed))}
+        if allowed == SWITCH:
             options |= {"nargs": "?", "const": "on"}
         parser.add_argument(
             *names,
             type=field.type,
             default=argparse.SUPPRESS,
-            help=(field.metadata["help"] + shown).replace("%", "%%"),
+            help=(field.metadata["help"] + (f" (default: {default})" if default else "")).replace("%", "%%"),
             **options,
         )
     lines = [f"  {name}: " + " ".join(f"--{k} {v}" for k, v in preset.items()) for name, preset in presets.items()]
@@ -423,17 +423,45 @@ def start_process(device: str = "auto", timeout: float = 10, deterministic: bool
     else:
         raise UserError(f"process {local_rank} has no GPU: {torch.cuda.device_count()} here; lower --nproc_per_node")
     if world_size > 1 and not dist.is_initialized():
-        own = {"device_id": place} if place.type == "cuda" else {}
         try:
-            backend = "nccl" if own else "gloo"
-            dist.init_process_group(backend, timeout=timedelta(minutes=timeout), **own)
-        except (dist.DistError, ValueError) as error:
+            _join(place, timeout)
+        except (RuntimeError, ValueError, TimeoutError) as error:
             at = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             raise UserError(
                 f"process {rank} of {world_size} does not meet the others at {at} ({str(error).splitlines()[0]}): "
-                "start all of them with torchrun"
+                "start all of them, with torchrun, and with a port that is free"
             ) from error
     return Process(rank, world_size, place)
+
+
+def _join(place: torch.device, timeout: float) -> None:
+    """Meets the other processes, or raises what torch does, or TimeoutError: torch by itself tries for longer than its
+    time-out, and without end where something else answers, and tells each try in lines of its own."""
+    outcome = []
+
+    def join() -> None:
+        try:
+            if own:
+                torch.cuda.set_device(place)  # each thread has its own
+            dist.init_process_group("nccl" if own else "gloo", timeout=timedelta(minutes=timeout), **own)
+            outcome.append(None)
+        except Exception as error:
+            outcome.append(error)
+
+    own = {"device_id": place} if place.type == "cuda" else {}
+    thread = threading.Thread(target=join, name=_join.__name__, daemon=True)
+    held, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        thread.start()
+        thread.join(min(60 * timeout, threading.TIMEOUT_MAX))
+    finally:
+        os.dup2(held, 2)
+        os.close(held)
+        os.close(nowhere)
+    error = outcome[0] if outcome else TimeoutError(f"not all are there after --timeout {timeout:g} minutes")
+    if error is not None:
+        raise error
 
 
 def end_process() -> None:
@@ -600,8 +628,8 @@ def check_unused(path: Path, resume: str) -> None:
     continued = resume and Path(resume).resolve().parent == path.resolve()
     if (path / "checkpoint.pt").exists() and not continued:
         raise UserError(
-            f"{path} holds a run already: continue it with --resume {path / 'checkpoint.pt'}, move it away if it is "
-            "damaged, or name another --out"
+            f"{path} holds a run already: continue it with --resume {shlex.quote(str(path / 'checkpoint.pt'))}, move "
+            "it away if it is damaged, or name another --out"
         )
 
 
@@ -1101,10 +1129,11 @@ def fit(
                     folder.log_bad(run.done, process.gather(bad))
                 bad = []
             if bad_videos > config.max_bad * steps_per_epoch * run.total_batch:
+                names = str(folder.path / "bad_videos.log")
+                exclude = shlex.quote(",".join(filter(None, [getattr(config, "exclude", ""), names])))
                 raise UserError(
                     f"{bad_videos} videos of this epoch could not be read, more than --max_bad {config.max_bad:g}; "
-                    f"{folder.path / 'bad_videos.log'} names them and says why: mend them, allow more, or leave them "
-                    "out by --exclude and that file"
+                    f"{names} names them and says why: mend them, allow more, or leave them out by --exclude {exclude}"
                 )
             if line_due or interrupted:
                 journal.line(bad_videos)  # before saving, as it finds losses that are not finite

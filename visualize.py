@@ -41,6 +41,7 @@ from torch import Tensor, nn
 import data
 import evaluate
 import fima
+from evaluate import plain
 from losses import activation_map, bin_centers, foreground_mask, frame_difference, seen_box
 from train import (
     Options,
@@ -90,38 +91,38 @@ class FigureConfig(evaluate.RetrieveConfig):
 class RowsConfig(FigureConfig):
     """Options of a figure with a row for each video."""
 
-    count: int = option(4, "test videos, drawn by --seed", least=1)
+    count: int = option(4, "test videos, drawn by --seed", (1, 100))
 
 
 @dataclasses.dataclass(frozen=True)
 class MasksConfig(RowsConfig):
     """Options of the foreground masks."""
 
-    foreground: float = option(0.5, "portion of the pixels that is foreground, beta of Eq. 6", least=0.01, most=1)
+    foreground: float = option(0.5, "portion of the pixels that is foreground, beta of Eq. 6", (0.01, 1))
 
 
 @dataclasses.dataclass(frozen=True)
 class AffinityConfig(FigureConfig):
     """Options of the comparison of RGB with motion features; the defaults are the paper's."""
 
-    count: int = option(50, "test videos, drawn by --seed", least=1)
+    count: int = option(50, "test videos, drawn by --seed", (1, 10**6))
 
 
 @dataclasses.dataclass(frozen=True)
 class TsneConfig(FigureConfig):
     """Options of t-SNE; the defaults are the paper's."""
 
-    count: int = option(1000, "test videos at most, drawn by --seed", least=4)
-    classes: int = option(20, "classes at most, drawn by --seed", least=1)
-    perplexity: float = option(30.0, "of t-SNE, about the number of neighbours; at most a third of the videos", least=1)
+    count: int = option(1000, "test videos at most, drawn by --seed", (4, 10**6))
+    classes: int = option(20, "classes at most, drawn by --seed", (1, 1000))
+    perplexity: float = option(30.0, "of t-SNE: neighbours, about; at most a third of the videos", (1, 1e6))
 
 
 @dataclasses.dataclass(frozen=True)
 class RetrievalConfig(RowsConfig):
     """Options of the sheet of neighbours."""
 
-    neighbours: int = option(5, "neighbours of a query", least=1)
-    gallery: int = option(1000, "training videos to search, drawn by --seed; 0: all", least=0)
+    neighbours: int = option(5, "neighbours of a query", (1, 100))
+    gallery: int = option(1000, "training videos to search, drawn by --seed; 0: all", (0, 10**7))
 
 
 # ------------------------------------------------------------------------------------------------ encoders and videos
@@ -184,7 +185,10 @@ def find_part(config: FigureConfig, train: bool) -> data.VideoList:
     """`data.find_videos` by the options."""
     with user_errors():
         list_file = config.list_file if train else config.test_list
-        return data.find_videos(config.dataset, config.data, train, config.split, list_file or None)
+        videos = data.find_videos(config.dataset, config.data, train, config.split, list_file or None)
+    if videos.closed:
+        print(videos.report)
+    return videos
 
 
 def subset(videos: data.VideoList, indices: list[int]) -> data.VideoList:
@@ -205,11 +209,6 @@ def class_name(videos: data.VideoList, index: int) -> str:
     """A video's class, or its file's name where that is unknown."""
     label = videos.labels[index]
     return plain(Path(videos.paths[index]).stem if label < 0 else videos.classes[label])
-
-
-def plain(text: str) -> str:
-    """A text as matplotlib is to show it: no formula, and no bytes that are no characters."""
-    return text.encode(errors="replace").decode().replace("$", r"\$")
 
 
 def middle_clips(videos: data.VideoList, config: FigureConfig) -> Tensor:
@@ -658,12 +657,17 @@ td, p { overflow-wrap: anywhere }
 """
 
 
+def escape(text: object) -> str:
+    """A name, or what holds names, for a page."""
+    return html.escape(data.shown(str(text)))
+
+
 def html_table(rows: dict[str, object]) -> str:
     """A table of two columns."""
     cells = []
     for name, value in rows.items():
         text = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
-        cells.append(f"<tr><th>{html.escape(name)}</th><td>{html.escape(text)}</td></tr>")
+        cells.append(f"<tr><th>{escape(name)}</th><td>{escape(text)}</td></tr>")
     return f"<table>{''.join(cells)}</table>"
 
 
@@ -695,21 +699,21 @@ def write_report(config: FigureConfig, inputs: list[str]) -> str:
         own = {key: value for key, value in shared.items() if key in config_class.__dataclass_fields__}
         fig = draw(config_class(**own | options), inputs)
         body.append(f"<h2>{heading}</h2>{html_figure(fig, heading)}<p>{html.escape(inspect.getdoc(draw))}</p>")
-    for path in sorted(run.rglob("*.json")):
+    for path in filter(Path.is_file, sorted(run.rglob("*.json"))):
         try:
             record = json.loads(path.read_text())
         except ValueError as error:
             raise UserError(f"{path} is damaged ({error}): move it away") from error
         if isinstance(record, dict) and "protocol" in record:  # of evaluate.py
-            body.append(f"<h2>{html.escape(str(path.relative_to(run)))}</h2>{html_table(record['result'])}")
+            body.append(f"<h2>{escape(path.relative_to(run))}</h2>{html_table(record['result'])}")
     environment = {name: value for name, value in start.items() if name not in ("config", "versions")}
     body.append(f"<h2>Options</h2>{html_table(start['config'])}")
     body.append(f"<h2>Environment</h2>{html_table(environment | start['versions'])}")
-    title = html.escape(f"{state['method']} on {state['config']['dataset']}")
+    title = escape(f"{state['method']} on {state['config']['dataset']}")
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <link rel="icon" href="data:,"><title>{title}</title><style>{CSS}</style></head>
-<body><h1>{title}</h1><p>{html.escape(str(run))}: {last["step"]} steps, {last["epoch"]:g} epochs</p>
+<body><h1>{title}</h1><p>{escape(run)}: {last["step"]} steps, {last["epoch"]:g} epochs</p>
 {"".join(body)}
 </body></html>
 """

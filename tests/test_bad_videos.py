@@ -6,7 +6,9 @@ import functools
 import os
 import re
 import resource
+import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -211,6 +213,50 @@ def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe.mp4")
     with pytest.raises(BadVideo, match="not a file"):
         Video(tmp_path / "pipe.mp4")
+
+
+def test_only_files_on_a_disk_are_opened(tmp_path, names, monkeypatch, check):
+    """Whatever else links lead to, as a device, a socket, and a file of /proc that waits for more, is named as bad."""
+    root = tmp_path / "set"
+    root.mkdir()
+    shutil.copy(paths_in(names, "bow")[0], root / "good.mp4")
+    os.mkfifo(tmp_path / "pipe")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "socket"))
+    others = {
+        "zero": "/dev/zero",
+        "terminal": "/dev/tty",
+        "proc": "/proc/kmsg",
+        "pipe": "../pipe",
+        "socket": "../socket",
+    }
+    for name, target in others.items():
+        (root / f"{name}.mp4").symlink_to(target)
+    (root / "everything").symlink_to("/proc")
+    opened, av_open = [], data.av.open
+
+    def opens(name, *rest, **options):
+        opened.append(name)
+        return av_open(name, *rest, **options)
+
+    monkeypatch.setattr(data.av, "open", opens)
+    assert len(find_videos("folder", root, True)) == 6
+    for name in others:
+        with pytest.raises(BadVideo, match=r"not a file|empty"):
+            Video(root / f"{name}.mp4")
+    with Video(root / "good.mp4") as video:
+        assert len(video) > 1
+    assert opened == [f"file:{root}/good.mp4"]
+    code, out, _, listed = check(root, "--workers", 1)
+    assert code == 1 and out.startswith("5 of 6 videos") and listed.count("\tnot a file\n") == 4
+    for target in ("/dev/zero", "../pipe"):
+        (tmp_path / "list.txt").unlink(missing_ok=True)
+        (tmp_path / "list.txt").symlink_to(tmp_path / target.removeprefix("../"))
+        with pytest.raises(ValueError, match=r"list\.txt: not a file on a disk"):
+            find_videos("folder", root, True, exclude=tmp_path / "list.txt")
+    (root / "classInd.txt").symlink_to("../pipe")
+    with pytest.raises(ValueError, match=r"classInd\.txt: not a"):
+        find_videos("ucf101", root, True)
 
 
 class Fatal(PretrainingViews):

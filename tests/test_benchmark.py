@@ -197,10 +197,10 @@ def test_processes_measure_a_step_and_count_what_they_exchange():
 @pytest.mark.parametrize(
     ("command", "flags", "says"),
     [
-        ("data", dict(workers="0,x"), "--workers 0,x: numbers from 0 on"),
+        ("data", dict(workers="0,x"), "--workers 0,x: numbers from 0 to 1024"),
         ("data", dict(data="nowhere"), "nowhere: no such folder"),
         ("step", dict(losses="vv,pixel"), "--losses vv,pixel"),
-        ("scale", dict(batches="0"), "--batches 0: numbers from 1 on"),
+        ("scale", dict(batches="0"), "--batches 0: numbers from 1 to 16777216"),
         ("scale", dict(crop=16), "--crop 16 is too small"),  # said by the fresh process
         ("speed", {}, "data, step, scale, one"),
     ],

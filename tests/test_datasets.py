@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
+import evaluate
 from data import find_videos
 
 
@@ -416,7 +417,7 @@ def test_links_in_a_circle_end(tmp_path):
     assert len(find_videos("folder", tmp_path, train=True)) == 2
 
 
-def test_folders_that_cannot_be_listed_are_counted(tmp_path, monkeypatch):
+def test_folders_that_cannot_be_listed_are_counted_and_evaluation_refuses_them(tmp_path, monkeypatch):
     def scan(folder, scandir=os.scandir):
         if str(folder).endswith("run"):
             raise PermissionError
@@ -424,7 +425,25 @@ def test_folders_that_cannot_be_listed_are_counted(tmp_path, monkeypatch):
 
     touch(tmp_path, "jump/a.mp4", "run/b.mp4")
     monkeypatch.setattr(os, "scandir", scan)
-    assert "1 folders that can't be listed" in find_videos("folder", tmp_path, train=True).report
+    videos = find_videos("folder", tmp_path, train=True)
+    assert videos.report.endswith(f"; 1 folders left out, for want of permission to list them, such as {tmp_path}/run")
+    assert len(videos) == 1 and videos.closed == (str(tmp_path / "run"),)
+    with pytest.raises(
+        ValueError, match=f"permission to list them, such as {tmp_path}/run: .*`chmod -R u\\+rX {tmp_path}`"
+    ):
+        evaluate.find_labelled("folder", str(tmp_path), True, 1)
+    with pytest.raises(PermissionError, match=f"{tmp_path}/run: no permission to list this folder"):
+        data.check_videos(tmp_path, tmp_path / "bad.txt", 1)
+    monkeypatch.undo()
+
+    def status(path, *rest, stat=os.stat, **options):
+        if str(path) == f"{tmp_path}/away":
+            raise PermissionError
+        return stat(path, *rest, **options)
+
+    (tmp_path / "away").symlink_to(tmp_path / "elsewhere")  # to where nothing may be seen
+    monkeypatch.setattr(os, "stat", status)
+    assert find_videos("folder", tmp_path, train=True).closed == (f"{tmp_path}/away",)
 
 
 FOLDERS = st.lists(st.sampled_from(["train", "test", "val", "bus", "set"]), max_size=4).map("/".join)

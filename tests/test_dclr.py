@@ -460,7 +460,7 @@ def test_resumed_runs_equal_whole_ones_bit_for_bit_across_refresh_and_delay(run)
         (["--losses", "sd,ac"], ["--losses sd,ac", "vv, vs, vd"]),
         (["--batch_size", "1"], ["--batch_size 1", "2 or more"]),
         (["--retrieved", "9", "--queue", "8"], ["--retrieved 9", "--queue"]),
-        (["--retrieved", "0"], ["--retrieved 0", "at least 1"]),
+        (["--retrieved", "0"], ["--retrieved 0", "1 to 65536"]),
         (["--search", "rgb"], ["--search", "static"]),
         (["--decouple", "rgb"], ["--decouple", "motion"]),
         (["--retrieved_weights", "rank"], ["--retrieved_weights", "uniform"]),

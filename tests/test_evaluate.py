@@ -909,6 +909,27 @@ def test_videos_that_training_and_test_share_by_name_or_link_are_counted(run):
             (root / "train/jump/more.mp4").symlink_to("../../test/run/e.mp4")
 
 
+def test_names_reach_no_terminal_with_codes(run, videos):
+    """Of classes, of videos that cannot be read, and of those that are missing."""
+    name = "\x1b[31m\udcff\rclass\x9b"
+    paths = sorted(str(path.relative_to(videos)) for path in videos.glob("*/*/*.mp4"))
+    (videos / f"bad{name}.mp4").write_bytes(b"nothing")
+    lists = {
+        "train": [f"{path} {name}" for path in paths[15:24]]
+        + [f"{path} other" for path in paths[24:]]
+        + [f"no{name}.mp4 a"],
+        "test": [f"{path} {name}" for path in paths[:4]] + [f"bad{name}.mp4 other", f"{paths[5]} alone{name}"],
+    }
+    for part, lines in lists.items():
+        (run.path / f"{part}.txt").write_bytes(os.fsencode("\n".join(lines).replace("\r", "")))
+    flags = ["--dataset", "folder", "--list_file", "train.txt", "--test_list", "test.txt", "--out", "k.json"]
+    code, out, err = run(evaluate, "knn", *UNTRAINED, *FAST, *flags, "--data", videos, dataset=None)
+    (videos / f"bad{name}.mp4").unlink()
+    assert code == 0, err
+    assert out.count(r"\x1b[31m\udcff") >= 3 and all(char.isprintable() or char in "\n\r" for char in out + err), out
+    assert (run.path / "k_confusion.png").is_file()
+
+
 def test_training_videos_are_left_out_and_test_videos_are_not(run, videos):
     (run.path / "bad.txt").write_text("train/rise/rise_0001.mp4\ntest/rise/rise_0001.mp4\n")
     code, out, _ = run(evaluate, "knn", *UNTRAINED, *FAST, "--exclude", "bad.txt", "--out", "k.json")

@@ -1,5 +1,6 @@
 """Batches made by worker processes in shared memory."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -181,3 +182,27 @@ def test_memory_and_open_files_stay_flat_over_many_samples(views):
         used.append((int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"), len(os.listdir("/proc/self/fd"))))
     assert used[-1][0] - used[20][0] < 4 * 2**20
     assert used[-1][1] == used[20][1]
+
+
+class Short(Counter):
+    """Its process finds what the system lacks."""
+
+    def write(self, key: tuple[int, int], item: dict[str, torch.Tensor]) -> list:
+        raise OSError(errno.EMFILE, "Too many open files", "a module")
+
+
+def test_what_the_system_lacks_is_named_with_what_to_do(monkeypatch):
+    tasks = Keys([[(0, 0), (0, 1)]])
+    with pytest.raises(OSError, match=r"Too many open files: raise `ulimit -n`, or take fewer --workers: 'a module'"):
+        next(load_batches(Short(), tasks, workers=1))
+
+    def fail(*_):
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    for owner, name in ((multiprocessing, "Pipe"), (torch.multiprocessing.Process, "start")):
+        with (
+            monkeypatch.context() as patched,
+            pytest.raises(OSError, match=r"can't be started: .*`ulimit -u`.*\(0: none\)"),
+        ):
+            patched.setattr(owner, name, fail)
+            next(load_batches(Counter(), tasks, workers=1))

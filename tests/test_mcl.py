@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import errno
 import os
 import shlex
 import signal
@@ -277,6 +278,8 @@ def test_the_command_that_is_advised_makes_the_maps_that_are_missing(folder, tmp
     assert words[:3] == ["python", "mcl.py", "maps"]
     asked = train.parse(mcl.MapsConfig, "", {}, words[3:])
     assert asked == mcl.MapsConfig(dataset="folder", data=str(folder), maps=str(tmp_path / "maps"), **given)
+    default = mcl.MotionMaps(mcl.MapsConfig())  # of the generated videos, whose preset has another number of warps
+    assert train.parse(mcl.MapsConfig, "", mcl.FLOW, shlex.split(default.command)[3:]).flow_warps == 5
 
 
 @pytest.fixture
@@ -343,6 +346,52 @@ def test_maps_of_another_video_or_recipe_or_none_are_refused(tmp_path):
             kept.read(str(video), 4)
 
 
+def test_whatever_bit_flips_a_map_is_read_equal_or_made_again(tmp_path):
+    video = str(tmp_path / "a.mp4")
+    Path(video).write_bytes(b"12345")
+    kept = Kept(tmp_path, tmp_path / "maps", "as given", "python make.py")
+    kept.maps = positive(0, 8, 3, 4).float().numpy()
+    kept.visit(video)
+    file, whole = kept.file(video), kept.read(video, 8)
+    content, damaged = file.read_bytes(), 0
+    for place in np.random.default_rng(0).integers(8 * len(content), size=200).tolist():
+        flipped = bytearray(content)
+        flipped[place // 8] ^= 1 << place % 8
+        file.write_bytes(flipped)
+        if made := kept.is_made(video):
+            np.testing.assert_array_equal(kept.read(video, 8), whole)
+        damaged += not made
+        if damaged == 1 and not made:
+            with pytest.raises(ValueError, match=r"damaged.*make it again with `python make.py`"):
+                kept.read(video, 8)
+            assert "0 of 1 were there, 1 made" in kept.make([video], 1)
+            np.testing.assert_array_equal(kept.read(video, 8), whole)
+            damaged += 1
+    assert damaged > 100
+
+
+def test_a_map_that_cannot_be_opened_is_not_called_damaged(tmp_path, monkeypatch):
+    video = str(tmp_path / "a.mp4")
+    Path(video).write_bytes(b"12345")
+    kept = Kept(tmp_path, tmp_path / "maps", "as given", "python make.py")
+    kept.maps = np.ones((4, 3, 3), np.float32)
+    kept.visit(video)
+    for number, says in (
+        (errno.EMFILE, "raise `ulimit -n`"),
+        (errno.EACCES, "Permission denied"),
+        (errno.EIO, "error"),
+    ):
+
+        def fail(*_, number=number):
+            raise OSError(number, os.strerror(number), str(kept.file(video)))
+
+        monkeypatch.setattr(np, "load", fail)
+        for call in (lambda: kept.read(video, 4), lambda: kept.is_made(video)):
+            with pytest.raises(OSError, match=says) as raised:
+                call()
+            assert raised.value.errno == number and "damaged" not in str(raised.value)
+
+
 def test_maps_never_run_code(tmp_path):
     video = tmp_path / "a.mp4"
     video.write_bytes(b"12345")
@@ -386,6 +435,10 @@ def test_the_command_makes_what_is_missing_and_names_what_it_cannot_read(folder,
     assert not list(made.rglob("*.partial"))
     code, out, err = command(folder, "--exclude", made / "bad_videos.txt")
     assert code == 0 and "3 of 3 were there\n" in out and err == ""
+    (tmp_path / "a.txt").write_text("a.mp4\n")
+    out = command(folder, "--exclude", tmp_path / "a.txt")[1]
+    assert f"2 of 3 were there, 0 made, 1 videos can't be read: leave them out with --exclude {tmp_path}/a.txt," in out
+    assert "2 of 2 were there\n" in command(folder, *shlex.split(out.partition("them out with ")[2]))[1]
     other = command(folder, "--flow_side", 32, "--exclude", made / "bad_videos.txt")[1]
     assert "0 of 3 were there, 3 made" in other
 

@@ -220,7 +220,7 @@ def bad_file(kind: str, folder: Path) -> Path:
 
 
 REASONS = {
-    "empty": "Invalid data",
+    "empty": "empty",
     "random": "Invalid data",
     "cut": "Invalid data",
     "sound": "no video stream",

@@ -1,8 +1,11 @@
 """The loop and the command line: resuming, several processes, logs, interrupts, and what the user is told."""
 
+import argparse
+import dataclasses
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -16,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 
+import benchmark  # noqa: F401  its options are tried, too
 import data
 import evaluate
 import fima
@@ -179,17 +183,22 @@ BAD_INPUT = {
     "not a number": (fima, ["--lr", "fast"], ["--lr"]),
     "crop too small": (fima, ["--encoder", "i3d", "--crop", "32"], ["--crop 32", "64"]),
     "batch of 0": (fima, ["--batch_size", "0"], ["--batch_size 0"]),
-    "negative rate": (fima, ["--lr", "-1"], ["--lr -1", "at least 0"]),
+    "negative rate": (fima, ["--lr", "-1"], ["--lr -1", "0 to 1e+06"]),
     "rate that is no number": (fima, ["--lr", "nan"], ["--lr nan"]),
     "negative seed": (fima, ["--seed", "-1"], ["--seed -1"]),
-    "too many epochs": (fima, ["--epochs", 10**20], ["--epochs 1000", "2147483647"]),
+    "too many epochs": (fima, ["--epochs", 10**20], ["--epochs 1000", "1 to 1000000"]),
     "endless wait": (fima, ["--timeout", "1e15"], ["--timeout", "1000000"]),
-    "share above 1": (fima, ["--max_bad", "1.5"], ["--max_bad 1.5", "from 0 to 1"]),
+    "share above 1": (fima, ["--max_bad", "1.5"], ["--max_bad 1.5", "0 to 1"]),
     "no width": (fima, ["--width", "0"], ["--width 0"]),
     "bf16 on a CPU": (fima, ["--precision", "bf16", "--device", "cpu", "--batch_size", "4"], ["bf16", "GPU"]),
     "no clips": (evaluate, ["retrieve", "--clips", "0"], ["--clips 0"]),
     "no compiler": (fima, ["--compile", "on"], ["--compile on", "nowhere/c++"]),
     "no checkpoint": (fima, ["--resume", "nowhere.pt"], ["nowhere.pt"]),
+    "a name of two lines": (
+        fima,
+        ["--dataset", "folder", "--data", "\x1b[31mno\nwhere\udcff"],
+        [r"\x1b[31mno\nwhere\udcff:"],
+    ),
     "no CUDA": (fima, ["--device", "cuda"], ["CUDA"]),
     "no protocol": (evaluate, ["linearise"], ["retrieve"]),
     "no checkpoint to evaluate": (evaluate, ["retrieve", "--checkpoint", "nowhere.pt"], ["nowhere.pt"]),
@@ -206,6 +215,47 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(case, run, monkeypatch):
     code, _, err = run(script, *flags, dataset=dataset, small=False)
     assert code == 2 and err.startswith("error: ") and err.count("\n") == 1
     assert all(word in err for word in says), err
+
+
+def below(config: type) -> list[type]:
+    return [
+        config,
+        *(found for each in config.__subclasses__() if each.__module__ in sys.modules for found in below(each)),
+    ]
+
+
+@pytest.mark.parametrize("config", dict.fromkeys(below(train.Options)), ids=lambda config: config.__name__)
+def test_every_number_has_limits_that_help_shows_and_beyond_them_is_one_line(config, capsys):
+    with pytest.raises(SystemExit):
+        train.parse(config, "", argv=["--help"])
+    described = " ".join(capsys.readouterr().out.split())
+    for field in dataclasses.fields(config):
+        if field.type is str:
+            continue
+        least, most = field.metadata["allowed"]
+        assert -math.inf < least <= field.default <= most < math.inf, field.name
+        limits = " to ".join(f"{limit:g}" if isinstance(limit, float) else str(limit) for limit in (least, most))
+        assert f"(default: {field.default}; {limits})" in described
+        steps = [least - 1, most + 1, 10**20] if field.type is int else [math.nextafter(least, -math.inf)]
+        steps += [] if field.type is int else [math.nextafter(most, math.inf), 1e308, math.inf, math.nan]
+        for beyond in steps:
+            with pytest.raises(train.UserError, match=rf"--{field.name} \S+: must be \S+ to \S+$"):
+                train.parse(config, "", argv=[f"--{field.name}={beyond}"])
+
+
+def test_every_number_of_data_py_has_limits_too(monkeypatch, capsys):
+    (commands,) = (action for action in data._parser()._actions if isinstance(action, argparse._SubParsersAction))
+    numbers = [(n, action) for n, parser in commands.choices.items() for action in parser._actions if action.type]
+    assert len(numbers) == 8
+    for command, action in numbers:
+        least, most = map(float, re.search(r"\(default: \S+; (\S+) to (\S+)\)$", action.help).groups())
+        assert least <= action.default <= most
+        for beyond in (least - 1, most + 1, 10**20):
+            value = str(beyond if isinstance(action.default, float) else int(beyond))
+            monkeypatch.setattr(sys, "argv", ["data.py", command, "nowhere", f"--{action.dest}={value}"])
+            assert data.main() == 2
+            err = capsys.readouterr().err
+            assert err.startswith("error: ") and err.count("\n") == 1 and f"{value}: must be" in err
 
 
 def test_a_run_is_not_overwritten(run):
@@ -361,7 +411,13 @@ def test_too_many_unreadable_videos_stop_the_run_and_are_named(run, videos):
         (tree / "a" / f"{n}.mp4").write_bytes(path.read_bytes() if n else b"")
     flags = ["--dataset", "folder", "--data", tree, "--out", "run", "--epochs", 2]
     code, _, err = run(fima, *flags, dataset=None)
-    assert code == 2 and "max_bad" in err and "bad_videos.log names them" in err and "--exclude" in err
+    assert code == 2 and "max_bad" in err and "bad_videos.log names them" in err
+    assert err.endswith(" by --exclude run/bad_videos.log\n")
+    (run.path / "other bad.txt").write_text("a/7.mp4\n")
+    code, _, err = run(fima, *flags[:-3], "again", "--exclude", "other bad.txt", dataset=None)
+    assert code == 2 and err.endswith("--exclude 'other bad.txt,again/bad_videos.log'\n"), err
+    listed = data.find_videos("folder", tree, True, exclude=shlex.split(err.partition("--exclude ")[2])[0])
+    assert [Path(path).name for path in listed.paths] == [f"{n}.mp4" for n in range(1, 7)]
     code, out, _ = run(fima, *flags, "--max_bad", 0.5, "--max_steps", 3, dataset=None)
     assert code == 0 and "unreadable" in out
     assert "0.mp4" in (run.path / "run" / "bad_videos.log").read_text()

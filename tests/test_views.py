@@ -358,7 +358,10 @@ run_shapes = dict(
 @given(**run_shapes)
 def test_an_epoch_deals_every_video_out_at_most_once(length, batch, ranks, epochs, seed):
     if length < batch * ranks:
-        with pytest.raises(ValueError, match=f"{length} videos don't fill one batch of {batch} × {ranks} processes"):
+        with pytest.raises(
+            ValueError,
+            match=f"{length} videos, fewer than one batch of {batch} × {ranks} processes: lower --batch_size",
+        ):
             StepSampler(length, batch, epochs, seed, 0, ranks)
         return
     samplers = [StepSampler(length, batch, epochs, seed, rank, ranks) for rank in range(ranks)]

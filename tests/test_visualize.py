@@ -270,7 +270,7 @@ def test_the_report_is_one_file_that_holds_its_pictures(draw, runs):
         (["activations", "FIMA", "--out=x.gif"], "end it in .png or .pdf or .svg"),
         (["activations", "FIMA", "--out=no/x.png"], "no such folder"),
         (["activations", "FIMA", "--names=a,b"], "2 names for 1"),
-        (["activations", "FIMA", "--count=0"], "--count 0: must be at least 1"),
+        (["activations", "FIMA", "--count=0"], "--count 0: must be 1 to 100"),
         (["activations", "FIMA", "--video=none.mp4", "--workers=0"], "none.mp4 cannot be read"),
         (["activations", "FIMA", "--dataset=folder", "--data=none"], "none: no such folder"),
         (["activations", "FIMA", "--checkpoint=other.pt"], "name encoders in one way"),
@@ -320,6 +320,25 @@ def test_a_damaged_result_is_named_and_other_json_is_left_out(draw, runs, tmp_pa
     (run / "cut.json").write_text('{"protocol": "kn')
     code, _, err = draw("report", run, "--workers=0")
     assert code == 2 and "cut.json is damaged" in err.splitlines()[-1]
+
+
+def test_names_that_are_no_text_are_drawn_and_reported(draw, runs, videos, tmp_path):
+    """Of the run's folder, of the classes, and of a result: with bytes that are no UTF-8, a terminal's code, a line."""
+    name = "r\udcff\x1b[31m<b>\n"
+    run = shutil.copytree(runs / "fima", tmp_path / name)
+    for n, path in enumerate(sorted(videos.glob("*/*/*.mp4"))[::3]):
+        folder = tmp_path / "set" / path.parts[-3] / (name if n % 2 else "other")
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, folder)
+    (run / f"{name}.json").write_text(json.dumps({"protocol": "knn", "result": {"per_class": {name: 1}}}))
+    flags = ["--dataset=folder", f"--data={tmp_path / 'set'}", "--workers=0", "--clips=1"]
+    code, out, err = draw("report", run, *flags)
+    assert code == 0, err
+    page = (run / "report.html").read_bytes().decode("utf-8")
+    shown = r"r\udcff\x1b[31m&lt;b&gt;\n"
+    assert page.count(shown) >= 3 and "\x1b" not in page + out + err
+    code, out, err = draw("activations", run, *flags, "--count=2")
+    assert code == 0 and "\x1b" not in out + err, err
 
 
 def test_a_log_that_a_kill_has_cut(tmp_path):
