@@ -18,6 +18,7 @@ import ctypes
 import datetime
 import errno
 import functools
+import io
 import itertools
 import json
 import math
@@ -1628,6 +1629,15 @@ def normalize(clips: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def _naming(path: str | Path) -> Iterator[None]:
+    """Gives an OSError the name of what could not be written: that of a full disk has none."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
 def _write(text: str, stream: TextIO, end: str = "\n") -> None:
     """Prints; where the terminal or the pipe is gone, as if by Ctrl-C, and what comes later is lost."""
     try:
@@ -1688,13 +1698,18 @@ def visit_videos(
 
     Each bad video found is a line of the file `out`, which is written anew, or added to in `mode` "a": its path from
     `root` in quotes, a tab, the reason; `find_videos` takes it as `exclude`.
+
+    Raises FileExistsError when `out` is a file of another kind.
     """
+    if os.path.isfile(out) and open(out, "rb").read(1) not in (b"", b"'", b'"'):
+        raise FileExistsError(f"{out} is no list of bad videos: name another file")
     bad = 0
     with open(out, mode, encoding="utf-8", buffering=1) as file:  # by lines, so that an interrupt loses none
         for path, reason in _progress(_in_processes([visitor] * workers, paths, ahead=8), len(paths), what):
             if reason:
                 bad += 1
-                file.write(f"{os.path.relpath(path, root)!a}\t{reason}\n")
+                with _naming(out):
+                    file.write(f"{os.path.relpath(path, root)!a}\t{reason}\n")
     return bad
 
 
@@ -1744,10 +1759,14 @@ class FrameMaps(VideoVisitor):
         scale = max(float(maps.max()), 1e-12)
         levels = np.round(255 * np.sqrt(maps / scale)).astype(np.uint8)
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(file.name + ".partial")
-        with open(partial, "wb") as out:
-            np.savez_compressed(out, levels=levels, scale=scale, size=os.path.getsize(path), recipe=self.recipe)
-        os.replace(partial, file)
+        memory, partial = io.BytesIO(), file.with_name(f"{file.name}.{os.urandom(4).hex()}.partial")
+        np.savez_compressed(memory, levels=levels, scale=scale, size=os.path.getsize(path), recipe=self.recipe)
+        try:
+            with _naming(file):
+                partial.write_bytes(memory.getbuffer())
+                os.replace(partial, file)
+        finally:
+            partial.unlink(missing_ok=True)
 
     def is_made(self, path: str) -> bool:
         """Whether there are maps of this video as it is now, by this recipe."""
