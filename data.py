@@ -1631,10 +1631,12 @@ def normalize(clips: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def _naming(path: str | Path) -> Iterator[None]:
-    """Gives an OSError the name of what could not be written: that of a full disk has none."""
+    """Gives an OSError of the system that has no name, as that of a full disk, the one of what was written."""
     try:
         yield
     except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
@@ -1701,15 +1703,19 @@ def visit_videos(
 
     Raises FileExistsError when `out` is a file of another kind.
     """
-    if os.path.isfile(out) and Path(out).read_bytes()[:1] not in (b"", b"'", b'"'):
-        raise FileExistsError(f"{out} is no list of bad videos: name another file")
+    if os.path.isfile(out):
+        with open(out, "rb") as file:
+            if file.read(1) not in (b"", b"'", b'"'):
+                raise FileExistsError(f"{out} is no list of bad videos: name another file")
     bad = 0
-    with open(out, mode, encoding="utf-8", buffering=1) as file:  # by lines, so that an interrupt loses none
+    with (
+        _naming(out),
+        open(out, mode, encoding="utf-8", buffering=1) as file,
+    ):  # by lines, so that an interrupt loses none
         for path, reason in _progress(_in_processes([visitor] * workers, paths, ahead=8), len(paths), what):
             if reason:
                 bad += 1
-                with _naming(out):
-                    file.write(f"{os.path.relpath(path, root)!a}\t{reason}\n")
+                file.write(f"{os.path.relpath(path, root)!a}\t{reason}\n")
     return bad
 
 

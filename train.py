@@ -495,12 +495,12 @@ def average_batch_norm(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def naming(path: str | Path) -> Iterator[None]:
-    """Gives an OSError the name of what could not be written: that of a full disk has none."""
+    """Gives an OSError of the system that has no name, as that of a full disk, the one of what was written."""
     try:
         yield
     except OSError as error:
-        if error.errno is None:
-            raise OSError(f"{path}: {error}") from error
+        if error.errno is None or error.filename is not None:
+            raise
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
@@ -513,26 +513,26 @@ def write_file(path: str | Path, content: str | bytes) -> None:
     target = os.path.realpath(path)
     partial = f"{target}.{os.urandom(4).hex()}.partial"  # of this writer alone
     try:
-        with naming(path):
-            with open(partial, "xb") as file:
-                file.write(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, target)
-    except BaseException:
+        with open(partial, "xb") as file:
+            file.write(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, target)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
         with contextlib.suppress(OSError):
             os.unlink(partial)
-        raise
 
 
 def check_replaceable(path: str | Path, *beginnings: bytes) -> None:
     """Raises UserError where `path` is there, is not empty, and does not begin like what is to be written there."""
-    path = Path(path)
-    if path.exists():
-        with naming(path):
-            begin = path.open("rb").read(64) if path.is_file() else None
-        if begin is None or (begin and not begin.startswith(beginnings)):
-            raise UserError(f"{path} is something else than what would be written there: name another --out")
+    begin = None
+    if os.path.isfile(path):
+        with open(path, "rb") as file:
+            begin = file.read(64)
+    if os.path.exists(path) and begin != b"" and not (begin and begin.startswith(beginnings)):
+        raise UserError(f"{path} is something else than what would be written there: name another --out")
 
 
 # ------------------------------------------------------------------------------------------------------ checkpoints
@@ -782,7 +782,8 @@ class RunFolder:
     def close(self) -> None:
         """Writes what TensorBoard still holds back."""
         if self.board is not None:
-            self.board.close()
+            with user_errors(), naming(self.path):
+                self.board.close()
 
 
 def describe(losses: dict[str, float]) -> str:
