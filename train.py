@@ -661,7 +661,8 @@ def claim_folder(path: Path, resume: str = "") -> None:
         OSError: it cannot be written.
     """
     path.mkdir(parents=True, exist_ok=True)
-    if (name := os.path.realpath(path)) not in _locks:
+    if (name := os.path.realpath(path)) not in _locks:  # to open and close it again would free it
+        check_replaceable(path / "lock", b"process ")
         file = open(path / "lock", "a+")  # noqa: SIM115, as end_process closes it
         try:
             if not fcntl:
@@ -688,12 +689,11 @@ def claim_folder(path: Path, resume: str = "") -> None:
         for log in (path / "log.jsonl", path / "bad_videos.log"):
             if log.exists() and not (path / "run.json").exists():
                 raise UserError(f"{log} is of no run, as there is no run.json beside it: name another --out")
-    target = Path(os.path.realpath(path / "checkpoint.pt"))
-    own = ("checkpoint.pt", "epoch_*.pt", "run.json", "log.jsonl", "bad_videos.log", "result*")
-    for left in itertools.chain(
-        *(path.glob(f"{name}.*.partial") for name in own), target.parent.glob(f"{target.name}.*.partial")
-    ):
-        left.unlink(missing_ok=True)
+    saved = Path(os.path.realpath(path / "checkpoint.pt"))
+    names = ("epoch_*.pt", "run.json", "log.jsonl", "bad_videos.log", "result.json", "result_confusion.png")
+    for folder, name in ((saved.parent, saved.name), *((path, name) for name in names)):
+        for left in folder.glob(f"{name}.????????.partial"):
+            left.unlink(missing_ok=True)
 
 
 def _epoch_of(line: str) -> float:
