@@ -1,17 +1,14 @@
 """Two at once, files of others, and full disks: nothing is written over, and nothing half is left."""
 
 import errno
-import functools
 import hashlib
 import json
 import multiprocessing
 import os
 import resource
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -23,7 +20,6 @@ import benchmark
 import data
 import evaluate
 import fima
-import mcl
 import train
 import visualize
 
@@ -227,3 +223,165 @@ def test_processes_whose_launcher_is_killed_save_and_end(videos, tmp_path):
     assert "saved; continue with: torchrun --nproc_per_node=2" in said and "Traceback" not in said
     last = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])
     assert train.load_checkpoint(saved)["step"] == last["step"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files of others
+# ---------------------------------------------------------------------------------------------------------------------
+
+OTHERS = {
+    "checkpoint": b"PK\3\4" + b"weights" * 99,
+    "video": b"\0\0\0 ftypisom" + b"frames" * 99,
+    "json": b'{"years": "of work"}',
+    "jpeg": b"\xff\xd8\xff\xe0" + b"pixels" * 99,
+}
+COMMANDS = {  # what is written → script and its flags
+    "o.json": (evaluate, ["knn"]),
+    "o_confusion.png": (evaluate, ["svm", "--out=o.json"]),
+    "o.pt": (evaluate, ["export", "--checkpoint=none.pt"]),
+    "result.json": (evaluate, ["linear", "--out=."]),
+    "log.jsonl": (fima, ["--out=."]),
+    "epoch_0001.pt": (fima, ["--out=."]),
+    "lock": (fima, ["--out=."]),
+    "o.png": (visualize, ["curves", "none"]),
+    "o.svg": (visualize, ["sample"]),
+    "o.html": (visualize, ["report", "none"]),
+    "benchmark_step_cpu.json": (benchmark, ["step", "--out=."]),
+    "bad.txt": (data, ["check", "."]),
+}
+
+
+def call(run, script, words, monkeypatch, capsys):
+    """Runs one of COMMANDS in this process: exit code, output, errors."""
+    if script in (evaluate, fima):
+        own = [*QUICK, "--device=cpu", "--workers=0", "--clips=2"] if script is evaluate else QUICK
+        bare = words[0] == "export"
+        return run(script, words[0], *([] if bare else own), *words[1:], dataset=None if bare else "synthetic")
+    monkeypatch.chdir(run.path)
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *words])
+    with pytest.raises(SystemExit) as stop:
+        sys.exit(data.main()) if script is data else train.command_line(script.main)
+    return stop.value.code, *capsys.readouterr()
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_file_of_another_kind_is_never_written_over(name, kind, run, monkeypatch, capsys):
+    (run.path / name).write_bytes(OTHERS[kind])
+    (run.path / "video.mp4").touch()
+    script, words = COMMANDS[name]
+    if not any(word.startswith("--out=") for word in words):
+        words = [*words, f"--out={name}"]
+    before = digests(run.path)
+    code, _, err = call(run, script, words, monkeypatch, capsys)
+    last = err.splitlines()[-1]
+    assert code == 2 and last.startswith("error: ") and name in last and "Traceback" not in err, err
+    assert digests(run.path) == before
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name.startswith("o.")])
+def test_a_folder_in_the_way_is_one_clear_line(name, run, monkeypatch, capsys):
+    (run.path / name).mkdir()
+    code, _, err = call(run, COMMANDS[name][0], [*COMMANDS[name][1], f"--out={name}"], monkeypatch, capsys)
+    assert code == 2 and name in err.splitlines()[-1] and "Traceback" not in err, err
+    assert not list((run.path / name).iterdir())
+
+
+def test_a_result_of_before_is_replaced(run):
+    for _ in range(2):
+        code, _, err = run(evaluate, "knn", *QUICK, "--device=cpu", "--workers=0", "--clips=1", "--out=o.json")
+        assert code == 0, err
+    assert sorted(os.listdir(run.path)) == ["o.json", "o_confusion.png"]
+
+
+class Kept(data.FrameMaps):
+    def compute(self, path):
+        return np.ones((3, 2, 2))
+
+
+def test_maps_replace_no_arrays_of_others(tmp_path):
+    (tmp_path / "a.mp4").touch()
+    maps = Kept(tmp_path, tmp_path, "ones", "this")
+    np.savez(tmp_path / "a.mp4.npz", features=np.zeros(9))
+    before = digests(tmp_path)
+    with pytest.raises(OSError, match=r"a\.mp4\.npz holds something else than maps"):
+        maps.make([str(tmp_path / "a.mp4")], 1)
+    (tmp_path / "bad_videos.txt").unlink()
+    assert digests(tmp_path) == before
+    (tmp_path / "a.mp4.npz").write_bytes(b"damaged")
+    assert "1 made" in maps.make([str(tmp_path / "a.mp4")], 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Full disks, interrupts, and what is left in the temporary folder
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def full_disk():
+    """Gives what makes files unable to grow beyond some bytes: of what the system then says, no more is known."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def write_log(folder):
+    writer = train.RunFolder.__new__(train.RunFolder)
+    writer.path, writer.writes, writer.board, writer.starts = folder, True, None, [{}]
+    return writer
+
+
+WRITERS = {
+    "o.json": lambda folder: train.write_file(folder / "o.json", "new" * 99),
+    "run.json": lambda folder: write_log(folder).note(fact="new" * 99),
+    "log.jsonl": lambda folder: write_log(folder).log({"step": "new" * 99}),
+    "bad_videos.log": lambda folder: write_log(folder).log_bad(1, [("new" * 99, "reason")]),
+    "a.mp4.npz": lambda folder: Kept(folder, folder, "ones", "this").visit(str(folder / "a.mp4")),
+    "bad.txt": lambda folder: data.check_videos(folder, folder / "bad.txt", 1),
+    "_0001.mp4": lambda folder: data.make_synthetic(folder / "set", 20, 10, frames=2, size=(16, 16)),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_full_disk_names_the_file_and_leaves_nothing_half(name, tmp_path, full_disk):
+    (tmp_path / f"{'long' * 50}.mp4").touch()
+    (tmp_path / "a.mp4").touch()
+    old = b"" if name == "bad.txt" else b"old"
+    if name != "_0001.mp4":
+        (tmp_path / name).write_bytes(old)
+    before = sorted(os.listdir(tmp_path))
+    full_disk(100)
+    with pytest.raises(OSError, match=rf"File too large: '.*{name}'"):
+        WRITERS[name](tmp_path)
+    full_disk(resource.RLIM_INFINITY)
+    assert sorted(os.listdir(tmp_path)) == before
+    if name in ("o.json", "run.json", "a.mp4.npz"):
+        assert (tmp_path / name).read_bytes() == old
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name in ("o.json", "o.svg")])
+def test_a_full_disk_leaves_results_as_they_were(name, run, monkeypatch, capsys, full_disk):
+    script, words = COMMANDS[name]
+    words = [*words, f"--out={name}"]
+    words += [*QUICK, "--dataset=synthetic", f"--data={run.videos}"] if script is visualize else []
+    assert call(run, script, words, monkeypatch, capsys)[0] == 0
+    before = digests(run.path)
+    full_disk(100)
+    code, _, err = call(run, script, words, monkeypatch, capsys)
+    assert code == 2 and err.splitlines()[-1].endswith(f"File too large: '{name}'"), err
+    assert digests(run.path) == before
+
+
+def test_nothing_stays_in_the_temporary_folder_of_loaders_that_ended_or_were_interrupted(run, monkeypatch):
+    folder = run.path / "temporary"
+    folder.mkdir()
+    monkeypatch.setenv("TMPDIR", str(folder))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(run.path / "compiled"))  # torch's own
+    flags = [*QUICK, f"--data={run.videos}", "--device=cpu", "--clips=2", "--test_batch=1", "--out=o.json"]
+    flags = [sys.executable, "-u", evaluate.__file__, "retrieve", *flags, "--workers=2"]
+    process = subprocess.Popen(flags, cwd=run.path, stderr=subprocess.PIPE, text=True)
+    while "test videos" not in process.stderr.read(40):  # those for training were read
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    process.communicate()
+    assert process.returncode == 130 and not os.listdir(folder)
