@@ -20,6 +20,7 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import io
 import itertools
 import json
 import math
@@ -164,7 +165,7 @@ def write(config: BenchmarkConfig, command: str, device: torch.device, results: 
     path = Path(config.out) / f"benchmark_{command}_{device.type}.json"
     with user_errors():
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(record | results, indent=1) + "\n")
+        train.write_file(path, json.dumps(record | results, indent=1) + "\n")
     print(f"\nwritten to {path}")
 
 
@@ -628,7 +629,10 @@ def plot(title: str, rows: list[dict[str, Any]], names: list[str], path: Path) -
     axes[0, 0].set_ylabel("a training step (ms)")
     axes[1, 0].set_ylabel("peak memory of a process (GB)")
     fig.suptitle(title)
-    fig.savefig(path, dpi=110)
+    memory = io.BytesIO()
+    fig.savefig(memory, dpi=110)
+    with user_errors():
+        train.write_file(path, memory.getbuffer())
     print(f"written to {path}")
 
 
@@ -645,6 +649,8 @@ def main() -> None:
     if command != "data" and not torch.cuda.is_available():
         flags = ["--batch_size=2", *flags]
     config = parse(BenchmarkConfig, __doc__, argv=flags)
+    for path in Path(config.out).glob(f"benchmark_{command}_*"):
+        train.check_replaceable(path, b'{\n "command"', b"\x89PNG")
     COMMANDS[command](config)
 
 

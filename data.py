@@ -18,6 +18,7 @@ import ctypes
 import datetime
 import errno
 import functools
+import io
 import itertools
 import json
 import math
@@ -1670,6 +1671,17 @@ def normalize(clips: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def _naming(path: str | Path) -> Iterator[None]:
+    """Gives an OSError of the system that has no name, as that of a full disk, the one of what was written."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
 def _write(text: str, stream: TextIO, end: str = "\n") -> None:
     """Prints a line; where nobody reads it, it is lost, and where the terminal is gone, this is a Ctrl-C."""
     try:
@@ -1731,9 +1743,18 @@ def visit_videos(
 
     Each bad video found is a line of the file `out`, which is written anew, or added to in `mode` "a": its path from
     `root` in quotes, a tab, the reason; `find_videos` takes it as `exclude`.
+
+    Raises FileExistsError when `out` is a file of another kind.
     """
+    if os.path.isfile(out):
+        with open(out, "rb") as file:
+            if file.read(1) not in (b"", b"'", b'"'):
+                raise FileExistsError(f"{out} is no list of bad videos: name another file")
     bad = 0
-    with open(out, mode, encoding="utf-8", buffering=1) as file:  # by lines, so that an interrupt loses none
+    with (
+        _naming(out),
+        open(out, mode, encoding="utf-8", buffering=1) as file,
+    ):  # by lines, so that an interrupt loses none
         for path, reason in _progress(_in_processes([visitor] * workers, paths, ahead=8), len(paths), what):
             if reason:
                 bad += 1
@@ -1787,14 +1808,23 @@ class FrameMaps(VideoVisitor):
 
     def visit(self, path: str) -> None:
         """Computes and writes the maps of a video; at every moment their file is whole, or as it was."""
-        maps, file = self.compute(path), self.file(path)
+        file, foreign = self.file(path), False
+        with contextlib.suppress(Exception), np.load(file) as held:  # damaged files raise all kinds
+            foreign = "recipe" not in held
+        if foreign:
+            raise FileExistsError(f"{file} holds something else than maps: name another folder for these")
+        maps = self.compute(path)
         scale = max(float(maps.max()), 1e-12)
         levels = np.round(255 * np.sqrt(maps / scale)).astype(np.uint8)
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(file.name + ".partial")
-        with open(partial, "wb") as out:
-            np.savez_compressed(out, levels=levels, scale=scale, size=os.path.getsize(path), recipe=self.recipe)
-        os.replace(partial, file)
+        memory, partial = io.BytesIO(), file.with_name(f"{file.name}.{os.urandom(4).hex()}.partial")
+        np.savez_compressed(memory, levels=levels, scale=scale, size=os.path.getsize(path), recipe=self.recipe)
+        try:
+            with _naming(file):
+                partial.write_bytes(memory.getbuffer())
+                os.replace(partial, file)
+        finally:
+            partial.unlink(missing_ok=True)
 
     def is_made(self, path: str) -> bool:
         """Whether there are whole maps of this video as it is now, by this recipe."""
@@ -2026,6 +2056,43 @@ def _write_video(path: Path, video: np.ndarray) -> None:
         container.mux(stream.encode(None))
 
 
+def _synthetic_names(train: int, test: int, shots: int = 1, **_: object) -> dict[str, tuple[str, int]]:
+    """The videos of a set, from its folder on, and which of which part each is."""
+    names = {}
+    for part, count in (("train", train), ("test", test), (UNLABELED, train if shots > 1 else 0)):
+        for n in range(count):
+            motion = MOTIONS[n % len(MOTIONS)]
+            name = f"{motion}/{motion}_{n // len(MOTIONS) + 1:04}" if part != UNLABELED else f"{n + 1:04}"
+            names[f"{part}/{name}.mp4"] = part, n
+    return names
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Makes an empty folder for this process alone, for which others wait, and removes it at the end.
+
+    One that a killed process left is emptied. Where files can't be locked, nobody waits.
+    """
+    while True:
+        with contextlib.suppress(FileNotFoundError):  # whoever had it has just removed it
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = open(folder / "lock", "w")  # noqa: SIM115, as it is to be held
+            with contextlib.suppress(OSError, ImportError):
+                import fcntl  # Windows has none
+
+                fcntl.lockf(lock, fcntl.LOCK_EX)
+            if os.path.samestat(os.fstat(lock.fileno()), os.stat(lock.name)):
+                break
+    with lock:
+        for left in folder.iterdir():
+            if left.name != "lock":
+                shutil.rmtree(left)
+        try:
+            yield
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 def make_synthetic(
     root: str | Path,
     train: int = 1500,
@@ -2039,9 +2106,10 @@ def make_synthetic(
     """Writes the embedded data set once: root/{train,test}/<motion>/<motion>_0001.mp4, classes `MOTIONS` in turn.
 
     The class is the motion alone. Shape, texture, colours, size, background, speed, phase, place and the camera's
-    shake are drawn for each video from (seed, part, number), whatever its class. The set is made in a folder beside
-    `root` that takes its name at the end, so that `root` never holds half of it. A complete set of the same arguments
-    and version is kept as it is; another is replaced.
+    shake are drawn for each video from (seed, part, number), whatever its class. The set is made in a hidden folder
+    beside `root` and moved at the end, so that `root` never holds half of it; what was left there by a kill is removed,
+    and another process that makes it too is waited for. A complete set of the same arguments and version is kept as it
+    is; another is replaced, if all files in it are those of the set that its marker describes.
 
     Args:
         train, test: number of videos.
@@ -2053,7 +2121,7 @@ def make_synthetic(
     Raises:
         ValueError: a part without videos, fewer than two frames, no pixel, a negative or infinite number, or more
             shots than motions.
-        FileExistsError: `root` holds other files than a synthetic set; it is left alone.
+        FileExistsError: `root` holds other files than those of a synthetic set; it is left alone.
     """
     if seed < 0 or not 0 <= shake < math.inf or min(train, test, *size) < 1 or frames < 2:
         given = f"train {train}, test {test}, seed {seed}, shake {shake}, frames {frames}, size {size}"
@@ -2064,40 +2132,54 @@ def make_synthetic(
         raise ValueError(f"a video has 1 to {len(MOTIONS)} shots, each in another motion: not shots {shots}")
     root = Path(root).resolve()
     recipe = {"version": SYNTHETIC_VERSION, "train": train, "test": test, "seed": seed, "frames": frames, "size": size}
-    recipe = json.dumps(recipe | {"shake": shake, "shots": shots})
-    parts = {"train": train, "test": test, UNLABELED: train if shots > 1 else 0}
-    jobs = [(part, n) for part, count in parts.items() for n in range(count)]
+    recipe |= {"shake": shake, "shots": shots}
+    marker, names = root / SYNTHETIC_MARKER, _synthetic_names(**recipe)
+    hidden = root.with_name(f".{root.name}.partial")
+
+    def stop(error: OSError) -> None:
+        raise error  # what can't be listed may hold anything
 
     def is_complete() -> bool:
-        marker = root / SYNTHETIC_MARKER
-        return marker.is_file() and marker.read_text() == recipe and len([*root.rglob("*.mp4")]) == len(jobs)
+        """Whether the folder holds the set; raises FileExistsError where it holds another one's or anybody's files."""
+        held, own = set(), set()
+        for folder, folders, files in os.walk(root, onerror=stop if root.exists() else None):
+            links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
+            held |= {Path(folder, name).relative_to(root).as_posix() for name in (*files, *links)}
+        text = marker.read_text() if SYNTHETIC_MARKER in held else "{}"
+        if text == json.dumps(recipe) and {name for name in held if name.endswith(".mp4")} == names.keys():
+            return True
+        with contextlib.suppress(ValueError, TypeError):
+            own = {SYNTHETIC_MARKER, *_synthetic_names(**json.loads(text))}
+        if others := sorted(held - own):
+            raise FileExistsError(
+                f"{root} holds other files, such as {others[0]!r}: give the synthetic data set a folder of its own"
+            )
+        return False
 
-    def make(job: tuple[str, int]) -> None:
-        part, n = job
-        rng = np.random.default_rng([seed, [*parts].index(part), n])
-        if part == UNLABELED:
-            motions, path = rng.choice(MOTIONS, shots, replace=False), made / part / f"{n + 1:04}.mp4"
-        else:
-            motions = [motion := MOTIONS[n % len(MOTIONS)]]
-            path = made / part / motion / f"{motion}_{n // len(MOTIONS) + 1:04}.mp4"
+    def make(job: tuple[str, tuple[str, int]]) -> None:
+        name, (part, n) = job
+        rng = np.random.default_rng([seed, ["train", "test", UNLABELED].index(part), n])
+        motions = [MOTIONS[n % len(MOTIONS)]] if part != UNLABELED else rng.choice(MOTIONS, shots, replace=False)
+        path = hidden / "made" / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write_video(path, _draw_video(motions, rng, frames, *size, shake))
+        with _naming(path):
+            _write_video(path, _draw_video(motions, rng, frames, *size, shake))
 
     if is_complete():
         return
-    found = set(os.listdir(root)) if root.exists() else set()
-    if found and (SYNTHETIC_MARKER not in found or found - {*parts, SYNTHETIC_MARKER}):
-        raise FileExistsError(f"{root} holds other files: give the synthetic data set a folder of its own")
-    root.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as partial:
-        made = Path(partial) / "made"
+    with _alone(hidden):
+        if is_complete():  # by now
+            return
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # NumPy and FFmpeg run without the interpreter's lock
-            for _ in _progress(pool.map(make, jobs), len(jobs), f"making the synthetic data set in {root}"):
+            what = f"making the synthetic data set in {root}"
+            for _ in _progress(pool.map(make, names.items()), len(names), what):
                 pass
-        (made / SYNTHETIC_MARKER).write_text(recipe)
-        if not is_complete():  # else another process was faster
-            shutil.rmtree(root, ignore_errors=True)
-            made.rename(root)
+        with _naming(marker):
+            (hidden / "made" / SYNTHETIC_MARKER).write_text(json.dumps(recipe))
+        is_complete()  # nobody has put files there meanwhile
+        if root.exists():
+            root.rename(hidden / "before")
+        (hidden / "made").rename(root)
 
 
 class _Parser(argparse.ArgumentParser):

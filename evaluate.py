@@ -39,6 +39,7 @@ same batches are computed whatever their number.
 
 import dataclasses
 import inspect
+import io
 import json
 import math
 import os
@@ -62,7 +63,8 @@ from train import (
     Process,
     TrainConfig,
     UserError,
-    check_unused,
+    check_replaceable,
+    claim_folder,
     command_line,
     fit,
     git_commit,
@@ -75,9 +77,11 @@ from train import (
     start_process,
     user_errors,
     versions,
+    write_file,
 )
 
 RECALLS = (1, 5, 10, 20, 50)
+RECORD, PNG = b'{\n "protocol"', b"\x89PNG"  # how results and pictures begin
 UNTRAINED = dict(dataset="synthetic", data="", split=1, encoder="i3d", width=1.0, frames=16, frame_stride=2, crop=224)
 
 
@@ -287,11 +291,13 @@ def with_same_classes(train: data.VideoList, test: data.VideoList) -> tuple[data
 def check_out(config: Config) -> None:
     """Raises UserError, ValueError or OSError where the results can't be written: now, not after the work."""
     if isinstance(config, ClassifyConfig):
-        check_unused(Path(config.out or default_out(config)), config.resume)
-        return
-    out = result_file(config)
-    if out.is_dir():
-        raise ValueError(f"--out {out} is a folder: name the JSON file to write")
+        folder = Path(config.out or default_out(config))
+        claim_folder(folder, config.resume)
+        out = folder / "result.json"
+    else:
+        out = result_file(config)
+    check_replaceable(out, RECORD)
+    check_replaceable(confusion_file(out), PNG)
     out.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(out.parent, os.W_OK):
         raise PermissionError(f"{out.parent}: no permission to write the result there, name another --out")
@@ -497,6 +503,11 @@ def result_file(config: Config) -> Path:
     return Path(config.out or f"{default_out(config)}.json")
 
 
+def confusion_file(path: Path) -> Path:
+    """The picture beside a JSON file."""
+    return path.with_name(path.stem + "_confusion.png")
+
+
 def save_result(process: Process, config: Config, path: Path, result: dict) -> None:
     """Writes the numbers, and all that is needed to get them again, as JSON, on the first process."""
     if process.rank > 0:
@@ -512,7 +523,7 @@ def save_result(process: Process, config: Config, path: Path, result: dict) -> N
     }
     with user_errors():
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(record, indent=1) + "\n")
+        write_file(path, json.dumps(record, indent=1) + "\n")
     process.say(f"written to {path}")
 
 
@@ -546,7 +557,7 @@ def save_accuracy(
     if process.rank == 0 and len(counts) <= 1000:
         confusion = torch.zeros(len(counts), len(counts))
         confusion.index_put_((labels[good], scores[good].argmax(1)), torch.ones(()), accumulate=True)
-        picture = path.with_name(path.stem + "_confusion.png")
+        picture = confusion_file(path)
         title = f"{config.protocol} on {config.dataset}, top-1 {percent['top1']:.1f} %"
         draw_confusion(picture, 100 * confusion / counts.clamp(min=1)[:, None], test.classes, title)
         process.say(f"written to {picture}")
@@ -577,8 +588,10 @@ def draw_confusion(path: Path, percent: Tensor, classes: list[str], title: str) 
         value = percent[row, column].item()
         color = "black" if norm(value) > 0.5 else "white"
         axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=font, color=color)
+    memory = io.BytesIO()
+    figure.savefig(memory, dpi=150, bbox_inches="tight")
     with user_errors():
-        figure.savefig(path, dpi=150, bbox_inches="tight")
+        write_file(path, memory.getbuffer())
 
 
 # -------------------------------------------------------------------------------------------------------- classifiers
@@ -784,17 +797,20 @@ def export(config: ExportConfig) -> None:
     """
     if not config.checkpoint:
         raise UserError("export needs a --checkpoint")
+    out = Path(config.out or Path(config.checkpoint).with_name(f"{config.to}.pt"))
+    if out.exists():
+        raise UserError(f"{out} is there already: name another --out")
     chosen = RetrieveConfig(checkpoint=config.checkpoint, encoder=config.encoder, width=config.width)
     encoder, _ = load_encoder(chosen)
-    out = config.out or Path(config.checkpoint).with_name(f"{config.to}.pt")
     with user_errors():
         weights = export_weights(encoder, config.to)
         if broken := [name for name, value in weights.items() if not torch.as_tensor(value).isfinite().all()]:
             raise ValueError(
                 f"{config.checkpoint}: {len(broken)} tensors are not finite, the first of them {broken[0]}"
             )
-        with open(out, "xb") as file:
-            torch.save(weights, file)
+        memory = io.BytesIO()
+        torch.save(weights, memory)
+        write_file(out, memory.getbuffer())
     print(f"{len(weights)} entries written to {out}")
 
 

@@ -40,6 +40,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 HANGUP = getattr(signal, "SIGHUP", 0)  # Windows has none
 
 
@@ -98,13 +103,22 @@ class _Output:
                 signal.raise_signal(HANGUP)
 
 
+def _follow(parent: int) -> None:
+    """Sends this process a SIGTERM when its parent is gone."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 def command_line(main: Callable[[], None]) -> NoReturn:
     """Runs a script: a UserError is one line and exit code 2, an interrupt 128 + its signal.
 
     So is the loss of another process of the run (exit code 1), whose own message says more. The end of the terminal is
     an interrupt, unless SIGHUP is ignored, as under nohup; with streams that are closed, or that nobody reads, it goes
-    on.
+    on. The end of torchrun, which a SIGKILL keeps from ending its processes, is an interrupt, too.
     """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        threading.Thread(target=_follow, args=(os.getppid(),), daemon=True).start()
     while (number := os.open(os.devnull, os.O_RDWR)) < 3:  # a stream that is closed: its number is not for other files
         pass
     os.close(number)
@@ -465,7 +479,9 @@ def _join(place: torch.device, timeout: float) -> None:
 
 
 def end_process() -> None:
-    """Leaves the run that `start_process` joined, if there is one."""
+    """Leaves the run that `start_process` joined, if there is one, and frees the run folders that this process has."""
+    while _locks:
+        _locks.popitem()[1].close()
     if dist.is_initialized():
         # Until torch 2.7 a group ends with Python's lock held, and waits for gloo's threads, which may need that lock
         # to let their last tensors go. A backend ends without holding it: keep gloo's until the group is gone.
@@ -500,26 +516,66 @@ def average_batch_norm(model: nn.Module) -> None:
                 statistic /= dist.get_world_size()
 
 
+# ------------------------------------------------------------------------------------------------------------ files
+
+
+@contextlib.contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Gives an OSError of the system that has no name, as that of a full disk, the one of what was written."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def write_file(path: str | Path, content: str | bytes) -> None:
+    """Writes a file atomically: at every moment it holds the old content or the new, whole. A link stays one.
+
+    Raises:
+        OSError: it cannot be written, as on a full disk; it is as it was, and nothing half is left.
+    """
+    target = os.path.realpath(path)
+    partial = f"{target}.{os.urandom(4).hex()}.partial"  # of this writer alone
+    try:
+        with open(partial, "xb") as file:
+            file.write(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, target)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(partial)
+
+
+def check_replaceable(path: str | Path, *beginnings: bytes) -> None:
+    """Raises UserError where `path` is there, is not empty, and does not begin like what is to be written there."""
+    begin = None
+    if os.path.isfile(path):
+        with open(path, "rb") as file:
+            begin = file.read(64)
+    if os.path.exists(path) and begin != b"" and not (begin and begin.startswith(beginnings)):
+        what = "a folder" if os.path.isdir(path) else "something else than what would be written there"
+        raise UserError(f"{path} is {what}: name another --out")
+
+
 # ------------------------------------------------------------------------------------------------------ checkpoints
 
 
 def save_checkpoint(path: Path, state: dict) -> None:
-    """Writes atomically: at every moment `path` holds the old state or the new one, whole.
+    """Writes a checkpoint by `write_file`.
 
     Raises:
-        UserError: it cannot be written, as on a full disk; `path` is as it was, and nothing half is left.
+        UserError: it cannot be written, as on a full disk; `path` is as it was.
     """
-    partial, buffer = path.with_name(path.name + ".partial"), io.BytesIO()
+    buffer = io.BytesIO()
     torch.save(state, buffer)  # in memory, as torch.save hides why a file cannot be written
     try:
-        with open(partial, "wb") as file:
-            file.write(buffer.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        write_file(path, buffer.getbuffer())
     except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
         before = "still holds the checkpoint before" if path.exists() else "does not exist yet"
         raise UserError(f"step {state['step']} cannot be saved: {error.strerror}; {path} {before}") from error
 
@@ -603,13 +659,6 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _replace(path: Path, text: str) -> None:
-    """Writes a small file so that it is never seen half-written."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-
-
 def unused_folder(path: str) -> str:
     """Makes a folder of this name, or if there is one, as of a run started in the same second, of NAME-2, NAME-3 …"""
     name, number = path, 1
@@ -623,14 +672,55 @@ def unused_folder(path: str) -> str:
             return name
 
 
-def check_unused(path: Path, resume: str) -> None:
-    """Raises UserError where a run folder holds another run than that of the checkpoint to resume, if any."""
-    continued = resume and Path(resume).resolve().parent == path.resolve()
-    if (path / "checkpoint.pt").exists() and not continued:
-        raise UserError(
-            f"{path} holds a run already: continue it with --resume {shlex.quote(str(path / 'checkpoint.pt'))}, move "
-            "it away if it is damaged, or name another --out"
-        )
+_locks: dict[str, TextIO] = {}  # of the run folders that this process has
+
+
+def claim_folder(path: Path, resume: str = "") -> None:
+    """Makes a run folder this process's own, until `end_process` or the process's end, also by a kill.
+
+    The lock is the system's, on the file `lock`, of a kind (POSIX record) that children do not inherit. Over NFS it
+    holds between machines where the server's lock service runs. Where there is none, and on Windows, a line says that
+    nothing keeps a second run away. What a killed run left half-written is deleted.
+
+    Raises:
+        UserError: another process has the folder, or it holds another run than that of the checkpoint to resume, if
+            any, or logs that are not of a run.
+        OSError: it cannot be written.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    if (name := os.path.realpath(path)) not in _locks:  # to open and close it again would free it
+        check_replaceable(path / "lock", b"process ")
+        file = open(path / "lock", "a+")  # noqa: SIM115, as end_process closes it
+        try:
+            if not fcntl:
+                raise OSError("this system has none")
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            file.seek(0)
+            holder = file.read(200).strip() or "another process"
+            raise UserError(f"{path} is in use by {holder}: wait for its end, or name another --out") from error
+        except OSError as error:
+            print(f"warning: {path} can't be locked ({error.strerror or error}): start no second run with this --out")
+        _locks[name] = file
+        with naming(file.name):
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()}\n")
+            file.flush()
+    if not resume or Path(resume).resolve().parent != path.resolve():
+        for saved in (path / "checkpoint.pt", *sorted(path.glob("epoch_*.pt"))):
+            if saved.exists():
+                raise UserError(
+                    f"{path} holds a run already: continue it with --resume {shlex.quote(str(saved))}, move it away if "
+                    "it is damaged, or name another --out"
+                )
+        for log in (path / "log.jsonl", path / "bad_videos.log"):
+            if log.exists() and not (path / "run.json").exists():
+                raise UserError(f"{log} is of no run, as there is no run.json beside it: name another --out")
+    saved = Path(os.path.realpath(path / "checkpoint.pt"))
+    names = ("epoch_*.pt", "run.json", "log.jsonl", "bad_videos.log", "result.json", "result_confusion.png")
+    for folder, name in ((saved.parent, saved.name), *((path, name) for name in names)):
+        for left in folder.glob(f"{name}.????????.partial"):
+            left.unlink(missing_ok=True)
 
 
 def _epoch_of(line: str) -> float:
@@ -646,7 +736,7 @@ def _keep(path: Path, wanted: Callable[[str], bool]) -> None:
     if path.exists():
         with open(path, encoding="utf-8") as lines:
             kept = [line for line in lines if wanted(line)]
-        _replace(path, "".join(kept))
+        write_file(path, "".join(kept))
 
 
 class RunFolder:
@@ -654,7 +744,7 @@ class RunFolder:
     TensorBoard's events where it is installed. Only the first process needs the folder, and writes there.
 
     Raises:
-        UserError: the folder holds another run than the one to continue, or a run.json that is damaged.
+        UserError: its run.json is damaged.
     """
 
     def __init__(self, path: Path, config: TrainConfig, process: Process, start_step: int, steps_per_epoch: int):
@@ -662,8 +752,6 @@ class RunFolder:
         self.board = None
         if not self.writes:
             return
-        path.mkdir(parents=True, exist_ok=True)
-        check_unused(path, config.resume)
         record = path / "run.json"
         try:
             self.starts = json.loads(record.read_text()) if record.exists() else []
@@ -696,21 +784,23 @@ class RunFolder:
         """Writes run.json, with facts about this start of the run that have come to be known."""
         if self.writes:
             self.starts[-1] |= facts
-            _replace(self.path / "run.json", json.dumps(self.starts, indent=1) + "\n")
+            write_file(self.path / "run.json", json.dumps(self.starts, indent=1) + "\n")
 
     def log(self, record: dict[str, float]) -> None:
         """Appends one line of numbers."""
         if self.writes:
-            with open(self.path / "log.jsonl", "a") as file:
+            with naming(self.path / "log.jsonl"), open(self.path / "log.jsonl", "a") as file:
                 file.write(json.dumps(record) + "\n")
         if self.board is not None:
-            for name, value in record.items():
-                self.board.add_scalar(name, value, record["step"])
+            with naming(self.path):
+                for name, value in record.items():
+                    self.board.add_scalar(name, value, record["step"])
 
     def log_bad(self, step: int, bad: list[tuple[str, str]]) -> None:
         """Names videos that could not be read in the batches up to a step, and why; each video once."""
         if bad and self.writes:
-            with open(self.path / "bad_videos.log", "a+", encoding="utf-8", errors="backslashreplace") as file:
+            path = self.path / "bad_videos.log"
+            with naming(path), open(path, "a+", encoding="utf-8", errors="backslashreplace") as file:
                 file.seek(0)
                 named = file.read()
                 lines = {path: f"step {step}\t{path!r}\t{reason}".splitlines()[0] + "\n" for path, reason in bad}
@@ -719,7 +809,8 @@ class RunFolder:
     def close(self) -> None:
         """Writes what TensorBoard still holds back."""
         if self.board is not None:
-            self.board.close()
+            with user_errors(), naming(self.path):
+                self.board.close()
 
 
 def describe(losses: dict[str, float]) -> str:
@@ -1096,13 +1187,16 @@ def fit(
             or gradient that is not finite.
         Interrupted: SIGINT, SIGTERM or SIGHUP came; the state is saved.
     """
+    out = Path(config.out or out)
+    with user_errors():
+        process.of_first(lambda: claim_folder(out, config.resume))  # before the checkpoint is read: none writes it now
     run = Run(method, config, process, steps_per_epoch, paths)
     stop = min(config.epochs * steps_per_epoch, config.max_steps or math.inf)
     if run.done >= stop:
         process.say(f"{config.resume} is at step {run.done} of {stop}: nothing left to train (--epochs, --max_steps)")
         return Path(config.resume)
     with user_errors():
-        folder = RunFolder(Path(config.out or out), config, process, run.done, steps_per_epoch)
+        folder = RunFolder(out, config, process, run.done, steps_per_epoch)
     checkpoint = folder.path / "checkpoint.pt"
     process.say(f"{run}\nrun folder {folder.path}" + (f", resumed after step {run.done}" if config.resume else ""))
     journal, saved = Journal(run, folder, clips_per_video * run.total_batch), time.monotonic()

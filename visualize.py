@@ -46,6 +46,7 @@ from losses import activation_map, bin_centers, foreground_mask, frame_differenc
 from train import (
     Options,
     UserError,
+    check_replaceable,
     command_line,
     load_checkpoint,
     loader_workers,
@@ -53,6 +54,7 @@ from train import (
     parse,
     start_process,
     user_errors,
+    write_file,
 )
 
 BLUE, ORANGE, GREEN, GRAY = "#0072B2", "#D55E00", "#009E73", "#555555"  # colour-blind safe (Okabe and Ito)
@@ -60,6 +62,7 @@ COLORS = (BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "os^DvPX*"
 STYLE = {"font.size": 8, "axes.titlesize": 8, "figure.dpi": 200, "pdf.fonttype": 42, "savefig.pad_inches": 0.05}
 PAGE = 7.0  # inches
+PICTURES = {".png": evaluate.PNG, ".pdf": b"%PDF", ".svg": b"<?xml"}  # how they begin
 MEASURES = {  # of log.jsonl, beside the losses
     "feature_std": "spread of features",
     "pixels_with_positive": "share of pixels with a positive",
@@ -743,21 +746,23 @@ def main() -> None:
     draw, config_class = FIGURES[name]
     inputs = list(itertools.takewhile(lambda word: not word.startswith("-"), words))
     config = parse(config_class, inspect.getdoc(draw), argv=words[len(inputs) :])
-    suffixes = (".html",) if name == "report" else (".png", ".pdf", ".svg")
+    suffixes = {".html": b"<!doctype html>"} if name == "report" else PICTURES
     default = Path(*inputs[:1], "report.html") if name == "report" else Path(f"{name}.png")
     out = Path(config.out or default)
     if out.suffix not in suffixes:
         raise UserError(f"--out {out}: end it in {' or '.join(suffixes)}")
     if not out.parent.is_dir():
         raise UserError(f"--out {out}: no such folder as {out.parent}")
+    check_replaceable(out, suffixes[out.suffix])
     matplotlib.use("agg")
     matplotlib.rcParams.update(STYLE)
     drawn = draw(config, inputs)
+    if isinstance(drawn, Figure):
+        memory = io.BytesIO()
+        drawn.savefig(memory, format=out.suffix[1:], bbox_inches="tight")
+        drawn = memory.getbuffer()
     with user_errors():
-        if isinstance(drawn, str):
-            out.write_text(drawn, encoding="utf-8")
-        else:
-            drawn.savefig(out, bbox_inches="tight")
+        write_file(out, drawn)
     print(f"written to {out}")
 
 

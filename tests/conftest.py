@@ -65,5 +65,5 @@ def run(videos, tmp_path, monkeypatch, capsys):
         out, err = capsys.readouterr()
         return stop.value.code, out, err
 
-    call.path = tmp_path
+    call.path, call.videos = tmp_path, videos
     return call

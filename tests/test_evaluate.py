@@ -791,7 +791,7 @@ BAD_INPUT = {
     "one list": (["knn", *UNTRAINED, "--dataset", "folder", "--list_file", "a.txt"], ["--list_file", "--test_list"]),
     "a folder to write": (
         ["knn", *UNTRAINED, "--dataset", "synthetic", "--data", "{videos}", "--out", "."],
-        ["--out ."],
+        [". is a folder", "--out"],
     ),
     "no split": (["retrieve", *UNTRAINED, "--dataset", "synthetic", "--data", "{videos}", "--split", 2], ["split 2"]),
     "crop too small": (["knn", "--encoder", "s3d", "--crop", 16], ["--crop 16", "32"]),

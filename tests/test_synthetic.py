@@ -1,6 +1,8 @@
 """The embedded data set: real files, the same from the same seed, made once, and no class without its motion."""
 
+import multiprocessing
 import os
+import shutil
 from pathlib import Path
 
 import av
@@ -109,6 +111,56 @@ def test_another_folder_with_a_train_folder_is_not_taken_for_the_set(tmp_path):
     (tmp_path / data.SYNTHETIC_MARKER).unlink()
     with pytest.raises(ValueError, match="--dataset folder"):
         data.find_videos("synthetic", tmp_path, train=True)
+
+
+@pytest.mark.parametrize("name", ["train/mine.mp4", "train/spin/spin_0003.mp4", "test/spin/notes/a.txt", "train/link"])
+@pytest.mark.parametrize("recipe", [SMALL, SMALL | {"seed": 1}])
+def test_files_of_others_below_a_set_are_left_alone(made, tmp_path, name, recipe):
+    """A set of the same recipe is kept, if all other videos are its own."""
+    root, mine = tmp_path / "set", tmp_path / "set" / name
+    shutil.copytree(made, root)
+    mine.parent.mkdir(exist_ok=True)
+    if name.endswith("link"):
+        mine.symlink_to(tmp_path)
+    else:
+        mine.write_text("years of work")
+    before = tree(root)
+    if recipe == SMALL and not name.endswith(".mp4"):
+        data.make_synthetic(root, **recipe)
+    else:
+        with pytest.raises(FileExistsError, match=rf"holds other files, such as '{name}'"):
+            data.make_synthetic(root, **recipe)
+    assert tree(root) == before and (mine.is_symlink() or mine.read_text() == "years of work")
+
+
+def test_what_a_kill_has_left_is_removed_and_two_at_once_take_turns(made, tmp_path, monkeypatch):
+    """Another process makes the set, is killed, and so on: that which waited for it begins when it is gone."""
+    fork, root = multiprocessing.get_context("fork"), tmp_path / "set"
+    write = data._write_video
+    begun, go_on, count = fork.Event(), fork.Event(), fork.Value("i", 0)
+
+    def slow(path: Path, video: np.ndarray) -> None:
+        write(path, video)
+        with count.get_lock():
+            count.value += 1
+        begun.set()
+        go_on.wait(60)
+
+    monkeypatch.setattr(data, "_write_video", slow)
+    processes = [fork.Process(target=data.make_synthetic, args=(root,), kwargs=SMALL) for _ in range(3)]
+    processes[0].start()
+    assert begun.wait(60)
+    processes[0].kill()
+    processes[0].join()
+    assert [path.name for path in tmp_path.iterdir()] == [".set.partial"]
+    count.value = 0
+    go_on.set()
+    for process in processes[1:]:
+        process.start()
+    for process in processes[1:]:
+        process.join()
+        assert process.exitcode == 0
+    assert tree(root) == tree(made) and os.listdir(tmp_path) == ["set"] and count.value == 30  # by one of them
 
 
 @pytest.mark.parametrize("marked", [False, True])

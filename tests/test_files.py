@@ -1,0 +1,390 @@
+"""Two at once, files of others, and full disks: nothing is written over, and nothing half is left."""
+
+import errno
+import hashlib
+import json
+import multiprocessing
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import benchmark
+import data
+import evaluate
+import fima
+import train
+import visualize
+
+QUICK = ["--encoder=conv4", "--width=0.25", "--crop=32"]
+STATE = dict(method="M", config={}, model={}, optimizer={}, step=1, steps_per_epoch=1, world_size=1)
+FORK = multiprocessing.get_context("fork")
+
+
+def digests(root):
+    """What every file below a folder holds; of the lock, nothing."""
+    return {
+        str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(root.rglob("*"))
+        if path.is_file() and path.name != "lock"
+    }
+
+
+class Other:
+    """Another process, which holds a run folder and has started a third one, as of a loader, which only sleeps."""
+
+    def __init__(self, folder):
+        mine, self.end = FORK.Pipe()
+        self.process = FORK.Process(target=self.live, args=(folder, mine))
+        self.process.start()
+        mine.close()
+        self.child = self.end.recv()
+
+    @staticmethod
+    def live(folder, pipe):
+        train.claim_folder(folder, str(folder / "checkpoint.pt"))
+        child = os.fork()
+        if child:
+            pipe.send(child)
+        time.sleep(60)
+
+    def kill(self):
+        self.process.kill()
+        self.process.join()
+
+
+@pytest.fixture
+def hold():
+    """Has another process hold a run folder."""
+    others = []
+
+    def start(folder):
+        others.append(Other(folder))
+        return others[-1]
+
+    yield start
+    for other in others:
+        other.kill()
+        os.kill(other.child, signal.SIGKILL)
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays_locked():
+    yield
+    train.end_process()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Two at once
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_folder_is_one_processes_until_it_ends_or_is_killed(tmp_path, hold):
+    """Its children, as loader workers, may live on."""
+    folder = tmp_path / "run"
+    other = hold(folder)
+    with pytest.raises(train.UserError, match=rf"run is in use by process {other.process.pid} on \S+: wait"):
+        train.claim_folder(folder)
+    train.claim_folder(tmp_path / "another")
+    other.kill()
+    os.kill(other.child, 0)  # lives
+    train.claim_folder(folder)
+    train.claim_folder(folder)  # as a probe does, for its training and its result
+
+    def claim():
+        train._locks.clear()  # inherited
+        try:
+            train.claim_folder(folder)
+        except train.UserError:
+            os._exit(5)
+
+    for expected in (5, 0):
+        process = FORK.Process(target=claim)
+        process.start()
+        process.join()
+        assert process.exitcode == expected
+        train.end_process()
+
+
+@pytest.mark.parametrize("words", ["--out=run", "--resume=run/checkpoint.pt", "--resume=auto", "linear", "finetune"])
+def test_a_second_run_is_refused_before_it_writes_anything(words, run, hold):
+    if words.startswith("--resume"):
+        assert run(fima, "--max_steps=1", "--out=run", *QUICK)[0] == 0
+    other = hold(run.path / "run")
+    before = digests(run.path)
+    if words.isalpha():
+        code, _, err = run(evaluate, words, *QUICK, "--device=cpu", "--workers=0", "--out=run")
+    else:
+        code, _, err = run(fima, *QUICK, words, "--out=run")
+    assert code == 2 and f"run is in use by process {other.process.pid} on " in err.splitlines()[-1], err
+    assert "Traceback" not in err and digests(run.path) == before
+    assert f"process {other.process.pid} on " in (run.path / "run" / "lock").read_text()
+
+
+@pytest.mark.parametrize("fault", ["no service", "no fcntl"])
+def test_where_nothing_can_be_locked_a_run_says_so_and_goes_on(fault, tmp_path, monkeypatch, capsys):
+    def fail(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(train, "fcntl", None if fault == "no fcntl" else train.fcntl)
+    monkeypatch.setattr("fcntl.lockf", fail)
+    train.claim_folder(tmp_path / "run")
+    assert capsys.readouterr().out.count("run can't be locked (") == 1
+
+
+def test_what_a_killed_run_has_left_half_written_is_deleted_and_nothing_else(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoint.pt").symlink_to("../disk/a.pt")
+    gone = ["run/epoch_0001.pt", "run/run.json", "run/log.jsonl", "run/bad_videos.log", "disk/a.pt", "run/result.json"]
+    for name in gone:
+        (tmp_path / f"{name}.0123abcd.partial").touch()
+    for name in ("run/mine.partial", "run/knn_ucf101.json.0123abcd.partial", "disk/b.pt.0123abcd.partial"):
+        (tmp_path / name).touch()
+    train.claim_folder(tmp_path / "run")
+    left = [path.name for path in tmp_path.rglob("*.partial")]
+    assert sorted(left) == ["b.pt.0123abcd.partial", "knn_ucf101.json.0123abcd.partial", "mine.partial"]
+
+
+def test_two_that_write_the_same_file_leave_it_whole(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+
+    def write(size):
+        state = STATE | {"model": {"weight": torch.full((size,), float(size))}}
+        for _ in range(100):
+            train.save_checkpoint(path, state)
+
+    write(10)
+    writers = [FORK.Process(target=write, args=(size,)) for size in (10, 100_000)]
+    for writer in writers:
+        writer.start()
+    looks = 0
+    while any(writer.is_alive() for writer in writers):
+        weight = train.load_checkpoint(path)["model"]["weight"]
+        assert (weight == len(weight)).all()
+        looks += 1
+    for writer in writers:
+        writer.join()
+    assert looks > 3 and [writer.exitcode for writer in writers] == [0, 0] and os.listdir(tmp_path) == [path.name]
+
+
+def test_a_linked_file_keeps_its_link(tmp_path):
+    (tmp_path / "disk").mkdir()
+    path = tmp_path / "checkpoint.pt"
+    path.symlink_to("disk/there.pt")
+    for step in (1, 2):
+        train.save_checkpoint(path, STATE | {"step": step})
+        assert path.is_symlink() and train.load_checkpoint(tmp_path / "disk" / "there.pt")["step"] == step
+    assert os.listdir(tmp_path / "disk") == ["there.pt"]
+
+
+def alive(pids):
+    return [
+        pid for pid in pids if Path(f"/proc/{pid}/stat").exists() and " Z " not in Path(f"/proc/{pid}/stat").read_text()
+    ]
+
+
+def descendants(pid):
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(child) for child in children] + [found for child in children for found in descendants(child)]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for processes in /proc")
+def test_processes_whose_launcher_is_killed_save_and_end(videos, tmp_path):
+    flags = [*QUICK, f"--data={videos}", "--queue=8", "--decoder_width=32", "--device=cpu", "--batch_size=2"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    with open(tmp_path / "out.txt", "w") as out:
+        launcher = subprocess.Popen(
+            [*launch, fima.__file__, *flags, "--workers=1", "--epochs=9999", "--out=run"],
+            cwd=tmp_path,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=out,
+            stderr=out,
+        )
+    saved, until = tmp_path / "run" / "checkpoint.pt", time.monotonic() + 120
+    while not saved.exists() and time.monotonic() < until and launcher.poll() is None:
+        time.sleep(0.1)
+    assert saved.exists(), (tmp_path / "out.txt").read_text()
+    ranks = descendants(launcher.pid)
+    launcher.kill()
+    launcher.wait()
+    assert len(ranks) >= 4  # two, and their loaders' workers
+    while alive(ranks) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not alive(ranks)
+    said = (tmp_path / "out.txt").read_text()
+    assert "saved; continue with: torchrun --nproc_per_node=2" in said and "Traceback" not in said
+    last = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])
+    assert train.load_checkpoint(saved)["step"] == last["step"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files of others
+# ---------------------------------------------------------------------------------------------------------------------
+
+OTHERS = {
+    "checkpoint": b"PK\3\4" + b"weights" * 99,
+    "video": b"\0\0\0 ftypisom" + b"frames" * 99,
+    "json": b'{"years": "of work"}',
+    "jpeg": b"\xff\xd8\xff\xe0" + b"pixels" * 99,
+}
+COMMANDS = {  # what is written → script and its flags
+    "o.json": (evaluate, ["knn"]),
+    "o_confusion.png": (evaluate, ["svm", "--out=o.json"]),
+    "o.pt": (evaluate, ["export", "--checkpoint=none.pt"]),
+    "result.json": (evaluate, ["linear", "--out=."]),
+    "log.jsonl": (fima, ["--out=."]),
+    "epoch_0001.pt": (fima, ["--out=."]),
+    "lock": (fima, ["--out=."]),
+    "o.png": (visualize, ["curves", "none"]),
+    "o.svg": (visualize, ["sample"]),
+    "o.html": (visualize, ["report", "none"]),
+    "benchmark_step_cpu.json": (benchmark, ["step", "--out=."]),
+    "bad.txt": (data, ["check", "."]),
+}
+
+
+def call(run, script, words, monkeypatch, capsys):
+    """Runs one of COMMANDS in this process: exit code, output, errors."""
+    if script in (evaluate, fima):
+        own = [*QUICK, "--device=cpu", "--workers=0", "--clips=2"] if script is evaluate else QUICK
+        bare = words[0] == "export"
+        return run(script, words[0], *([] if bare else own), *words[1:], dataset=None if bare else "synthetic")
+    monkeypatch.chdir(run.path)
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *words])
+    with pytest.raises(SystemExit) as stop:
+        sys.exit(data.main()) if script is data else train.command_line(script.main)
+    return stop.value.code, *capsys.readouterr()
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_file_of_another_kind_is_never_written_over(name, kind, run, monkeypatch, capsys):
+    (run.path / name).write_bytes(OTHERS[kind])
+    (run.path / "video.mp4").touch()
+    script, words = COMMANDS[name]
+    if not any(word.startswith("--out=") for word in words):
+        words = [*words, f"--out={name}"]
+    before = digests(run.path)
+    code, _, err = call(run, script, words, monkeypatch, capsys)
+    last = err.splitlines()[-1]
+    assert code == 2 and last.startswith("error: ") and name in last and "Traceback" not in err, err
+    assert digests(run.path) == before
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name.startswith("o.")])
+def test_a_folder_in_the_way_is_one_clear_line(name, run, monkeypatch, capsys):
+    (run.path / name).mkdir()
+    code, _, err = call(run, COMMANDS[name][0], [*COMMANDS[name][1], f"--out={name}"], monkeypatch, capsys)
+    assert code == 2 and name in err.splitlines()[-1] and "Traceback" not in err, err
+    assert not list((run.path / name).iterdir())
+
+
+def test_a_result_of_before_is_replaced(run):
+    for _ in range(2):
+        code, _, err = run(evaluate, "knn", *QUICK, "--device=cpu", "--workers=0", "--clips=1", "--out=o.json")
+        assert code == 0, err
+    assert sorted(os.listdir(run.path)) == ["o.json", "o_confusion.png"]
+
+
+class Kept(data.FrameMaps):
+    def compute(self, path):
+        return np.ones((3, 2, 2))
+
+
+def test_maps_replace_no_arrays_of_others(tmp_path):
+    (tmp_path / "a.mp4").touch()
+    maps = Kept(tmp_path, tmp_path, "ones", "this")
+    np.savez(tmp_path / "a.mp4.npz", features=np.zeros(9))
+    before = digests(tmp_path)
+    with pytest.raises(OSError, match=r"a\.mp4\.npz holds something else than maps"):
+        maps.make([str(tmp_path / "a.mp4")], 1)
+    (tmp_path / "bad_videos.txt").unlink()
+    assert digests(tmp_path) == before
+    (tmp_path / "a.mp4.npz").write_bytes(b"damaged")
+    assert "1 made" in maps.make([str(tmp_path / "a.mp4")], 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Full disks, interrupts, and what is left in the temporary folder
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def full_disk():
+    """Gives what makes files unable to grow beyond some bytes: of what the system then says, no more is known."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def write_log(folder):
+    writer = train.RunFolder.__new__(train.RunFolder)
+    writer.path, writer.writes, writer.board, writer.starts = folder, True, None, [{}]
+    return writer
+
+
+WRITERS = {
+    "o.json": lambda folder: train.write_file(folder / "o.json", "new" * 99),
+    "run.json": lambda folder: write_log(folder).note(fact="new" * 99),
+    "log.jsonl": lambda folder: write_log(folder).log({"step": "new" * 99}),
+    "bad_videos.log": lambda folder: write_log(folder).log_bad(1, [("new" * 99, "reason")]),
+    "a.mp4.npz": lambda folder: Kept(folder, folder, "ones", "this").visit(str(folder / "a.mp4")),
+    "bad.txt": lambda folder: data.check_videos(folder, folder / "bad.txt", 1),
+    "_0001.mp4": lambda folder: data.make_synthetic(folder / "set", 20, 10, frames=2, size=(16, 16)),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_full_disk_names_the_file_and_leaves_nothing_half(name, tmp_path, full_disk):
+    (tmp_path / f"{'long' * 50}.mp4").touch()
+    (tmp_path / "a.mp4").touch()
+    old = b"" if name == "bad.txt" else b"old"
+    if name != "_0001.mp4":
+        (tmp_path / name).write_bytes(old)
+    before = sorted(os.listdir(tmp_path))
+    full_disk(100)
+    with pytest.raises(OSError, match=rf"File too large: '.*{name}'"):
+        WRITERS[name](tmp_path)
+    full_disk(resource.RLIM_INFINITY)
+    assert sorted(os.listdir(tmp_path)) == before
+    if name in ("o.json", "run.json", "a.mp4.npz"):
+        assert (tmp_path / name).read_bytes() == old
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name in ("o.json", "o.svg")])
+def test_a_full_disk_leaves_results_as_they_were(name, run, monkeypatch, capsys, full_disk):
+    script, words = COMMANDS[name]
+    words = [*words, f"--out={name}"]
+    words += [*QUICK, "--dataset=synthetic", f"--data={run.videos}"] if script is visualize else []
+    assert call(run, script, words, monkeypatch, capsys)[0] == 0
+    before = digests(run.path)
+    full_disk(100)
+    code, _, err = call(run, script, words, monkeypatch, capsys)
+    assert code == 2 and err.splitlines()[-1].endswith(f"File too large: '{name}'"), err
+    assert digests(run.path) == before
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_loaders_leave_nothing_in_the_temporary_folder(interrupted, run):
+    (folder := run.path / "temporary").mkdir()
+    environment = os.environ | {"TMPDIR": str(folder), "TORCHINDUCTOR_CACHE_DIR": str(run.path)}  # this is torch's own
+    flags = [*QUICK, f"--data={run.videos}", "--device=cpu", f"--clips={200 if interrupted else 1}", "--out=o.json"]
+    flags = [sys.executable, "-u", evaluate.__file__, "retrieve", *flags, "--workers=2"]
+    process = subprocess.Popen(flags, cwd=run.path, env=environment, stderr=subprocess.PIPE)
+    said = b""
+    while interrupted and b"training videos" not in said:
+        said += (more := os.read(process.stderr.fileno(), 1000))
+        assert more, said
+    if interrupted:
+        time.sleep(1)  # of an interrupt in the moment of a fork, Python says that it is ignored
+        process.send_signal(signal.SIGINT)
+    process.communicate()
+    assert process.returncode == (130 if interrupted else 0) and not os.listdir(folder)
