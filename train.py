@@ -631,27 +631,29 @@ def differences(was: dict, now: dict) -> str:
 
 
 def continued(config: Config, process: Process, seen: dict) -> Config:
-    """The options with the checkpoint that `--resume auto` finds, or none; or those of a checkpoint that has seen the
-    same as the first process now, `seen` (see `differences`).
+    """The options with the checkpoint to continue: the one that `--resume auto` finds, or none; or the one named, which
+    must have seen what the first process sees now, `seen` (as in `differences`), unless --changed_data is on.
 
     Raises:
-        UserError: it has not, and no --changed_data allows that.
+        UserError: it has not.
     """
-    if config.resume == "auto":
-        path = process.of_first(lambda: find_run(config, seen, process.say))
-        return dataclasses.replace(config, resume=path, out=config.out or (path and str(Path(path).parent)))
 
     def compare() -> None:
-        was = unpack(config.resume, load_checkpoint(config.resume))
+        was = unpack(config.resume, load_checkpoint(config.resume, whole=False))
         changed = differences(was, seen)
         if changed and config.changed_data == "off":
             raise UserError(
-                f"{config.resume} has seen other videos, now there are {changed}: undo that, start anew without "
+                f"the data are not those that {config.resume} has seen: {changed}; undo that, start anew without "
                 "--resume, or go on with them by --changed_data"
             )
-        if changed or not was:
-            process.say(f"note: {config.resume} " + (f"goes on with {changed}" if changed else "names no videos"))
+        if changed:
+            process.say(f"note: goes on with other data than {config.resume} has seen: {changed}")
+        elif not was:
+            process.say(f"note: {config.resume} does not say which videos it has seen, so they are not compared")
 
+    if config.resume == "auto":
+        path = process.of_first(lambda: find_run(config, seen, process.say))
+        return dataclasses.replace(config, resume=path, out=config.out or (path and str(Path(path).parent)))
     if config.resume:
         process.of_first(compare)
     return config
@@ -659,33 +661,32 @@ def continued(config: Config, process: Process, seen: dict) -> Config:
 
 def find_run(config: Config, seen: dict, say: Callable[[str], None]) -> str:
     """The readable checkpoint of most steps whose method, options (but FREE ones) and seen videos are these; "" for
-    none. Says which, and what speaks against the others.
+    none. Says which, and what speaks against others.
     """
     method, found, others = _method_name(type(config)), [], {}
     beside = getattr(config, "checkpoint", "")
     folder = Path(config.out or (Path(beside).parent if beside else "runs"))
     look = folder.glob if config.out else folder.rglob
-    for path in (path for name in ("checkpoint.pt", "epoch_*.pt") for path in sorted(look(name)) if path.is_file()):
+    for path in [path for name in ("checkpoint.pt", "epoch_*.pt") for path in sorted(look(name)) if path.is_file()]:
         try:
             state = load_checkpoint(path, whole=False)
             if state["method"] != method:
                 continue
-            saved, was = saved_options(path, state, type(config)), unpack(path, state)
+            was, saved = unpack(path, state), saved_options(path, state, type(config))
         except UserError as error:
             say(f"--resume auto: passes over a checkpoint: {error}")
             continue
-        against = []
-        for field in dataclasses.fields(config):
-            before, now = saved.get(field.name, field.default), getattr(config, field.name)
-            if before != now and field.name not in config.FREE - ({"data"} if not was else set()):
-                against.append(f"--{field.name} {before}, not {now}")
+        free = config.FREE | {"checkpoint"} if was else config.FREE - {"data"}  # files tell what paths may not
+        now = {name: value for name, value in dataclasses.asdict(config).items() if name not in free}
+        saved = {name: saved.get(name, getattr(type(config), name)) for name in now}
+        against = [f"--{name} {saved[name]}, not {now[name]}" for name in now if saved[name] != now[name]]
         against += filter(None, [differences(was, seen)])
         if against:
             others[path.parent] = against
         else:
             found.append((state["step"] / state["steps_per_epoch"], path.name == "checkpoint.pt", path))
-    for folder, against in sorted(others.items(), key=lambda item: len(item[1]))[:3]:
-        say(f"--resume auto: another run is in {folder}: {', '.join(against)}")
+    for other in sorted(others, key=lambda other: len(others[other]))[:3]:
+        say(f"--resume auto: another run is in {other}: {', '.join(others[other])}")
     for *_, path in sorted(found, reverse=True):
         try:
             say(f"--resume auto: found {path}, step {load_checkpoint(path)['step']}")

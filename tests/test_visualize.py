@@ -323,8 +323,8 @@ def test_a_damaged_result_is_named_and_other_json_is_left_out(draw, runs, tmp_pa
 
 
 def test_a_log_that_a_kill_has_cut(tmp_path):
-    (tmp_path / "log.jsonl").write_text('{"step": 1}\n{"st')
-    assert visualize.read_log(str(tmp_path)) == [{"step": 1}]
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "epoch": 0.5, "loss/vv": 2.0}\n{"st')
+    assert visualize.read_log(str(tmp_path)) == [{"step": 1, "epoch": 0.5, "loss/vv": 2.0}]
     (tmp_path / "log.jsonl").write_text("")
     with pytest.raises(train.UserError, match="no line yet"):
         visualize.read_log(str(tmp_path))
