@@ -23,6 +23,7 @@ import os
 import platform
 import shlex
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -163,7 +164,7 @@ def check_option(field: dataclasses.Field, value: Any) -> None:
     kinds = {int: (int, "a whole number"), float: ((int, float), "a number"), str: (str, "a text")}
     (kind, what), choices, (least, most) = kinds[field.type], field.metadata["choices"], field.metadata["range"]
     if not isinstance(value, kind) or isinstance(value, bool):
-        raise UserError(f"--{field.name} {value!r:.40}: must be {what}")
+        raise UserError(f"--{field.name} of type {type(value).__name__}: must be {what}")
     if choices and value not in choices:
         raise UserError(f"--{field.name} {value}: choose from {', '.join(filter(None, choices))}")
     if field.type is not str and not (least <= value <= most and abs(value) <= sys.float_info.max):
@@ -525,12 +526,12 @@ def load_checkpoint(path: str | Path, foreign: bool = False, whole: bool = True)
     others = ", ".join(sorted(other.name for other in Path(path).parent.glob("epoch_*.pt") if other != Path(path)))
     others = f"; beside it lie {others}" if others else ""
     try:
-        if not Path(path).is_file():
+        if not stat.S_ISREG(os.stat(path).st_mode):
             raise FileNotFoundError
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=not whole)
         if whole and zipfile.is_zipfile(path) and (wrong := zipfile.ZipFile(path).testzip()):
             raise zipfile.BadZipFile(wrong)  # torch compares no check sums
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"no checkpoint at {path}") from error
     except OSError as error:
         reason = "no permission" if isinstance(error, PermissionError) else error.strerror or error
@@ -1036,7 +1037,7 @@ class Run:
         momenta = state["optimizer"].get("state")
         try:
             shapes = {i: tuple(entry["momentum_buffer"].shape) for i, entry in momenta.items()}
-        except (AttributeError, KeyError, TypeError):
+        except (AttributeError, IndexError, KeyError, TypeError):
             shapes = {None: ()}
         if (
             not shapes.items()

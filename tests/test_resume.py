@@ -1,10 +1,11 @@
 """What a run goes on with: its options, its data, and files that somebody may have changed."""
 
 import dataclasses
-import json
 import math
+import os
 import shutil
 import sys
+from random import Random
 
 import conftest
 import numpy as np
@@ -12,7 +13,6 @@ import pytest
 import torch
 from test_train import same, weights
 
-import data
 import dclr
 import evaluate
 import fame
@@ -136,4 +136,142 @@ def test_a_resumed_run_reads_each_option_that_may_be_changed(run, videos, monkey
         code, out, err = run(script, *words, *flags, small=False, dataset=None)
         assert code == 0 and "goes on with other data" in out, err
     for config_class in CONFIGS:
-        assert config_class.FREE | config_class.TUNED <= used | train.TrainConfig.TUNED
+        assert used | train.TrainConfig.TUNED >= config_class.FREE | config_class.TUNED
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_changed_data_are_said_and_need_a_flag(run, videos):
+    tree, away = run.path / "tree", run.path / "away"
+    shutil.copytree(videos, tree)
+    lists = {}
+    for part in ("train", "test"):
+        paths = sorted(tree.glob(f"{part}/*/*.mp4"))
+        lists[part] = "".join(f"{path.relative_to(tree)} {path.parent.name}\n" for path in paths)
+        (run.path / f"{part}.txt").write_text(lists[part])
+    small = ["--encoder", "conv4", "--width", 0.25, "--crop", 32, "--device", "cpu", "--max_steps", 1]
+    probe = ["--list_file", "train.txt", "--test_list", "test.txt", "--epochs", 2, "--batch_size", 6, "--clips", 1]
+    where = ["--dataset", "folder", "--data", tree]
+    assert run(moco, *small, *where, "--batch_size", 4, "--out", "moco", dataset=None)[0] == 0
+    assert run(evaluate, "linear", *small, *where, *probe, "--out", "linear", dataset=None)[0] == 0
+    tree = tree.rename(run.path / "moved")
+
+    def resume(script, *flags):
+        name = ["linear"] if script is evaluate else []
+        checkpoint = f"{script.__name__ if script is moco else 'linear'}/checkpoint.pt"
+        flags = [*name, "--resume", checkpoint, "--data", tree, *flags]
+        return run(script, *flags, small=False, dataset=None)
+
+    for script in (moco, evaluate):  # which move with their folder
+        code, out, err = resume(script, "--max_steps", 2)
+        assert code == 0 and "resumed after step 1" in out and "other data" not in out, err
+
+    def refused(script, says):
+        code, out, err = resume(script, "--max_steps", 3)
+        assert code == 2 and says in err and "--changed_data" in err and err.count("\n") == 1, (out, err)
+
+    first, second, *_ = sorted(tree.glob("train/*/*.mp4"))
+    name, content = str(first.relative_to(tree)), first.read_bytes()
+    first.rename(away)
+    refused(moco, f"videos: 1 fewer ({name!r})")
+    shutil.copy(away, first.with_name("new.mp4"))
+    refused(moco, f"1 more ({str(first.with_name('new.mp4').relative_to(tree))!r}), 1 fewer ({name!r})")
+    first.with_name("new.mp4").rename(first)
+    first.write_bytes(content + b"\0")
+    refused(moco, f"videos: 1 of another size ({name!r})")
+    refused(evaluate, f"training videos: 1 of another size ({name!r})")
+    first.write_bytes(content)
+    for part, title in (("train", "training videos"), ("test", "test videos")):
+        words = lists[part].split()
+        classes = sorted(set(words[1::2]))
+        turned = dict(zip(classes, classes[1:] + classes[:1], strict=True))
+        lines = [f"{path} {turned[label]}\n" for path, label in zip(words[::2], words[1::2], strict=True)]
+        (run.path / f"{part}.txt").write_text("".join(lines))
+        refused(evaluate, f"{title}: {len(lines)} with another label ({words[0]!r})")
+        (run.path / f"{part}.txt").write_text("".join(reversed(lists[part].splitlines(keepends=True))))
+        refused(evaluate, f"{title}: in another order")
+        (run.path / f"{part}.txt").write_text(lists[part])
+    second.write_bytes(second.read_bytes() + b"\0")
+    code, out, _ = resume(moco, "--max_steps", 3, "--changed_data")
+    assert code == 0 and "note: goes on with other data" in out and "1 of another size" in out
+    code, out, _ = resume(moco, "--max_steps", 4)  # it has seen these now
+    assert code == 0 and "other data" not in out
+    path = run.path / "moco" / "checkpoint.pt"
+    state = weights(path)
+    del state["seen"]  # as older code left it
+    torch.save(state, path)
+    code, out, _ = resume(moco, "--max_steps", 5)
+    assert code == 0 and "does not say which videos" in out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+BAD = [None, True, "x", [], {}, -1, 2.5, math.nan, 10**30, torch.ones(2), torch.ones(2).to_sparse()]
+
+
+def places(value, place=()):
+    """Where something stands in nested containers, of a model's tensors the first three."""
+    yield place
+    entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, below in list(entries)[: 3 if place in (("model",), ("optimizer", "state")) else None]:
+        yield from places(below, (*place, key))
+
+
+def changed(value, place, bad):
+    """A copy of nested containers with something else at a place."""
+    if not place:
+        return bad
+    copy = value.copy()
+    copy[place[0]] = changed(value[place[0]], place[1:], bad)
+    return copy
+
+
+def in_one_line(function):
+    """What a function gives; "error" where it is an error of the user's, in one line."""
+    try:
+        with train.user_errors():
+            return function()
+    except train.UserError as error:
+        assert "\n" not in str(error)
+        return "error"
+
+
+def test_ill_typed_values_in_a_checkpoint_change_nothing_or_are_one_clear_line(run, tmp_path, monkeypatch):
+    flags = [*conftest.CONV4, "--epochs", 2, "--max_steps", 3, "--out", "run"]
+    assert run(fima, *flags, dataset="folder")[0] == 0
+    path, seen = tmp_path / "run" / "checkpoint.pt", {"videos": [["a", 0, "b", 1]]}
+    state = weights(path) | {"seen": train.pack(seen)}
+    train.save_checkpoint(path, state)
+    asked = dataclasses.replace(fima.FIMAConfig(**state["config"]), resume="auto")
+
+    def resumed():
+        config = train.continued(train.parse(fima.FIMAConfig, "", fima.PRESETS, ["--resume", str(path)]), ALONE, seen)
+        run = train.Run(fima.FIMA(config), config, ALONE, state["steps_per_epoch"], seen=seen)
+        counts = run.done, run.skipped, run.bad_videos
+        return run.method.state_dict(), run.optimizer.state_dict()["state"], counts, run.seen
+
+    def evaluated():
+        return evaluate.load_encoder(evaluate.RetrieveConfig(checkpoint=str(path)), str)[0].state_dict()
+
+    def drawn():
+        return visualize.load_decoder(visualize.FigureConfig(device="cpu"), [str(path)])[1].state_dict()
+
+    def found():
+        return train.find_run(asked, seen, str)
+
+    readers = (resumed, evaluated, drawn, found)
+    undisturbed = [reader() for reader in readers]
+    assert path.samefile(undisturbed[-1])
+    pairs = [(place, bad) for place in places(state) for bad in BAD]
+    pairs.remove((("optimizer", "state"), {}))  # as of a run without momentum
+    for place, bad in pairs if os.environ.get("ALL_PLACES") else Random(0).sample(pairs, 100):
+        monkeypatch.setattr(torch, "load", lambda *_, place=place, bad=bad, **__: changed(state, place, bad))
+        for reader, expected in zip(readers, undisturbed, strict=True):
+            outcome = in_one_line(reader)
+            assert reader is found or outcome == "error" or same(outcome, expected), (place, bad, reader)
