@@ -523,8 +523,11 @@ def load_checkpoint(path: str | Path, foreign: bool = False, whole: bool = True)
         UserError: no such file, no permission, damaged, or not a checkpoint of this project, or one of the conv4 of
             old.
     """
-    others = ", ".join(sorted(other.name for other in Path(path).parent.glob("epoch_*.pt") if other != Path(path)))
-    others = f"; beside it lie {others}" if others else ""
+
+    def others() -> str:
+        names = ", ".join(sorted(other.name for other in Path(path).parent.glob("epoch_*.pt") if other != Path(path)))
+        return f"; beside it lie {names}" if names else ""
+
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise FileNotFoundError
@@ -540,7 +543,7 @@ def load_checkpoint(path: str | Path, foreign: bool = False, whole: bool = True)
         raise
     except Exception as error:  # torch raises whatever its readers meet: pickle, zip, runtime and end-of-file errors
         raise UserError(
-            f"{path} is damaged, or no checkpoint, or holds code, which is never run{others}"
+            f"{path} is damaged, or no checkpoint, or holds code, which is never run{others()}"
             + "; if you trust it, have its own code save the state dict alone" * foreign
         ) from error
     if not isinstance(state, dict) or not CHECKPOINT.keys() <= state.keys():
@@ -553,7 +556,7 @@ def load_checkpoint(path: str | Path, foreign: bool = False, whole: bool = True)
     if good["model"]:
         good["model"] = all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state["model"].items())
     if wrong := ", ".join(name for name in good if not good[name]):
-        raise UserError(f"{path} is damaged, or of other code: no valid {wrong} in it{others}")
+        raise UserError(f"{path} is damaged, or of other code: no valid {wrong} in it{others()}")
     if any(name.endswith("units.0.conv3d.weight") for name in state["model"]):
         raise UserError(f"{path} is of conv4 before its feature pixels were centred: only code of then takes it")
     return state

@@ -1,6 +1,7 @@
 """What a run goes on with: its options, its data, and files that somebody may have changed."""
 
 import dataclasses
+import json
 import math
 import os
 import shutil
@@ -275,3 +276,73 @@ def test_ill_typed_values_in_a_checkpoint_change_nothing_or_are_one_clear_line(r
         for reader, expected in zip(readers, undisturbed, strict=True):
             outcome = in_one_line(reader)
             assert reader is found or outcome == "error" or same(outcome, expected), (place, bad, reader)
+
+
+@pytest.fixture
+def folder(run):
+    """A run folder with three lines in its log, and the result of an evaluation."""
+    flags = [*conftest.CONV4, "--epochs", 2, "--max_steps", 3, "--log_every", 1, "--out", "run"]
+    assert run(moco, *flags, dataset="folder")[0] == 0
+    (run.path / "run" / "knn.json").write_text(json.dumps({"protocol": "knn", "result": {"top1_percent": 50.0}}))
+    return run.path / "run"
+
+
+ILL = [None, True, "x", [], {}, -1, 2.5, math.nan, 10**30, 10**400]  # as JSON has them
+CUT = [b"", b"[", b"\xff", b"null", b"[" * 100_000, b'{"a": \xff}', b"1" * 5000]
+
+
+def test_ill_typed_values_in_records_change_nothing_or_are_one_clear_line(folder, monkeypatch):
+    config = moco.MoCoConfig(**weights(folder / "checkpoint.pt")["config"] | {"resume": str(folder / "checkpoint.pt")})
+    monkeypatch.setattr(visualize, "SECTIONS", {})
+    monkeypatch.setattr(train, "git_commit", str)
+    for name in ("run.json", "knn.json"):
+        record = json.loads(content := (folder / name).read_bytes())
+        pairs = [(place, ill) for place in places(record) for ill in ILL]
+        spoiled = [json.dumps(changed(record, *pair)).encode() for pair in Random(0).sample(pairs, 40)]
+        for text in (*spoiled, *CUT):
+            (folder / name).write_bytes(text)
+            in_one_line(lambda: visualize.write_report(visualize.FigureConfig(device="cpu"), [str(folder)]))
+            in_one_line(lambda: train.RunFolder(folder, config, ALONE, 3, 4).close())
+        (folder / name).write_bytes(content)
+    (folder / "run.json").chmod(0)
+    assert in_one_line(lambda: train.read_starts(folder / "run.json")) == "error" or os.geteuid() == 0
+
+
+def test_damaged_lines_of_a_log_are_left_out_and_the_run_goes_on(run, folder):
+    path, lines = folder / "log.jsonl", (folder / "log.jsonl").read_bytes().splitlines()
+    for name in ("step", "epoch", "loss/vv", "chance/vv"):
+        for ill in ILL:  # which a curve has or leaves out
+            path.write_bytes(b"\n".join([*lines, json.dumps(json.loads(lines[0]) | {name: ill}).encode(), b""]))
+            visualize.plt.close(visualize.draw_curves(visualize.CurvesConfig(), [str(folder)]))
+    for text in CUT:
+        path.write_bytes(text)
+        assert in_one_line(lambda: visualize.draw_curves(visualize.CurvesConfig(), [str(folder)])) == "error"
+    damaged = [line for line in CUT if line]
+    path.write_bytes(b"\n".join([lines[0], *damaged, *lines[1:]]))
+    assert len(visualize.read_log(str(folder))) == 3
+    code, out, err = run(moco, "--resume", folder / "checkpoint.pt", "--max_steps", 4, small=False, dataset=None)
+    assert code == 0 and f"note: {len(damaged)} damaged lines of {path} are left out" in out, err
+    assert path.read_bytes().splitlines()[:3] == lines and len(path.read_bytes().splitlines()) == 4
+
+
+def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(folder):
+    (path := folder / "checkpoint.pt").chmod(0)
+    before = os.geteuid()
+    try:
+        if before == 0:
+            os.seteuid(65534)
+        with pytest.raises(train.UserError, match=r"checkpoint\.pt can't be read: no permission"):
+            train.load_checkpoint(path)
+    finally:
+        os.seteuid(before)
+    with pytest.raises(train.UserError, match="no checkpoint at"):
+        train.load_checkpoint(folder)
+
+
+def test_tensors_of_other_shapes_are_named(run, folder):
+    state = weights(path := folder / "checkpoint.pt")
+    state["model"]["head.net.0.weight"] = torch.ones(3, 2)
+    torch.save(state, path)
+    code, _, err = run(moco, "--resume", path, "--epochs", 5, small=False, dataset=None)
+    assert code == 2 and err.count("\n") == 1 and "epochs" not in err
+    assert "head.net.0.weight differs, (3, 2) float32 strided in it, (1024, " in err
