@@ -686,11 +686,12 @@ def find_run(config: Config, seen: dict, say: Callable[[str], None]) -> str:
         against = [f"--{name} {saved[name]}, not {now[name]}" for name in now if saved[name] != now[name]]
         against += filter(None, [differences(was, seen)])
         if against:
-            others[path.parent] = against
-        else:
+            others[path] = against
+        elif path.with_name("checkpoint.pt") not in others:  # else it was continued as another run
             found.append((state["step"] / state["steps_per_epoch"], path.name == "checkpoint.pt", path))
-    for other in sorted(others, key=lambda other: len(others[other]))[:3]:
-        say(f"--resume auto: another run is in {other}: {', '.join(others[other])}")
+    nearest = sorted((len(against), path.parent, ", ".join(against)) for path, against in others.items())
+    for _, other, against in list(dict.fromkeys(nearest))[:3]:
+        say(f"--resume auto: another run is in {other}: {against}")
     for *_, path in sorted(found, reverse=True):
         try:
             say(f"--resume auto: found {path}, step {load_checkpoint(path)['step']}")
