@@ -294,7 +294,7 @@ def parse(
         state = load_checkpoint(path)
         if state["method"] != method:
             raise UserError(f"{path} is a checkpoint of {state['method']}, not of {method}")
-        saved = saved_options(path, state, config_class, given)
+        saved = saved_options(path, state, config_class, given.keys() & (config_class.FREE | config_class.TUNED))
         given.setdefault("out", str(Path(path).parent))
     dataset = given.get("dataset", saved.get("dataset", getattr(config_class, "dataset", "")))
     made = {field.name: field.default for field in dataclasses.fields(config_class)}
@@ -694,7 +694,8 @@ def find_run(config: Config, seen: dict, say: Callable[[str], None]) -> str:
         say(f"--resume auto: another run is in {other}: {against}")
     for *_, path in sorted(found, reverse=True):
         try:
-            say(f"--resume auto: found {path}, step {load_checkpoint(path)['step']}")
+            step = load_checkpoint(path)["step"]
+            say(f"--resume auto: found {path}, step {step}, the furthest of these options and videos")
             return str(path)
         except UserError as error:
             say(f"--resume auto: passes over a checkpoint: {error}")
@@ -1035,7 +1036,8 @@ class Run:
         config, process, path = self.config, self.process, self.config.resume
         state, asked = load_checkpoint(path), dataclasses.asdict(config)
         load_model(path, self.method, state["model"])
-        changed = {k: v for k, v in state["config"].items() if k in asked.keys() - THIS_START and asked[k] != v}
+        known = saved_options(path, state, type(config), asked)
+        changed = {k: v for k, v in known.items() if type(v) in (int, float, str) and asked[k] != v}
         if changed:
             process.say("note: goes on with " + ", ".join(f"--{k} {asked[k]} (was {v})" for k, v in changed.items()))
         momenta = state["optimizer"].get("state")
