@@ -555,6 +555,19 @@ class VideoList:
     def __len__(self) -> int:
         return len(self.paths)
 
+    def seen(self, root: str | Path) -> list[list]:
+        """Of each video its path below `root`, label, class, and size in bytes (−1: no file): what a run goes by."""
+
+        def size(path: str) -> int:
+            try:
+                return os.stat(path).st_size
+            except OSError:
+                return -1
+
+        above, classes = os.path.join(os.path.abspath(root), ""), [*self.classes, ""]
+        labelled = zip(self.paths, self.labels, strict=True)
+        return [[path.removeprefix(above), label, classes[label], size(path)] for path, label in labelled]
+
 
 def find_videos(
     dataset: str,

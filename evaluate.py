@@ -64,8 +64,10 @@ from train import (
     TrainConfig,
     UserError,
     check_replaceable,
+    check_sums,
     claim_folder,
     command_line,
+    continued,
     fit,
     git_commit,
     leave_signals,
@@ -74,6 +76,7 @@ from train import (
     option,
     parse,
     progress,
+    saved_options,
     start_process,
     user_errors,
     versions,
@@ -147,6 +150,7 @@ class ClassifyConfig(TrainConfig, RetrieveConfig):
     min_scale: float = option(0.2, "least share of a frame's area that a random crop covers", (0.01, 1))
     out: str = option("", "run folder (default: PROTOCOL_DATASET beside the checkpoint, or the folder of --resume)")
 
+    FREE = TrainConfig.FREE | {"data", "list_file", "test_list", "exclude", "clips", "test_batch"}
     LR_BATCH = 16
     DROPS = ()  # epochs at which the rate is divided by 10, of the default number of epochs
 
@@ -206,12 +210,12 @@ def load_encoder(config: Config, say: Callable[[str], None] = print, key: bool =
         key: take the key encoder, where the checkpoint has one.
 
     Raises:
-        UserError: no such checkpoint, none of a known encoder, or one of another encoder; clips too small for it; a run
-            to resume that was trained on other videos.
+        UserError: no such checkpoint, none of a known encoder, or one of another encoder; clips too small for it.
     """
-    path = getattr(config, "resume", "") or config.checkpoint
+    resume = getattr(config, "resume", "")
+    path = config.checkpoint if resume in ("", "auto") else resume
     state = load_checkpoint(path, foreign=True) if path else {"config": {}, "model": {}}
-    weights, trained = encoder_weights(state["model"], key), UNTRAINED | state["config"]
+    weights, trained = encoder_weights(state["model"], key), UNTRAINED | saved_options(path, state, RetrieveConfig)
     held = recognize(weights) if path and not state["method"] else (trained["encoder"],)
     if not held:
         names = ", ".join(list(weights)[:3]) or "none"
@@ -230,13 +234,6 @@ def load_encoder(config: Config, say: Callable[[str], None] = print, key: bool =
         raise UserError(
             f"--frames {config.frames} --crop {config.crop}: {config.encoder} needs {frames} and {size} or more"
         )
-    if getattr(config, "resume", ""):
-        for name in ("dataset", "split", "list_file", "test_list", "exclude", "fraction"):
-            was, now = state["config"].get(name, ""), getattr(config, name)
-            if was != now:
-                raise UserError(
-                    f"{path} was trained with --{name} {was}, not {now}: start anew, without --resume, in another --out"
-                )
     if path:
         try:
             report = load_weights(encoder, weights)
@@ -303,8 +300,9 @@ def check_out(config: Config) -> None:
         raise PermissionError(f"{out.parent}: no permission to write the result there, name another --out")
 
 
-def prepare(config: Config) -> tuple[Process, Config, nn.Module, data.VideoList, data.VideoList]:
-    """This process, the options filled in, the encoder, and the data set's training and test videos."""
+def prepare(config: Config) -> tuple[Process, Config, nn.Module, data.VideoList, data.VideoList, dict]:
+    """This process, the options filled in, the encoder, the data set's training and test videos, and on the first
+    process what of all this a run to resume must have seen."""
     process = start_process(config.device, getattr(config, "timeout", 10), getattr(config, "deterministic", "") == "on")
     with user_errors():
         encoder, config = load_encoder(config, process.say)
@@ -320,9 +318,17 @@ def prepare(config: Config) -> tuple[Process, Config, nn.Module, data.VideoList,
             )
         if isinstance(config, SvmConfig) and len(set(train.labels)) < 2:
             raise ValueError(f"{config.data}: an SVM needs training videos of two classes or more")
+        if getattr(config, "dropout", 0) < 0:
+            config = dataclasses.replace(config, dropout=0.7 if config.dataset == "ucf101" else 0.5)
+        seen = {}
+        if isinstance(config, ClassifyConfig):
+            if process.rank == 0:
+                seen = {"training videos": train.seen(config.data), "test videos": test.seen(config.data)}
+                seen |= {"encoder": check_sums(encoder)} if config.resume in ("", "auto") else {}
+            config = continued(config, process, seen)
         process.of_first(lambda: check_out(config))
     process.say(f"{train.report}\n{test.report}")
-    return process, config, encoder.to(process.device), train, test
+    return process, config, encoder.to(process.device), train, test, seen
 
 
 def share_of(videos: data.VideoList, fraction: float, seed: int) -> data.VideoList:
@@ -692,10 +698,12 @@ def train_and_test(
     process: Process,
     views: data.PretrainingViews,
     test: data.VideoList,
+    seen: dict,
     cached: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """Trains on views, or on cached features and labels, by the loop of pretraining, and tests what the last step
-    leaves: mean class probabilities of a video's clips. Writes result.json and result_confusion.png in the run folder.
+    leaves: mean class probabilities of a video's clips. Writes result.json and result_confusion.png in the run folder,
+    and what was `seen` in the checkpoint.
     """
     videos, workers = len(cached[1]) if cached else len(views), loader_workers(config, process)
 
@@ -715,7 +723,7 @@ def train_and_test(
     threads = torch.get_num_threads()
     if cached:
         torch.set_num_threads(1)  # steps so small take longer where threads wait for each other
-    checkpoint = fit(classifier, config, process, make_loader, steps, out, clips_per_video=1, paths=paths)
+    checkpoint = fit(classifier, config, process, make_loader, steps, out, clips_per_video=1, paths=paths, seen=seen)
     torch.set_num_threads(threads)
     clips = data.TestClips(test, config.crop, config.frames, config.frame_stride, config.clips)
     probabilities, good, bad = clip_outputs(
@@ -739,11 +747,11 @@ def linear(config: LinearConfig) -> None:
     --cached N computes the features of N such clips of each video once and trains on them: with N = --epochs the
     same probe, with fewer nearly the same in a fraction of the time.
     """
-    process, config, encoder, train, test = prepare(config)
+    process, config, encoder, train, test, seen = prepare(config)
     classifier = Classifier(encoder, len(train.classes), frozen=True)
     views = training_views(config, train, jitter_p=0, gray_p=0, blur_p=0)
     cached = cached_features(encoder, config, process, views) if config.cached else None
-    train_and_test(classifier, config, process, views, test, cached)
+    train_and_test(classifier, config, process, views, test, seen, cached)
 
 
 def finetune(config: FinetuneConfig) -> None:
@@ -753,12 +761,10 @@ def finetune(config: FinetuneConfig) -> None:
     clips are augmented as in pretraining, without blur. SGD at 0.0033 for a total batch of 16, weight decay 1e-4,
     150 epochs, ÷10 at 60 and 120. The last checkpoint is tested: mean class probability of 10 clips a video.
     """
-    process, config, encoder, train, test = prepare(config)
-    if config.dropout < 0:
-        config = dataclasses.replace(config, dropout=0.7 if config.dataset == "ucf101" else 0.5)
+    process, config, encoder, train, test, seen = prepare(config)
     classifier = Classifier(encoder, len(train.classes), frozen=False, dropout=config.dropout)
     views = training_views(config, train, jitter_p=config.jitter_p, gray_p=config.gray_p, blur_p=0)
-    train_and_test(classifier, config, process, views, test)
+    train_and_test(classifier, config, process, views, test, seen)
 
 
 def retrieve(config: RetrieveConfig) -> None:
@@ -767,7 +773,7 @@ def retrieve(config: RetrieveConfig) -> None:
     A video's feature is the mean over 10 uniformly spaced clips of the L2-normalised pooled features; videos are
     compared by cosine.
     """
-    process, config, encoder, train, test = prepare(config)
+    process, config, encoder, train, test, _ = prepare(config)
     gallery, gallery_labels, queries, good, bad = video_features(encoder, config, process, train, test)
     hits = recall_at_k(queries, torch.tensor(test.labels), gallery, gallery_labels)
     recalls = {f"R@{k}": round(100 * (hit & good).float().mean().item(), 2) for k, hit in hits.items()}
@@ -781,7 +787,7 @@ def knn(config: KnnConfig) -> None:
 
     Features and cosine as in `retrieve`; a vote weighs exp(cosine / 0.07) (Wu et al., CVPR 2018). Nothing is trained.
     """
-    process, config, encoder, train, test = prepare(config)
+    process, config, encoder, train, test, _ = prepare(config)
     gallery, gallery_labels, queries, good, bad = video_features(encoder, config, process, train, test)
     scores = knn_scores(queries, gallery, gallery_labels, len(test.classes), config.k, config.temperature)
     path = result_file(config)
@@ -820,7 +826,7 @@ def svm(config: SvmConfig) -> None:
     A video's feature is the mean over 20 uniformly spaced clips (centre crop) of the L2-normalised pooled features, of
     training videos too, without augmentation (MCL, Sec. 4.2). scikit-learn's LinearSVC, C = 1.
     """
-    process, config, encoder, train, test = prepare(config)
+    process, config, encoder, train, test, _ = prepare(config)
     gallery, gallery_labels, queries, good, bad = video_features(encoder, config, process, train, test)
     with user_errors():
         scores = svm_scores(queries, gallery, gallery_labels, len(test.classes), config.cost)

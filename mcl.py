@@ -66,6 +66,7 @@ class MCLConfig(moco.MoCoConfig, MapsConfig):
     spatial_sampling: str = option("motion", "crops that hold what moves most, or any (SA of Table 1)", SAMPLING)
 
     KNOWN_LOSSES = ("vv", "t", "s", "st")
+    FREE = moco.MoCoConfig.FREE | {"maps"}
 
     def __post_init__(self) -> None:
         super().__post_init__()

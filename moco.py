@@ -33,6 +33,7 @@ from train import (
     TrainConfig,
     UserError,
     command_line,
+    continued,
     fit,
     leave_signals,
     loader_workers,
@@ -98,6 +99,8 @@ class MoCoConfig(TrainConfig, VideosConfig):
     )
 
     KNOWN_LOSSES = ("vv", "vd")
+    FREE = TrainConfig.FREE | {"data", "list_file", "exclude", "memory_format", "compile"}
+    TUNED = TrainConfig.TUNED | {"bn"}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -301,6 +304,8 @@ def main(method_class: type[MoCo], config_class: type[MoCoConfig], presets: dict
         with process.first():
             videos = config.find_videos()
         process.say(videos.report)
+        seen = {"videos": videos.seen(config.root)} if process.rank == 0 else {}
+        config = continued(config, process, seen)
         total_batch = config.batch_size * process.world_size
         if len(videos) < total_batch:
             raise ValueError(
@@ -325,7 +330,8 @@ def main(method_class: type[MoCo], config_class: type[MoCoConfig], presets: dict
     unused = f"runs/{name}-{config.dataset}-{time.strftime('%Y%m%d-%H%M%S')}"
     with user_errors():
         out = config.out or process.of_first(lambda: unused_folder(unused))
-    checkpoint = fit(method, config, process, make_loader, sampler(0).steps_per_epoch, out, paths=views.videos.paths)
+    steps, paths = sampler(0).steps_per_epoch, views.videos.paths
+    checkpoint = fit(method, config, process, make_loader, steps, out, paths=paths, seen=seen)
     if config.dataset == "synthetic":
         shape = config.crop, config.frames, config.frame_stride
         encoders = {"untrained": untrained, name: method.encoder}

@@ -24,13 +24,14 @@ import os
 import platform
 import shlex
 import signal
+import stat
 import subprocess
 import sys
 import threading
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn, TextIO, TypeVar
@@ -180,16 +181,24 @@ class Options:
     """Base of the configs, whose fields are all made by `option`.
 
     Raises:
-        UserError: a value that is none of the choices, out of range, or not a number.
+        UserError: a value of another type, none of the choices, out of range, or not a number.
     """
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            allowed, value = field.metadata["allowed"], getattr(self, field.name)
-            if field.type is not str and not allowed[0] <= value <= allowed[1]:  # nan, too
-                raise UserError(f"--{field.name} {value}: must be {_range(allowed)}")
-            if field.type is str and allowed and value not in allowed:
-                raise UserError(f"--{field.name} {value}: choose from {', '.join(filter(None, allowed))}")
+            check_option(field, getattr(self, field.name))
+
+
+def check_option(field: dataclasses.Field, value: Any) -> None:
+    """Raises UserError where a field made by `option` can't have this value."""
+    kinds = {int: (int, "a whole number"), float: ((int, float), "a number"), str: (str, "a text")}
+    (kind, what), allowed = kinds[field.type], field.metadata["allowed"]
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise UserError(f"--{field.name} of type {type(value).__name__}: must be {what}")
+    if field.type is not str and not allowed[0] <= value <= allowed[1]:  # nan, too
+        raise UserError(f"--{field.name} {value}: must be {_range(allowed)}")
+    if field.type is str and allowed and value not in allowed:
+        raise UserError(f"--{field.name} {value}: choose from {', '.join(filter(None, allowed))}")
 
 
 def _range(limits: tuple) -> str:
@@ -213,8 +222,11 @@ class TrainConfig(Options):
     out: str = option("", "run folder (default: runs/METHOD-DATASET-TIME, or the folder of --resume)")
     resume: str = option(
         "",
-        "checkpoint to continue, with its options unless others are given; auto: the newest readable one of this "
-        "method and data set in --out, or else beside --checkpoint or below runs/, if there is one",
+        "checkpoint to continue, with its options unless others are given; auto: the one of most steps in --out, or "
+        "else beside --checkpoint or below runs/, whose options and videos are these, or a new run",
+    )
+    changed_data: str = option(
+        "off", "resume although the videos, their labels or sizes are not those that the checkpoint has seen", SWITCH
     )
     max_steps: int = option(0, "stop and save after this step of the schedule; 0: run all of it", (0, 2**31 - 1))
     log_every: int = option(10, "steps between two lines of log.jsonl", (1, 10**6))
@@ -231,6 +243,12 @@ class TrainConfig(Options):
     max_bad: float = option(0.05, "stop when more than this share of an epoch's videos cannot be read", (0, 1))
 
     LR_BATCH = 256  # total batch at which `lr` holds
+    # What resuming may change, FREE for what defines no run, TUNED for what does; another of the rest is another run.
+    FREE = frozenset(
+        "precision device workers out resume changed_data max_steps log_every keep_every save_minutes on_nan "  # noqa: SIM905
+        "deterministic timeout max_bad".split()
+    )
+    TUNED = frozenset({"epochs", "batch_size", "lr", "sgd_momentum", "weight_decay"})
 
     def learning_rate(self, total_batch: int, epoch: float) -> float:
         """Half-period cosine per step from the linearly scaled rate (Goyal et al. 2017; FIMA Sec. 4.1)."""
@@ -261,10 +279,9 @@ def parse(
     """Command line → config. Explicit flags win over the options of the checkpoint to resume, these over the preset
     that `--dataset` selects, and this over the defaults. Flags may be written with underscores or hyphens.
 
-    `--resume auto` is replaced by the checkpoint found, or by nothing where there is none.
-
     Raises:
-        UserError: unknown flag or value, no such checkpoint, or one of another method.
+        UserError: unknown flag or value, no such checkpoint, one of another method, or an option that makes another run
+            of it.
     """
     presets = presets or {}
     parser = _Parser(
@@ -290,23 +307,20 @@ def parse(
     lines = [f"  {name}: " + " ".join(f"--{k} {v}" for k, v in preset.items()) for name, preset in presets.items()]
     parser.epilog = "\n".join(["what --dataset NAME sets (explicit flags win):", *lines]) if lines else None
     given = vars(parser.parse_args(argv))
-    saved, method = {}, _method_name(config_class)
-    if given.get("resume") == "auto":
-        names = ("dataset", "checkpoint", "list_file", "test_list", "split", "fraction")
-        wanted = {k: given[k] for k in names if given.get(k)}
-        if default := getattr(config_class, "dataset", ""):
-            wanted.setdefault("dataset", default)
-        beside = Path(given["checkpoint"]).parent if given.get("checkpoint") else "runs"
-        given["resume"] = newest_checkpoint(given.get("out") or beside, method, wanted)
-    if given.get("resume"):
-        own = {field.name for field in dataclasses.fields(config_class)} - {"out", "resume", "max_steps"}
-        state = load_checkpoint(given["resume"])
+    saved, path, method = {}, given.get("resume", ""), _method_name(config_class)
+    if path not in ("", "auto"):
+        state = load_checkpoint(path)
         if state["method"] != method:
-            raise UserError(f"{given['resume']} is a checkpoint of {state['method']}, not of {method}")
-        saved = {k: v for k, v in state["config"].items() if k in own}
-        given.setdefault("out", str(Path(given["resume"]).parent))
+            raise UserError(f"{path} is a checkpoint of {state['method']}, not of {method}")
+        saved = saved_options(path, state, config_class, given.keys() & (config_class.FREE | config_class.TUNED))
+        given.setdefault("out", str(Path(path).parent))
     dataset = given.get("dataset", saved.get("dataset", getattr(config_class, "dataset", "")))
-    return config_class(**presets.get(dataset, {}) | saved | given)
+    made = {field.name: field.default for field in dataclasses.fields(config_class)}
+    made |= presets.get(dataset, {}) | saved
+    for name, value in given.items() if saved else ():
+        if value != made[name] and name not in config_class.FREE | config_class.TUNED:
+            raise UserError(f"{path} was trained with --{name} {made[name]}, not {value}: start anew, without --resume")
+    return config_class(**made | given)
 
 
 # -------------------------------------------------------------------------------------------------------- processes
@@ -580,59 +594,200 @@ def save_checkpoint(path: Path, state: dict) -> None:
         raise UserError(f"step {state['step']} cannot be saved: {error.strerror}; {path} {before}") from error
 
 
-def load_checkpoint(path: str | Path, foreign: bool = False) -> dict:
-    """A checkpoint of `fit`: method, config, model, optimizer, step, steps_per_epoch, world_size; runs no code in it.
+CHECKPOINT = {"method": str, "config": dict, "model": dict, "optimizer": dict}
+CHECKPOINT |= dict.fromkeys(("step", "steps_per_epoch", "world_size"), int)
+COUNTS = {"step": 0, "steps_per_epoch": 1, "world_size": 1, "bad_videos": 0, "skipped_steps": 0}  # at least these
+THIS_START = {"out", "resume", "max_steps", "changed_data"}  # options that a checkpoint does not hand on
+
+
+def load_checkpoint(path: str | Path, foreign: bool = False, whole: bool = True) -> dict:
+    """A checkpoint of `fit`: what `CHECKPOINT` names, each of its type; runs no code in it.
 
     Args:
         foreign: take another project's file too, as a checkpoint of no method and no config whose "model" is all of it.
+        whole: read and check the tensors' bytes, too, not only what is said of them.
 
     Raises:
-        UserError: no such file, damaged, or not a checkpoint of this project, or one of the conv4 of old.
+        UserError: no such file, no permission, damaged, or not a checkpoint of this project, or one of the conv4 of
+            old.
     """
-    if not Path(path).is_file():
-        raise UserError(f"no checkpoint at {path}")
+
+    def others() -> str:
+        names = ", ".join(sorted(other.name for other in Path(path).parent.glob("epoch_*.pt") if other != Path(path)))
+        return f"; beside it lie {names}" if names else ""
+
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if zipfile.is_zipfile(path) and (wrong := zipfile.ZipFile(path).testzip()):  # torch compares no check sums
-            raise zipfile.BadZipFile(wrong)
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise FileNotFoundError
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=not whole)
+        if whole and zipfile.is_zipfile(path) and (wrong := zipfile.ZipFile(path).testzip()):
+            raise zipfile.BadZipFile(wrong)  # torch compares no check sums
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(f"no checkpoint at {path}") from error
+    except OSError as error:
+        reason = "no permission" if isinstance(error, PermissionError) else error.strerror or error
+        raise UserError(f"{path} can't be read: {reason}") from error
+    except MemoryError:
+        raise
     except Exception as error:  # torch raises whatever its readers meet: pickle, zip, runtime and end-of-file errors
-        others = ", ".join(sorted(other.name for other in Path(path).parent.glob("epoch_*.pt") if other != Path(path)))
         raise UserError(
-            f"{path} is damaged, or no checkpoint, or holds code, which is never run"
-            + (f"; beside it lie {others}" if others else "")
+            f"{path} is damaged, or no checkpoint, or holds code, which is never run{others()}"
             + "; if you trust it, have its own code save the state dict alone" * foreign
         ) from error
-    expected = {"method", "config", "model", "optimizer", "step", "steps_per_epoch", "world_size"}
-    if not isinstance(state, dict) or not expected <= state.keys():
+    if not isinstance(state, dict) or not CHECKPOINT.keys() <= state.keys():
         if foreign:
             return {"method": "", "config": {}, "model": state}
-        raise UserError(f"{path} is no checkpoint of this project: it lacks some of {', '.join(sorted(expected))}")
+        raise UserError(f"{path} is no checkpoint of this project: it lacks some of {', '.join(sorted(CHECKPOINT))}")
+    state = {"bad_videos": 0, "skipped_steps": 0} | state  # which older ones lack
+    good = {name: isinstance(state[name], kind) for name, kind in CHECKPOINT.items()}
+    good |= {name: type(state[name]) is int and least <= state[name] < 2**63 for name, least in COUNTS.items()}
+    if good["model"]:
+        good["model"] = all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state["model"].items())
+    if wrong := ", ".join(name for name in good if not good[name]):
+        raise UserError(f"{path} is damaged, or of other code: no valid {wrong} in it{others()}")
     if any(name.endswith("units.0.conv3d.weight") for name in state["model"]):
         raise UserError(f"{path} is of conv4 before its feature pixels were centred: only code of then takes it")
     return state
 
 
-def newest_checkpoint(folder: str | Path, method: str, wanted: dict[str, Any]) -> str:
-    """The newest readable checkpoint below a folder of a method and of a config with the wanted values; "" for none.
+def saved_options(path: str | Path, state: dict, config_class: type[Options], given: Container[str] = ()) -> dict:
+    """Those options of a checkpoint that a config has, but for what belongs to one start of a run.
 
-    Says which ones are passed over as unreadable, and what was found.
+    Raises:
+        UserError: one that is not given anew has a value that it can't have.
+    """
+    fields = [field for field in dataclasses.fields(config_class) if field.name in state["config"].keys() - THIS_START]
+    for field in fields:
+        if field.name not in given:
+            try:
+                check_option(field, state["config"][field.name])
+            except UserError as error:
+                raise UserError(f"{path} was made with {error}") from error
+    return {field.name: state["config"][field.name] for field in fields}
+
+
+def load_model(path: str | Path, model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Loads the tensors of a checkpoint; raises UserError where they are not those of the model."""
+    held, wanted = (
+        {k: f"{tuple(v.shape)} {v.dtype} {v.layout}".replace("torch.", "") for k, v in tensors.items()}
+        for tensors in (state, model.state_dict())
+    )
+    if wrong := [name for name in wanted | held if held.get(name) != wanted.get(name)]:
+        before, now = (forms.get(wrong[0], "missing") for forms in (held, wanted))
+        more = f"; so do {len(wrong) - 1} more" * (len(wrong) > 1)
+        raise UserError(f"{path} does not fit this model: {wrong[0]} differs, {before} in it, {now} here{more}")
+    model.load_state_dict(state)
+
+
+def check_sums(module: nn.Module) -> dict[str, int]:
+    """Of each tensor of a module's state."""
+    state = {k: v.cpu().contiguous().flatten().view(torch.uint8) for k, v in module.state_dict().items()}
+    return {name: zlib.crc32(value.numpy()) for name, value in state.items()}
+
+
+def pack(seen: dict) -> Tensor:
+    """What a run has seen, as a checkpoint holds it: its videos' lists are long."""
+    return torch.frombuffer(bytearray(zlib.compress(json.dumps(seen).encode())), dtype=torch.uint8)
+
+
+def unpack(path: str | Path, state: dict) -> dict:
+    """What the run of a checkpoint has seen; nothing, if it was written before that was kept."""
+    try:
+        return json.loads(zlib.decompress(state["seen"].numpy())) if "seen" in state else {}
+    except (AttributeError, TypeError, ValueError, zlib.error) as error:
+        raise UserError(f"{path} is damaged, or of other code: no valid seen in it") from error
+
+
+def differences(was: dict, now: dict) -> str:
+    """How what was seen differs from what is seen now, as far as both know it; "" for not at all.
+
+    Args:
+        was, now: lists of videos by name, with lines of path, label, class and bytes, or anything else by name.
+    """
+    found = []
+    for name in (name for name in now if name in was and was[name] != now[name]):
+        if not isinstance(now[name], list):
+            found.append(f"another {name}")
+            continue
+        old, new = ({path: rest for path, *rest in seen[name]} for seen in (was, now))
+        both = [path for path in new if path in old]
+        kinds = {
+            "more": [path for path in new if path not in old],
+            "fewer": [path for path in old if path not in new],
+            "with another label": [path for path in both if old[path][:2] != new[path][:2]],
+            "of another size": [path for path in both if old[path][2] != new[path][2]],
+        }
+        parts = [f"{len(paths)} {kind} ({paths[0]!r})" for kind, paths in kinds.items() if paths]
+        found.append(f"{name}: " + (", ".join(parts) or "in another order"))
+    return "; ".join(found)
+
+
+def continued(config: Config, process: Process, seen: dict) -> Config:
+    """The options with the checkpoint to continue: the one that `--resume auto` finds, or none; or the one named, which
+    must have seen what the first process sees now, `seen` (as in `differences`), unless --changed_data is on.
+
+    Raises:
+        UserError: it has not.
     """
 
-    def say(text: str) -> None:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"--resume auto: {text}")
+    def compare() -> None:
+        was = unpack(config.resume, load_checkpoint(config.resume, whole=False))
+        changed = differences(was, seen)
+        if changed and config.changed_data == "off":
+            raise UserError(
+                f"the data are not those that {config.resume} has seen: {changed}; undo that, start anew without "
+                "--resume, or go on with them by --changed_data"
+            )
+        if changed:
+            process.say(f"note: goes on with other data than {config.resume} has seen: {changed}")
+        elif not was:
+            process.say(f"note: {config.resume} does not say which videos it has seen, so they are not compared")
 
-    paths = [path for name in ("checkpoint.pt", "epoch_*.pt") for path in Path(folder).rglob(name) if path.is_file()]
-    for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns, reverse=True):
+    if config.resume == "auto":
+        path = process.of_first(lambda: find_run(config, seen, process.say))
+        return dataclasses.replace(config, resume=path, out=config.out or (path and str(Path(path).parent)))
+    if config.resume:
+        process.of_first(compare)
+    return config
+
+
+def find_run(config: Config, seen: dict, say: Callable[[str], None]) -> str:
+    """The readable checkpoint of most steps whose method, options (but FREE ones) and seen videos are these; "" for
+    none. Says which, and what speaks against others.
+    """
+    method, found, others = _method_name(type(config)), [], {}
+    beside = getattr(config, "checkpoint", "")
+    folder = Path(config.out or (Path(beside).parent if beside else "runs"))
+    look = folder.glob if config.out else folder.rglob
+    for path in [path for name in ("checkpoint.pt", "epoch_*.pt") for path in sorted(look(name)) if path.is_file()]:
         try:
-            state = load_checkpoint(path)
+            state = load_checkpoint(path, whole=False)
+            if state["method"] != method:
+                continue
+            was, saved = unpack(path, state), saved_options(path, state, type(config))
         except UserError as error:
-            say(f"passes over a checkpoint: {error}")
+            say(f"--resume auto: passes over a checkpoint: {error}")
             continue
-        if state["method"] == method and wanted.items() <= state["config"].items():
-            say(f"found {path}, step {state['step']}")
+        free = config.FREE | {"checkpoint"} if was else config.FREE - {"data"}  # files tell what paths may not
+        now = {name: value for name, value in dataclasses.asdict(config).items() if name not in free}
+        saved = {name: saved.get(name, getattr(type(config), name)) for name in now}
+        against = [f"--{name} {saved[name]}, not {now[name]}" for name in now if saved[name] != now[name]]
+        against += filter(None, [differences(was, seen)])
+        if against:
+            others[path] = against
+        elif path.with_name("checkpoint.pt") not in others:  # else it was continued as another run
+            found.append((state["step"] / state["steps_per_epoch"], path.name == "checkpoint.pt", path))
+    nearest = sorted((len(against), path.parent, ", ".join(against)) for path, against in others.items())
+    for _, other, against in list(dict.fromkeys(nearest))[:3]:
+        say(f"--resume auto: another run is in {other}: {against}")
+    for *_, path in sorted(found, reverse=True):
+        try:
+            step = load_checkpoint(path)["step"]
+            say(f"--resume auto: found {path}, step {step}, the furthest of these options and videos")
             return str(path)
-    say(f"no checkpoint of {method} for {' '.join(map(str, wanted.values()))} below {folder}: starts anew")
+        except UserError as error:
+            say(f"--resume auto: passes over a checkpoint: {error}")
+    say(f"--resume auto: no checkpoint of {method} with these options below {folder}: starts anew")
     return ""
 
 
@@ -723,20 +878,42 @@ def claim_folder(path: Path, resume: str = "") -> None:
             left.unlink(missing_ok=True)
 
 
-def _epoch_of(line: str) -> float:
-    """Epoch of a line of log.jsonl; infinite for a blank one, and for one that a kill has cut."""
+def read_json(path: Path) -> Any:
+    """What a file of JSON holds.
+
+    Raises:
+        UserError: it can't be read, or is damaged.
+    """
     try:
-        return json.loads(line)["epoch"]
-    except (ValueError, KeyError, TypeError):
-        return math.inf
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path} can't be read: {error.strerror}") from error
+    except (RecursionError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}): move it away") from error
 
 
-def _keep(path: Path, wanted: Callable[[str], bool]) -> None:
-    """Takes all other lines out of a log."""
-    if path.exists():
-        with open(path, encoding="utf-8") as lines:
-            kept = [line for line in lines if wanted(line)]
-        write_file(path, "".join(kept))
+def read_starts(path: Path) -> list[dict]:
+    """run.json: a dict for each start of a run, the last one last; raises UserError as `read_json` does."""
+    starts = read_json(path)
+    for start in starts if isinstance(starts, list) and starts else [None]:
+        if not (isinstance(start, dict) and all(isinstance(start.get(name), dict) for name in ("config", "versions"))):
+            raise UserError(f"{path} is damaged (no list of starts with their config and versions): move it away")
+    return starts
+
+
+def read_lines(path: Path) -> list[tuple[bytes, dict[str, float] | None]]:
+    """The lines of log.jsonl, but blank ones, each with its numbers; None for a damaged one, as a kill may cut it."""
+    return [(line, _numbers_of(line)) for line in path.read_bytes().splitlines() if line.strip()]
+
+
+def _numbers_of(line: bytes) -> dict[str, float] | None:
+    try:
+        record = json.loads(line)
+        numbers = [float(value) for value in record.values() if type(value) in (int, float)]
+        good = len(numbers) == len(record) and all(0 <= record[name] < math.inf for name in ("step", "epoch"))
+    except (AttributeError, KeyError, OverflowError, RecursionError, ValueError):
+        return None
+    return record if good else None
 
 
 class RunFolder:
@@ -753,10 +930,7 @@ class RunFolder:
         if not self.writes:
             return
         record = path / "run.json"
-        try:
-            self.starts = json.loads(record.read_text()) if record.exists() else []
-        except ValueError as error:
-            raise UserError(f"{record} is damaged ({error}): move it away, the run goes on without it") from error
+        self.starts = read_starts(record) if record.exists() else []
         self.starts.append(
             {
                 "command": shlex.join([sys.executable, *sys.argv]),
@@ -772,9 +946,16 @@ class RunFolder:
             }
         )
         self.note()
-        # Later steps come again; by the epoch, as with another batch a step is another part of it.
-        _keep(path / "log.jsonl", lambda line: _epoch_of(line) * steps_per_epoch < start_step + 0.6)
-        _keep(path / "bad_videos.log", lambda line: line.endswith("\n"))
+        log, bad_videos = path / "log.jsonl", path / "bad_videos.log"
+        lines = read_lines(log) if log.exists() else []
+        if damaged := [line for line, numbers in lines if numbers is None]:
+            process.say(f"note: {len(damaged)} damaged lines of {log} are left out, as a kill may leave one")
+        if lines:  # later steps come again; by the epoch, as with another batch a step is another part of it
+            last = (start_step + 0.6) / steps_per_epoch
+            write_file(log, b"".join(line + b"\n" for line, numbers in lines if numbers and numbers["epoch"] < last))
+        if bad_videos.exists():
+            content = bad_videos.read_bytes()
+            write_file(bad_videos, content[: content.rfind(b"\n") + 1])  # a kill may have cut the last line
         with contextlib.suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter
 
@@ -937,7 +1118,13 @@ class Run:
     MOST_LEFT_OUT = 10  # steps in a row; with more, --on_nan skip stops the run, too
 
     def __init__(
-        self, method: nn.Module, config: Config, process: Process, steps_per_epoch: int, paths: Sequence[str] = ()
+        self,
+        method: nn.Module,
+        config: Config,
+        process: Process,
+        steps_per_epoch: int,
+        paths: Sequence[str] = (),
+        seen: dict | None = None,
     ):
         self.method, self.config, self.process, self.paths = method.to(process.device).train(), config, process, paths
         self.steps_per_epoch, self.total_batch = steps_per_epoch, config.batch_size * process.world_size
@@ -946,8 +1133,10 @@ class Run:
         self.done = 0  # steps
         self.bad_videos = self.skipped = 0  # of this epoch: unreadable videos in this process, steps left out
         self.skipped_in_a_row = 0
+        self.seen = seen or {}
         if config.resume:
             self.restore()
+        self.packed = pack(self.seen)
         if process.world_size > 1:
             self.check_agreement()
         self.bf16 = autocast_bf16(config, process)
@@ -969,18 +1158,24 @@ class Run:
         """
         config, process, path = self.config, self.process, self.config.resume
         state, asked = load_checkpoint(path), dataclasses.asdict(config)
-        own = ("out", "resume", "max_steps")
-        changed = {k: (was, asked.get(k)) for k, was in state["config"].items() if k not in own and asked.get(k) != was}
-        try:
-            self.method.load_state_dict(state["model"])
-        except RuntimeError as error:
-            made = ", ".join(f"{k} {was} (here {now})" for k, (was, now) in changed.items())
-            raise UserError(f"{path} does not fit this model; it was made with {made}") from error
+        load_model(path, self.method, state["model"])
+        known = saved_options(path, state, type(config), asked)
+        changed = {k: v for k, v in known.items() if type(v) in (int, float, str) and asked[k] != v}
         if changed:
-            process.say(
-                "note: goes on with " + ", ".join(f"--{k} {now} (was {was})" for k, (was, now) in changed.items())
-            )
-        self.optimizer.load_state_dict(state["optimizer"])
+            process.say("note: goes on with " + ", ".join(f"--{k} {asked[k]} (was {v})" for k, v in changed.items()))
+        momenta = state["optimizer"].get("state")
+        try:
+            shapes = {i: tuple(entry["momentum_buffer"].shape) for i, entry in momenta.items()}
+        except (AttributeError, IndexError, KeyError, TypeError):
+            shapes = {None: ()}
+        if (
+            not shapes.items()
+            <= {i: tuple(p.shape) for i, p in enumerate(self.optimizer.param_groups[0]["params"])}.items()
+        ):
+            raise UserError(f"{path} is damaged, or of other code: no valid optimizer in it")
+        # Its groups have the options of then; the learning rate is set in each step.
+        self.optimizer.load_state_dict({"state": momenta, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        self.seen = unpack(path, state) | self.seen
         self.done, before = state["step"], state["steps_per_epoch"]
         if (before, state["world_size"]) != (self.steps_per_epoch, process.world_size):
             self.done = round(self.done * self.steps_per_epoch / before)
@@ -990,8 +1185,8 @@ class Run:
                 "same weights, queues and optimiser, but with other batches, so the result will be another one"
             )
         elif self.done % before:
-            self.skipped = state.get("skipped_steps", 0)
-            self.bad_videos = state.get("bad_videos", 0) if process.rank == 0 else 0
+            self.skipped = state["skipped_steps"]
+            self.bad_videos = state["bad_videos"] if process.rank == 0 else 0
 
     def check_agreement(self) -> None:
         """Compares check sums of weights, queues and statistics over the processes.
@@ -999,8 +1194,7 @@ class Run:
         Raises:
             UserError: they differ.
         """
-        state = {k: v.cpu().contiguous().flatten().view(torch.uint8) for k, v in self.method.state_dict().items()}
-        sums = {"the step": self.done} | {name: zlib.crc32(value.numpy()) for name, value in state.items()}
+        sums = {"the step": self.done} | check_sums(self.method)
         all_sums = [sums] * self.process.world_size
         dist.all_gather_object(all_sums, sums)
         differing = [name for name in sums if len({other[name] for other in all_sums}) > 1]
@@ -1030,6 +1224,7 @@ class Run:
                 "world_size": self.process.world_size,
                 "bad_videos": bad_videos,
                 "skipped_steps": self.skipped,
+                "seen": self.packed,
                 "versions": versions(),
             }
             epoch, rest = divmod(self.done, self.steps_per_epoch)
@@ -1169,6 +1364,7 @@ def fit(
     out: str,
     clips_per_video: int = 2,
     paths: Sequence[str] = (),
+    seen: dict | None = None,
 ) -> Path:
     """Trains `method` and returns the path of its last checkpoint.
 
@@ -1181,6 +1377,7 @@ def fit(
         out: run folder when config names none.
         clips_per_video: of a batch, for the log's clips/s.
         paths: of the videos that a batch's "index" counts, to name those of a step that fails.
+        seen: what the checkpoints are to say of the videos, on the first process (see `continued`).
 
     Raises:
         UserError: a checkpoint that does not fit or cannot be written, more unreadable videos than `max_bad`, or a loss
@@ -1190,7 +1387,7 @@ def fit(
     out = Path(config.out or out)
     with user_errors():
         process.of_first(lambda: claim_folder(out, config.resume))  # before the checkpoint is read: none writes it now
-    run = Run(method, config, process, steps_per_epoch, paths)
+    run = Run(method, config, process, steps_per_epoch, paths, seen)
     stop = min(config.epochs * steps_per_epoch, config.max_steps or math.inf)
     if run.done >= stop:
         process.say(f"{config.resume} is at step {run.done} of {stop}: nothing left to train (--epochs, --max_steps)")
@@ -1227,7 +1424,8 @@ def fit(
                 exclude = shlex.quote(",".join(filter(None, [getattr(config, "exclude", ""), names])))
                 raise UserError(
                     f"{bad_videos} videos of this epoch could not be read, more than --max_bad {config.max_bad:g}; "
-                    f"{names} names them and says why: mend them, allow more, or leave them out by --exclude {exclude}"
+                    f"{names} names them and says why: mend them, allow more, or leave them out by --exclude {exclude} "
+                    "(to resume without them, with --changed_data)"
                 )
             if line_due or interrupted:
                 journal.line(bad_videos)  # before saving, as it finds losses that are not finite

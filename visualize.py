@@ -21,7 +21,6 @@ import html
 import inspect
 import io
 import itertools
-import json
 import math
 import sys
 from collections.abc import Callable
@@ -49,9 +48,14 @@ from train import (
     check_replaceable,
     command_line,
     load_checkpoint,
+    load_model,
     loader_workers,
     option,
     parse,
+    read_json,
+    read_lines,
+    read_starts,
+    saved_options,
     start_process,
     user_errors,
     write_file,
@@ -176,11 +180,12 @@ def load_decoder(config: FigureConfig, inputs: list[str]) -> tuple[Model, nn.Mod
     state = load_checkpoint(model.path, foreign=True) if model.path and not more else {"method": ""}
     if state["method"] != "FIMA":
         raise UserError("attention needs one checkpoint of fima.py: visualize.py attention RUN")
-    known = {field.name for field in dataclasses.fields(fima.FIMAConfig)} - {"bn"}  # older ones may say "sync"
-    method = fima.FIMA(fima.FIMAConfig(**{k: v for k, v in state["config"].items() if k in known}))
+    options = saved_options(model.path, state, fima.FIMAConfig, ["bn"]) | {"bn": "local"}  # older ones may say "sync"
+    with user_errors():
+        method = fima.FIMA(fima.FIMAConfig(**options))
     if method.decoder is None:
         raise UserError(f"{model.path} was trained without a motion decoder (--losses, --decoder)")
-    method.load_state_dict(state["model"])
+    load_model(model.path, method, state["model"])
     return model, method.decoder.eval().to(next(model.encoder.parameters()).device)
 
 
@@ -289,8 +294,8 @@ def read_log(run: str) -> list[dict[str, float]]:
     """
     path = Path(run, "log.jsonl")
     with user_errors():
-        lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
-    if not lines:
+        lines = [numbers for _, numbers in read_lines(path) if numbers]
+    if not lines or not any(name.startswith("loss/") for name in lines[-1]):
         raise UserError(f"{path} holds no line yet: wait for the first --log_every steps of the run")
     return lines
 
@@ -630,7 +635,7 @@ def draw_curves(config: CurvesConfig, inputs: list[str]) -> Figure:
             ax.plot(epochs, [line[key] for line in lines], color=color, lw=1.2, label=plain(name))
             chance = key.replace("loss/", "chance/")
             if lines and chance != key:
-                ax.plot(epochs, [line[chance] for line in lines], color=color, lw=0.8, ls="--")
+                ax.plot(epochs, [line.get(chance, math.nan) for line in lines], color=color, lw=0.8, ls="--")
         ax.set(title=MEASURES.get(key, f"loss {key.removeprefix('loss/')} (dashed: chance)"))
         ax.set_xlabel("epoch")
         ax.grid(alpha=0.3)
@@ -690,9 +695,8 @@ def write_report(config: FigureConfig, inputs: list[str]) -> str:
     if len(inputs) != 1:
         raise UserError("report needs one run folder: visualize.py report RUN")
     run = Path(inputs[0])
-    with user_errors():
-        start = json.loads((run / "run.json").read_text())[-1]
-        state, last = load_checkpoint(run / "checkpoint.pt"), read_log(inputs[0])[-1]
+    start, last = read_starts(run / "run.json")[-1], read_log(inputs[0])[-1]
+    state = load_checkpoint(run / "checkpoint.pt")
     shared = {field.name: getattr(config, field.name) for field in dataclasses.fields(FigureConfig)}
     body = []
     for name, (heading, options) in SECTIONS.items():
@@ -703,16 +707,13 @@ def write_report(config: FigureConfig, inputs: list[str]) -> str:
         fig = draw(config_class(**own | options), inputs)
         body.append(f"<h2>{heading}</h2>{html_figure(fig, heading)}<p>{html.escape(inspect.getdoc(draw))}</p>")
     for path in filter(Path.is_file, sorted(run.rglob("*.json"))):
-        try:
-            record = json.loads(path.read_text())
-        except ValueError as error:
-            raise UserError(f"{path} is damaged ({error}): move it away") from error
-        if isinstance(record, dict) and "protocol" in record:  # of evaluate.py
+        record = read_json(path)
+        if isinstance(record, dict) and isinstance(record.get("result"), dict):  # of evaluate.py
             body.append(f"<h2>{escape(path.relative_to(run))}</h2>{html_table(record['result'])}")
     environment = {name: value for name, value in start.items() if name not in ("config", "versions")}
     body.append(f"<h2>Options</h2>{html_table(start['config'])}")
     body.append(f"<h2>Environment</h2>{html_table(environment | start['versions'])}")
-    title = escape(f"{state['method']} on {state['config']['dataset']}")
+    title = escape(f"{state['method']} on {state['config'].get('dataset', 'videos')}")
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <link rel="icon" href="data:,"><title>{title}</title><style>{CSS}</style></head>

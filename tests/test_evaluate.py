@@ -332,12 +332,15 @@ def test_finetune_moves_the_encoder_and_what_it_leaves_can_be_retrieved_with(run
 @pytest.mark.parametrize("dataset, given, dropout", [("ucf101", -1, 0.7), ("hmdb51", -1, 0.5), ("ucf101", 0.2, 0.2)])
 def test_finetune_has_the_papers_dropout_and_the_views_that_were_asked_for(monkeypatch, dataset, given, dropout):
     videos, called = data.VideoList(["a", "b"], [0, 0], ["x"], ""), []
-    monkeypatch.setattr(evaluate, "prepare", lambda config: (ALONE, config, Constant(), videos, videos))
+    monkeypatch.setattr(evaluate, "load_encoder", lambda config, _: (Constant(), config))
+    for name, value in (("find_labelled", videos), ("with_same_classes", (videos, videos)), ("start_process", ALONE)):
+        monkeypatch.setattr(evaluate, name, lambda *_, value=value: value)
+    monkeypatch.setattr(data, "same_files", lambda *_: [])
     monkeypatch.setattr(evaluate, "train_and_test", lambda *arguments: called.append(arguments))
     shape = dict(crop=48, frames=8, frame_stride=2)
     options = dict(dropout=given, min_scale=0.5, jitter_p=0.3, gray_p=0.1, fraction=0.5)
     evaluate.finetune(evaluate.FinetuneConfig(dataset=dataset, **shape, **options))
-    classifier, config, _, views, _ = called[0]
+    classifier, config, _, views, *_ = called[0]
     assert classifier.dropout.p == config.dropout == dropout and not classifier.frozen
     assert (views.min_scale, views.color, len(views)) == (0.5, dict(jitter_p=0.3, gray_p=0.1, blur_p=0), 1)
     classifier.fc.weight.data.fill_(1)
@@ -412,12 +415,14 @@ def test_separable_features_reach_100_percent(run, monkeypatch, protocol, cached
 )
 def test_resuming_is_exact_to_the_last_bit(run, pretrained, protocol, flags):
     flags = [*FAST, "--batch_size", 5, "--epochs", 3, *flags]
+    pretrained = Path(shutil.copy(pretrained, run.path / "pretrained.pt"))
     for out, stop in (("whole", 0), ("half", 1)):
         start = [protocol, "--checkpoint", pretrained, *flags, "--max_steps", stop, "--out", out]
         assert run(evaluate, *start)[0] == 0
     assert numbers(run.path / "half" / "result.json")["trained_epochs"] < 1
-    pretrained_elsewhere = ["--checkpoint", "gone.pt"]  # not needed any more
-    resume = [protocol, "--resume", "half/checkpoint.pt", "--workers", 1, *pretrained_elsewhere]
+    resume = [protocol, "--resume", "half/checkpoint.pt", "--workers", 1]
+    state = train.load_checkpoint(pretrained)
+    pretrained.unlink()  # not needed any more
     code, out, err = run(evaluate, *resume, dataset=None)
     assert code == 0 and "resumed after step 1" in out, err
     weights = {name: train.load_checkpoint(run.path / name / "checkpoint.pt") for name in ("whole", "half")}
@@ -427,8 +432,18 @@ def test_resuming_is_exact_to_the_last_bit(run, pretrained, protocol, flags):
     assert numbers(run.path / "whole" / "result.json") == numbers(run.path / "half" / "result.json")
     code, _, err = run(evaluate, *resume, "--fraction", 0.25, dataset=None)
     assert code == 2 and "not 0.25: start anew" in err and err.count("\n") == 1
-    code, _, err = run(evaluate, *start, "--resume", "auto", "--fraction", 0.25)  # auto finds none of 0.25
+    code, _, err = run(evaluate, *resume, "--checkpoint", pretrained / "other", dataset=None)  # it would change nothing
+    assert code == 2 and "was trained with --checkpoint" in err and err.count("\n") == 1
+    torch.save(state, pretrained)
+    code, out, err = run(evaluate, *start, "--resume", "auto", "--fraction", 0.25)  # auto finds none of 0.25
     assert code == 2 and "half holds a run already" in err and err.count("\n") == 1
+    assert f"another run is in half: --fraction {0.5 if protocol == 'finetune' else 1.0:g}" in out
+    moved = [*start, "--checkpoint", shutil.copy(pretrained, run.path / "moved.pt"), "--resume", "auto"]
+    code, out, err = run(evaluate, *moved)
+    assert code == 0 and "found half/checkpoint.pt" in out, err
+    torch.save(state | {"model": {name: value + 1 for name, value in state["model"].items()}}, pretrained)
+    code, out, err = run(evaluate, *start, "--resume", "auto")  # of an encoder that was trained on
+    assert code == 2 and "another run is in half: another encoder" in out, err
     other = "finetune" if protocol == "linear" else "linear"
     code, _, err = run(evaluate, other, "--resume", "half/checkpoint.pt", dataset=None)
     assert code == 2 and "checkpoint of " + protocol.title() in err

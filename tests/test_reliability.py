@@ -326,23 +326,63 @@ def flip_a_byte(path):
     path.write_bytes(content)
 
 
-def test_resume_auto_takes_the_newest_readable_checkpoint_of_the_method(run):
-    flags = ["--resume", "auto", "--max_steps"]
-    code, out, _ = run(fima, *flags, 1, *QUICK)
-    assert code == 0 and "no checkpoint of FIMA" in out and "starts anew" in out
+def test_resume_auto_takes_the_furthest_readable_checkpoint_of_the_run_that_is_asked_for(run):
+    flags = [*QUICK, "--epochs", 2]
+
+    def auto(*more):
+        code, out, err = run(fima, *flags, "--resume", "auto", *more)
+        assert code == 0, err
+        return out
+
+    out = auto("--max_steps", 1)
+    assert "no checkpoint of FIMA" in out and "starts anew" in out
     (first,) = (run.path / "runs").iterdir()
-    assert run(fima, "--epochs", 2, "--max_steps", 4, "--keep_every", 1, "--out", "runs/b", *QUICK)[0] == 0
-    assert run(moco, "--max_steps", 1, "--out", "runs/c", *QUICK)[0] == 0  # newer, of another method
+    assert run(fima, *flags, "--max_steps", 7, "--keep_every", 1, "--out", "runs/b")[0] == 0
+    assert run(moco, *flags, "--max_steps", 8, "--out", "runs/c")[0] == 0  # of another method
+    for path in (first / "checkpoint.pt", run.path / "runs" / "b" / "epoch_0001.pt"):
+        os.utime(path)  # newer, as of a copy, or where a clock has jumped
+    assert "found runs/b/checkpoint.pt, step 7" in auto("--max_steps", 2)
     flip_a_byte(run.path / "runs" / "b" / "checkpoint.pt")
     (run.path / "runs" / "b" / "epoch_0002.pt").symlink_to("nowhere")
     code, _, err = run(fima, "--resume", "runs/b/checkpoint.pt", small=False)
     assert code == 2 and "damaged" in err and "beside it lie epoch_0001.pt" in err and err.count("\n") == 1
-    code, out, _ = run(fima, *flags, 5, small=False)
-    assert code == 0 and "passes over a checkpoint: runs/b/checkpoint.pt is damaged" in out
+    out = auto("--max_steps", 5)
+    assert "passes over a checkpoint: runs/b/checkpoint.pt is damaged" in out
     assert "found runs/b/epoch_0001.pt, step 4" in out and "resumed after step 4" in out
     assert weights(run.path / "runs" / "b" / "checkpoint.pt")["step"] == 5
-    code, out, _ = run(fima, *flags, 2, "--out", first, small=False)
-    assert code == 0 and f"found {first}/checkpoint.pt, step 1" in out
+    assert f"found {first}/checkpoint.pt, step 1" in auto("--max_steps", 2, "--out", first)
+
+
+def test_resume_auto_passes_over_another_run_and_says_what_differs(run, videos):
+    """Each of the options that define a result, by what was given or by default, and the videos."""
+    (run.path / "moved").symlink_to(videos)
+    shutil.copytree(videos, other := run.path / "other")
+    shutil.move(next((other / "train").glob("*/*.mp4")), run.path / "away.mp4")
+    assert run(fima, *QUICK, "--seed", 5, "--max_steps", 2, "--out", "runs/a")[0] == 0
+    before = (run.path / "runs" / "a" / "log.jsonl").read_text()
+    for flags, says in (
+        ([], "another run is in runs/a: --seed 5, not 0"),
+        (["--seed", 5, "--losses", "vv", "--width", 0.125], "--width 0.25, not 0.125, --losses vv,pix,fra, not vv"),
+        (["--seed", 5, "--lr", 1], "--lr 0.04, not 1.0"),
+        (["--seed", 5, "--data", other], "another run is in runs/a: videos: 1 fewer ('train/"),
+    ):
+        data = [] if "--data" in flags else ["--data", videos]
+        flags = ["--dataset", "synthetic", *data, *flags, "--max_steps", 1, "--resume", "auto"]
+        code, out, err = run(fima, *QUICK, *flags, dataset=None)
+        assert code == 0 and says in out and "starts anew" in out, (out, err)
+    assert (run.path / "runs" / "a" / "log.jsonl").read_text() == before
+    flags = [*QUICK, "--dataset", "synthetic", "--data", "moved", "--seed", 5, "--max_steps", 3, "--resume", "auto"]
+    code, out, err = run(fima, *flags, "--log_every", 1, dataset=None)  # what defines nothing may be other
+    assert code == 0 and "found runs/a/checkpoint.pt, step 2" in out and "run folder runs/a" in out, (out, err)
+    path = run.path / "runs" / "a" / "checkpoint.pt"
+    shutil.copy(path, path.with_name("epoch_0001.pt"))
+    assert run(fima, "--resume", "runs/a/checkpoint.pt", "--lr", 1, "--max_steps", 4, small=False)[0] == 0
+    assert "starts anew" in run(fima, *flags, dataset=None)[1]  # and does not write over what went on from there
+    assert weights(path)["step"] == 4
+    torch.save({name: value for name, value in weights(path).items() if name != "seen"}, path)  # as older code left it
+    assert f"runs/a: --data {videos}, not moved" in run(fima, *flags, "--out", "runs/a", dataset=None)[1]
+    code, _, err = run(fima, *QUICK, "--seed", 6, "--out", "runs/a", "--resume", "auto")
+    assert code == 2 and "runs/a holds a run already" in err and err.count("\n") == 1
 
 
 def test_a_checkpoint_of_the_conv4_of_old_is_refused_wherever_one_is_taken(run):

@@ -124,7 +124,7 @@ def test_a_checkpoint_of_synchronised_batch_norm_is_refused_in_one_line_and_goes
     state["config"]["bn"] = "sync"  # which there was
     torch.save(state, path)
     code, _, err = run(fima, "--resume", path, small=False, dataset=None)
-    assert code == 2 and err == "error: --bn sync: choose from shuffle, local\n"
+    assert code == 2 and err == f"error: {path} was made with --bn sync: choose from shuffle, local\n"
     model, _ = visualize.load_decoder(visualize.FigureConfig(device="cpu"), [str(path)])
     assert all(same(value, state["model"][f"encoder.{name}"]) for name, value in model.encoder.state_dict().items())
     code, out, _ = run(fima, "--resume", path, "--bn", "shuffle", "--max_steps", 3, small=False, dataset="folder")
@@ -365,8 +365,8 @@ def test_a_signal_to_all_processes_of_two_saves_once_for_all(number, videos, tmp
 def test_checkpoints_that_do_not_fit_are_refused(run):
     assert run(fima, "--max_steps", 1, "--out", "run")[0] == 0
     for flags, says in (
-        (["--width", 0.125], "width 0.0625 (here 0.125)"),
-        (["--encoder", "i3d", "--crop", 64], "encoder r3d_18 (here i3d)"),
+        (["--width", 0.125], "was trained with --width 0.0625, not 0.125"),
+        (["--encoder", "i3d", "--crop", 64], "was trained with --encoder r3d_18, not i3d"),
     ):
         code, _, err = run(fima, "--resume", "run/checkpoint.pt", *flags, small=False)
         assert code == 2 and says in err and err.count("\n") == 1, err
@@ -422,7 +422,9 @@ def test_too_many_unreadable_videos_stop_the_run_and_are_named(run, videos):
     assert code == 0 and "unreadable" in out
     assert "0.mp4" in (run.path / "run" / "bad_videos.log").read_text()
     resume = ["--resume", "run/checkpoint.pt", "--exclude", "run/bad_videos.log", "--max_steps", 0, "--epochs", 4]
-    code, out, _ = run(fima, *flags, *resume, dataset=None)
+    code, _, err = run(fima, *flags, *resume, dataset=None)
+    assert code == 2 and f"1 fewer ({'a/0.mp4'!r})" in err.splitlines()[-1] and "--changed_data" in err
+    code, out, _ = run(fima, *flags, *resume, "--changed_data", dataset=None)
     assert code == 0 and "goes on at the same part" in out and "1 of the 1 named in run/bad_videos.log" in out
     assert weights(run.path / "run" / "checkpoint.pt")["step"] == 4
 

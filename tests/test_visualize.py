@@ -342,8 +342,8 @@ def test_names_that_are_no_text_are_drawn_and_reported(draw, runs, videos, tmp_p
 
 
 def test_a_log_that_a_kill_has_cut(tmp_path):
-    (tmp_path / "log.jsonl").write_text('{"step": 1}\n{"st')
-    assert visualize.read_log(str(tmp_path)) == [{"step": 1}]
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "epoch": 0.5, "loss/vv": 2.0}\n{"st')
+    assert visualize.read_log(str(tmp_path)) == [{"step": 1, "epoch": 0.5, "loss/vv": 2.0}]
     (tmp_path / "log.jsonl").write_text("")
     with pytest.raises(train.UserError, match="no line yet"):
         visualize.read_log(str(tmp_path))
