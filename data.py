@@ -1764,10 +1764,7 @@ def visit_videos(
             if file.read(1) not in (b"", b"'", b'"'):
                 raise FileExistsError(f"{out} is no list of bad videos: name another file")
     bad = 0
-    with (
-        _naming(out),
-        open(out, mode, encoding="utf-8", buffering=1) as file,
-    ):  # by lines, so that an interrupt loses none
+    with _naming(out), open(out, mode, encoding="utf-8", buffering=1) as file:  # by lines: an interrupt loses none
         for path, reason in _progress(_in_processes([visitor] * workers, paths, ahead=8), len(paths), what):
             if reason:
                 bad += 1

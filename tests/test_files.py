@@ -1,5 +1,6 @@
 """Two at once, files of others, and full disks: nothing is written over, and nothing half is left."""
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -317,12 +318,15 @@ def test_maps_replace_no_arrays_of_others(tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def full_disk():
-    """Gives what makes files unable to grow beyond some bytes: of what the system then says, no more is known."""
+    """No file can grow beyond 100 bytes: the system's error is of the same kind as that of a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def write_log(folder):
@@ -343,31 +347,29 @@ WRITERS = {
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_a_full_disk_names_the_file_and_leaves_nothing_half(name, tmp_path, full_disk):
+def test_a_full_disk_names_the_file_and_leaves_nothing_half(name, tmp_path):
     (tmp_path / f"{'long' * 50}.mp4").touch()
     (tmp_path / "a.mp4").touch()
     old = b"" if name == "bad.txt" else b"old"
     if name != "_0001.mp4":
         (tmp_path / name).write_bytes(old)
     before = sorted(os.listdir(tmp_path))
-    full_disk(100)
-    with pytest.raises(OSError, match=rf"File too large: '.*{name}'"):
+    with full_disk(), pytest.raises(OSError, match=rf"File too large: '.*{name}'"):
         WRITERS[name](tmp_path)
-    full_disk(resource.RLIM_INFINITY)
     assert sorted(os.listdir(tmp_path)) == before
     if name in ("o.json", "run.json", "a.mp4.npz"):
         assert (tmp_path / name).read_bytes() == old
 
 
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name in ("o.json", "o.svg")])
-def test_a_full_disk_leaves_results_as_they_were(name, run, monkeypatch, capsys, full_disk):
+def test_a_full_disk_leaves_results_as_they_were(name, run, monkeypatch, capsys):
     script, words = COMMANDS[name]
     words = [*words, f"--out={name}"]
     words += [*QUICK, "--dataset=synthetic", f"--data={run.videos}"] if script is visualize else []
     assert call(run, script, words, monkeypatch, capsys)[0] == 0
     before = digests(run.path)
-    full_disk(100)
-    code, _, err = call(run, script, words, monkeypatch, capsys)
+    with full_disk():
+        code, _, err = call(run, script, words, monkeypatch, capsys)
     assert code == 2 and err.splitlines()[-1].endswith(f"File too large: '{name}'"), err
     assert digests(run.path) == before
 
