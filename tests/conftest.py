@@ -25,7 +25,8 @@ settings.load_profile("project")
 def pytest_cmdline_main(config):
     """The whole suite runs in a process for each core, at most four; what is named on the command line in one."""
     whole = config.args_source == config.ArgsSource.TESTPATHS and not config.option.usepdb
-    if whole and config.pluginmanager.hasplugin("xdist") and config.option.numprocesses is None:
+    alone = config.pluginmanager.hasplugin("xdist") and not hasattr(config, "workerinput")  # itself no such process
+    if whole and alone and config.option.numprocesses is None:
         config.option.numprocesses, config.option.dist = min(4, os.cpu_count() or 1), "loadfile"
 
 
