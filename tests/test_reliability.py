@@ -577,7 +577,7 @@ def test_processes_that_do_not_meet_say_so_in_one_line_each_within_the_time_out(
             environment = dict(RANK=rank, WORLD_SIZE=count, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
             processes.append(start(tmp_path, *TINY, "--timeout", 0.05, environment=environment, output=f"{n}.txt"))
         for process in processes:
-            process.join(60)
+            process.join(120)
             process.kill()
     for n, (process, (place, port)) in enumerate(zip(processes, places, strict=True)):
         says = f"error: process {place.replace('/', ' of ')} does not meet the others at 127.0.0.1:{port} ("
