@@ -480,13 +480,16 @@ def _join(place: torch.device, timeout: float) -> None:
     thread = threading.Thread(target=join, name=_join.__name__, daemon=True)
     held, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
+    os.close(nowhere)
     try:
         thread.start()
         thread.join(min(60 * timeout, threading.TIMEOUT_MAX))
     finally:
-        os.dup2(held, 2)
-        os.close(held)
-        os.close(nowhere)
+        if thread.is_alive():  # and may tell more
+            sys.stderr = os.fdopen(held, "w", buffering=1, errors="backslashreplace")
+        else:
+            os.dup2(held, 2)
+            os.close(held)
     error = outcome[0] if outcome else TimeoutError(f"not all are there after --timeout {timeout:g} minutes")
     if error is not None:
         raise error

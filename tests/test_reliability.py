@@ -603,8 +603,8 @@ def test_an_environment_that_a_scheduler_has_left_is_one_clear_line(left, run, m
 
 
 def test_processes_that_do_not_meet_say_so_in_one_line_each_within_the_time_out(tmp_path):
-    """Some are missing, count otherwise, or meet a program that never answers."""
-    groups = ["0/2"], ["1/2"], ["0/3", "1/3"], ["0/2", "1/3"]
+    """Some are missing, or meet a program that never answers."""
+    groups = ["0/2"], ["1/2"], ["0/3", "1/3"]
     with contextlib.ExitStack() as stack:
         servers = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in groups]
         ports = [server.getsockname()[1] for server in servers]
@@ -617,7 +617,7 @@ def test_processes_that_do_not_meet_say_so_in_one_line_each_within_the_time_out(
             environment = dict(RANK=rank, WORLD_SIZE=count, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
             processes.append(start(tmp_path, *TINY, "--timeout", 0.05, environment=environment, output=f"{n}.txt"))
         for process in processes:
-            process.join(60)
+            process.join(120)
             process.kill()
     for n, (process, (place, port)) in enumerate(zip(processes, places, strict=True)):
         says = f"error: process {place.replace('/', ' of ')} does not meet the others at 127.0.0.1:{port} ("
