@@ -1427,8 +1427,8 @@ def fit(
                 exclude = shlex.quote(",".join(filter(None, [getattr(config, "exclude", ""), names])))
                 raise UserError(
                     f"{bad_videos} videos of this epoch could not be read, more than --max_bad {config.max_bad:g}; "
-                    f"{names} names them and says why: mend them, allow more, or leave them out by --exclude {exclude} "
-                    "(to resume without them, with --changed_data)"
+                    f"{names} names them and says why: mend them, allow more, or leave them out, when resuming with "
+                    f"--changed_data, by --exclude {exclude}"
                 )
             if line_due or interrupted:
                 journal.line(bad_videos)  # before saving, as it finds losses that are not finite

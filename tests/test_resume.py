@@ -66,12 +66,10 @@ def fit_tiny(config):
 
 def another(field, value):
     """Another value that the command line takes for an option, None if there is none."""
-    if field.metadata["choices"]:
-        return next((choice for choice in field.metadata["choices"] if choice not in (value, "")), None)
+    allowed = field.metadata["allowed"]
     if field.type is str:
-        return f"{value}x"
-    least, most = field.metadata["range"]
-    return value + 1 if value + 1 <= most else (max(least, 0) + value) / 2
+        return next((choice for choice in allowed if choice not in (value, "")), None) if allowed else f"{value}x"
+    return value + 1 if value + 1 <= allowed[1] else (max(allowed[0], 0) + value) / 2
 
 
 @pytest.mark.parametrize("config_class", CONFIGS, ids=lambda config_class: config_class.__name__)
