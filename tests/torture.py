@@ -128,19 +128,19 @@ class Torture:
         self.ends_as_if_nothing_had_been(folder, stopped=True)
 
     def launcher(self, chance: Random, folder: Path) -> None:
-        """torchrun is killed, or one of its processes."""
+        """torchrun is killed, or one of its processes, or all of them at once."""
         word = f"TORTURE={folder}"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
         environment = os.environ | dict([word.split("=")]) | {"OMP_NUM_THREADS": "1"}
         with open(folder / "launched.txt", "w") as out:
-            running = subprocess.Popen(
-                [*command, ROOT / "fima.py", *map(str, self.flags)], cwd=folder, env=environment, stdout=out, stderr=out
-            )
+            command += [ROOT / "fima.py", *map(str, self.flags)]
+            options = dict(cwd=folder, env=environment, stdout=out, stderr=out, start_new_session=True)
+            running = subprocess.Popen(command, **options)
         until = time.monotonic() + 60
         while not (folder / "run" / "run.json").exists() and time.monotonic() < until:
             time.sleep(0.1)
         time.sleep(chance.uniform(0, self.seconds))
-        victim = chance.choice([running.pid, *children(running.pid)])
+        victim = chance.choice([-running.pid, running.pid, *children(running.pid)])  # −: its group
         if running.poll() is None:
             os.kill(victim, signal.SIGKILL)
         running.wait(120)
