@@ -49,11 +49,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import fima
+import find
 import losses
 import moco
 import train
+import video
+from cli import command_line, parse
 from models import ENCODERS, momentum_update
-from train import Options, Process, UserError, command_line, option, parse, progress, start_process, user_errors
+from train import Options, Process, UserError, option, progress, start_process, user_errors
+from video import BadVideo, Video
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +176,7 @@ def write(config: BenchmarkConfig, command: str, device: torch.device, results: 
 # -------------------------------------------------------------------------------------------------------------- data
 
 
-class PicturesDropped(data.Video):
+class PicturesDropped(Video):
     """Decodes what the wanted frames need and drops each picture: the least that reading can cost."""
 
     def _pixels(self, image: av.VideoFrame) -> None:
@@ -189,18 +193,18 @@ def read_whole(path: str, side: int) -> list[np.ndarray]:
         return [to_rgb.reformat(image, *size, "rgb24", threads=1).to_ndarray() for image in container.decode(video=0)]
 
 
-def find(config: BenchmarkConfig) -> data.VideoList:
+def find_folder(config: BenchmarkConfig) -> data.VideoList:
     """The videos of `--data`."""
     if Path(config.data).is_file():
         return data.VideoList([config.data], [-1], [], f"{config.data}: 1 video")
     with user_errors():
         dataset = "synthetic" if config.data == BenchmarkConfig.data else "folder"
-        return data.find_videos(dataset, config.data, train=True)
+        return find.find_videos(dataset, config.data, train=True)
 
 
 def reading(config: BenchmarkConfig) -> None:
     """Times a sample against decoding alone, and the loader by its number of workers."""
-    process, workers, videos = start_process("cpu"), config.numbers("workers", least=0), find(config)
+    process, workers, videos = start_process("cpu"), config.numbers("workers", least=0), find_folder(config)
     torch.set_num_threads(1)
     print(videos.report)
     parts, window = config.frames // 8, 2 * config.frames  # FIMA's sub-clips, one a feature frame, and frame stride
@@ -209,7 +213,7 @@ def reading(config: BenchmarkConfig) -> None:
 
     memory = views.empty()  # used again and again, as a place in the loader's batches is
 
-    def read(reader: type[data.Video]) -> None:
+    def read(reader: type[Video]) -> None:
         for epoch, index in keys:
             with reader(videos.paths[index]) as video:
                 starts = views._draw_starts(np.random.default_rng([config.seed, epoch, index, 0]), video)[:, None]
@@ -217,7 +221,7 @@ def reading(config: BenchmarkConfig) -> None:
 
     ways = {
         "decoding alone, the limit": lambda: read(PicturesDropped),
-        "and RGB of the frames": lambda: read(data.Video),
+        "and RGB of the frames": lambda: read(Video),
         "and crops, scaled: the whole sample": lambda: [views.write(key, memory) for key in keys],
         "usual way: the whole file, scaled, uncropped": lambda: [
             read_whole(videos.paths[index], config.crop * 8 // 7) for _, index in keys
@@ -225,7 +229,7 @@ def reading(config: BenchmarkConfig) -> None:
     }
     try:
         seconds = take_turns({k: timed(way, time.process_time) for k, way in ways.items()}, config.rounds, process)
-    except (data.BadVideo, av.FFmpegError) as error:
+    except (BadVideo, av.FFmpegError) as error:
         raise UserError(f"{error}: take it out of {config.data}") from error
     seconds = {name: [turn / len(keys) for turn in turns] for name, turns in seconds.items()}
     results = {"one_core": compare("CPU time of a sample on one core", seconds, next(iter(ways)))}
@@ -246,7 +250,7 @@ def reading(config: BenchmarkConfig) -> None:
             return timed(lambda: [next(loader) for _ in range(batches)], time.perf_counter)() / (batches * batch)
 
     def first_batch(count: int) -> None:
-        find(config)
+        find_folder(config)
         with load(count) as loader:
             next(loader)
 
@@ -263,7 +267,7 @@ def reading(config: BenchmarkConfig) -> None:
 # -------------------------------------------------------------------------------------------------------------- step
 
 
-class Noise(data.Video):
+class Noise(Video):
     """Stands for a video of 300 frames of 240 × 320 pixels of noise, whatever the path."""
 
     def __init__(self, path: str):
@@ -283,7 +287,7 @@ def random_views(method: fima.FIMA) -> dict[str, Tensor]:
     config = method.config
     videos = data.VideoList([""] * config.batch_size, [-1] * config.batch_size, [], "")
     views = data.PretrainingViews(videos, config.crop, config.frames, config.frame_stride, method.sub_clips)
-    with mock.patch.object(data, "Video", Noise):
+    with mock.patch.object(video, "Video", Noise):
         batch = next(data.load_batches(views, data.StepSampler(len(views), len(views), 1)))
     return {name: value for name, value in batch.items() if isinstance(value, Tensor)}
 

@@ -19,6 +19,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from cli import command_line
 from losses import (
     activation_alignment,
     activation_pool,
@@ -29,9 +30,10 @@ from losses import (
     static_frame,
 )
 from moco import PRESETS as MOCO_PRESETS
-from moco import MoCo, MoCoConfig, main, pool
+from moco import MoCo, MoCoConfig, pool
 from models import MomentumQueue, momentum_update
-from train import SWITCH, UserError, command_line, option
+from pretrain import main
+from train import SWITCH, UserError, option
 
 PARTS = {"none": "", "static": "s", "motion": "d", "both": "sd"}  # inputs that an option names
 

@@ -57,7 +57,12 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler
 
 import data
+import find
+import video
+from augment import encoder_input
+from cli import command_line, parse
 from models import ENCODERS, EXPORTS, build_encoder, encoder_weights, export_weights, load_weights, recognize
+from runs import continued
 from train import (
     Options,
     Process,
@@ -66,15 +71,12 @@ from train import (
     check_replaceable,
     check_sums,
     claim_folder,
-    command_line,
-    continued,
     fit,
     git_commit,
     leave_signals,
     load_checkpoint,
     loader_workers,
     option,
-    parse,
     progress,
     saved_options,
     start_process,
@@ -96,7 +98,7 @@ class RetrieveConfig(Options):
     """Options of every protocol. What is left at "" or 0 is as in the checkpoint's training, or as in UNTRAINED."""
 
     checkpoint: str = option("", "checkpoint.pt of a run, or another project's; without it, an untrained encoder")
-    dataset: str = option("", "what to evaluate on", ("", *data.DATASETS))
+    dataset: str = option("", "what to evaluate on", ("", *find.DATASETS))
     data: str = option("", "folder of the data set (default: the checkpoint's, or datasets/DATASET)")
     split: int = option(0, "official split of the data set; 0: as trained, or 1", (0, 99))
     list_file: str = option("", "with --dataset folder and --test_list: training videos, a file of lines 'path label'")
@@ -247,12 +249,12 @@ def load_encoder(config: Config, say: Callable[[str], None] = print, key: bool =
 def find_labelled(
     dataset: str, root: str, train: bool, split: int, list_file: str = "", exclude: str = ""
 ) -> data.VideoList:
-    """`data.find_videos`, for protocols that need to know the classes.
+    """`find.find_videos`, for protocols that need to know the classes.
 
     Raises:
         ValueError: a video without a label, one that a list names twice, or a folder that may not be listed.
     """
-    videos = data.find_videos(dataset, root, train, split, list_file or None, exclude or None)
+    videos = find.find_videos(dataset, root, train, split, list_file or None, exclude or None)
     if videos.closed:
         command = f"chmod -R u+rX {shlex.quote(root)}"
         raise ValueError(f"{videos.report}: evaluation leaves none out, give permission with `{command}`")
@@ -280,7 +282,7 @@ def with_same_classes(train: data.VideoList, test: data.VideoList) -> tuple[data
     classes = train.classes + unseen
     index = {name: i for i, name in enumerate(classes)}
     labels = [index[test.classes[label]] for label in test.labels]
-    report = test.report + (f"; without training videos: {', '.join(map(data.shown, unseen))}" if unseen else "")
+    report = test.report + (f"; without training videos: {', '.join(map(video.shown, unseen))}" if unseen else "")
     train = dataclasses.replace(train, classes=classes)
     return train, dataclasses.replace(test, labels=labels, classes=classes, report=report)
 
@@ -311,7 +313,7 @@ def prepare(config: Config) -> tuple[Process, Config, nn.Module, data.VideoList,
                 find_labelled(config.dataset, config.data, True, config.split, config.list_file, config.exclude),
                 find_labelled(config.dataset, config.data, False, config.split, config.test_list),
             )
-        if both := [*data.same_files(train.paths, test.paths), *train.shared]:
+        if both := [*find.same_files(train.paths, test.paths), *train.shared]:
             raise ValueError(
                 f"{min(both)} is a training video and a test video, one of {len(both)} by name or link: divide them "
                 f"into train/ and test/ folders of {config.data}, or by --list_file and --test_list, or --exclude them"
@@ -347,11 +349,7 @@ def share_of(videos: data.VideoList, fraction: float, seed: int) -> data.VideoLi
 
 def pooled_features(encoder: nn.Module, clips: Tensor, color: Tensor | None = None) -> Tensor:
     """uint8 clips (N, 3, frames, H, W), with `color` (N, P) augmented by it → features pooled over T, H, W: (N, C)."""
-    clips = clips.contiguous() / 255
-    if color is not None:
-        clips = data.color_augment(clips, color)
-    clips = data.normalize(clips).contiguous(memory_format=torch.channels_last_3d)  # up to twice as fast
-    return encoder(clips).float().mean((2, 3, 4))
+    return encoder(encoder_input(clips, color)).float().mean((2, 3, 4))
 
 
 @torch.no_grad()
@@ -571,7 +569,7 @@ def save_accuracy(
 
 def plain(name: str) -> str:
     """A name as matplotlib is to show it: no formula, which $ begins, and no bytes that are no characters."""
-    return data.shown(name).replace("$", r"\$")
+    return video.shown(name).replace("$", r"\$")
 
 
 def draw_confusion(path: Path, percent: Tensor, classes: list[str], title: str) -> None:

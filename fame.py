@@ -2,7 +2,7 @@
 
 MoCo-v2 in which one of the two clips of a video shows its moving foreground on the background of another video of the
 batch (Sec. 3.2, Fig. 4), so that a scene no longer gives away which clips belong together. The augmentation itself is
-`losses.ForegroundBackgroundMerging`; `python fima.py --fame single` puts it before FIMA.
+`augment.ForegroundBackgroundMerging`; `python fima.py --fame single` puts it before FIMA.
 
     python fame.py                                                          # small encoder, generated videos, on a CPU
     python fame.py --dataset ucf101 --data /data/ucf101                     # one GPU
@@ -15,10 +15,12 @@ import dataclasses
 
 from torch import Tensor
 
-from losses import ForegroundBackgroundMerging as Merging
+from augment import ForegroundBackgroundMerging as Merging
+from cli import command_line
 from moco import PRESETS as MOCO_PRESETS
-from moco import MoCo, MoCoConfig, main
-from train import UserError, command_line, option
+from moco import MoCo, MoCoConfig
+from pretrain import main
+from train import UserError, option
 
 
 @dataclasses.dataclass(frozen=True)

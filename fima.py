@@ -20,19 +20,14 @@ import math
 import torch
 from torch import Tensor
 
-from losses import (
-    FRAME_LOSSES,
-    ForegroundBackgroundMerging,
-    activation_map,
-    foreground_mask,
-    pixel_contrast,
-    positive_pairs,
-    seen_box,
-)
+from augment import ForegroundBackgroundMerging
+from cli import command_line
+from losses import FRAME_LOSSES, activation_map, foreground_mask, pixel_contrast, positive_pairs, seen_box
 from moco import PRESETS as MOCO_PRESETS
-from moco import FeatureMaps, MoCo, MoCoConfig, main, pool
+from moco import FeatureMaps, MoCo, MoCoConfig, pool
 from models import MomentumQueue, MotionDecoder
-from train import UserError, command_line, option
+from pretrain import main
+from train import UserError, option
 
 
 @dataclasses.dataclass(frozen=True)

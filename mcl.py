@@ -15,12 +15,16 @@ Tables of the paper as flags: 1 --temporal_sampling, --spatial_sampling, and --l
 st; 2 --losses vv, and --alignment v1, v2, v3.
 """
 
+import contextlib
 import dataclasses
+import errno
+import io
 import itertools
 import os
 import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -29,23 +33,18 @@ from torch import Tensor
 
 import data
 import moco
-from losses import (
-    crop_motion,
-    foreground_mask,
-    motion_alignment,
-    motion_map,
-    moving_windows,
-    pool_motion,
-    response_map,
-)
+import pretrain
+from cli import command_line, parse
+from losses import crop_motion, foreground_mask, motion_alignment, motion_map, moving_windows, pool_motion, response_map
 from models import last_norms, recorded_inputs
-from train import UserError, command_line, option, parse, user_errors
+from train import UserError, naming, option, user_errors
+from video import BadVideo, Video, blame_machine
 
 SAMPLING = ("motion", "random")
 
 
 @dataclasses.dataclass(frozen=True)
-class MapsConfig(moco.VideosConfig):
+class MapsConfig(pretrain.VideosConfig):
     """Options of `mcl.py maps`, by the names that they have in training."""
 
     maps: str = option("", "folder of the motion maps (default: beside the data set's, its name and _maps)")
@@ -111,7 +110,119 @@ def tvl1_flow(images: Sequence[np.ndarray], side: int, warps: int = 5) -> Tensor
     return torch.from_numpy(np.stack(flow)).flip(1)  # it gives rows first
 
 
-class MotionMaps(data.FrameMaps):
+class FrameMaps(data.VideoVisitor):
+    """A map of each frame of each video, computed once and kept in files: that of ROOT/a/b.mp4 in FOLDER/a/b.mp4.npz.
+
+    A file holds the maps of a video (N, h, w), not negative, as square roots in 8 bits, and what they were made from:
+    the size of the video's file, and a recipe. It holds no pickles.
+
+    Args:
+        root: folder of the videos.
+        folder: of the maps.
+        recipe: says how they are computed; others are made anew.
+        command: makes them; named where one is missing.
+        exclude: the files of videos that are left out already.
+    """
+
+    def __init__(self, root: str | Path, folder: str | Path, recipe: str, command: str, exclude: str = ""):
+        self.root, self.folder = os.path.abspath(root), Path(folder)
+        self.recipe, self.command, self.exclude = recipe, command, exclude
+
+    def compute(self, path: str) -> np.ndarray:
+        """The maps of a video, floating point (N, h, w) ≥ 0; raises BadVideo."""
+        raise NotImplementedError
+
+    def file(self, path: str) -> Path:
+        """Where the maps of a video lie."""
+        return self.folder / (os.path.relpath(path, self.root) + ".npz")
+
+    def visit(self, path: str) -> None:
+        """Computes and writes the maps of a video; at every moment their file is whole, or as it was."""
+        file, foreign = self.file(path), False
+        with contextlib.suppress(Exception), np.load(file) as held:  # damaged files raise all kinds
+            foreign = "recipe" not in held
+        if foreign:
+            raise FileExistsError(f"{file} holds something else than maps: name another folder for these")
+        maps = self.compute(path)
+        scale = max(float(maps.max()), 1e-12)
+        levels = np.round(255 * np.sqrt(maps / scale)).astype(np.uint8)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        memory, partial = io.BytesIO(), file.with_name(f"{file.name}.{os.urandom(4).hex()}.partial")
+        np.savez_compressed(memory, levels=levels, scale=scale, size=os.path.getsize(path), recipe=self.recipe)
+        try:
+            with naming(file):
+                partial.write_bytes(memory.getbuffer())
+                os.replace(partial, file)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def is_made(self, path: str) -> bool:
+        """Whether there are whole maps of this video as it is now, by this recipe."""
+        try:
+            self.read(path)
+        except (ValueError, FileNotFoundError):  # the latter of a video that is gone, which making them will name
+            return False
+        return True
+
+    def read(self, path: str, frames: int | None = None) -> np.ndarray:
+        """The maps of a video, of so many frames if it is given: float32 (frames, h, w).
+
+        Raises ValueError when they are missing, damaged, or those of another video or another recipe, and OSError when
+        they can't be read for a reason that is not in the file.
+        """
+        file, size = self.file(path), os.path.getsize(path)
+        try:
+            with np.load(file) as held:  # reading an entry compares its check sum
+                levels, scale, *made_from = (held[name] for name in ("levels", "scale", "size", "recipe"))
+            wrong = (
+                ""
+                if (recipe := str(made_from[1])) == self.recipe
+                else f"made by another recipe ({recipe}, not {self.recipe})"
+            )
+            if int(made_from[0]) != size or frames not in (None, len(levels)):
+                wrong = "of another video of this name"
+            maps = np.float32(scale) * np.square(levels / np.float32(255))
+        except FileNotFoundError:
+            wrong = "missing"
+        except Exception as error:  # damaged files raise all kinds
+            blame_machine(error, str(file))
+            if isinstance(error, OSError) and error.errno not in (
+                None,
+                errno.EINVAL,
+            ):  # EINVAL: a place out of the file
+                raise
+            wrong = f"damaged ({error})"
+        if wrong:
+            raise ValueError(f"{file}: {wrong}; make it again with `{self.command}`")
+        return maps
+
+    def check(self, paths: Sequence[str]) -> None:
+        """Raises FileNotFoundError when there is a video without maps."""
+        missing = [path for path in paths if not self.file(path).is_file()]
+        if missing:
+            raise FileNotFoundError(
+                f"{self.folder}: nothing for {len(missing)} of {len(paths)} videos, such as {missing[0]!r}: run "
+                f"`{self.command}`, and leave out with --exclude what it names as unreadable"
+            )
+
+    def make(self, paths: Sequence[str], workers: int) -> str:
+        """Makes what is missing, of another recipe or of another video, in processes; returns a line on what there is.
+
+        Videos that can't be read are added to FOLDER/bad_videos.txt, for `exclude`.
+        """
+        todo = [path for path in paths if not self.is_made(path)]
+        report = f"{self.folder}: {len(paths) - len(todo)} of {len(paths)} were there"
+        if not todo:
+            return report
+        self.folder.mkdir(parents=True, exist_ok=True)
+        bad = self.folder / "bad_videos.txt"
+        count = data.visit_videos(self, todo, self.root, bad, workers, f"making {self.folder}", "a")
+        exclude = shlex.quote(",".join(filter(None, [self.exclude, str(bad)])))
+        advice = f", {count} videos can't be read: leave them out with --exclude {exclude}" if count else ""
+        return f"{report}, {len(todo) - count} made{advice}"
+
+
+class MotionMaps(FrameMaps):
     """m of Eq. 1 for each frame of each video, averaged over cells."""
 
     CELLS = 24  # of the shorter side, at most
@@ -131,13 +242,11 @@ class MotionMaps(data.FrameMaps):
     def compute(self, path: str) -> np.ndarray:
         """(N, h, w); the last frame, from which nothing flows, has the map of the one before (Sec. 3.1)."""
         maps = []
-        with data.Video(path) as video:
+        with Video(path) as video:
             for first in range(0, len(video) - 1, self.CHUNK):
                 images = video.read(range(first, min(first + self.CHUNK + 1, len(video))))
                 if min(images[0].shape[:2]) < 2:
-                    raise data.BadVideo(
-                        path, f"no flow in frames of {images[0].shape[1]} x {images[0].shape[0]} pixels"
-                    )
+                    raise BadVideo(path, f"no flow in frames of {images[0].shape[1]} x {images[0].shape[0]} pixels")
                 flow = tvl1_flow(images, self.side, self.warps)
                 cells = [min(n, round(n * self.CELLS / min(flow.shape[2:]))) for n in flow.shape[2:]]
                 maps.append(F.adaptive_avg_pool2d(motion_map(flow), cells))
@@ -168,7 +277,7 @@ class MotionViews(data.PretrainingViews):
             out[:] = crop_motion(self._clip(start), box / self.frame, self.SIZE)
         return starts
 
-    def _possible_starts(self, video: data.Video) -> np.ndarray:
+    def _possible_starts(self, video: Video) -> np.ndarray:
         """Those of windows that move, or of all, where fewer move than are drawn."""
         self.motion = torch.from_numpy(self.maps.read(video.path, len(video)))
         starts = super()._possible_starts(video)
@@ -258,7 +367,7 @@ class MCL(moco.MoCo):
 def main() -> None:
     """`mcl.py maps …` makes motion maps, `mcl.py …` trains."""
     if sys.argv[1:2] != ["maps"]:
-        moco.main(MCL, MCLConfig, PRESETS, __doc__)
+        pretrain.main(MCL, MCLConfig, PRESETS, __doc__)
         return
     doc = "Makes the motion maps that MCL trains with, once for each training video. Those that are there stay."
     config = parse(MapsConfig, doc, FLOW, sys.argv[2:])

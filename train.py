@@ -9,12 +9,10 @@ line of the log shows to be wrong.
 One process needs no process group; `torchrun --nproc_per_node=N method.py …` runs N of them, one a GPU.
 """
 
-import argparse
 import contextlib
 import copy
 import ctypes
 import dataclasses
-import errno
 import importlib.metadata
 import io
 import itertools
@@ -34,7 +32,7 @@ import zlib
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn, TextIO, TypeVar
+from typing import Any, TextIO, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -64,101 +62,6 @@ def user_errors() -> Iterator[None]:
         yield
     except (ValueError, OSError) as error:
         raise UserError(str(error).strip() or type(error).__name__) from error
-
-
-def shown(text: str, besides: str = "") -> str:
-    """A text for a terminal: what isn't printable, as its own codes in the name of a file, is shown by its number.
-
-    Args:
-        besides: characters to leave as they are.
-    """
-    return "".join(char if char.isprintable() or char in besides else repr(char)[1:-1] for char in text)
-
-
-class _Output:
-    """A standard stream in which no text has codes of a terminal's. What nobody reads is lost, and the end of the
-    terminal itself is a SIGHUP."""
-
-    def __init__(self, stream: TextIO):
-        self.stream = stream
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.stream, name)
-
-    def write(self, text: str) -> int:
-        with self.ending():
-            self.stream.write(shown(text, "\n\r\t"))
-        return len(text)
-
-    def flush(self) -> None:
-        with self.ending():
-            self.stream.flush()
-
-    @contextlib.contextmanager
-    def ending(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-            if HANGUP and error.errno == errno.EIO:
-                signal.raise_signal(HANGUP)
-
-
-def _follow(parent: int) -> None:
-    """Sends this process a SIGTERM when its parent is gone."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-def command_line(main: Callable[[], None]) -> NoReturn:
-    """Runs a script: a UserError is one line and exit code 2, an interrupt 128 + its signal.
-
-    So is the loss of another process of the run (exit code 1), whose own message says more. The end of the terminal is
-    an interrupt, unless SIGHUP is ignored, as under nohup; with streams that are closed, or that nobody reads, it goes
-    on. The end of torchrun, which a SIGKILL keeps from ending its processes, is an interrupt, too.
-    """
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        threading.Thread(target=_follow, args=(os.getppid(),), daemon=True).start()
-    while (number := os.open(os.devnull, os.O_RDWR)) < 3:  # a stream that is closed: its number is not for other files
-        pass
-    os.close(number)
-    sys.stdout, sys.stderr = (stream or os.fdopen(n, "w") for n, stream in ((1, sys.stdout), (2, sys.stderr)))
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # names of files need not fit the terminal's encoding
-            stream.reconfigure(errors="backslashreplace")
-    if HANGUP and signal.getsignal(HANGUP) == signal.SIG_DFL:
-        signal.signal(HANGUP, signal.default_int_handler)
-    code, message = 0, ""
-    with contextlib.redirect_stdout(_Output(sys.stdout)), contextlib.redirect_stderr(_Output(sys.stderr)):
-        try:
-            main()
-            sys.stdout.flush()
-        except UserError as error:
-            code, message = 2, f"error: {shown(str(error))}"
-        except Interrupted as error:
-            code = 128 + error.args[0]
-        except KeyboardInterrupt:
-            code, message = 130, "interrupted"
-        except (RuntimeError, MemoryError) as error:
-            if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
-                what = str(error).partition(" If reserved")[0].partition("\n")[0]
-                advice = "take a smaller --batch_size, --test_batch, --crop, --frames or model, or fewer --workers"
-                code, message = 2, f"error: out of memory: {advice}" + (f"; {what}" if what else "")
-            elif dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error)):
-                reason = str(error).partition("] ")[2].partition(". ")[0]
-                lost = f"process {dist.get_rank()} has lost another one, which ended, or was silent beyond --timeout"
-                again = "start all again, in training with --resume auto: from the last checkpoint, if there is one"
-                code, message = 1, f"error: {lost}: {reason}; {again}"
-            else:
-                raise
-        with contextlib.suppress(KeyboardInterrupt):  # of the terminal's end
-            print(message, end="\n" * bool(message), file=sys.stderr)
-    end_process()
-    if any(thread.name == _join.__name__ for thread in threading.enumerate()):  # torch's own would abort a usual exit
-        sys.stdout.flush()
-        os._exit(code)
-    sys.exit(code)
 
 
 # ---------------------------------------------------------------------------------------------------------- options
@@ -266,61 +169,6 @@ def _method_name(config_class: type[Options]) -> str:
 def _program() -> list[str]:
     """How the program was called, without its flags: the script and, where it has such, the sub-command."""
     return list(itertools.takewhile(lambda word: not word.startswith("-"), sys.argv))
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (--help lists the flags)")
-
-
-def parse(
-    config_class: type[Config], doc: str, presets: dict[str, dict] | None = None, argv: list[str] | None = None
-) -> Config:
-    """Command line → config. Explicit flags win over the options of the checkpoint to resume, these over the preset
-    that `--dataset` selects, and this over the defaults. Flags may be written with underscores or hyphens.
-
-    Raises:
-        UserError: unknown flag or value, no such checkpoint, one of another method, or an option that makes another run
-            of it.
-    """
-    presets = presets or {}
-    parser = _Parser(
-        " ".join(_program()), description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    for field in dataclasses.fields(config_class):
-        names = dict.fromkeys(["--" + field.name, "--" + field.name.replace("_", "-")])
-        default, allowed = str(field.default), field.metadata["allowed"]
-        options = {"metavar": field.type.__name__.upper()}
-        if field.type is not str:
-            default += f"; {_range(allowed)}"
-        elif allowed:
-            options = {"choices": allowed, "metavar": "|".join(filter(None, allowed))}
-        if allowed == SWITCH:
-            options |= {"nargs": "?", "const": "on"}
-        parser.add_argument(
-            *names,
-            type=field.type,
-            default=argparse.SUPPRESS,
-            help=(field.metadata["help"] + (f" (default: {default})" if default else "")).replace("%", "%%"),
-            **options,
-        )
-    lines = [f"  {name}: " + " ".join(f"--{k} {v}" for k, v in preset.items()) for name, preset in presets.items()]
-    parser.epilog = "\n".join(["what --dataset NAME sets (explicit flags win):", *lines]) if lines else None
-    given = vars(parser.parse_args(argv))
-    saved, path, method = {}, given.get("resume", ""), _method_name(config_class)
-    if path not in ("", "auto"):
-        state = load_checkpoint(path)
-        if state["method"] != method:
-            raise UserError(f"{path} is a checkpoint of {state['method']}, not of {method}")
-        saved = saved_options(path, state, config_class, given.keys() & (config_class.FREE | config_class.TUNED))
-        given.setdefault("out", str(Path(path).parent))
-    dataset = given.get("dataset", saved.get("dataset", getattr(config_class, "dataset", "")))
-    made = {field.name: field.default for field in dataclasses.fields(config_class)}
-    made |= presets.get(dataset, {}) | saved
-    for name, value in given.items() if saved else ():
-        if value != made[name] and name not in config_class.FREE | config_class.TUNED:
-            raise UserError(f"{path} was trained with --{name} {made[name]}, not {value}: start anew, without --resume")
-    return config_class(**made | given)
 
 
 # -------------------------------------------------------------------------------------------------------- processes
@@ -701,99 +549,6 @@ def unpack(path: str | Path, state: dict) -> dict:
         raise UserError(f"{path} is damaged, or of other code: no valid seen in it") from error
 
 
-def differences(was: dict, now: dict) -> str:
-    """How what was seen differs from what is seen now, as far as both know it; "" for not at all.
-
-    Args:
-        was, now: lists of videos by name, with lines of path, label, class and bytes, or anything else by name.
-    """
-    found = []
-    for name in (name for name in now if name in was and was[name] != now[name]):
-        if not isinstance(now[name], list):
-            found.append(f"another {name}")
-            continue
-        old, new = ({path: rest for path, *rest in seen[name]} for seen in (was, now))
-        both = [path for path in new if path in old]
-        kinds = {
-            "more": [path for path in new if path not in old],
-            "fewer": [path for path in old if path not in new],
-            "with another label": [path for path in both if old[path][:2] != new[path][:2]],
-            "of another size": [path for path in both if old[path][2] != new[path][2]],
-        }
-        parts = [f"{len(paths)} {kind} ({paths[0]!r})" for kind, paths in kinds.items() if paths]
-        found.append(f"{name}: " + (", ".join(parts) or "in another order"))
-    return "; ".join(found)
-
-
-def continued(config: Config, process: Process, seen: dict) -> Config:
-    """The options with the checkpoint to continue: the one that `--resume auto` finds, or none; or the one named, which
-    must have seen what the first process sees now, `seen` (as in `differences`), unless --changed_data is on.
-
-    Raises:
-        UserError: it has not.
-    """
-
-    def compare() -> None:
-        was = unpack(config.resume, load_checkpoint(config.resume, whole=False))
-        changed = differences(was, seen)
-        if changed and config.changed_data == "off":
-            raise UserError(
-                f"the data are not those that {config.resume} has seen: {changed}; undo that, start anew without "
-                "--resume, or go on with them by --changed_data"
-            )
-        if changed:
-            process.say(f"note: goes on with other data than {config.resume} has seen: {changed}")
-        elif not was:
-            process.say(f"note: {config.resume} does not say which videos it has seen, so they are not compared")
-
-    if config.resume == "auto":
-        path = process.of_first(lambda: find_run(config, seen, process.say))
-        return dataclasses.replace(config, resume=path, out=config.out or (path and str(Path(path).parent)))
-    if config.resume:
-        process.of_first(compare)
-    return config
-
-
-def find_run(config: Config, seen: dict, say: Callable[[str], None]) -> str:
-    """The readable checkpoint of most steps whose method, options (but FREE ones) and seen videos are these; "" for
-    none. Says which, and what speaks against others.
-    """
-    method, found, others = _method_name(type(config)), [], {}
-    beside = getattr(config, "checkpoint", "")
-    folder = Path(config.out or (Path(beside).parent if beside else "runs"))
-    look = folder.glob if config.out else folder.rglob
-    for path in [path for name in ("checkpoint.pt", "epoch_*.pt") for path in sorted(look(name)) if path.is_file()]:
-        try:
-            state = load_checkpoint(path, whole=False)
-            if state["method"] != method:
-                continue
-            was, saved = unpack(path, state), saved_options(path, state, type(config))
-        except UserError as error:
-            say(f"--resume auto: passes over a checkpoint: {error}")
-            continue
-        free = config.FREE | {"checkpoint"} if was else config.FREE - {"data"}  # files tell what paths may not
-        now = {name: value for name, value in dataclasses.asdict(config).items() if name not in free}
-        saved = {name: saved.get(name, getattr(type(config), name)) for name in now}
-        against = [f"--{name} {saved[name]}, not {now[name]}" for name in now if saved[name] != now[name]]
-        against += filter(None, [differences(was, seen)])
-        if against:
-            others[path] = against
-        elif path.with_name("checkpoint.pt") not in others:  # else it was continued as another run
-            found.append((state["step"] / state["steps_per_epoch"], path.name == "checkpoint.pt", path))
-    nearest = sorted((len(against), path.parent, ", ".join(against)) for path, against in others.items())
-    for _, other, against in list(dict.fromkeys(nearest))[:3]:
-        say(f"--resume auto: another run is in {other}: {against}")
-    for *_, path in sorted(found, reverse=True):
-        try:
-            step = load_checkpoint(path)["step"]
-            say(f"--resume auto: found {path}, step {step}, the furthest of these options and videos")
-            return str(path)
-        except UserError as error:
-            say(f"--resume auto: passes over a checkpoint: {error}")
-    say(f"--resume auto: no checkpoint of {method} with these options below {folder}: starts anew")
-    return ""
-
-
 # ------------------------------------------------------------------------------------------------------- run folder
 
 
@@ -815,19 +570,6 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     return found
-
-
-def unused_folder(path: str) -> str:
-    """Makes a folder of this name, or if there is one, as of a run started in the same second, of NAME-2, NAME-3 …"""
-    name, number = path, 1
-    while True:
-        try:
-            os.makedirs(name)
-        except FileExistsError:
-            number += 1
-            name = f"{path}-{number}"
-        else:
-            return name
 
 
 _locks: dict[str, TextIO] = {}  # of the run folders that this process has

@@ -40,18 +40,20 @@ from torch import Tensor, nn
 import data
 import evaluate
 import fima
+import find
+import video
+from augment import color_augment, encoder_input, frame_difference
+from cli import command_line, parse
 from evaluate import plain
-from losses import activation_map, bin_centers, foreground_mask, frame_difference, seen_box
+from losses import activation_map, bin_centers, foreground_mask, seen_box
 from train import (
     Options,
     UserError,
     check_replaceable,
-    command_line,
     load_checkpoint,
     load_model,
     loader_workers,
     option,
-    parse,
     read_json,
     read_lines,
     read_starts,
@@ -60,6 +62,7 @@ from train import (
     user_errors,
     write_file,
 )
+from video import Video
 
 BLUE, ORANGE, GREEN, GRAY = "#0072B2", "#D55E00", "#009E73", "#555555"  # colour-blind safe (Okabe and Ito)
 COLORS = (BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -190,10 +193,10 @@ def load_decoder(config: FigureConfig, inputs: list[str]) -> tuple[Model, nn.Mod
 
 
 def find_part(config: FigureConfig, train: bool) -> data.VideoList:
-    """`data.find_videos` by the options."""
+    """`find.find_videos` by the options."""
     with user_errors():
         list_file = config.list_file if train else config.test_list
-        videos = data.find_videos(config.dataset, config.data, train, config.split, list_file or None)
+        videos = find.find_videos(config.dataset, config.data, train, config.split, list_file or None)
     if videos.closed:
         print(videos.report)
     return videos
@@ -235,8 +238,8 @@ def middle_clips(videos: data.VideoList, config: FigureConfig) -> Tensor:
 @torch.no_grad()
 def feature_maps(encoder: nn.Module, clips: Tensor, difference: bool = False) -> Tensor:
     """uint8 clips (N, 3, frames, H, W) → maps (N, C, T, h, w) of the clips or of their frame differences."""
-    clips = clips.to(next(encoder.parameters()).device) / 255
-    return encoder(data.normalize(frame_difference(clips) if difference else clips)).float()
+    clips = clips.to(next(encoder.parameters()).device)
+    return encoder(encoder_input(clips, difference=difference)).float()
 
 
 def both_modalities(encoder: nn.Module, clips: Tensor) -> tuple[Tensor, Tensor]:
@@ -582,7 +585,7 @@ def draw_sample(config: FigureConfig, inputs: list[str]) -> Figure:
         views = data.PretrainingViews(
             videos, options.crop, options.frames, options.frame_stride, parts, config.seed, attempts=1
         )[0, 0]
-        with data.Video(videos.paths[0]) as video:
+        with Video(videos.paths[0]) as video:
             frame = torch.from_numpy(video.read([len(video) // 2])[0].copy()).permute(2, 0, 1) / 255
     fig = plt.figure(figsize=(PAGE, 4.9), layout="constrained")
     top, bottom = fig.subfigures(2, 1, height_ratios=(1.9, 3))
@@ -593,7 +596,7 @@ def draw_sample(config: FigureConfig, inputs: list[str]) -> Figure:
     for view, (color, name) in enumerate(((BLUE, "source"), (ORANGE, "target"))):
         clip, box = views["clip"][view], views["box"][view]
         show(axes[1 + view], middle(clip), f"{name} clip" + (", flipped" if box[0] > box[2] else ""))
-        colored = data.color_augment(clip[None] / 255, views["color"][view, :1])[0]
+        colored = color_augment(clip[None] / 255, views["color"][view, :1])[0]
         sub_clips = views["sub_clips"][view].transpose(0, 1).flatten(1, 2) / 255
         for row, (title, frames) in enumerate(
             {
@@ -667,7 +670,7 @@ td, p { overflow-wrap: anywhere }
 
 def escape(text: object) -> str:
     """A name, or what holds names, for a page."""
-    return html.escape(data.shown(str(text)))
+    return html.escape(video.shown(str(text)))
 
 
 def html_table(rows: dict[str, object]) -> str:

@@ -7,14 +7,15 @@ import pytest
 import torch
 from hypothesis import settings
 
-import data
+import cli
 import dclr
 import evaluate
 import fame
 import fima
 import mcl
 import moco
-import train
+import pretrain
+import synthetic
 
 torch.set_num_threads(1)  # operators so small take longer where threads wait for each other
 settings.register_profile("project", deadline=None, derandomize=True, max_examples=30)
@@ -39,7 +40,7 @@ CONV4 = ["--encoder=conv4", "--width=0.25", "--crop=32"]  # the cheapest
 def videos(tmp_path_factory):
     """A small generated data set: 18 training and 10 test videos."""
     root = tmp_path_factory.mktemp("videos") / "synthetic"
-    data.make_synthetic(root, train=18, test=10, frames=40, size=(56, 56))
+    synthetic.make_synthetic(root, train=18, test=10, frames=40, size=(56, 56))
     return root
 
 
@@ -54,15 +55,15 @@ def run(videos, tmp_path, monkeypatch, capsys):
         arguments = [*flags, *where] if script is evaluate else [*own, *flags, *where]  # the last of a kind counts
         monkeypatch.setattr(sys, "argv", [script.__name__ + ".py", *map(str, arguments)])
         main = {
-            dclr: lambda: moco.main(dclr.DCLR, dclr.DCLRConfig, dclr.PRESETS, dclr.__doc__),
-            fame: lambda: moco.main(fame.FAME, fame.FAMEConfig, fame.PRESETS, fame.__doc__),
-            fima: lambda: moco.main(fima.FIMA, fima.FIMAConfig, fima.PRESETS, fima.__doc__),
+            dclr: lambda: pretrain.main(dclr.DCLR, dclr.DCLRConfig, dclr.PRESETS, dclr.__doc__),
+            fame: lambda: pretrain.main(fame.FAME, fame.FAMEConfig, fame.PRESETS, fame.__doc__),
+            fima: lambda: pretrain.main(fima.FIMA, fima.FIMAConfig, fima.PRESETS, fima.__doc__),
             mcl: mcl.main,
-            moco: lambda: moco.main(moco.MoCo, moco.MoCoConfig, moco.PRESETS, moco.__doc__),
+            moco: lambda: pretrain.main(moco.MoCo, moco.MoCoConfig, moco.PRESETS, moco.__doc__),
             evaluate: evaluate.main,
         }[script]
         with pytest.raises(SystemExit) as stop:
-            train.command_line(main)
+            cli.command_line(main)
         out, err = capsys.readouterr()
         return stop.value.code, out, err
 

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.transforms.v2 import functional as tv
 
+import augment
 import data
 
 IDENTITY = (1.0, 1.0, 1.0, 0.0, 0.0, 0.0)
@@ -23,10 +24,10 @@ def random_clips(n: int = 1, frames: int = 3, size: int = 32, dtype: torch.dtype
     return clips
 
 
-def augment(clips: torch.Tensor, **changed: float) -> torch.Tensor:
+def augmented(clips: torch.Tensor, **changed: float) -> torch.Tensor:
     names = ("brightness", "contrast", "saturation", "hue", "gray", "sigma")
     params = torch.tensor([[changed.get(name, same) for name, same in zip(names, IDENTITY, strict=True)]])
-    return data.color_augment(clips, params.expand(len(clips), -1))
+    return augment.color_augment(clips, params.expand(len(clips), -1))
 
 
 def frames_first(clips: torch.Tensor) -> torch.Tensor:
@@ -38,9 +39,9 @@ def frames_first(clips: torch.Tensor) -> torch.Tensor:
 def test_brightness_and_saturation_are_those_of_torchvision(factor):
     clips = random_clips()
     images = frames_first(clips)
-    torch.testing.assert_close(frames_first(augment(clips, brightness=factor)), tv.adjust_brightness(images, factor))
+    torch.testing.assert_close(frames_first(augmented(clips, brightness=factor)), tv.adjust_brightness(images, factor))
     expected = tv.adjust_saturation(images, factor)
-    torch.testing.assert_close(frames_first(augment(clips, saturation=factor)), expected, atol=2e-6, rtol=0)
+    torch.testing.assert_close(frames_first(augmented(clips, saturation=factor)), expected, atol=2e-6, rtol=0)
 
 
 @few
@@ -48,7 +49,7 @@ def test_brightness_and_saturation_are_those_of_torchvision(factor):
 def test_contrast_is_that_of_torchvision_about_the_mean_of_the_whole_clip(factor):
     clips = random_clips() * torch.tensor([0.3, 0.6, 1.0])[:, None, None]  # frames of unequal brightness
     expected = tv.adjust_contrast(clips.flatten(2, 3), factor).view_as(clips)
-    torch.testing.assert_close(augment(clips, contrast=factor), expected, atol=2e-6, rtol=0)
+    torch.testing.assert_close(augmented(clips, contrast=factor), expected, atol=2e-6, rtol=0)
 
 
 @few
@@ -56,13 +57,13 @@ def test_contrast_is_that_of_torchvision_about_the_mean_of_the_whole_clip(factor
 def test_hue_is_that_of_torchvision(shift):
     clips = random_clips()
     expected = tv.adjust_hue(frames_first(clips), shift)
-    torch.testing.assert_close(frames_first(augment(clips, hue=shift)), expected, atol=5e-6, rtol=0)
+    torch.testing.assert_close(frames_first(augmented(clips, hue=shift)), expected, atol=5e-6, rtol=0)
 
 
 def test_grayscale_is_that_of_torchvision():
     clips = random_clips()
     expected = tv.rgb_to_grayscale(frames_first(clips), num_output_channels=3)
-    torch.testing.assert_close(frames_first(augment(clips, gray=1)), expected, atol=2e-6, rtol=0)
+    torch.testing.assert_close(frames_first(augmented(clips, gray=1)), expected, atol=2e-6, rtol=0)
 
 
 @pytest.mark.parametrize(("size", "kernel"), [(16, 3), (32, 3), (64, 7), (112, 11)])
@@ -70,7 +71,7 @@ def test_grayscale_is_that_of_torchvision():
 def test_blur_is_that_of_torchvision(size, kernel, sigma):
     clips = random_clips(frames=2, size=size)
     expected = tv.gaussian_blur(frames_first(clips), [kernel, kernel], [sigma, sigma])
-    torch.testing.assert_close(frames_first(augment(clips, sigma=sigma)), expected, atol=2e-6, rtol=0)
+    torch.testing.assert_close(frames_first(augmented(clips, sigma=sigma)), expected, atol=2e-6, rtol=0)
 
 
 def test_the_order_is_brightness_contrast_saturation_hue_gray_blur():
@@ -78,23 +79,23 @@ def test_the_order_is_brightness_contrast_saturation_hue_gray_blur():
     params = {"brightness": 1.3, "contrast": 0.7, "saturation": 1.4, "hue": -0.08, "sigma": 1.2}
     one_by_one = clips
     for name, value in params.items():
-        one_by_one = augment(one_by_one, **{name: value})
-    torch.testing.assert_close(augment(clips, **params), one_by_one, atol=5e-6, rtol=0)
-    gray_first = augment(augment(clips, **params | {"sigma": 0}), gray=1)
-    torch.testing.assert_close(augment(clips, **params, gray=1), augment(gray_first, sigma=1.2), atol=5e-6, rtol=0)
+        one_by_one = augmented(one_by_one, **{name: value})
+    torch.testing.assert_close(augmented(clips, **params), one_by_one, atol=5e-6, rtol=0)
+    gray_first = augmented(augmented(clips, **params | {"sigma": 0}), gray=1)
+    torch.testing.assert_close(augmented(clips, **params, gray=1), augmented(gray_first, sigma=1.2), atol=5e-6, rtol=0)
 
 
 def test_blur_of_a_wide_clip_reflects_at_all_four_borders():
     clips = random_clips(size=32)[..., :20]
     expected = tv.gaussian_blur(frames_first(clips), [3, 3], [1.5, 1.5])
-    torch.testing.assert_close(frames_first(augment(clips, sigma=1.5)), expected, atol=2e-6, rtol=0)
+    torch.testing.assert_close(frames_first(augmented(clips, sigma=1.5)), expected, atol=2e-6, rtol=0)
 
 
 @few
 @given(drawn)
 def test_a_still_clip_stays_still(params):
     still = random_clips(frames=1).expand(-1, -1, 5, -1, -1)
-    out = data.color_augment(still, torch.tensor(params)[None])
+    out = augment.color_augment(still, torch.tensor(params)[None])
     torch.testing.assert_close(out, out[:, :, :1].expand_as(out), atol=1e-6, rtol=0)
 
 
@@ -103,8 +104,8 @@ def test_a_still_clip_stays_still(params):
 def test_a_batch_is_its_clips_one_by_one(rows):
     clips, params = random_clips(len(rows)), torch.tensor(np.stack(rows))
     before = clips.clone()
-    batch = data.color_augment(clips, params)
-    single = torch.cat([data.color_augment(clip[None], row[None]) for clip, row in zip(clips, params, strict=True)])
+    batch = augment.color_augment(clips, params)
+    single = torch.cat([augment.color_augment(clip[None], row[None]) for clip, row in zip(clips, params, strict=True)])
     torch.testing.assert_close(batch, single, atol=1e-6, rtol=0)
     assert torch.equal(clips, before), "the input was changed"
     assert batch.shape == clips.shape and batch.min() >= 0 and batch.max() <= 1
@@ -114,25 +115,25 @@ def test_clips_that_are_equal_come_out_different():
     rng = np.random.default_rng(0)
     clips = random_clips().expand(6, -1, -1, -1, -1)
     params = torch.tensor(np.stack([data.draw_color(rng, jitter_p=1) for _ in clips]))
-    out = data.color_augment(clips, params)
+    out = augment.color_augment(clips, params)
     distance = (out[:, None] - out).abs().mean((2, 3, 4, 5))
     assert distance[~torch.eye(6, dtype=torch.bool)].min() > 0.01
 
 
 def test_identity_parameters_change_nothing():
     clips = random_clips()
-    torch.testing.assert_close(augment(clips), clips, atol=1e-6, rtol=0)
+    torch.testing.assert_close(augmented(clips), clips, atol=1e-6, rtol=0)
     never = data.draw_color(np.random.default_rng(0), jitter_p=0, gray_p=0, blur_p=0)
     assert never.dtype == np.float32 and tuple(never) == IDENTITY
 
 
 def test_precision_is_kept():
     clips, row = random_clips(dtype=torch.float64), torch.tensor(data.draw_color(np.random.default_rng(3)))[None]
-    out = data.color_augment(clips, row)
+    out = augment.color_augment(clips, row)
     assert out.dtype == torch.float64
-    torch.testing.assert_close(data.color_augment(clips.float(), row), out.float(), atol=2e-6, rtol=0)
+    torch.testing.assert_close(augment.color_augment(clips.float(), row), out.float(), atol=2e-6, rtol=0)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(data.color_augment(clips, row), out)
+        assert torch.equal(augment.color_augment(clips, row), out)
 
 
 @few
@@ -168,8 +169,8 @@ def test_a_strength_out_of_range_is_named(jitter):
 def test_normalize_takes_out_the_mean_and_deviation():
     mean, std = torch.tensor([0.43216, 0.394666, 0.37645]), torch.tensor([0.22803, 0.22145, 0.216989])
     clips = mean[:, None, None, None].expand(2, 3, 4, 5, 5) + std[:, None, None, None]
-    torch.testing.assert_close(data.normalize(clips), torch.ones_like(clips))
-    torch.testing.assert_close(data.normalize(clips[0]), torch.ones_like(clips[0]))
+    torch.testing.assert_close(augment.normalize(clips), torch.ones_like(clips))
+    torch.testing.assert_close(augment.normalize(clips[0]), torch.ones_like(clips[0]))
     noise = random_clips()  # each channel by numbers, bit for bit
-    for channel, expected, m, s in zip(data.normalize(noise)[0], noise[0], data.MEAN, data.STD, strict=True):
+    for channel, expected, m, s in zip(augment.normalize(noise)[0], noise[0], augment.MEAN, augment.STD, strict=True):
         assert torch.equal(channel, (expected - m) / s)

@@ -23,8 +23,13 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import data
+import find
 import moco
-from data import BadVideo, PretrainingViews, Video, VideoList, find_videos, load_batches
+import synthetic
+import video
+from data import PretrainingViews, load_batches
+from find import VideoList, find_videos
+from video import BadVideo, Video
 
 FRAMES = moving_texture(12)
 LOSSLESS = dict(codec="ffv1", pix_fmt="bgr0")
@@ -132,9 +137,9 @@ class Keys(list):
 @pytest.fixture
 def small_limits(monkeypatch):
     """So that a mutated size takes little memory and time."""
-    monkeypatch.setattr(data, "MAX_PIXELS", 2**18)
-    monkeypatch.setattr(data, "MAX_BYTES", 2**25)
-    monkeypatch.setattr(data, "DEADLINE", 20)
+    monkeypatch.setattr(video, "MAX_PIXELS", 2**18)
+    monkeypatch.setattr(video, "MAX_BYTES", 2**25)
+    monkeypatch.setattr(video, "DEADLINE", 20)
 
 
 def test_mutated_files_are_read_or_named_with_a_reason(folder, tmp_path, small_limits):
@@ -146,7 +151,7 @@ def test_mutated_files_are_read_or_named_with_a_reason(folder, tmp_path, small_l
         content = path.read_bytes()
         for kind in ("cut", "flip", "header", "number", "zero") if content else ():
             for n in range(5):
-                other = str(rng.choice(data.SUFFIXES)) if n == 0 else path.suffix[1:]
+                other = str(rng.choice(find.SUFFIXES)) if n == 0 else path.suffix[1:]
                 mutated.append(tmp_path / f"{path.stem}_{kind}_{n}.{other}")
                 mutated[-1].write_bytes(mutate(content, kind, rng))
     assert len(mutated) > 500
@@ -183,11 +188,11 @@ def test_limits_are_reasons(folder, monkeypatch):
             patch.setattr(data, limit, value)
             Video(path)
     with Video(path) as video:
-        monkeypatch.setattr(data, "MAX_BYTES", 5 * 48 * 64 * 3)
+        monkeypatch.setattr(video, "MAX_BYTES", 5 * 48 * 64 * 3)
         assert len(video.read([0, 3, 5, 7, 11, 11])) == 6
         with pytest.raises(BadVideo, match="6 frames of 64 × 48 pixels take more than"):
             video.read(range(6))
-        monkeypatch.setattr(data, "DEADLINE", -1)
+        monkeypatch.setattr(video, "DEADLINE", -1)
         with pytest.raises(BadVideo, match="not read within -1 s"):
             video.read([0])
 
@@ -203,7 +208,7 @@ def test_pixels_that_cannot_be_converted_make_a_bad_video(folder, monkeypatch, e
         pytest.raises(BadVideo, match=r"Operation not supported|not enough memory"),
     ):
         video.read([0])
-    monkeypatch.setattr(data, "_is_memory_short", lambda: True)
+    monkeypatch.setattr(video, "is_memory_short", lambda: True)
     if isinstance(error, MemoryError):
         with Video(folder / "h264.mp4") as video, pytest.raises(OSError, match="Cannot allocate memory: take fewer"):
             video.read([0])
@@ -520,16 +525,16 @@ def test_any_name_comes_back_from_a_list_of_bad_videos(tmp_path_factory, name):
     path = os.path.join("/videos", os.fsdecode(name))
     for line in (f"{os.fsdecode(name)!a}\tno reason\n", f"step 3\t{path!r}\tit's\n"):
         file.write_text(line, encoding="utf-8")
-        assert data._read_bad("/videos", file) == {path}
+        assert find._read_bad("/videos", file) == {path}
 
 
 def test_lists_of_bad_videos_may_be_written_by_hand(tmp_path):
     (tmp_path / "list.txt").write_text("a b.mp4\r\n/videos/c/d.mp4\n\n")
-    assert data._read_bad("/videos", tmp_path / "list.txt") == {"/videos/a b.mp4", "/videos/c/d.mp4"}
+    assert find._read_bad("/videos", tmp_path / "list.txt") == {"/videos/a b.mp4", "/videos/c/d.mp4"}
     for line in ("'b.mp4", "'b.mp4','no frames'"):
         (tmp_path / "list.txt").write_text(f"a.mp4\n{line}\n")
         with pytest.raises(ValueError, match=r"list\.txt, line 2: no path in quotes, 'b\.mp4"):
-            data._read_bad("/videos", tmp_path / "list.txt")
+            find._read_bad("/videos", tmp_path / "list.txt")
 
 
 def test_check_reads_the_ends_and_in_full_all(tmp_path, check):
@@ -557,7 +562,7 @@ def test_the_command_line_says_what_it_cannot_do(tmp_path, check):
 def test_the_command_line_runs_as_a_script(tmp_path):
     make = [sys.executable, data.__file__, "synthetic", tmp_path / "set", "--train", "3", "--test", "2", "--seed", "1"]
     subprocess.run([*make, "--frames", "8", "--size", "32"], check=True, timeout=120)
-    data.make_synthetic(tmp_path / "other", train=3, test=2, seed=1, frames=8, size=(32, 32))
+    synthetic.make_synthetic(tmp_path / "other", train=3, test=2, seed=1, frames=8, size=(32, 32))
     made, other = (
         {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*.*")}
         for root in (tmp_path / "set", tmp_path / "other")

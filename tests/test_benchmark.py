@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import benchmark
+import cli
 import train
 
 TINY = dict(encoder="r3d_18", width=0.0625, crop=32, batch_size=2, queue=8, rounds=1, device="cpu")
@@ -100,7 +101,7 @@ def run(tmp_path, monkeypatch, capsys):
         monkeypatch.chdir(tmp_path)
         threads = torch.get_num_threads()
         with pytest.raises(SystemExit) as stop:
-            train.command_line(benchmark.main)
+            cli.command_line(benchmark.main)
         torch.set_num_threads(threads)
         path = tmp_path / f"benchmark_{command}_cpu.json"
         return stop.value.code, json.loads(path.read_text()) if path.exists() else None, capsys.readouterr().err
@@ -217,6 +218,6 @@ def test_a_mistake_is_one_line(command, flags, says, run):
 def test_help_teaches(arguments, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["benchmark.py", *arguments])
     with pytest.raises(SystemExit) as stop:
-        train.command_line(benchmark.main)
+        cli.command_line(benchmark.main)
     assert stop.value.code == 0
     assert "python benchmark.py step" in (shown := capsys.readouterr().out) and "--rounds" in shown

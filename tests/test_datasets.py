@@ -16,7 +16,11 @@ from hypothesis import strategies as st
 
 import data
 import evaluate
-from data import find_videos
+import find
+import synthetic
+import video
+from find import find_videos
+from video import Video
 
 
 def touch(root: Path, *names: str) -> None:
@@ -454,7 +458,7 @@ def test_no_tree_gives_a_training_video_that_is_evaluated(folders, kinetics):
     """Oracle: training and held-out parts in one folder divide; then each part's videos lie below its topmost part."""
     paths = [os.path.join("/root", folder, "a.mp4") for folder in sorted(folders)]
     (train, labels, classes, held, outside, halved), (test, *_) = (
-        data._read_tree("/root", paths, half, kinetics) for half in (True, False)
+        find._read_tree("/root", paths, half, kinetics) for half in (True, False)
     )
     parts = {(name[: m.start()], m[0]) for name in folders for m in re.finditer(r"\b(train|test|val)\b", name)}
     divided = {above for above, part in parts if part == "train" and {(above, "test"), (above, "val")} & parts}
@@ -475,11 +479,11 @@ def test_no_tree_gives_a_training_video_that_is_evaluated(folders, kinetics):
 
 def test_suffixes_of_all_containers_are_found_and_others_counted(tmp_path):
     sound = {"avif", "heic", "heif", "isma", "ism", "m4a", "m4b", "mj2", "psp", "mka", "mks", "mpo", "wma"}
-    for name in {*data.CONTAINERS.split(",")} - {"jpeg_pipe"}:
+    for name in {*video.CONTAINERS.split(",")} - {"jpeg_pipe"}:
         for mode in "rw":
             with contextlib.suppress(ValueError):
-                assert av.format.ContainerFormat(name, mode).extensions <= {*data.SUFFIXES} | sound, name
-    names = [f"{n}.{suffix.upper() if n % 2 else suffix}" for n, suffix in enumerate(data.SUFFIXES)]
+                assert av.format.ContainerFormat(name, mode).extensions <= {*find.SUFFIXES} | sound, name
+    names = [f"{n}.{suffix.upper() if n % 2 else suffix}" for n, suffix in enumerate(find.SUFFIXES)]
     others = [
         "a.jpg",
         "b.JPG",
@@ -514,7 +518,7 @@ def test_a_video_of_each_new_suffix_is_read(tmp_path, name, codec):
     pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
     encode(tmp_path / f"a.{inner}", images, codec, pix_fmt=pix_fmt, b="2M").rename(tmp_path / name)
     (path,) = find_videos("folder", tmp_path, train=True).paths
-    with data.Video(path) as video:
+    with Video(path) as video:
         brightness = [image.mean() for image in video.read(range(len(video)))]
     assert brightness == pytest.approx(images.mean((1, 2, 3)), abs=4)
 
@@ -522,12 +526,12 @@ def test_a_video_of_each_new_suffix_is_read(tmp_path, name, codec):
 def test_synthetic_is_made_when_it_is_not_there(tmp_path, monkeypatch):
     def make(root):
         touch(Path(root), "train/rise/a.mp4", "test/rise/b.mp4")
-        Path(root, data.SYNTHETIC_MARKER).write_text(f'{{"version": {data.SYNTHETIC_VERSION}, …}}')
+        Path(root, synthetic.SYNTHETIC_MARKER).write_text(f'{{"version": {synthetic.SYNTHETIC_VERSION}, …}}')
 
-    monkeypatch.setattr(data, "make_synthetic", make)
+    monkeypatch.setattr(synthetic, "make_synthetic", make)
     root = tmp_path / "new"
     assert found(find_videos("synthetic", root, train=True), root) == {"train/rise/a.mp4": "rise"}
-    monkeypatch.delattr(data, "make_synthetic")
+    monkeypatch.delattr(synthetic, "make_synthetic")
     assert find_videos("synthetic", root, train=False).report == "synthetic test: 1 videos, 1 classes"
 
 
@@ -700,14 +704,14 @@ def test_links_below_the_root_are_followed_and_dots_do_not_go_through_them(tmp_p
         assert {os.path.relpath(path, tmp_path / "root") for path in videos.paths} == {"link/a.mp4", "b.mp4"}
 
 
-@pytest.mark.parametrize("dataset", [name for name in data.DATASETS if name != "synthetic"])
+@pytest.mark.parametrize("dataset", [name for name in find.DATASETS if name != "synthetic"])
 def test_a_missing_or_empty_root_says_where_and_what_is_expected(tmp_path, dataset):
     for root in (tmp_path / "absent", tmp_path):
         with pytest.raises(FileNotFoundError) as caught:
             find_videos(dataset, root, train=True)
         message = str(caught.value)
         assert str(root) in message
-        assert data.LAYOUTS[dataset] in message
+        assert find.LAYOUTS[dataset] in message
         assert "\n" not in message
 
 

@@ -13,10 +13,11 @@ from test_fima import make_views
 from test_losses import generator, log_ratio, mean, units
 from test_train import same, weights
 
-import data
+import augment
 import dclr
 import losses
-from train import UserError, parse
+from cli import parse
+from train import UserError
 
 seeds, sizes = st.integers(0, 2**32 - 1), st.integers(1, 4)
 TINY = dict(encoder="conv4", width=0.25, crop=32, queue=12, batch_size=3, retrieved=3, delay=2, refresh=4)
@@ -261,14 +262,14 @@ def oracle(model, views):
             for n in range(videos):
                 clip, color = views["clip"][n, view].double()[None] / 255, views["color"][n, view].double()
                 if kind == "v":
-                    clip = data.color_augment(clip, color[0][None])
+                    clip = augment.color_augment(clip, color[0][None])
                 elif kind == "s":
                     frame = frames[view * videos + n]
-                    clip = data.color_augment(torch.cat([clip[:, :, frame, None]] * 16, 2), color[1][None])
+                    clip = augment.color_augment(torch.cat([clip[:, :, frame, None]] * 16, 2), color[1][None])
                 else:
                     steps = [(clip[:, :, t + 1] - clip[:, :, t] + 1) / 2 for t in range(15)]
                     clip = torch.stack([*steps, steps[-1]], 2)
-                result[view].append(encoder(data.normalize(clip))[0])
+                result[view].append(encoder(augment.normalize(clip))[0])
         return result
 
     maps = {kind: maps_of(model.encoder, kind) for kind in "vsd"}
@@ -379,10 +380,10 @@ def test_stills_are_taken_from_their_clip_and_differences_have_no_colours():
     torch.manual_seed(0)
     frame = torch.randint(16, (6,))
     clips, color = (views[name].transpose(0, 1).flatten(0, 1) for name in ("clip", "color"))
-    still = data.color_augment(losses.static_frame(clips, frame) / 255, color[:, 1])
-    torch.testing.assert_close(inputs["s"], data.normalize(still).expand(-1, -1, 16, -1, -1))
-    torch.testing.assert_close(inputs["d"], data.normalize(losses.frame_difference(clips / 255)))
-    torch.testing.assert_close(inputs["v"], data.normalize(data.color_augment(clips / 255, color[:, 0])))
+    still = augment.color_augment(losses.static_frame(clips, frame) / 255, color[:, 1])
+    torch.testing.assert_close(inputs["s"], augment.normalize(still).expand(-1, -1, 16, -1, -1))
+    torch.testing.assert_close(inputs["d"], augment.normalize(augment.frame_difference(clips / 255)))
+    torch.testing.assert_close(inputs["v"], augment.normalize(augment.color_augment(clips / 255, color[:, 0])))
     assert len({int(k) for k in frame}) > 1
     assert set(build(losses="vv").inputs(views)) == {"v"} and set(build(losses="vs").inputs(views)) == {"v", "s"}
 

@@ -22,12 +22,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import augment
+import cli
 import data
 import evaluate
 import fima
+import find
 import moco
+import pretrain
+import synthetic
 import train
+import video
 from train import Process
+from video import Video
 
 ROOT = Path(__file__).parents[1]
 UNTRAINED = ["--encoder", "r3d_18", "--width", 0.0625, "--crop", 48]
@@ -42,7 +49,7 @@ def pretrained(videos, tmp_path_factory):
     flags = [*conftest.SMALL, "--workers=0", "--max_steps=2", "--dataset=synthetic", f"--data={videos}", f"--out={out}"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["moco.py", *flags])
-        moco.main(moco.MoCo, moco.MoCoConfig, moco.PRESETS, "")
+        pretrain.main(moco.MoCo, moco.MoCoConfig, moco.PRESETS, "")
     return out / "checkpoint.pt"
 
 
@@ -192,7 +199,7 @@ def test_features_come_in_the_order_of_the_videos_and_bad_ones_are_marked(videos
     assert not encoder.training
     assert good.tolist() == [i != 3 for i in range(10)] and [path for path, _ in bad] == ["nowhere.mp4"]
     for i in (0, 9):
-        expected = Constant()(data.normalize(clips[i]["clips"] / 255))[..., 0, 0, 0]
+        expected = Constant()(augment.normalize(clips[i]["clips"] / 255))[..., 0, 0, 0]
         torch.testing.assert_close(features[i], torch.nn.functional.normalize(expected, dim=1))
 
 
@@ -238,7 +245,7 @@ def test_class_probabilities_are_averaged_over_clips(videos):
     for i, row in enumerate(found.tolist()):
         expected = [0.0] * 10
         for clip in clips[i]["clips"]:
-            logits = classifier.fc(Constant()(data.normalize(clip[None] / 255))[0, :, 0, 0, 0]).tolist()
+            logits = classifier.fc(Constant()(augment.normalize(clip[None] / 255))[0, :, 0, 0, 0]).tolist()
             total = sum(math.exp(logit) for logit in logits)
             expected = [p + math.exp(logit) / total / 3 for p, logit in zip(expected, logits, strict=True)]
         assert row == pytest.approx(expected, abs=1e-5)
@@ -335,7 +342,7 @@ def test_finetune_has_the_papers_dropout_and_the_views_that_were_asked_for(monke
     monkeypatch.setattr(evaluate, "load_encoder", lambda config, _: (Constant(), config))
     for name, value in (("find_labelled", videos), ("with_same_classes", (videos, videos)), ("start_process", ALONE)):
         monkeypatch.setattr(evaluate, name, lambda *_, value=value: value)
-    monkeypatch.setattr(data, "same_files", lambda *_: [])
+    monkeypatch.setattr(find, "same_files", lambda *_: [])
     monkeypatch.setattr(evaluate, "train_and_test", lambda *arguments: called.append(arguments))
     shape = dict(crop=48, frames=8, frame_stride=2)
     options = dict(dropout=given, min_scale=0.5, jitter_p=0.3, gray_p=0.1, fraction=0.5)
@@ -368,7 +375,7 @@ def test_only_finetune_augments_colours(videos):
         classifier = evaluate.Classifier(Constant(), 10, frozen=not color).train()
         classifier.encoder.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0]))
         classifier(batch)
-        clips[bool(color)] = seen[0], data.normalize(batch["clip"][:, 0] / 255)
+        clips[bool(color)] = seen[0], augment.normalize(batch["clip"][:, 0] / 255)
     torch.testing.assert_close(*clips[False])
     assert not torch.allclose(*clips[True], atol=0.1)
     assert batch["label"].tolist() == found.labels[:4]
@@ -487,7 +494,7 @@ def evaluate_as(rank, pretrained, videos, out, ports):
         train.end_process()
 
 
-class FatalVideo(data.Video):
+class FatalVideo(Video):
     """A reader that the file fatal.mp4 kills."""
 
     def __init__(self, path):
@@ -498,10 +505,10 @@ class FatalVideo(data.Video):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_video_that_kills_its_process_is_named_and_the_others_are_read(workers, videos, tmp_path, monkeypatch):
-    good = data.find_videos("synthetic", videos, train=False)
+    good = find.find_videos("synthetic", videos, train=False)
     fatal = str(tmp_path / "fatal.mp4")
     listed = data.VideoList([*good.paths[:4], fatal, *good.paths[4:]], [0] * 11, ["a"], "")
-    monkeypatch.setattr(data, "Video", FatalVideo)
+    monkeypatch.setattr(video, "Video", FatalVideo)
 
     def pixels(clips, count):
         return evaluate.clip_outputs(lambda x: x.flatten(1).float(), clips, ALONE, count, 3, "videos", average=True)
@@ -590,7 +597,7 @@ def test_an_encoder_that_is_not_finite_gives_no_number(run, pretrained, name):
 @pytest.mark.parametrize("part", ["training videos", "test videos"])
 def test_a_video_whose_features_are_not_finite_is_named(run, pretrained, videos, part, monkeypatch):
     """One of many is enough: every figure would be about other numbers."""
-    broken = data.find_videos("synthetic", videos, train=part == "training videos").paths[3]
+    broken = find.find_videos("synthetic", videos, train=part == "training videos").paths[3]
     bright, write, features = [], data.TestClips.write, evaluate.pooled_features
 
     def mark(clips, index, item):
@@ -652,7 +659,7 @@ def evaluate_on_node(rank, folder, pretrained, videos, ports, codes):
         flags = ["--checkpoint", pretrained, "--data", videos, *FAST, *train_it, "--out", out]
         sys.argv = ["evaluate.py", protocol, *map(str, flags)]
         try:
-            train.command_line(evaluate.main)
+            cli.command_line(evaluate.main)
         except SystemExit as stop:
             codes.put((protocol, rank, stop.code))
 
@@ -782,9 +789,9 @@ def test_help_teaches_one_protocol_or_the_whole_path(run):
         words = shlex.split(command)
         script = next(i for i, word in enumerate(words) if word.endswith(".py"))
         if words[script] == "fima.py":
-            train.parse(fima.FIMAConfig, "", fima.PRESETS, words[script + 1 :])
+            cli.parse(fima.FIMAConfig, "", fima.PRESETS, words[script + 1 :])
         elif "--resume" not in words:
-            train.parse(configs[words[script + 1]], "", {}, words[script + 2 :])
+            cli.parse(configs[words[script + 1]], "", {}, words[script + 2 :])
     for name, config in configs.items():
         code, out, _ = run(evaluate, name, "--help", dataset=None)
         assert code == 0 and f"evaluate.py {name}" in out
@@ -855,7 +862,7 @@ def lists_of(videos, folder, names):
 
 @pytest.mark.parametrize("names", [lambda i, name: i, lambda i, name: name.upper()])
 def test_lists_give_what_the_folders_give(run, videos, names):
-    names = {name: names(i, name) for i, name in enumerate(data.MOTIONS)}
+    names = {name: names(i, name) for i, name in enumerate(synthetic.MOTIONS)}
     for out, flags in {
         "folders.json": ["--dataset", "synthetic", "--data", videos],
         "lists.json": lists_of(videos, run.path, names),
@@ -892,9 +899,9 @@ def test_lists_that_make_no_sense_are_refused(run, videos):
         assert code == 2 and err.count("\n") == 1
         return err
 
-    flags = lists_of(videos, run.path, dict.fromkeys(data.MOTIONS, ""))
+    flags = lists_of(videos, run.path, dict.fromkeys(synthetic.MOTIONS, ""))
     assert all(words in refused(*flags) for words in ("no label", "train.txt"))
-    flags = lists_of(videos, run.path, dict.fromkeys(data.MOTIONS, "one"))
+    flags = lists_of(videos, run.path, dict.fromkeys(synthetic.MOTIONS, "one"))
     assert "two classes" in refused(*flags)
     (run.path / "both.txt").write_text(line := (run.path / "test.txt").read_text().splitlines()[0])
     assert "is a training video and a test video, one of 1 " in refused(*flags, "--list_file", "both.txt")

@@ -17,8 +17,9 @@ from test_train import same, weights
 import fame
 import fima
 import moco
-from losses import ForegroundBackgroundMerging as Merging
-from train import UserError, parse
+from augment import ForegroundBackgroundMerging as Merging
+from cli import parse
+from train import UserError
 
 seeds, sizes, portions = st.integers(0, 2**32 - 1), st.integers(1, 6), st.floats(0.01, 1)
 TINY = dict(encoder="conv4", width=0.25, crop=32, queue=12, batch_size=3)

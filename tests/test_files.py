@@ -18,9 +18,12 @@ import pytest
 import torch
 
 import benchmark
+import cli
 import data
 import evaluate
 import fima
+import mcl
+import synthetic
 import train
 import visualize
 
@@ -261,7 +264,7 @@ def call(run, script, words, monkeypatch, capsys):
     monkeypatch.chdir(run.path)
     monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *words])
     with pytest.raises(SystemExit) as stop:
-        sys.exit(data.main()) if script is data else train.command_line(script.main)
+        sys.exit(data.main()) if script is data else cli.command_line(script.main)
     return stop.value.code, *capsys.readouterr()
 
 
@@ -295,7 +298,7 @@ def test_a_result_of_before_is_replaced(run):
     assert sorted(os.listdir(run.path)) == ["o.json", "o_confusion.png"]
 
 
-class Kept(data.FrameMaps):
+class Kept(mcl.FrameMaps):
     def compute(self, path):
         return np.ones((3, 2, 2))
 
@@ -342,7 +345,7 @@ WRITERS = {
     "bad_videos.log": lambda folder: write_log(folder).log_bad(1, [("new" * 99, "reason")]),
     "a.mp4.npz": lambda folder: Kept(folder, folder, "ones", "this").visit(str(folder / "a.mp4")),
     "bad.txt": lambda folder: data.check_videos(folder, folder / "bad.txt", 1),
-    "_0001.mp4": lambda folder: data.make_synthetic(folder / "set", 20, 10, frames=2, size=(16, 16)),
+    "_0001.mp4": lambda folder: synthetic.make_synthetic(folder / "set", 20, 10, frames=2, size=(16, 16)),
 }
 
 

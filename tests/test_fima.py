@@ -8,12 +8,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import augment
 import data
 import fima
 import moco
 import train
+from cli import parse
 from models import momentum_update
-from train import UserError, parse
+from train import UserError
 
 SMALL = dict(encoder="r3d_18", width=0.0625, crop=48, frames=16, queue=12, decoder_width=32, momentum=0.9, batch_size=3)
 
@@ -53,7 +55,7 @@ def oracle(model, views):
         if difference:
             steps = [(clip[:, :, t + 1] - clip[:, :, t] + 1) / 2 for t in range(clip.shape[2] - 1)]
             clip = torch.stack([*steps, steps[-1]], 2)
-        return data.normalize(data.color_augment(clip, color.double()[None]))
+        return augment.normalize(augment.color_augment(clip, color.double()[None]))
 
     def g(head, x):
         return unit(head.net(x))

@@ -19,7 +19,8 @@ from encoding import encode, moving_texture
 
 import evaluate
 import moco
-from data import PretrainingViews, StepSampler, TestClips, VideoList, collate, load_batches
+from data import PretrainingViews, StepSampler, TestClips, collate, load_batches
+from find import VideoList
 from train import Process
 
 

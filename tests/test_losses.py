@@ -10,6 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
+import augment
 import data
 import losses
 
@@ -114,20 +115,20 @@ def test_frame_difference_is_that_of_a_loop_and_repeats_the_last():
     for b, c, t, i, j in np.ndindex(*clip.shape):
         t0 = min(t, 2)
         expected[b, c, t, i, j] = (float(clip[b, c, t0 + 1, i, j]) - float(clip[b, c, t0, i, j]) + 1) / 2
-    torch.testing.assert_close(losses.frame_difference(clip), expected)
+    torch.testing.assert_close(augment.frame_difference(clip), expected)
 
 
 @pytest.mark.parametrize("value", [0.0, 0.3, 1.0])
 def test_frame_difference_of_a_still_clip_is_half_and_stays_in_range(value):
     still = torch.full((1, 3, 5, 2, 2), value)
-    assert (losses.frame_difference(still) == 0.5).all()
+    assert (augment.frame_difference(still) == 0.5).all()
     flicker = torch.arange(5).remainder(2)[:, None, None].expand(1, 3, 5, 2, 2).float()
-    assert losses.frame_difference(flicker)[0, 0, :, 0, 0].tolist() == [1, 0, 1, 0, 0]
+    assert augment.frame_difference(flicker)[0, 0, :, 0, 0].tolist() == [1, 0, 1, 0, 0]
 
 
 def test_frame_difference_of_one_frame_is_an_error():
     with pytest.raises(ValueError, match="at least 2 frames, the clip has 1"):
-        losses.frame_difference(torch.zeros(1, 3, 1, 2, 2))
+        augment.frame_difference(torch.zeros(1, 3, 1, 2, 2))
 
 
 @given(crops, sizes, sizes)

@@ -26,13 +26,17 @@ from hypothesis import strategies as st
 from test_losses import generator, info_nce_loop, mean
 from test_train import same, weights
 
+import augment
+import cli
 import data
+import find
 import losses
 import mcl
 import moco
-import train
+from cli import parse
 from models import ENCODERS, last_norms, recorded_inputs
-from train import UserError, parse
+from train import UserError
+from video import BadVideo, Video
 
 ROOT = Path(__file__).parents[1]
 seeds, sizes = st.integers(0, 2**32 - 1), st.integers(1, 5)
@@ -252,7 +256,7 @@ def without_flow(monkeypatch):
 
 def test_frames_too_small_for_flow_are_a_bad_video(tmp_path):
     encode(tmp_path / "line.avi", moving_texture(8, 1, 64), "rawvideo")
-    with pytest.raises(data.BadVideo, match="no flow in frames of 64 x 1 pixels"):
+    with pytest.raises(BadVideo, match="no flow in frames of 64 x 1 pixels"):
         motion_maps(tmp_path, tmp_path / "maps").compute(str(tmp_path / "line.avi"))
 
 
@@ -276,10 +280,10 @@ def test_the_command_that_is_advised_makes_the_maps_that_are_missing(folder, tmp
     maps = motion_maps(folder, tmp_path / "maps", **given)
     words = shlex.split(maps.command)
     assert words[:3] == ["python", "mcl.py", "maps"]
-    asked = train.parse(mcl.MapsConfig, "", {}, words[3:])
+    asked = cli.parse(mcl.MapsConfig, "", {}, words[3:])
     assert asked == mcl.MapsConfig(dataset="folder", data=str(folder), maps=str(tmp_path / "maps"), **given)
     default = mcl.MotionMaps(mcl.MapsConfig())  # of the generated videos, whose preset has another number of warps
-    assert train.parse(mcl.MapsConfig, "", mcl.FLOW, shlex.split(default.command)[3:]).flow_warps == 5
+    assert cli.parse(mcl.MapsConfig, "", mcl.FLOW, shlex.split(default.command)[3:]).flow_warps == 5
 
 
 @pytest.fixture
@@ -290,13 +294,13 @@ def command(monkeypatch, capsys):
         words = ["mcl.py", "maps", "--dataset", "folder", "--data", str(root), "--workers", "2", *map(str, flags)]
         monkeypatch.setattr(sys, "argv", words)
         with pytest.raises(SystemExit) as stop:
-            train.command_line(mcl.main)
+            cli.command_line(mcl.main)
         return stop.value.code, *capsys.readouterr()
 
     return call
 
 
-class Kept(data.FrameMaps):
+class Kept(mcl.FrameMaps):
     """Keeps what it is given."""
 
     maps: np.ndarray
@@ -410,7 +414,7 @@ def test_maps_never_run_code(tmp_path):
 def test_a_motion_map_is_that_of_each_pair_of_frames_averaged_over_cells(folder, tmp_path, without_flow):
     maps, video = motion_maps(folder, tmp_path / "maps"), str(folder / "c.mp4")
     found = maps.compute(video)
-    with data.Video(video) as opened:
+    with Video(video) as opened:
         images = opened.read(range(70))  # more than are read at once
     expected = F.adaptive_avg_pool2d(losses.motion_map(difference_flow(images, 0, 0)), (24, 32))
     assert found.shape == (70, 24, 32)
@@ -604,8 +608,8 @@ def test_without_motion_focus_the_views_are_those_of_every_method(moving):
 @pytest.mark.parametrize("index", [0, 1], ids=["long", "short"])
 def test_the_motion_of_a_sample_is_that_of_its_frames_and_box(moving, index, monkeypatch):
     views, (videos, maps) = moving_views(moving), moving
-    asked, stream = [], data.Video.stream
-    monkeypatch.setattr(data.Video, "stream", lambda video, frames: stream(video, asked.append([*frames]) or asked[-1]))
+    asked, stream = [], Video.stream
+    monkeypatch.setattr(Video, "stream", lambda video, frames: stream(video, asked.append([*frames]) or asked[-1]))
     sample = views[3, index]
     length = (60, 20)[index]
     whole = torch.from_numpy(maps.read(videos.paths[index], length))
@@ -682,7 +686,7 @@ def oracle(model, views):
         return F.normalize(head(x), dim=-1)
 
     def encoded(n, view):
-        clip = data.normalize(views["clip"][n, view].double()[None] / 255)
+        clip = augment.normalize(views["clip"][n, view].double()[None] / 255)
         for layer in layers:
             clip = layer(clip)
         h = last(clip)
@@ -767,7 +771,7 @@ def test_without_alignment_the_losses_are_those_of_moco():
 def test_the_gradient_of_alignment_is_that_of_finite_differences(version, training):
     model, views = build(alignment=version).double(), make_views()
     model.eval().encoder.train(training)
-    model.encoder_input = lambda clips, color, difference=False: data.normalize(clips.double() / 255)
+    model.encoder_input = lambda clips, color, difference=False: augment.normalize(clips.double() / 255)
     model.project = lambda head, features: F.normalize(head(features), dim=-1)  # in float64, too
     views["motion"] = views["motion"].double()
     parameters = [*model.encoder.parameters(), *model.head.parameters()]
@@ -852,7 +856,7 @@ def made(videos, tmp_path_factory):
     maps = mcl.MotionMaps(mcl.MapsConfig(data=str(videos), maps=str(folder)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mcl, "tvl1_flow", difference_flow)
-        for path in data.find_videos("synthetic", videos, True).paths:
+        for path in find.find_videos("synthetic", videos, True).paths:
             maps.visit(path)
     return folder
 

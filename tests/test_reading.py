@@ -14,8 +14,10 @@ from encoding import encode, moving_texture, write_sound
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import data
-from data import BadVideo, PretrainingViews, TestClips, Video, VideoList
+import video
+from data import PretrainingViews, TestClips
+from find import VideoList
+from video import BadVideo, Video
 
 SHARED = Path(__file__).parents[2] / "shared"
 CLIPS = sorted((SHARED / "clips").glob("*.[am][vpko]*[iv4]"))
@@ -428,13 +430,13 @@ def test_what_had_to_be_decoded_once_is_remembered_until_the_file_changes(folder
 def test_interlaced_h264_is_told_by_its_parameter_set(folder, container, pix_fmt, options):
     path = encode(folder / f"fields.{container}", moving_texture(4), "libx264", pix_fmt=pix_fmt, x264_params=options)
     with av.open(str(path)) as opened:
-        assert data._is_progressive(opened.streams.video[0].codec_context.extradata) == ("=1" not in options)
+        assert video._is_progressive(opened.streams.video[0].codec_context.extradata) == ("=1" not in options)
 
 
 @given(content=st.binary(max_size=40))
 def test_any_parameter_set_is_read_without_an_error(content):
     for header in (b"", b"\x01dddd\x00\x00\x00", b"\0\0\x01\x67d"):
-        assert data._is_progressive(header + content) in (True, False)
+        assert video._is_progressive(header + content) in (True, False)
 
 
 @pytest.mark.parametrize("chunk", [1, 4 * 48 * 64 * 3])
@@ -443,9 +445,9 @@ def test_samples_are_the_same_in_however_small_parts_frames_come(folder, monkeyp
     videos = VideoList(paths, [0, 0], ["a"], "")
     views, clips = PretrainingViews(videos, 24), TestClips(videos, 24, 4, 2, 3)
     samples = [[views[3, i], clips[i]] for i in range(2)]
-    monkeypatch.setattr(data, "CHUNK", chunk)
-    with Video(paths[0]) as video:
-        assert max(len(images) for images in map(dict, video.stream(range(40)))) == max(chunk // (48 * 64 * 3), 1)
+    monkeypatch.setattr(video, "CHUNK", chunk)
+    with Video(paths[0]) as opened:
+        assert max(len(images) for images in map(dict, opened.stream(range(40)))) == max(chunk // (48 * 64 * 3), 1)
     for i, sample in enumerate(samples):
         for one, other in zip(sample, (views[3, i], clips[i]), strict=True):
             assert all(np.array_equal(one[name], other[name]) for name in one)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import benchmark
+import cli
 import data
 import dclr
 import evaluate
@@ -65,7 +66,7 @@ def test_every_command_parses(command, monkeypatch):
         arguments = list(itertools.dropwhile(lambda word: not word.startswith("-"), arguments))
     state = {"method": config.__name__.removesuffix("Config"), "config": {"dataset": "ucf101"}, "model": {}, "step": 1}
     monkeypatch.setattr(train, "load_checkpoint", lambda path: state)
-    train.parse(config, "", presets, arguments)
+    cli.parse(config, "", presets, arguments)
 
 
 def test_the_commands_are_there():

@@ -24,10 +24,12 @@ import pytest
 import torch
 from test_train import same, weights
 
+import cli
 import data
 import evaluate
 import fima
 import moco
+import pretrain
 import train
 import visualize
 
@@ -100,7 +102,7 @@ def live(
 
     moco.fit, moco.evaluate.first_look = watched_fit, lambda *_: None
     train.Run.step = watched_step
-    train.command_line(lambda: moco.main(fima.FIMA, fima.FIMAConfig, fima.PRESETS, ""))
+    cli.command_line(lambda: pretrain.main(fima.FIMA, fima.FIMAConfig, fima.PRESETS, ""))
 
 
 def start(folder, *flags, environment=None, kill=(), file_size=0, at_step_6="", output="", closed=""):
@@ -197,7 +199,7 @@ def test_nohup_is_obeyed():
             os.kill(os.getpid(), signal.SIGHUP)
         assert caught == []
         with pytest.raises(SystemExit) as stop:
-            train.command_line(lambda: os.kill(os.getpid(), signal.SIGHUP))
+            cli.command_line(lambda: os.kill(os.getpid(), signal.SIGHUP))
         assert stop.value.code == 0
     finally:
         signal.signal(signal.SIGHUP, before)
@@ -248,7 +250,7 @@ def test_output_that_nobody_reads_is_lost_and_the_end_of_a_terminal_ends_a_comma
         steps = []
         monkeypatch.setattr(sys, "stdout", stream)
         with pytest.raises(SystemExit) as stop:
-            train.command_line(lambda steps=steps: [(steps.append(n), print(n, flush=True)) for n in range(9)])
+            cli.command_line(lambda steps=steps: [(steps.append(n), print(n, flush=True)) for n in range(9)])
         assert (stop.value.code, len(steps)) == ((130, 1) if ends else (0, 9))
 
 

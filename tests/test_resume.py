@@ -14,12 +14,14 @@ import pytest
 import torch
 from test_train import same, weights
 
+import cli
 import dclr
 import evaluate
 import fame
 import fima
 import mcl
 import moco
+import runs
 import train
 import visualize
 
@@ -81,7 +83,7 @@ def test_each_option_makes_a_resumed_run_another_or_is_refused_or_is_one_that_de
     path = str(tmp_path / "checkpoint.pt")
 
     def resumed(*flags):
-        return train.parse(config_class, "", presets, ["--resume", path, "--out", str(tmp_path / "resumed"), *flags])
+        return cli.parse(config_class, "", presets, ["--resume", path, "--out", str(tmp_path / "resumed"), *flags])
 
     undisturbed = fit_tiny(resumed())
     for field in dataclasses.fields(config_class):
@@ -250,7 +252,7 @@ def test_ill_typed_values_in_a_checkpoint_change_nothing_or_are_one_clear_line(r
     asked = dataclasses.replace(fima.FIMAConfig(**state["config"]), resume="auto")
 
     def resumed():
-        config = train.continued(train.parse(fima.FIMAConfig, "", fima.PRESETS, ["--resume", str(path)]), ALONE, seen)
+        config = runs.continued(cli.parse(fima.FIMAConfig, "", fima.PRESETS, ["--resume", str(path)]), ALONE, seen)
         run = train.Run(fima.FIMA(config), config, ALONE, state["steps_per_epoch"], seen=seen)
         counts = run.done, run.skipped, run.bad_videos
         return run.method.state_dict(), run.optimizer.state_dict()["state"], counts, run.seen
@@ -262,7 +264,7 @@ def test_ill_typed_values_in_a_checkpoint_change_nothing_or_are_one_clear_line(r
         return visualize.load_decoder(visualize.FigureConfig(device="cpu"), [str(path)])[1].state_dict()
 
     def found():
-        return train.find_run(asked, seen, str)
+        return runs.find_run(asked, seen, str)
 
     readers = (resumed, evaluated, drawn, found)
     undisturbed = [reader() for reader in readers]

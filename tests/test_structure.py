@@ -38,7 +38,7 @@ def test_a_part_imports_its_libraries_only(name):
 @pytest.mark.parametrize("name", sorted(METHODS & FILES.keys()))
 def test_a_method_imports_parts_and_moco_only(name):
     siblings = imports(name) & FILES.keys()
-    # moco.main ends the first run with numbers from evaluate.py
+    # pretrain.main ends the first run with numbers from evaluate.py
     assert siblings <= (PARTS.keys() | {"evaluate"} if name == "moco" else PARTS.keys() | {"moco"})
 
 

@@ -20,10 +20,13 @@ import pytest
 import torch
 
 import benchmark  # noqa: F401  its options are tried, too
+import cli
 import data
 import evaluate
 import fima
+import find
 import moco
+import runs
 import train
 import visualize
 
@@ -82,7 +85,7 @@ def test_the_overlap_of_windows_is_in_the_log_and_the_last_epochs_in_run_json_an
     flags = [*conftest.CONV4, "--epochs", 3, "--log_every", 3, "--out", "run"]
     code, out, _ = run(fima, *flags, "--max_steps", 8, dataset="folder")
     assert code == 0 and out.count("share more than 80% of their frames") == 1
-    listed = data.find_videos("folder", videos, True)
+    listed = find.find_videos("folder", videos, True)
     views = data.PretrainingViews(listed, 32)
 
     def mean_of_epoch(epoch):
@@ -227,7 +230,7 @@ def below(config: type) -> list[type]:
 @pytest.mark.parametrize("config", dict.fromkeys(below(train.Options)), ids=lambda config: config.__name__)
 def test_every_number_has_limits_that_help_shows_and_beyond_them_is_one_line(config, capsys):
     with pytest.raises(SystemExit):
-        train.parse(config, "", argv=["--help"])
+        cli.parse(config, "", argv=["--help"])
     described = " ".join(capsys.readouterr().out.split())
     for field in dataclasses.fields(config):
         if field.type is str:
@@ -240,7 +243,7 @@ def test_every_number_has_limits_that_help_shows_and_beyond_them_is_one_line(con
         steps += [] if field.type is int else [math.nextafter(most, math.inf), 1e308, math.inf, math.nan]
         for beyond in steps:
             with pytest.raises(train.UserError, match=rf"--{field.name} \S+: must be \S+ to \S+$"):
-                train.parse(config, "", argv=[f"--{field.name}={beyond}"])
+                cli.parse(config, "", argv=[f"--{field.name}={beyond}"])
 
 
 def test_every_number_of_data_py_has_limits_too(monkeypatch, capsys):
@@ -270,7 +273,7 @@ def test_a_run_is_not_overwritten(run):
 
 def test_runs_that_start_together_have_folders_of_their_own(tmp_path):
     name = str(tmp_path / "runs" / "moco")
-    assert [train.unused_folder(name) for _ in range(3)] == [name, f"{name}-2", f"{name}-3"]
+    assert [runs.unused_folder(name) for _ in range(3)] == [name, f"{name}-2", f"{name}-3"]
 
 
 def test_what_to_do_next_can_be_pasted(run):
@@ -299,7 +302,7 @@ def test_too_little_memory_is_one_line(error, capsys):
         raise error
 
     with pytest.raises(SystemExit) as stop:
-        train.command_line(main)
+        cli.command_line(main)
     err = capsys.readouterr().err
     assert stop.value.code == 2 and "--batch_size" in err and err.count("\n") == 1 and "reserved" not in err
 
@@ -416,7 +419,7 @@ def test_too_many_unreadable_videos_stop_the_run_and_are_named(run, videos):
     (run.path / "other bad.txt").write_text("a/7.mp4\n")
     code, _, err = run(fima, *flags[:-3], "again", "--exclude", "other bad.txt", dataset=None)
     assert code == 2 and err.endswith("--exclude 'other bad.txt,again/bad_videos.log'\n"), err
-    listed = data.find_videos("folder", tree, True, exclude=shlex.split(err.partition("--exclude ")[2])[0])
+    listed = find.find_videos("folder", tree, True, exclude=shlex.split(err.partition("--exclude ")[2])[0])
     assert [Path(path).name for path in listed.paths] == [f"{n}.mp4" for n in range(1, 7)]
     code, out, _ = run(fima, *flags, "--max_bad", 0.5, "--max_steps", 3, dataset=None)
     assert code == 0 and "unreadable" in out
@@ -449,7 +452,7 @@ def test_two_processes_end_with_identical_weights(videos, tmp_path):
         "    return path\n"
         "original, moco.fit = moco.fit, fit\n"
         "sys.argv[0] = 'weights'\n"
-        "train.command_line(lambda: moco.main(fima.FIMA, fima.FIMAConfig, fima.PRESETS, ''))\n"
+        "train.command_line(lambda: pretrain.main(fima.FIMA, fima.FIMAConfig, fima.PRESETS, ''))\n"
     )
     (tmp_path / "two.py").write_text(program)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "two.py"]

@@ -15,8 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import augment
+import cli
 import data
 import fima
+import find
 import moco
 import train
 import visualize
@@ -66,7 +69,7 @@ def draw(tmp_path, monkeypatch, capsys):
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", ["visualize.py", *map(str, words)])
         with pytest.raises(SystemExit) as stop:
-            train.command_line(visualize.main)
+            cli.command_line(visualize.main)
         plt.close("all")
         out, err = capsys.readouterr()
         return stop.value.code, out, err
@@ -125,7 +128,7 @@ def test_neighbours_are_the_nearest_and_never_the_query_itself():
 def test_features_to_embed_are_means_of_unit_vectors_and_bad_videos_are_left_out(videos, tmp_path):
     bad = tmp_path / "bad.mp4"
     bad.write_bytes(b"no video")
-    good = data.find_videos("synthetic", videos, train=False).paths[:2]
+    good = find.find_videos("synthetic", videos, train=False).paths[:2]
     config = visualize.TsneConfig(encoder="conv4", crop=32, clips=3, workers=0, device="cpu")
     (model,) = visualize.load_models(config, [])
     listed = data.VideoList([good[0], str(bad), good[1]], [4, 5, 6], [], "")
@@ -134,7 +137,7 @@ def test_features_to_embed_are_means_of_unit_vectors_and_bad_videos_are_left_out
     assert readable.labels == [4, 6]
     clips = data.TestClips(readable, 32, 16, 2, 3)[1]["clips"] / 255
     with torch.no_grad():
-        pooled = model.encoder(data.normalize(clips)).mean((2, 3, 4))
+        pooled = model.encoder(augment.normalize(clips)).mean((2, 3, 4))
     own = torch.stack([x / x.norm() for x in pooled]).mean(0)
     assert torch.allclose(features[1], own, atol=1e-5)
 
@@ -208,7 +211,7 @@ def test_a_command_draws_a_picture(draw, runs, name, inputs, flags):
 
 
 def test_one_file_and_an_untrained_encoder_are_enough(draw, videos):
-    video = data.find_videos("synthetic", videos, train=False).paths[0]
+    video = find.find_videos("synthetic", videos, train=False).paths[0]
     assert draw("masks", "--video", video, *CONV4)[0] == 0
     assert draw("sample", "--video", video, *CONV4)[0] == 0
     assert (draw.path / "masks.png").is_file()
@@ -217,7 +220,7 @@ def test_one_file_and_an_untrained_encoder_are_enough(draw, videos):
 
 def test_videos_without_labels_or_parts(draw, videos):
     (draw.path / "films").mkdir()
-    for n, path in enumerate(data.find_videos("synthetic", videos, train=True).paths[:5]):
+    for n, path in enumerate(find.find_videos("synthetic", videos, train=True).paths[:5]):
         shutil.copy(path, draw.path / "films" / f"$ {n}.mp4")
     where = ["--dataset=folder", "--data=films", *CONV4]
     assert draw("retrieval", *where, "--count=2", "--neighbours=9")[0] == 0

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torchvision.models import video as torchvision_video
 
-import data
+import augment
 import evaluate
 import models
 import train
@@ -169,7 +169,7 @@ def test_fima_and_fame_checkpoints_give_the_outputs_of_their_networks(checkpoint
     name, encoder, report = loaded(checkpoint)
     assert name == "i3d" and "342 of 342 entries matched" in report and ignored in report and "missing: none" in report
     for size in ((8, 32, 48), (4, 16, 16), (12, 48, 112)):  # those for which the docstring promises it
-        clip = data.normalize(rgb(*size))
+        clip = augment.normalize(rgb(*size))
         torch.testing.assert_close(encoder(clip), i3d(i3d_file(FIMA), clip, FIMA, 1e-5), rtol=1e-4, atol=1e-4)
     assert encoder.state_dict()["mixed_5c.branch_0.batch3d.num_batches_tracked"] == 7
 
@@ -186,7 +186,7 @@ def test_piergiajs_i3d_gives_the_outputs_of_its_network(classes, counters):
     assert {(m.eps, m.momentum) for m in encoder.modules() if isinstance(m, nn.BatchNorm3d)} == {(1e-3, 0.01)}
     for size in ((8, 32, 48), (7, 33, 50), (1, 15, 7)):
         clip = rgb(*size)
-        features = encoder(data.normalize(clip))
+        features = encoder(augment.normalize(clip))
         torch.testing.assert_close(features, i3d(file, 2 * clip - 1, PIERGIAJ, 1e-3), rtol=1e-4, atol=1e-4)
         assert not torch.allclose(features, i3d(file, 2 * clip - 1, PIERGIAJ, 1e-5), rtol=0.1)  # or eps means nothing
 
@@ -206,7 +206,7 @@ def test_torchvision_weights_give_equal_outputs_both_ways(name):
     recognized, ours, report = loaded(theirs.state_dict(), 1.0)
     assert recognized == name and f"ignored: {'classifier' if name == 's3d' else 'fc'} (2); missing: none" in report
     trunk = theirs.features if name == "s3d" else nn.Sequential(*list(theirs.children())[:5])
-    clip = data.normalize(rgb(9, 50, 70)[:1])
+    clip = augment.normalize(rgb(9, 50, 70)[:1])
     assert torch.equal(ours(clip), trunk(clip))
     exported = models.export_weights(ours, "torchvision")
     again = getattr(torchvision_video, name)(weights=None, num_classes=3)
@@ -250,8 +250,8 @@ def test_exported_to_piergiajs_names_an_i3d_gives_equal_outputs_in_its_network_a
     theirs = {key: value.shape for key, value in i3d_file(PIERGIAJ).items()}
     assert {key: value.shape for key, value in exported.items()} == theirs
     clip = rgb(8, 32, 48)
-    given = 2 * clip - 1 if name == "i3d_piergiaj" else data.normalize(clip)
-    expected = ours(data.normalize(clip))
+    given = 2 * clip - 1 if name == "i3d_piergiaj" else augment.normalize(clip)
+    expected = ours(augment.normalize(clip))
     torch.testing.assert_close(i3d(exported, given, PIERGIAJ, 1e-3), expected, rtol=1e-4, atol=1e-4)
 
     assert models.recognize(exported) == ("i3d_piergiaj", "i3d")
@@ -333,7 +333,7 @@ def test_the_eps_of_batch_norm_travels_through_fine_tuning_and_resuming(run, mon
     clip, exported = rgb(8, 32, 48), models.export_weights(encoder, "piergiaj")
     assert not torch.equal(exported["Conv3d_1a_7x7.bn.running_var"], i3d_file(PIERGIAJ)["Conv3d_1a_7x7.bn.running_var"])
     expected = i3d(exported, 2 * clip - 1, PIERGIAJ, 1e-3)
-    torch.testing.assert_close(encoder.eval()(data.normalize(clip)), expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(encoder.eval()(augment.normalize(clip)), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_figures_are_drawn_of_others_weights(videos, tmp_path, monkeypatch, capsys):

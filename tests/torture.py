@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 from test_reliability import TINY, finish, log, start, start_two  # noqa: E402
 from test_train import same, weights  # noqa: E402
 
-import data  # noqa: E402
+import synthetic  # noqa: E402
 
 FLAGS = [*TINY, "--epochs=3", "--out=run", "--save_minutes=0", "--workers=1"]
 
@@ -66,7 +66,7 @@ class Torture:
 
     def __init__(self, folder: Path):
         self.folder, self.videos = folder, folder / "videos"
-        data.make_synthetic(self.videos, train=18, test=10, frames=40, size=(56, 56))
+        synthetic.make_synthetic(self.videos, train=18, test=10, frames=40, size=(56, 56))
         self.flags = [*FLAGS, "--data", self.videos]
         self.expected = {}
         for processes in (1, 2):

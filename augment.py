@@ -1,0 +1,298 @@
+"""From uint8 clips to an encoder's input: colours, frame difference, normalisation; and FAME's merging of videos.
+
+Can be copied alone into another project: it imports torch and numpy only. Colours are drawn for each clip on the host
+(`draw_color`), and applied in batch on the clips' device.
+
+Letters: N clips, B videos, T frames, H, W height and width in pixels, P colour parameters.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MEAN, STD = (0.43216, 0.394666, 0.37645), (0.22803, 0.22145, 0.216989)
+
+
+def _grayscale(clips: Tensor) -> Tensor:
+    """(N, 3, ...) → (N, 1, ...): luma with the weights of ITU-R BT.601."""
+    red, green, blue = clips.split(1, dim=1)
+    return (red * 0.2989).add_(green, alpha=0.587).add_(blue, alpha=0.114)
+
+
+def _shift_hue_(clips: Tensor, shift: Tensor) -> None:
+    """Turns the hue of HSV in place by `shift` ∈ [−0.5, 0.5] turns, (N, 1, 1, 1); exact, without division.
+
+    Hue is kept multiplied by the chroma c (6c is a full turn). A channel is then the largest value minus
+    min(max(d − c, 0), c), where d is the distance on the circle from the hue to the channel's own (0, 2c, 4c).
+    """
+    red, green, blue = (clips[:, channel] for channel in range(3))
+    high = torch.maximum(red, green).maximum(blue)
+    chroma = high - torch.minimum(red, green).minimum(blue)
+    hue = (red - green).add_(chroma, alpha=4)  # lerp chooses exactly by weights of 0 and 1, and is quicker than where
+    hue.lerp_((blue - red).add_(chroma, alpha=2), (green == high).to(hue.dtype))
+    hue.lerp_(green - blue, (red == high).to(hue.dtype)).addcmul_(chroma, shift, value=6)
+    half = chroma * 3
+    for channel, own in ((red, 0), (green, 2), (blue, 4)):
+        distance = hue.sub(chroma, alpha=own).abs_().sub_(half).abs_().sub_(half).abs_()
+        channel.copy_(high).sub_(distance.sub_(chroma).clamp_(min=0).clamp_(max=chroma))
+
+
+def _blur(clips: Tensor, sigma: Tensor) -> Tensor:
+    """Gaussian blur of every frame, (N, 3, T, H, W), reflected at the border; sigma (N, 1), 0 for none."""
+    height, width = clips.shape[-2:]
+    radius = max(int(0.1 * height) // 2, 1)
+    distance = torch.arange(-radius, radius + 1, device=sigma.device, dtype=sigma.dtype)
+    weights = torch.exp(-0.5 * (distance / sigma.clamp(min=1e-6)) ** 2)  # sigma 0: the identity
+    weights = weights / weights.sum(1, keepdim=True)
+    images = clips.reshape(1, -1, height, width)  # every frame and colour a channel with a kernel of its own
+    kernels = weights.repeat_interleave(images.shape[1] // len(clips), 0)[:, None, None]
+    with torch.autocast(clips.device.type, enabled=False):
+        images = F.conv2d(F.pad(images, (radius, radius, 0, 0), mode="reflect"), kernels, groups=len(kernels))
+        images = F.conv2d(F.pad(images, (0, 0, radius, radius), mode="reflect"), kernels.mT, groups=len(kernels))
+    return images.view_as(clips)
+
+
+def color_augment(clips: Tensor, params: Tensor) -> Tensor:
+    """Brightness, contrast, saturation, hue, grayscale and blur, in this order, the same on every frame of a clip.
+
+    Values are those of torchvision's `adjust_*`, `rgb_to_grayscale` and `gaussian_blur`, except that contrast refers
+    to the mean of the whole clip. The blur's kernel is a tenth of the height, made odd, at least 3. Works on the
+    clips' device and in their precision (also under autocast) and never makes the host wait for the device.
+
+    Args:
+        clips: floating point (N, 3, T, H, W) in [0, 1], at least 2 × 2 pixels; left as they are.
+        params: (N, 6), one row of `draw_color` for each clip.
+
+    Returns:
+        (N, 3, T, H, W) in [0, 1].
+    """
+    params = params.to(clips.device, clips.dtype, non_blocking=True)
+    on_cpu = clips.device.type == "cpu" and not torch.compiler.is_compiling()  # compiled, it is one graph
+    if on_cpu and len(clips) > 1:  # one at a time, they stay in the processor's cache
+        return torch.cat([color_augment(*one) for one in zip(clips.split(1), params.split(1), strict=True)])
+    brightness, contrast, saturation, hue, gray, sigma = params[:, :, None, None, None, None].unbind(1)
+
+    def applied(values: Tensor, identity: float) -> bool:
+        """Whether a clip needs this; yes on a GPU, where the host would have to wait for the answer."""
+        return not on_cpu or bool((values != identity).any())
+
+    clips = (clips * brightness).clamp_(max=1)
+    if applied(params[:, :3], 1) or applied(hue, 0):
+        clips.lerp_(_grayscale(clips.mean((2, 3, 4), keepdim=True)), 1 - contrast).clamp_(0, 1)
+        clips.lerp_(_grayscale(clips), 1 - saturation).clamp_(0, 1)
+        _shift_hue_(clips, hue[:, 0])
+    if applied(gray, 0):
+        clips.lerp_(_grayscale(clips), gray)
+    if applied(sigma, 0):
+        clips = _blur(clips, params[:, 5:])
+    return clips.clamp_(0, 1)
+
+
+def normalize(clips: Tensor) -> Tensor:
+    """(..., 3, T, H, W) in [0, 1] → the same less the mean, by the deviation, of Kinetics-400."""
+    mean, std = (
+        torch.tensor(values, dtype=clips.dtype).to(clips.device, non_blocking=True)[:, None, None, None]
+        for values in (MEAN, STD)
+    )
+    return (clips - mean).div_(std)
+
+
+def frame_difference(clip: Tensor) -> Tensor:
+    """D_t = (V_{t+1} − V_t + 1) / 2 (Sec. 3.1); the last difference stands twice, so that D has as many frames as V.
+
+    Args:
+        clip: (B, 3, T, H, W) in [0, 1], T ≥ 2.
+
+    Returns:
+        Same shape, in [0, 1]; 0.5 where nothing moves.
+
+    Raises:
+        ValueError: fewer than two frames.
+    """
+    if clip.shape[2] < 2:
+        raise ValueError(f"a frame difference needs at least 2 frames, the clip has {clip.shape[2]}")
+    difference = (clip[:, :, 1:] - clip[:, :, :-1] + 1) / 2
+    return torch.cat([difference, difference[:, :, -1:]], 2)
+
+
+def encoder_input(
+    clips: Tensor,
+    color: Tensor | None = None,
+    difference: bool = False,
+    memory_format: torch.memory_format = torch.channels_last_3d,
+) -> Tensor:
+    """uint8 clips (N, 3, T, H, W) → V or, taken before the colours, D; then colours, if any, normalised: float32."""
+    on_cpu = clips.device.type == "cpu" and not torch.compiler.is_compiling()
+    if on_cpu and len(clips) > 1:  # one at a time, they stay in the cache and take less memory
+        made = torch.empty(clips.shape, memory_format=memory_format)
+        for i in range(len(clips)):
+            one = slice(i, i + 1)
+            made[one] = encoder_input(clips[one], None if color is None else color[one], difference, memory_format)
+        return made
+    clips = clips.contiguous() / 255
+    if difference:
+        clips = frame_difference(clips)
+    clips = normalize(clips if color is None else color_augment(clips, color))
+    return clips.contiguous(memory_format=memory_format)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# FAME: "Eq.", "Sec." and "Table" below are those of Ding et al., CVPR 2022
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class ForegroundBackgroundMerging:
+    """FAME's augmentation (Sec. 3.2): the moving foreground of a clip on the background of another video of the batch.
+
+    Works on the clips' device, all clips at once, and never makes the host wait for the device. Which video lends its
+    background is drawn from torch's generator of that device: never the video itself, and for the two views of a video
+    two different ones wherever the batch has three. Can be copied alone, with this file's imports.
+
+    Args:
+        foreground: β, the portion of the picture that is foreground (Table 1: 0.3, 0.5, 0.7; 1 leaves clips as they
+            are).
+        mask: how the foreground is found (Table 4). fame: colour statistics of the seed region, and blurs; seed: the
+            seed region alone; grid: the cells of a 4 × 4 grid that move most; gauss: the middle of the picture.
+        background: whose background it gets (Table 3). inter: another video's; intra: that of the video's other view;
+            none: clips stay as they are.
+        branches: merge the first view only ("single") or "both" (Table 1).
+
+    Raises:
+        ValueError: an unknown mask, background or branches, or a portion outside (0, 1].
+    """
+
+    MASKS, BACKGROUNDS, BRANCHES = ("fame", "gauss", "seed", "grid"), ("inter", "intra", "none"), ("single", "both")
+    FRONT, BACK = 0.5, 0.1  # the portions of S, from the top and from the bottom, that lend their colours (Sec. 3.2)
+    LEVELS = 16  # of each of red, green and blue: what counts as one colour
+    CELLS = 4  # rows and columns of the grid
+
+    def __init__(
+        self, foreground: float = 0.5, mask: str = "fame", background: str = "inter", branches: str = "single"
+    ):
+        for value, known in ((mask, self.MASKS), (background, self.BACKGROUNDS), (branches, self.BRANCHES)):
+            if value not in known:
+                raise ValueError(f"merging knows no {value!r}: choose from {', '.join(known)}")
+        if not 0 < foreground <= 1:
+            raise ValueError(f"the foreground is a portion in (0, 1], not {foreground}")
+        self.foreground, self.mask, self.background, self.branches = foreground, mask, background, branches
+
+    def __call__(self, clips: Tensor) -> Tensor:
+        """Both views of B ≥ 2 videos, (B, 2, 3, T, H, W) of uint8 or floating point in [0, 1] → the same, merged.
+
+        Raises:
+            ValueError: no other video in the batch to take a background from.
+        """
+        if self.background == "none":
+            return clips
+        if self.background == "inter" and len(clips) < 2:
+            raise ValueError("a background of another video needs a batch of two videos or more")
+        views = 2 if self.branches == "both" else 1
+        front, behind = clips[:, :views], self.backgrounds(clips, views)
+        mask = self.foreground_of(front.flatten(0, 1)).unflatten(0, (-1, views))
+        return torch.cat([self.merge(front, behind, mask), clips[:, views:]], 1)
+
+    def backgrounds(self, clips: Tensor, views: int) -> Tensor:
+        """Y of Eq. 4 for the first `views` views: the last and the next video in a random circle of the batch's."""
+        if self.background == "intra":
+            return clips.flip(1)[:, :views]
+        order = torch.randperm(len(clips), device=clips.device)
+        partner = torch.stack([order.roll(1), order.roll(-1)], 1)[order.argsort(), :views]  # (B, views)
+        return clips[partner, torch.arange(views, device=clips.device)]
+
+    def foreground_of(self, clips: Tensor) -> Tensor:
+        """M̃, (N, 3, T, H, W) → (N, H, W) bool, the same for all frames of a clip."""
+        seed = self.seed_region(clips)  # S, Eq. 2
+        if self.mask == "grid":
+            return self.top_cells(seed, self.foreground, self.CELLS)
+        if self.mask == "fame":
+            seed = self.blur(seed)
+            soft = self.blur(self.color_likelihood(clips, seed))
+        else:
+            soft = seed if self.mask == "seed" else self.center(seed)
+        return self.top_portion(soft, self.foreground, seed)  # Eq. 3
+
+    @staticmethod
+    def seed_region(clips: Tensor) -> Tensor:
+        """S of Eq. 2, the magnitude of frame differences: (N, 3, T, H, W) → (N, H, W), in the units of the clips."""
+        earlier, later = clips[:, :, :-1], clips[:, :, 1:]
+        change = torch.maximum(later, earlier) - torch.minimum(later, earlier)  # uint8 knows no negative numbers
+        change = change.sum(1, dtype=torch.promote_types(clips.dtype, torch.int16))
+        return change.sum(1) / max(clips.shape[2] - 1, 1)
+
+    @staticmethod
+    def blur(maps: Tensor) -> Tensor:
+        """Gaussian blur of maps (N, H, W) by a tenth of each side made odd, with σ a third of that, edges reflected."""
+        maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
+        with torch.autocast(maps.device.type, enabled=False):
+            for size in maps.shape[1:]:  # columns, then rows: each by a matrix of what its pixels are made of
+                radius = int(0.1 * size) // 2
+                distance = torch.arange(-radius, radius + 1, device=maps.device, dtype=maps.dtype)
+                weights = torch.exp(-0.5 * (distance * 3 / (2 * radius + 1)) ** 2)
+                lines = torch.eye(size, device=maps.device, dtype=maps.dtype)[None]
+                lines = F.pad(lines, (radius, radius), mode="reflect")[0].unfold(1, 2 * radius + 1, 1)
+                maps = maps.mT @ (lines @ (weights / weights.sum()))
+        return maps
+
+    @classmethod
+    def color_likelihood(cls, clips: Tensor, seed: Tensor) -> Tensor:
+        """The soft mask M_ij = P(F | x_ij) = P(x | F) / (P(x | F) + P(x | B)) (Sec. 3.2): (N, H, W) in [0, 1].
+
+        x is the colour of the clip's mean over time. F is the top half of S, B its last tenth, with all pixels that
+        equal the last one in, and one pixel more of every colour.
+        """
+        white = clips.shape[2] * (255 if clips.dtype == torch.uint8 else 1)  # summed over the frames
+        levels = clips.sum(2, dtype=torch.promote_types(clips.dtype, torch.int32)) * (cls.LEVELS / white)
+        levels = levels.long().clamp(max=cls.LEVELS - 1)
+        red, green, blue = levels.flatten(2).unbind(1)
+        color = (red * cls.LEVELS + green) * cls.LEVELS + blue  # (N, HW)
+        pixels = seed.flatten(1)
+        count = pixels.shape[1]
+        regions = (
+            pixels >= pixels.kthvalue(count - math.ceil(cls.FRONT * count) + 1, 1, keepdim=True).values,
+            pixels <= pixels.kthvalue(math.ceil(cls.BACK * count), 1, keepdim=True).values,
+        )
+        shares = []  # P(x | F), P(x | B) of every colour
+        for region, more in zip(regions, (0, 1), strict=True):
+            histogram = seed.new_full((len(seed), cls.LEVELS**3), more)
+            histogram.scatter_add_(1, color, region.to(seed.dtype))
+            shares.append(histogram / histogram.sum(1, keepdim=True))
+        front, back = shares
+        return (front / (front + back)).gather(1, color).view_as(seed)
+
+    @staticmethod
+    def center(seed: Tensor) -> Tensor:
+        """A 2-D Gaussian in the middle of the picture, half a side wide (Gauss, Sec. 4.3): (N, H, W) in [0, 1]."""
+        rows, columns = (torch.linspace(-1, 1, size, device=seed.device, dtype=seed.dtype) for size in seed.shape[1:])
+        return torch.exp(-0.5 * (rows[:, None] ** 2 + columns**2)).expand_as(seed)
+
+    @staticmethod
+    def top_portion(soft: Tensor, portion: float, tie: Tensor) -> Tensor:
+        """M̃ of Eq. 3: the ⌈portion · HW⌉ pixels of each map (N, H, W) with the greatest value, as bool.
+
+        Pixels whose values are within 1e-6 of each other, as those of one colour are, come in the order of `tie`,
+        (N, H, W), not negative; then from top to bottom.
+        """
+        tie = tie.double() / tie.amax((1, 2), keepdim=True).clamp(min=1e-12)
+        score = (soft.double() + 1e-6 * tie).flatten(1)
+        count = score.shape[1]
+        chosen = math.ceil(portion * count - 1e-9)  # the 1e-9 forgives products such as 0.28 · 25 = 7.000000000000001
+        least = score.kthvalue(count - chosen + 1, 1, keepdim=True).values
+        above, equal = score > least, score == least
+        room = chosen - above.sum(1, keepdim=True)
+        return (above | (equal & (equal.cumsum(1) <= room))).view_as(soft)
+
+    @classmethod
+    def top_cells(cls, seed: Tensor, portion: float, cells: int) -> Tensor:
+        """Grid (Sec. 4.3): the ⌈portion · cells²⌉ cells with the greatest sum of S, (N, H, W) → (N, H, W) bool."""
+        rows, columns = (torch.arange(size, device=seed.device) * cells // size for size in seed.shape[1:])
+        by_row, by_column = (torch.eye(cells, device=seed.device, dtype=seed.dtype)[index] for index in (rows, columns))
+        with torch.autocast(seed.device.type, enabled=False):
+            sums = by_row.mT @ seed @ by_column  # (N, cells, cells)
+        return cls.top_portion(sums, portion, sums)[:, rows[:, None], columns]
+
+    @staticmethod
+    def merge(front: Tensor, behind: Tensor, mask: Tensor) -> Tensor:
+        """X_merge = X ⊗ M̃ + Y ⊗ (1 − M̃) of Eq. 4: clips (..., 3, T, H, W), mask (..., H, W) bool."""
+        return torch.where(mask[..., None, None, :, :], front, behind)

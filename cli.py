@@ -1,0 +1,182 @@
+"""Command lines: options of a config from flags, presets and checkpoints, and how a script ends."""
+
+import argparse
+import contextlib
+import dataclasses
+import errno
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn, TextIO
+
+import torch
+import torch.distributed as dist
+
+from train import (
+    HANGUP,
+    SWITCH,
+    Config,
+    Interrupted,
+    UserError,
+    _join,
+    _method_name,
+    _program,
+    _range,
+    end_process,
+    load_checkpoint,
+    saved_options,
+)
+
+
+def shown(text: str, besides: str = "") -> str:
+    """A text for a terminal: what isn't printable, as its own codes in the name of a file, is shown by its number.
+
+    Args:
+        besides: characters to leave as they are.
+    """
+    return "".join(char if char.isprintable() or char in besides else repr(char)[1:-1] for char in text)
+
+
+class _Output:
+    """A standard stream in which no text has codes of a terminal's. What nobody reads is lost, and the end of the
+    terminal itself is a SIGHUP."""
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        with self.ending():
+            self.stream.write(shown(text, "\n\r\t"))
+        return len(text)
+
+    def flush(self) -> None:
+        with self.ending():
+            self.stream.flush()
+
+    @contextlib.contextmanager
+    def ending(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            if HANGUP and error.errno == errno.EIO:
+                signal.raise_signal(HANGUP)
+
+
+def _follow(parent: int) -> None:
+    """Sends this process a SIGTERM when its parent is gone."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def command_line(main: Callable[[], None]) -> NoReturn:
+    """Runs a script: a UserError is one line and exit code 2, an interrupt 128 + its signal.
+
+    So is the loss of another process of the run (exit code 1), whose own message says more. The end of the terminal is
+    an interrupt, unless SIGHUP is ignored, as under nohup; with streams that are closed, or that nobody reads, it goes
+    on. The end of torchrun, which a SIGKILL keeps from ending its processes, is an interrupt, too.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        threading.Thread(target=_follow, args=(os.getppid(),), daemon=True).start()
+    while (number := os.open(os.devnull, os.O_RDWR)) < 3:  # a stream that is closed: its number is not for other files
+        pass
+    os.close(number)
+    sys.stdout, sys.stderr = (stream or os.fdopen(n, "w") for n, stream in ((1, sys.stdout), (2, sys.stderr)))
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # names of files need not fit the terminal's encoding
+            stream.reconfigure(errors="backslashreplace")
+    if HANGUP and signal.getsignal(HANGUP) == signal.SIG_DFL:
+        signal.signal(HANGUP, signal.default_int_handler)
+    code, message = 0, ""
+    with contextlib.redirect_stdout(_Output(sys.stdout)), contextlib.redirect_stderr(_Output(sys.stderr)):
+        try:
+            main()
+            sys.stdout.flush()
+        except UserError as error:
+            code, message = 2, f"error: {shown(str(error))}"
+        except Interrupted as error:
+            code = 128 + error.args[0]
+        except KeyboardInterrupt:
+            code, message = 130, "interrupted"
+        except (RuntimeError, MemoryError) as error:
+            if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
+                what = str(error).partition(" If reserved")[0].partition("\n")[0]
+                advice = "take a smaller --batch_size, --test_batch, --crop, --frames or model, or fewer --workers"
+                code, message = 2, f"error: out of memory: {advice}" + (f"; {what}" if what else "")
+            elif dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+                reason = str(error).partition("] ")[2].partition(". ")[0]
+                lost = f"process {dist.get_rank()} has lost another one, which ended, or was silent beyond --timeout"
+                again = "start all again, in training with --resume auto: from the last checkpoint, if there is one"
+                code, message = 1, f"error: {lost}: {reason}; {again}"
+            else:
+                raise
+        with contextlib.suppress(KeyboardInterrupt):  # of the terminal's end
+            print(message, end="\n" * bool(message), file=sys.stderr)
+    end_process()
+    if any(thread.name == _join.__name__ for thread in threading.enumerate()):  # torch's own would abort a usual exit
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (--help lists the flags)")
+
+
+def parse(
+    config_class: type[Config], doc: str, presets: dict[str, dict] | None = None, argv: list[str] | None = None
+) -> Config:
+    """Command line → config. Explicit flags win over the options of the checkpoint to resume, these over the preset
+    that `--dataset` selects, and this over the defaults. Flags may be written with underscores or hyphens.
+
+    Raises:
+        UserError: unknown flag or value, no such checkpoint, one of another method, or an option that makes another run
+            of it.
+    """
+    presets = presets or {}
+    parser = _Parser(
+        " ".join(_program()), description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    for field in dataclasses.fields(config_class):
+        names = dict.fromkeys(["--" + field.name, "--" + field.name.replace("_", "-")])
+        default, allowed = str(field.default), field.metadata["allowed"]
+        options = {"metavar": field.type.__name__.upper()}
+        if field.type is not str:
+            default += f"; {_range(allowed)}"
+        elif allowed:
+            options = {"choices": allowed, "metavar": "|".join(filter(None, allowed))}
+        if allowed == SWITCH:
+            options |= {"nargs": "?", "const": "on"}
+        parser.add_argument(
+            *names,
+            type=field.type,
+            default=argparse.SUPPRESS,
+            help=(field.metadata["help"] + (f" (default: {default})" if default else "")).replace("%", "%%"),
+            **options,
+        )
+    lines = [f"  {name}: " + " ".join(f"--{k} {v}" for k, v in preset.items()) for name, preset in presets.items()]
+    parser.epilog = "\n".join(["what --dataset NAME sets (explicit flags win):", *lines]) if lines else None
+    given = vars(parser.parse_args(argv))
+    saved, path, method = {}, given.get("resume", ""), _method_name(config_class)
+    if path not in ("", "auto"):
+        state = load_checkpoint(path)
+        if state["method"] != method:
+            raise UserError(f"{path} is a checkpoint of {state['method']}, not of {method}")
+        saved = saved_options(path, state, config_class, given.keys() & (config_class.FREE | config_class.TUNED))
+        given.setdefault("out", str(Path(path).parent))
+    dataset = given.get("dataset", saved.get("dataset", getattr(config_class, "dataset", "")))
+    made = {field.name: field.default for field in dataclasses.fields(config_class)}
+    made |= presets.get(dataset, {}) | saved
+    for name, value in given.items() if saved else ():
+        if value != made[name] and name not in config_class.FREE | config_class.TUNED:
+            raise UserError(f"{path} was trained with --{name} {made[name]}, not {value}: start anew, without --resume")
+    return config_class(**made | given)

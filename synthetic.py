@@ -1,0 +1,304 @@
+"""The embedded data set: real video files in which the class is the motion and nothing else.
+
+python synthetic.py ROOT --shots 4
+"""
+
+import contextlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import av
+import numpy as np
+from av.video.reformatter import VideoReformatter
+
+from data import _naming, _progress
+
+MOTIONS = ("bounce", "fall", "grow", "orbit", "pulse", "rise", "shrink", "spin", "sway", "sway_then_bounce")
+SHAPES = ("disc", "ring", "square", "triangle", "star", "cross")
+SYNTHETIC_VERSION = 2  # to be raised with every change of what is drawn, so that older copies are made anew
+SYNTHETIC_MARKER = "synthetic.json"  # says how the set was made
+UNLABELED = "unlabeled"  # folder of videos for pretraining alone, in each of which the motion changes
+OBJECTS = 3  # in a video, all in the same motion, so that crops hold one
+SPRITE = 64  # pixels of an object's picture, in each direction; objects are drawn smaller than this
+
+
+def _motion(name: str, rng: np.random.Generator, frames: int) -> tuple[np.ndarray, ...]:
+    """One course of a motion: moves to the right and down (in sides of the frame), size (log2), turns; each (frames,).
+
+    Any half of the video shows the motion, and a horizontal flip leaves it what it is: what moves sideways or turns
+    does so both ways. The draws are the same for all motions; what a motion leaves alone stays where it was drawn.
+    """
+    travel, amplitude, doublings, period, phase, direction, size, turns = rng.uniform(
+        (0.5, 0.17, 1.2, 11, 0, -1, -0.5, 0), (0.6, 0.28, 1.6, 17, 2, 1, 0.5, 1)
+    )
+    if name == "sway_then_bounce":
+        period = 6 + period / 4  # at most 16, so that 32 frames hold both
+    progress = np.arange(frames) / frames - 0.5
+    cycle = np.arange(frames) / period + phase
+    wave = np.sin(2 * np.pi * cycle)
+    bounce = 1 - 8 * (cycle % 1) * (1 - cycle % 1)  # parabolas, in [-1, 1]
+    right, down, size, turns = (np.full(frames, start) for start in (0, 0, size * doublings, turns))
+    match name:
+        case "rise":
+            down = -travel * progress
+        case "fall":
+            down = travel * progress
+        case "sway":
+            right = amplitude * wave
+        case "bounce":
+            down = amplitude * bounce
+        case "sway_then_bounce":
+            swaying = cycle % 2 < 1
+            right = np.where(swaying, amplitude * wave, 0)
+            down = np.where(swaying, amplitude, amplitude * bounce)
+        case "orbit":
+            right = amplitude * wave
+            down = amplitude * np.cos(2 * np.pi * cycle) * np.sign(direction)
+        case "grow":
+            size = doublings * progress
+        case "shrink":
+            size = -doublings * progress
+        case "pulse":
+            size = doublings / 2 * wave
+        case "spin":
+            turns = turns + np.sign(direction) * cycle / 1.5
+    return right, down, size, turns
+
+
+def _texture(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """A gradient, stripes, checks or smooth noise between two unlike colours: float32 (height, width, 3) in [0, 1]."""
+    y, x = (axis.astype(np.float32) / min(height, width) - 0.5 for axis in np.ogrid[:height, :width])
+    kind = rng.choice(["gradient", "stripes", "checks", "noise"])
+    count = {"checks": 2, "noise": 10}.get(kind, 1)
+    low, high = {"gradient": (0.3, 0.5), "stripes": (2, 5), "checks": (1, 3), "noise": (0.7, 8)}[kind]
+    cycles = np.exp(rng.uniform(np.log(low), np.log(high), count))
+    angles = rng.uniform(0, 2 * np.pi, count)
+    if kind == "checks":
+        angles[1] = angles[0] + np.pi / 2
+    phases = rng.random(count) * (kind != "gradient")  # a gradient changes in the middle, so that it shows
+    along = x[..., None] * np.cos(angles) + y[..., None] * np.sin(angles)
+    waves = np.sin(2 * np.pi * (along * cycles + phases))
+    field = waves.prod(-1) if kind == "checks" else waves.sum(-1)
+    field = 0.5 + 0.5 * np.tanh(rng.uniform(1, 4) * field)
+    first = rng.random(3)
+    second = (first + rng.uniform(0.35, 0.65, 3)) % 1
+    return (first + (second - first) * field[..., None]).astype(np.float32)
+
+
+def _sprite(rng: np.random.Generator) -> np.ndarray:
+    """A textured shape with a soft edge: float32 (SPRITE, SPRITE, 4), colour and opacity, transparent at the border."""
+    y, x = np.ogrid[-1 : 1 : SPRITE * 1j, -1 : 1 : SPRITE * 1j]
+    radius, angle = np.hypot(x, y), np.arctan2(y, x)
+    match rng.choice(SHAPES):
+        case "disc":
+            depth = 0.85 - radius
+        case "ring":
+            depth = 0.25 - np.abs(radius - 0.62)
+        case "square":
+            depth = 0.7 - np.maximum(np.abs(x), np.abs(y))
+        case "triangle":
+            depth = 0.4 - np.max([radius * np.cos(angle - 2 * np.pi * k / 3) for k in range(3)], axis=0)
+        case "star":
+            depth = 0.65 + 0.25 * np.cos(5 * angle) - radius
+        case "cross":
+            depth = np.minimum(0.8 - np.maximum(np.abs(x), np.abs(y)), 0.28 - np.minimum(np.abs(x), np.abs(y)))
+    opacity = np.clip(0.5 + depth / rng.uniform(0.1, 0.2), 0, 1)
+    return np.concatenate([_texture(rng, SPRITE, SPRITE), opacity[..., None]], axis=2, dtype=np.float32)
+
+
+def _shot(motion: str, rng: np.random.Generator, camera: np.ndarray, height: int, width: int) -> tuple[np.ndarray, ...]:
+    """One object's course while the camera moves by (frames, 2): center x and y, radius, angle; each (frames,)."""
+    side = min(height, width)
+    right, down, size, turns = _motion(motion, rng, len(camera))
+    radius = rng.uniform(0.092, 0.108) * side * 2**size
+    centers = []
+    for path, moved, length in ((right * side, camera[:, 0], width), (down * side, camera[:, 1], height)):
+        path = path - moved
+        inside = (radius - path).max(), (length - radius - path).min()  # where it may start so as never to leave
+        centers.append(path + rng.uniform(*sorted(inside)))  # or, if that can't be, to leave on both sides
+    return *centers, radius, 2 * np.pi * turns
+
+
+def _draw_video(
+    motions: Sequence[str], rng: np.random.Generator, frames: int, height: int, width: int, shake: float = 0.008
+) -> np.ndarray:
+    """Draws one video: objects before a background, a shaky camera; uint8 (shots * frames, H, W, 3).
+
+    Each motion is a shot of so many frames. From shot to shot, objects keep their looks and take another place.
+    """
+    time = np.arange(len(motions) * frames)[:, None] / frames
+    camera = np.sin(2 * np.pi * (time * rng.uniform(1, 4, 2) + rng.random(2)))
+    camera = camera * rng.uniform(shake / 4, shake, 2) * min(height, width)  # to the right and down, pixels
+    margin = math.ceil(np.abs(camera).max())
+    background = 0.6 * _texture(rng, height + 2 * margin + 1, width + 2 * margin + 1)
+    objects = []
+    for _ in range(OBJECTS):
+        shots = [
+            _shot(motion, rng, moved, height, width)
+            for motion, moved in zip(motions, np.split(camera, len(motions)), strict=True)
+        ]
+        sprite = _sprite(rng)
+        sprite[..., :3] = 1 - 0.6 * sprite[..., :3]  # lighter than most of the background
+        objects.append((*np.concatenate(shots, axis=1), sprite))
+    inverted = rng.random() < 0.5
+    rows, columns = np.ogrid[:height, :width]
+    video = np.empty((len(camera), height, width, 3), np.uint8)
+    for t, (dx, dy) in enumerate(camera):
+        left, top = margin + math.floor(dx), margin + math.floor(dy)
+        view = background[top : top + height + 1, left : left + width + 1]
+        view = view[:-1] + np.float32(dy % 1) * (view[1:] - view[:-1])
+        view = view[:, :-1] + np.float32(dx % 1) * (view[:, 1:] - view[:, :-1])
+        for center_x, center_y, radius, angle, sprite in objects:
+            x, y = (columns - center_x[t]) / radius[t], (rows - center_y[t]) / radius[t]
+            cos, sin = np.cos(angle[t]), np.sin(angle[t])
+            turned = np.stack([cos * y - sin * x, cos * x + sin * y])  # rows, columns
+            drawn = sprite[tuple(((turned + 1) * (SPRITE / 2)).clip(0, SPRITE - 1).astype(int))]
+            view += drawn[..., 3:] * (drawn[..., :3] - view)
+        video[t] = 255 * (1 - view if inverted else view) + 0.5
+    return video
+
+
+def _write_video(path: Path, video: np.ndarray) -> None:
+    """Encodes uint8 (T, H, W, 3) as MPEG-4 with B-frames in MP4: FFmpeg's own encoder, so every build has it."""
+    reformatter = VideoReformatter()
+    with av.open(str(path), "w", options={"fflags": "+bitexact"}) as container:
+        stream = container.add_stream("mpeg4", rate=25, options={"qmin": "3", "qmax": "3", "flags": "+bitexact"})
+        stream.height, stream.width = video.shape[1:3]
+        stream.pix_fmt, stream.gop_size, stream.max_b_frames = "yuv420p", 32, 2
+        stream.thread_count = 1
+        for pts, picture in enumerate(video):
+            frame = reformatter.reformat(av.VideoFrame.from_ndarray(picture), format="yuv420p", threads=1)
+            frame.pts = pts
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+
+
+def _synthetic_names(train: int, test: int, shots: int = 1, **_: object) -> dict[str, tuple[str, int]]:
+    """The videos of a set, from its folder on, and which of which part each is."""
+    names = {}
+    for part, count in (("train", train), ("test", test), (UNLABELED, train if shots > 1 else 0)):
+        for n in range(count):
+            motion = MOTIONS[n % len(MOTIONS)]
+            name = f"{motion}/{motion}_{n // len(MOTIONS) + 1:04}" if part != UNLABELED else f"{n + 1:04}"
+            names[f"{part}/{name}.mp4"] = part, n
+    return names
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Makes an empty folder for this process alone, for which others wait, and removes it at the end.
+
+    One that a killed process left is emptied. Where files can't be locked, nobody waits.
+    """
+    while True:
+        with contextlib.suppress(FileNotFoundError):  # whoever had it has just removed it
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = open(folder / "lock", "w")  # noqa: SIM115, as it is to be held
+            with contextlib.suppress(OSError, ImportError):
+                import fcntl  # Windows has none
+
+                fcntl.lockf(lock, fcntl.LOCK_EX)
+            if os.path.samestat(os.fstat(lock.fileno()), os.stat(lock.name)):
+                break
+    with lock:
+        for left in folder.iterdir():
+            if left.name != "lock":
+                shutil.rmtree(left)
+        try:
+            yield
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def make_synthetic(
+    root: str | Path,
+    train: int = 1500,
+    test: int = 500,
+    seed: int = 0,
+    frames: int = 48,
+    size: tuple[int, int] = (40, 40),
+    shake: float = 0.008,
+    shots: int = 1,
+) -> None:
+    """Writes the embedded data set once: root/{train,test}/<motion>/<motion>_0001.mp4, classes `MOTIONS` in turn.
+
+    The class is the motion alone. Shape, texture, colours, size, background, speed, phase, place and the camera's
+    shake are drawn for each video from (seed, part, number), whatever its class. The set is made in a hidden folder
+    beside `root` and moved at the end, so that `root` never holds half of it; what was left there by a kill is removed,
+    and another process that makes it too is waited for. A complete set of the same arguments and version is kept as it
+    is; another is replaced, if all files in it are those of the set that its marker describes.
+
+    Args:
+        train, test: number of videos.
+        frames, size: length in frames (at 25 a second), height and width in pixels.
+        shake: how far the camera moves at most, in sides of the frame; a quarter of it is the least.
+        shots: from 2 on, there are as many videos again, root/unlabeled/0001.mp4, on which pretraining is done instead:
+            of so many shots of the same objects before the same background, each in another motion.
+
+    Raises:
+        ValueError: a part without videos, fewer than two frames, no pixel, a negative or infinite number, or more
+            shots than motions.
+        FileExistsError: `root` holds other files than those of a synthetic set; it is left alone.
+    """
+    if seed < 0 or not 0 <= shake < math.inf or min(train, test, *size) < 1 or frames < 2:
+        given = f"train {train}, test {test}, seed {seed}, shake {shake}, frames {frames}, size {size}"
+        raise ValueError(
+            f"a synthetic set needs a video of each part, two frames and a pixel, none below 0: not {given}"
+        )
+    if not 1 <= shots <= len(MOTIONS):
+        raise ValueError(f"a video has 1 to {len(MOTIONS)} shots, each in another motion: not shots {shots}")
+    root = Path(root).resolve()
+    recipe = {"version": SYNTHETIC_VERSION, "train": train, "test": test, "seed": seed, "frames": frames, "size": size}
+    recipe |= {"shake": shake, "shots": shots}
+    marker, names = root / SYNTHETIC_MARKER, _synthetic_names(**recipe)
+    hidden = root.with_name(f".{root.name}.partial")
+
+    def stop(error: OSError) -> None:
+        raise error  # what can't be listed may hold anything
+
+    def is_complete() -> bool:
+        """Whether the folder holds the set; raises FileExistsError where it holds another one's or anybody's files."""
+        held, own = set(), set()
+        for folder, folders, files in os.walk(root, onerror=stop if root.exists() else None):
+            links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
+            held |= {Path(folder, name).relative_to(root).as_posix() for name in (*files, *links)}
+        text = marker.read_text() if SYNTHETIC_MARKER in held else "{}"
+        if text == json.dumps(recipe) and {name for name in held if name.endswith(".mp4")} == names.keys():
+            return True
+        with contextlib.suppress(ValueError, TypeError):
+            own = {SYNTHETIC_MARKER, *_synthetic_names(**json.loads(text))}
+        if others := sorted(held - own):
+            raise FileExistsError(
+                f"{root} holds other files, such as {others[0]!r}: give the synthetic data set a folder of its own"
+            )
+        return False
+
+    def make(job: tuple[str, tuple[str, int]]) -> None:
+        name, (part, n) = job
+        rng = np.random.default_rng([seed, ["train", "test", UNLABELED].index(part), n])
+        motions = [MOTIONS[n % len(MOTIONS)]] if part != UNLABELED else rng.choice(MOTIONS, shots, replace=False)
+        path = hidden / "made" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _naming(path):
+            _write_video(path, _draw_video(motions, rng, frames, *size, shake))
+
+    if is_complete():
+        return
+    with _alone(hidden):
+        if is_complete():  # by now
+            return
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # NumPy and FFmpeg run without the interpreter's lock
+            what = f"making the synthetic data set in {root}"
+            for _ in _progress(pool.map(make, names.items()), len(names), what):
+                pass
+        with _naming(marker):
+            (hidden / "made" / SYNTHETIC_MARKER).write_text(json.dumps(recipe))
+        is_complete()  # nobody has put files there meanwhile
+        if root.exists():
+            root.rename(hidden / "before")
+        (hidden / "made").rename(root)
