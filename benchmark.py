@@ -53,7 +53,6 @@ import find
 import losses
 import moco
 import train
-import video
 from cli import command_line, parse
 from models import ENCODERS, momentum_update
 from train import Options, Process, UserError, option, progress, start_process, user_errors
@@ -287,7 +286,7 @@ def random_views(method: fima.FIMA) -> dict[str, Tensor]:
     config = method.config
     videos = data.VideoList([""] * config.batch_size, [-1] * config.batch_size, [], "")
     views = data.PretrainingViews(videos, config.crop, config.frames, config.frame_stride, method.sub_clips)
-    with mock.patch.object(video, "Video", Noise):
+    with mock.patch.object(data, "Video", Noise):
         batch = next(data.load_batches(views, data.StepSampler(len(views), len(views), 1)))
     return {name: value for name, value in batch.items() if isinstance(value, Tensor)}
 

@@ -26,9 +26,9 @@ import data
 import find
 import moco
 import synthetic
-import video
-from data import PretrainingViews, load_batches
-from find import VideoList, find_videos
+import video as reader
+from data import PretrainingViews, VideoList, load_batches
+from find import find_videos
 from video import BadVideo, Video
 
 FRAMES = moving_texture(12)
@@ -137,9 +137,9 @@ class Keys(list):
 @pytest.fixture
 def small_limits(monkeypatch):
     """So that a mutated size takes little memory and time."""
-    monkeypatch.setattr(video, "MAX_PIXELS", 2**18)
-    monkeypatch.setattr(video, "MAX_BYTES", 2**25)
-    monkeypatch.setattr(video, "DEADLINE", 20)
+    monkeypatch.setattr(reader, "MAX_PIXELS", 2**18)
+    monkeypatch.setattr(reader, "MAX_BYTES", 2**25)
+    monkeypatch.setattr(reader, "DEADLINE", 20)
 
 
 def test_mutated_files_are_read_or_named_with_a_reason(folder, tmp_path, small_limits):
@@ -185,14 +185,14 @@ def test_limits_are_reasons(folder, monkeypatch):
         ("DEADLINE", 0, "not read within 0 s"),
     ):
         with monkeypatch.context() as patch, pytest.raises(BadVideo, match=reason):
-            patch.setattr(data, limit, value)
+            patch.setattr(reader, limit, value)
             Video(path)
     with Video(path) as video:
-        monkeypatch.setattr(video, "MAX_BYTES", 5 * 48 * 64 * 3)
+        monkeypatch.setattr(reader, "MAX_BYTES", 5 * 48 * 64 * 3)
         assert len(video.read([0, 3, 5, 7, 11, 11])) == 6
         with pytest.raises(BadVideo, match="6 frames of 64 × 48 pixels take more than"):
             video.read(range(6))
-        monkeypatch.setattr(video, "DEADLINE", -1)
+        monkeypatch.setattr(reader, "DEADLINE", -1)
         with pytest.raises(BadVideo, match="not read within -1 s"):
             video.read([0])
 
@@ -208,7 +208,7 @@ def test_pixels_that_cannot_be_converted_make_a_bad_video(folder, monkeypatch, e
         pytest.raises(BadVideo, match=r"Operation not supported|not enough memory"),
     ):
         video.read([0])
-    monkeypatch.setattr(video, "is_memory_short", lambda: True)
+    monkeypatch.setattr(reader, "is_memory_short", lambda: True)
     if isinstance(error, MemoryError):
         with Video(folder / "h264.mp4") as video, pytest.raises(OSError, match="Cannot allocate memory: take fewer"):
             video.read([0])

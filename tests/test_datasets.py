@@ -528,10 +528,10 @@ def test_synthetic_is_made_when_it_is_not_there(tmp_path, monkeypatch):
         touch(Path(root), "train/rise/a.mp4", "test/rise/b.mp4")
         Path(root, synthetic.SYNTHETIC_MARKER).write_text(f'{{"version": {synthetic.SYNTHETIC_VERSION}, …}}')
 
-    monkeypatch.setattr(synthetic, "make_synthetic", make)
+    monkeypatch.setattr(find, "make_synthetic", make)
     root = tmp_path / "new"
     assert found(find_videos("synthetic", root, train=True), root) == {"train/rise/a.mp4": "rise"}
-    monkeypatch.delattr(synthetic, "make_synthetic")
+    monkeypatch.delattr(find, "make_synthetic")
     assert find_videos("synthetic", root, train=False).report == "synthetic test: 1 videos, 1 classes"
 
 

@@ -32,7 +32,6 @@ import moco
 import pretrain
 import synthetic
 import train
-import video
 from train import Process
 from video import Video
 
@@ -508,7 +507,7 @@ def test_a_video_that_kills_its_process_is_named_and_the_others_are_read(workers
     good = find.find_videos("synthetic", videos, train=False)
     fatal = str(tmp_path / "fatal.mp4")
     listed = data.VideoList([*good.paths[:4], fatal, *good.paths[4:]], [0] * 11, ["a"], "")
-    monkeypatch.setattr(video, "Video", FatalVideo)
+    monkeypatch.setattr(data, "Video", FatalVideo)
 
     def pixels(clips, count):
         return evaluate.clip_outputs(lambda x: x.flatten(1).float(), clips, ALONE, count, 3, "videos", average=True)

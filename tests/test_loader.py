@@ -19,8 +19,7 @@ from encoding import encode, moving_texture
 
 import evaluate
 import moco
-from data import PretrainingViews, StepSampler, TestClips, collate, load_batches
-from find import VideoList
+from data import PretrainingViews, StepSampler, TestClips, VideoList, collate, load_batches
 from train import Process
 
 

@@ -14,9 +14,8 @@ from encoding import encode, moving_texture, write_sound
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import video
-from data import PretrainingViews, TestClips
-from find import VideoList
+import video as reader
+from data import PretrainingViews, TestClips, VideoList
 from video import BadVideo, Video
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -445,7 +444,7 @@ def test_samples_are_the_same_in_however_small_parts_frames_come(folder, monkeyp
     videos = VideoList(paths, [0, 0], ["a"], "")
     views, clips = PretrainingViews(videos, 24), TestClips(videos, 24, 4, 2, 3)
     samples = [[views[3, i], clips[i]] for i in range(2)]
-    monkeypatch.setattr(video, "CHUNK", chunk)
+    monkeypatch.setattr(reader, "CHUNK", chunk)
     with Video(paths[0]) as opened:
         assert max(len(images) for images in map(dict, opened.stream(range(40)))) == max(chunk // (48 * 64 * 3), 1)
     for i, sample in enumerate(samples):

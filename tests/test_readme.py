@@ -16,7 +16,6 @@ import fame
 import fima
 import mcl
 import moco
-import train
 import visualize
 
 README, RESULTS = ((Path(__file__).parents[1] / name).read_text() for name in ("README.md", "results/README.md"))
@@ -65,7 +64,7 @@ def test_every_command_parses(command, monkeypatch):
     if words[script] == "visualize.py":
         arguments = list(itertools.dropwhile(lambda word: not word.startswith("-"), arguments))
     state = {"method": config.__name__.removesuffix("Config"), "config": {"dataset": "ucf101"}, "model": {}, "step": 1}
-    monkeypatch.setattr(train, "load_checkpoint", lambda path: state)
+    monkeypatch.setattr(cli, "load_checkpoint", lambda path: state)
     cli.parse(config, "", presets, arguments)
 
 

@@ -10,9 +10,8 @@ from encoding import encode, moving_texture
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import video
-from data import PretrainingViews, StepSampler, TestClips, collate, crop_resize, draw_region, empty_clips
-from find import VideoList
+import data
+from data import PretrainingViews, StepSampler, TestClips, VideoList, collate, crop_resize, draw_region, empty_clips
 from losses import bin_centers
 from video import BadVideo, Video
 
@@ -209,7 +208,7 @@ def test_all_pairs_of_different_windows_are_equally_likely(videos, requested):
 def test_the_overlap_of_the_windows_is_the_share_of_frames_that_both_show(
     length, frames, stride, sub_clips, monkeypatch
 ):
-    monkeypatch.setattr(video, "Video", lambda path: Length(length))
+    monkeypatch.setattr(data, "Video", lambda path: Length(length))
     views = PretrainingViews(VideoList([""], [0], [], ""), 4, frames, stride, sub_clips)
     drawn, draw = [], views._draw_starts
     monkeypatch.setattr(views, "_draw_starts", lambda *arguments: drawn.append(draw(*arguments)) or drawn[-1])
@@ -229,7 +228,7 @@ def test_the_overlap_of_the_windows_is_the_share_of_frames_that_both_show(
 
 
 def test_one_window_overlaps_with_none_and_of_several_all_pairs_count(monkeypatch):
-    monkeypatch.setattr(video, "Video", lambda path: Length(14))  # three windows of 12 frames
+    monkeypatch.setattr(data, "Video", lambda path: Length(14))  # three windows of 12 frames
     one, three = (PretrainingViews(VideoList([""], [0], [], ""), 4, 6, 2, 0, windows=n)[0, 0] for n in (1, 3))
     assert "overlap" not in one and three["overlap"].item() == pytest.approx((11 + 11 + 10) / 36)
 
