@@ -429,13 +429,13 @@ def test_what_had_to_be_decoded_once_is_remembered_until_the_file_changes(folder
 def test_interlaced_h264_is_told_by_its_parameter_set(folder, container, pix_fmt, options):
     path = encode(folder / f"fields.{container}", moving_texture(4), "libx264", pix_fmt=pix_fmt, x264_params=options)
     with av.open(str(path)) as opened:
-        assert video._is_progressive(opened.streams.video[0].codec_context.extradata) == ("=1" not in options)
+        assert reader._is_progressive(opened.streams.video[0].codec_context.extradata) == ("=1" not in options)
 
 
 @given(content=st.binary(max_size=40))
 def test_any_parameter_set_is_read_without_an_error(content):
     for header in (b"", b"\x01dddd\x00\x00\x00", b"\0\0\x01\x67d"):
-        assert video._is_progressive(header + content) in (True, False)
+        assert reader._is_progressive(header + content) in (True, False)
 
 
 @pytest.mark.parametrize("chunk", [1, 4 * 48 * 64 * 3])
