@@ -191,7 +191,7 @@ def test_a_run_goes_on_from_a_checkpoint_that_is_a_link(run):
     path = run.path / "run" / "checkpoint.pt"
     path.rename(run.path / "elsewhere.pt")
     path.symlink_to("../elsewhere.pt")
-    assert run(fima, "--max_steps=2", "--resume=run/checkpoint.pt")[0] == 0
+    assert run(fima, "--max_steps=2", "--resume=run/checkpoint.pt", *QUICK)[0] == 0
     assert path.is_symlink() and train.load_checkpoint(run.path / "elsewhere.pt")["step"] == 2
 
 
