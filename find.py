@@ -18,7 +18,6 @@ from pathlib import Path
 
 from data import VideoList
 from synthetic import SYNTHETIC_MARKER, SYNTHETIC_VERSION, UNLABELED, make_synthetic
-from video import shown
 
 DATASETS = ("synthetic", "folder", "ucf101", "hmdb51", "k400", "diving48", "ssv2")
 SUFFIXES = (  # of files in CONTAINERS, without those of sounds and single pictures
@@ -163,7 +162,7 @@ def find_videos(
     if not found:
         raise FileNotFoundError(f"{root}: no videos found ({report}); {dataset} expects {LAYOUTS[dataset]}")
     paths, labels = [path for path, _ in found], [label for _, label in found]
-    return VideoList(paths, labels, classes, shown(report), tuple(sorted(twice)), tuple(closed))
+    return VideoList(paths, labels, classes, report, tuple(sorted(twice)), tuple(closed))
 
 
 def same_files(paths: Iterable[str], others: Iterable[str]) -> list[str]:

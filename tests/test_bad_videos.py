@@ -273,11 +273,11 @@ class Fatal(PretrainingViews):
         self.epoch = key[0]
         return super().write(key, item)
 
-    def _write_views(self, rng, path, item):
+    def write_views(self, rng, path, item):
         if "fatal" in path and self.epoch % 2 == 0:
             faulthandler.disable()  # pytest's
             os.kill(os.getpid(), self.number)
-        return super()._write_views(rng, path, item)
+        return super().write_views(rng, path, item)
 
 
 def test_a_video_that_kills_its_process_is_replaced_whatever_the_number_of_workers(folder, tmp_path):
@@ -325,12 +325,12 @@ class Mortal(Fatal):
         self.file, self.number, self.once = file, number, once
         file.touch()
 
-    def _write_views(self, rng, path, item):
+    def write_views(self, rng, path, item):
         if self.file.exists():
             if self.once and "fatal" in path:
                 self.file.unlink()
-            return super()._write_views(rng, path, item)
-        return PretrainingViews._write_views(self, rng, path, item)
+            return super().write_views(rng, path, item)
+        return PretrainingViews.write_views(self, rng, path, item)
 
 
 @pytest.mark.parametrize("number", [signal.SIGBUS, signal.SIGKILL, signal.SIGSEGV, signal.SIGTERM])

@@ -591,7 +591,7 @@ def test_windows_that_move_differ_as_far_as_the_video_has_others(length, windows
     video.__len__.return_value = length
     videos = data.VideoList([""], [0], [], "")
     views = mcl.MotionViews(videos, 16, 4, 2, windows=windows, maps=maps, temporal=temporal, spatial=False)
-    starts = views._draw_starts(np.random.default_rng(seed), video)
+    starts = views.draw_starts(np.random.default_rng(seed), video)
     moving = losses.moving_windows(torch.from_numpy(motion).mean((1, 2)), 8, 2)
     assert len(set(starts)) == min(windows, len(moving)) and starts.shape == (windows,)
     assert not temporal or moving.sum() < windows or moving[starts].all()

@@ -187,11 +187,11 @@ class Length:
 @given(length=st.integers(1, 40), windows=st.integers(1, 4), stride=st.integers(1, 3), seed=st.integers(0, 2**32 - 1))
 def test_windows_differ_as_far_as_the_video_has_others(length, windows, stride, seed):
     views = PretrainingViews(VideoList([""], [0], [], ""), 8, 4, stride, 0, windows=windows)
-    starts = views._draw_starts(np.random.default_rng(seed), Length(length))
+    starts = views.draw_starts(np.random.default_rng(seed), Length(length))
     possible = max(length - 4 * stride, 0) + 1
     assert starts.shape == (windows,) and set(starts) <= set(range(possible))
     assert len(set(starts)) == min(windows, possible)
-    assert np.array_equal(starts, views._draw_starts(np.random.default_rng(seed), Length(length)))
+    assert np.array_equal(starts, views.draw_starts(np.random.default_rng(seed), Length(length)))
 
 
 def test_all_pairs_of_different_windows_are_equally_likely(videos, requested):
@@ -210,8 +210,8 @@ def test_the_overlap_of_the_windows_is_the_share_of_frames_that_both_show(
 ):
     monkeypatch.setattr(data, "Video", lambda path: Length(length))
     views = PretrainingViews(VideoList([""], [0], [], ""), 4, frames, stride, sub_clips)
-    drawn, draw = [], views._draw_starts
-    monkeypatch.setattr(views, "_draw_starts", lambda *arguments: drawn.append(draw(*arguments)) or drawn[-1])
+    drawn, draw = [], views.draw_starts
+    monkeypatch.setattr(views, "draw_starts", lambda *arguments: drawn.append(draw(*arguments)) or drawn[-1])
     window, found = frames * stride, []
     for epoch in range(60):
         found.append(views[epoch, 0]["overlap"].item())
