@@ -1,4 +1,4 @@
-"""Views and clips of videos: sampling, cropping, loading in processes; and the check of a folder's videos.
+"""Views and clips of videos: sampling, cropping, and loading them in processes.
 
 Can be copied with video.py into another project: the two import torch, numpy, av (PyAV) and tqdm only.
 
@@ -20,7 +20,6 @@ import multiprocessing.connection
 import multiprocessing.reduction
 import os
 import re
-import shlex
 import signal
 import sys
 import tempfile
@@ -60,15 +59,10 @@ class VideoList:
     def seen(self, root: str | Path) -> list[list]:
         """Of each video its path below `root`, label, class, and size in bytes (−1: no file): what a run goes by."""
 
-        def size(path: str) -> int:
-            try:
-                return os.stat(path).st_size
-            except OSError:
-                return -1
-
         above, classes = os.path.join(os.path.abspath(root), ""), [*self.classes, ""]
-        labelled = zip(self.paths, self.labels, strict=True)
-        return [[path.removeprefix(above), label, classes[label], size(path)] for path, label in labelled]
+        sizes = [os.path.getsize(path) if os.path.exists(path) else -1 for path in self.paths]
+        videos = zip(self.paths, self.labels, sizes, strict=True)
+        return [[path.removeprefix(above), label, classes[label], size] for path, label, size in videos]
 
 
 def draw_region(
@@ -183,18 +177,17 @@ def crop_frames(
         place += len(part)
 
 
-_killers: dict[Hashable, str] = {}  # in a process of `_in_processes`: what killed others before it, and how
-
-
-def _tell(draw: Hashable) -> None:
-    """In a process of `_in_processes`: tells the parent what is read next."""
+# In a process of `_in_processes`: what killed others before it, and how; and its end of the pipe to the parent.
+_killers: dict[Hashable, str] = {}
+_parent: multiprocessing.connection.Connection | None = None
 
 
 def _begin(path: str, draw: Hashable) -> None:
     """Is told what is drawn from which video before this is read; raises BadVideo if processes have died of it."""
     if draw in _killers:
         raise BadVideo(path, _killers[draw])
-    _tell(draw)
+    if _parent is not None:
+        _parent.send(("reads", draw))
 
 
 class Items(Dataset):
@@ -427,7 +420,7 @@ def _serve(
     pipe: multiprocessing.connection.Connection, function: Callable, start: Callable | None, i: int, killers: dict
 ) -> None:
     """What process i of `_in_processes` does, until its parent ends it or is gone."""
-    global _tell
+    global _parent
     for name in ("SIGINT", "SIGHUP"):  # a Ctrl-C, or the terminal's end, reaches the parent, which decides
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
@@ -438,10 +431,7 @@ def _serve(
         for parameter, value in ((-1, 2**28), (-4, 2**16), (-3, 2**23)):  # M_TRIM_THRESHOLD, M_MMAP_MAX, …_THRESHOLD
             mallopt(parameter, value)
     _killers.update(killers)
-
-    def _tell(draw: Hashable) -> None:
-        pipe.send(("reads", draw))
-
+    _parent = pipe
     if start:
         start(i)
     parent = multiprocessing.parent_process().sentinel
@@ -618,11 +608,6 @@ def load_batches(
         yield {**{name: memory[slot][:length] for name, memory in ring.memory.items()}, "bad": bad}
 
 
-# -------------------------------------------------------------------------------------------------------------------
-# Checking videos
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 class VideoVisitor:
     """What is done to videos one by one, in processes: `visit` does it, and raises BadVideo for those it can't read."""
 
@@ -637,21 +622,6 @@ class VideoVisitor:
         except BadVideo as error:
             return path, error.reason
         return path, ""
-
-
-class _Checker(VideoVisitor):
-    """Reads the first, middle and last 32 frames of a video, or all."""
-
-    def __init__(self, full: bool):
-        self.full = full
-
-    def visit(self, path: str) -> None:
-        with Video(path) as video:
-            last = max(len(video) - 32, 0)
-            step = 32 if self.full else max(math.ceil(last / 2), 1)
-            for start in (*range(0, last, step), last):
-                for _ in video.stream(range(start, min(start + 32, len(video)))):
-                    pass  # they are of no more use
 
 
 def visit_videos(
@@ -685,56 +655,13 @@ def visit_videos(
     return bad
 
 
-def check_videos(root: str | Path, out: str | Path, workers: int, full: bool = False) -> tuple[int, int]:
-    """Reads frames of all videos below a folder, in processes; returns how many there are and how many are bad.
-
-    Reads the first, middle and last 32 frames of each, or with `full` all, several times slower. The bad ones are
-    listed in the file `out` (see `visit_videos`).
-
-    Raises FileNotFoundError when there is no video, PermissionError when there is a folder that may not be listed.
-    """
-    from find import SUFFIXES, _walk  # here, so that this file can be copied without it
-
-    root = os.path.abspath(root)
-    paths, _, _, closed = _walk(root)
-    paths = [*paths]
-    if closed:
-        raise PermissionError(f"{closed[0]}: no permission to list this folder, one of {len(closed)} such folders")
-    if not paths:
-        raise FileNotFoundError(f"{root}: no videos (.{', .'.join(SUFFIXES)}) below it")
-    return len(paths), visit_videos(_Checker(full), paths, root, out, workers, f"checking {root}")
-
-
-def command() -> tuple[Callable, type]:
-    """What `data.py check ROOT --flag value …` does, and the class of its options, as `cli.dispatch` takes them."""
-    from train import SWITCH, Options, UserError, option, user_errors  # here, so that this file can be copied
-
-    @dataclass(frozen=True)
-    class CheckConfig(Options):
-        out: str = option("bad_videos.txt", "list to write, for --exclude")
-        workers: int = option(os.cpu_count() or 1, "processes, one a core if not given", (1, 1024))
-        full: str = option("off", "read all frames, not only 32 at three places: slower", SWITCH)
-
-    def check(config: CheckConfig, words: list[str]) -> None:
-        """Finds videos that can't be read below ROOT, the --data of training; exit code 1 if there are any."""
-        if len(words) != 1:
-            raise UserError("name the folder to check, before all flags (--help lists these)")
-        with user_errors():
-            count, bad = check_videos(*words, config.out, config.workers, config.full == "on")
-        advice = f": leave them out with --exclude {shlex.quote(config.out)}" if bad else ""
-        print(f"{bad} of {count} videos can't be read{advice}", flush=True)
-        if bad:
-            sys.exit(1)
-
-    return check, CheckConfig
-
-
 def main() -> None:
     """`data.py check ROOT` finds videos that can't be read, `data.py synthetic ROOT` is `synthetic.py ROOT`."""
+    import find
     import synthetic
     from cli import dispatch
 
-    commands = {"check": command(), "synthetic": synthetic.command()}
+    commands = {"check": (find.check, find.CheckConfig), "synthetic": synthetic.command()}
     _, function, config, words = dispatch(commands, inspect.getdoc(main), words=True)
     function(config, words)
 

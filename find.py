@@ -1,6 +1,6 @@
-"""Finding the videos of a data set: its folders and its own lists, or any tree or list of files.
+"""Finding the videos of a data set, by its folders and its own lists or in any tree or list of files; checking them.
 
-Reads directory listings and lists, never a video.
+`find_videos` reads directory listings and lists, never a video.
 """
 
 import ast
@@ -9,15 +9,21 @@ import csv
 import functools
 import itertools
 import json
+import math
 import os
 import re
+import shlex
 import stat
+import sys
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
-from data import VideoList
+from data import VideoList, VideoVisitor, visit_videos
 from synthetic import SYNTHETIC_MARKER, SYNTHETIC_VERSION, UNLABELED, make_synthetic
+from train import SWITCH, Options, UserError, option, user_errors
+from video import Video
 
 DATASETS = ("synthetic", "folder", "ucf101", "hmdb51", "k400", "diving48", "ssv2")
 SUFFIXES = (  # of files in CONTAINERS, without those of sounds and single pictures
@@ -532,3 +538,57 @@ def _read_bad(root: str, file: str | Path) -> set[str]:
         if name:
             paths.add(os.path.normpath(os.path.join(root, name)))
     return paths
+
+
+class _Checker(VideoVisitor):
+    """Reads the first, middle and last 32 frames of a video, or all."""
+
+    def __init__(self, full: bool):
+        self.full = full
+
+    def visit(self, path: str) -> None:
+        with Video(path) as video:
+            last = max(len(video) - 32, 0)
+            step = 32 if self.full else max(math.ceil(last / 2), 1)
+            for start in (*range(0, last, step), last):
+                for _ in video.stream(range(start, min(start + 32, len(video)))):
+                    pass  # they are of no more use
+
+
+def check_videos(root: str | Path, out: str | Path, workers: int, full: bool = False) -> tuple[int, int]:
+    """Reads frames of all videos below a folder, in processes; returns how many there are and how many are bad.
+
+    Reads the first, middle and last 32 frames of each, or with `full` all, several times slower. The bad ones are
+    listed in the file `out` (see `visit_videos`).
+
+    Raises FileNotFoundError when there is no video, PermissionError when there is a folder that may not be listed.
+    """
+    root = os.path.abspath(root)
+    paths, _, _, closed = _walk(root)
+    paths = [*paths]
+    if closed:
+        raise PermissionError(f"{closed[0]}: no permission to list this folder, one of {len(closed)} such folders")
+    if not paths:
+        raise FileNotFoundError(f"{root}: no videos (.{', .'.join(SUFFIXES)}) below it")
+    return len(paths), visit_videos(_Checker(full), paths, root, out, workers, f"checking {root}")
+
+
+@dataclass(frozen=True)
+class CheckConfig(Options):
+    """Options of `data.py check`."""
+
+    out: str = option("bad_videos.txt", "list to write, for --exclude")
+    workers: int = option(os.cpu_count() or 1, "processes, one a core if not given", (1, 1024))
+    full: str = option("off", "read all frames, not only 32 at three places: slower", SWITCH)
+
+
+def check(config: CheckConfig, words: list[str]) -> None:
+    """Finds videos that can't be read below ROOT, the --data of training; exit code 1 if there are any."""
+    if len(words) != 1:
+        raise UserError("name the folder to check, before all flags (--help lists these)")
+    with user_errors():
+        count, bad = check_videos(*words, config.out, config.workers, config.full == "on")
+    advice = f": leave them out with --exclude {shlex.quote(config.out)}" if bad else ""
+    print(f"{bad} of {count} videos can't be read{advice}", flush=True)
+    if bad:
+        sys.exit(1)

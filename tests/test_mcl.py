@@ -448,18 +448,18 @@ def test_the_command_makes_what_is_missing_and_names_what_it_cannot_read(folder,
 
 
 def test_an_interrupt_loses_no_map(folder, tmp_path, without_flow, command, monkeypatch):
-    progress = data._progress
+    progress = data.tqdm
 
-    def interrupted(items, total, what):
-        for n, item in enumerate(progress(items, total, what), 1):
+    def interrupted(items, *rest, **options):
+        for n, item in enumerate(items, 1):
             yield item
             if n == 2:
                 raise KeyboardInterrupt  # as Ctrl-C does; where a shell starts tests in the background, it does nothing
 
-    monkeypatch.setattr(data, "_progress", interrupted)
+    monkeypatch.setattr(data, "tqdm", interrupted)
     assert command(folder)[0] == 130
     assert not torch.multiprocessing.active_children()
-    monkeypatch.setattr(data, "_progress", progress)
+    monkeypatch.setattr(data, "tqdm", progress)
     times = {file: file.stat().st_mtime_ns for file in (tmp_path / "clips_maps").rglob("*.npz")}
     assert times
     code, out, _ = command(folder)

@@ -9,13 +9,14 @@ import pytest
 
 import benchmark
 import cli
-import data
 import dclr
 import evaluate
 import fame
 import fima
+import find
 import mcl
 import moco
+import synthetic
 import visualize
 
 README, RESULTS = ((Path(__file__).parents[1] / name).read_text() for name in ("README.md", "results/README.md"))
@@ -46,6 +47,8 @@ CONFIGS = {
     **{f"evaluate.py {name}": (config, {}) for name, (_, config) in evaluate.PROTOCOLS.items()},
     **{f"visualize.py {name}": (config, {}) for name, (_, config) in visualize.FIGURES.items()},
     "benchmark.py": (benchmark.BenchmarkConfig, {}),
+    "data.py check": (find.CheckConfig, {}),
+    "data.py synthetic": (synthetic.command()[1], {}),
 }
 
 
@@ -55,13 +58,10 @@ def test_every_command_parses(command, monkeypatch):
     if words[:3] == ["python", "-m", "pytest"]:
         return
     script = next(i for i, word in enumerate(words) if word.endswith(".py"))
-    if words[script] == "data.py":
-        data._parser().parse_args(words[script + 1 :])
-        return
     config, presets = CONFIGS.get(" ".join(words[script : script + 2])) or CONFIGS[words[script]]
     named = (*evaluate.PROTOCOLS, *benchmark.COMMANDS, "maps")
     arguments = [word for word in words[script + 1 :] if word not in named]
-    if words[script] == "visualize.py":
+    if words[script] in ("data.py", "visualize.py"):
         arguments = list(itertools.dropwhile(lambda word: not word.startswith("-"), arguments))
     state = {"method": config.__name__.removesuffix("Config"), "config": {"dataset": "ucf101"}, "model": {}, "step": 1}
     monkeypatch.setattr(cli, "load_checkpoint", lambda path: state)
@@ -86,9 +86,8 @@ def test_files_and_flags_that_are_named_exist():
     root = Path(__file__).parents[1]
     for name in set(re.findall(r"`((?!test_)\w+\.py)`|\]\((\w+\.png)\)", README)):
         assert (root / "".join(name)).is_file(), name
-    of_data = [vars(data._parser().parse_args([command, "root"])) for command in ("check", "synthetic")]
     for flag in set(re.findall(r"--(\w+)", README)) - {"nproc_per_node", "help", "minutes"}:
-        known = [*of_data, *(config.__dataclass_fields__ for config, _ in CONFIGS.values())]
+        known = [config.__dataclass_fields__ for config, _ in CONFIGS.values()]
         assert any(flag in options for options in known), flag
 
 
