@@ -272,6 +272,7 @@ class Fatal(PretrainingViews):
         return super().write_views(rng, path, item)
 
 
+@pytest.mark.slow
 def test_a_video_that_kills_its_process_is_replaced_whatever_the_number_of_workers(folder, fatal):
     videos = VideoList([str(path) for path in (folder / "h264.mp4", fatal, folder / "packed.avi")], [0, 1, 2], [], "")
     sampler = data.StepSampler(3, batch_size=3, epochs=4)
@@ -291,6 +292,7 @@ class Broken(PretrainingViews):
         os._exit(3)
 
 
+@pytest.mark.slow
 def test_processes_that_always_die_end_the_run(fatal):
     for kind, says in (
         (Fatal, r"10 videos in a row can't be read; the last: .*fatal\.mp4.* died"),
@@ -304,7 +306,7 @@ class Mortal(Fatal):
     """Its process dies of videos named fatal only where a file is, which it takes away if `once`."""
 
     def __init__(self, paths: list, file: Path, number: int, once: bool):
-        super().__init__(VideoList([str(path) for path in paths], [0] * len(paths), [], ""), 16, 4)
+        super().__init__(VideoList([str(path) for path in paths], [-1] * len(paths), [], ""), 16, 4)
         self.file, self.number, self.once = file, number, once
         file.touch()
 
@@ -325,6 +327,7 @@ def test_a_process_that_dies_once_costs_no_video(folder, fatal, tmp_path, number
     assert same_items(batch, expected) and batch["bad"] == [] and not views.file.exists()
 
 
+@pytest.mark.slow
 def test_a_process_that_lacks_memory_costs_no_video(fatal, tmp_path, monkeypatch):
     """It dies of SIGBUS, or Linux has killed it, which it counts: the run ends, with the advice."""
     counts = map(str, range(100))
@@ -391,6 +394,7 @@ def test_too_few_open_files_stop_the_checker(folder, check, monkeypatch):
     assert err.splitlines()[-1].startswith("error: [Errno 24] Too many open files: raise `ulimit -n`")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("megabytes", [0, 1, 4])
 def test_too_little_memory_is_no_videos_fault(tmp_path, megabytes):
     """Whether it fails in decoding, where FFmpeg calls the video damaged, or elsewhere."""
@@ -472,6 +476,7 @@ def test_any_name_is_found_read_checked_and_left_out(names, tmp_path, check):
     assert videos.report.endswith(f"; 7 of the 7 named in {tmp_path}/bad.txt left out")
 
 
+@pytest.mark.slow
 def test_a_runs_log_of_bad_videos_can_be_left_out(names, run):
     flags = ["--dataset", "folder", "--data", names, "--max_bad", 1, "--frames", 8, "--crop", 32, "--epochs", 1]
     code, _, err = run(moco, *flags, "--batch_size", 21, "--out", "first", dataset=None)
