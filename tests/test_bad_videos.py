@@ -256,17 +256,23 @@ def fatal(folder, tmp_path):
     return shutil.copy(folder / "h264.mp4", tmp_path / "fatal.mp4")
 
 
-class Fatal(PretrainingViews):
-    """Its process dies of videos named fatal, in even epochs."""
+class Mortal(PretrainingViews):
+    """Its process dies of videos named fatal, in even epochs or where a file is, which it takes away if `once`."""
 
-    number = signal.SIGKILL
+    def __init__(self, paths: list, number: int = signal.SIGKILL, file: Path | None = None, once: bool = False):
+        super().__init__(views_of(paths).videos, 16, 4)
+        self.number, self.file, self.once = number, file, once
+        if file:
+            file.touch()
 
     def write(self, key, item):
-        self.epoch = key[0]
+        self.dies = self.file.exists() if self.file else key[0] % 2 == 0
         return super().write(key, item)
 
     def write_views(self, rng, path, item):
-        if "fatal" in path and self.epoch % 2 == 0:
+        if "fatal" in path and self.dies:
+            if self.once:
+                self.file.unlink()
             faulthandler.disable()  # pytest's
             os.kill(os.getpid(), self.number)
         return super().write_views(rng, path, item)
@@ -274,20 +280,16 @@ class Fatal(PretrainingViews):
 
 @pytest.mark.slow
 def test_a_video_that_kills_its_process_is_replaced_whatever_the_number_of_workers(folder, fatal):
-    videos = VideoList([str(path) for path in (folder / "h264.mp4", fatal, folder / "packed.avi")], [0, 1, 2], [], "")
+    views = Mortal([folder / "h264.mp4", fatal, folder / "packed.avi"])
     sampler = data.StepSampler(3, batch_size=3, epochs=4)
-
-    def run(workers):
-        return [copy.deepcopy(batch) for batch in load_batches(Fatal(videos, 16, 4), sampler, workers)]
-
-    one, three = run(1), run(3)
+    one, three = (list(map(copy.deepcopy, load_batches(views, sampler, workers))) for workers in (1, 3))
     assert all(map(same_items, one, three))
     how = (str(fatal), "the process that read it died (exit code -9)")
     assert [set(batch["bad"]) for batch in one] == [{how}, set(), {how}, set()]
     assert [1 in batch["index"] for batch in one] == [False, True, False, True]
 
 
-class Broken(PretrainingViews):
+class Broken(Mortal):
     def write(self, key, item):
         os._exit(3)
 
@@ -295,33 +297,17 @@ class Broken(PretrainingViews):
 @pytest.mark.slow
 def test_processes_that_always_die_end_the_run(fatal):
     for kind, says in (
-        (Fatal, r"10 videos in a row can't be read; the last: .*fatal\.mp4.* died"),
+        (Mortal, r"10 videos in a row can't be read; the last: .*fatal\.mp4.* died"),
         (Broken, r"11 times in a row, the process that read it died \(exit code 3\)"),  # before they read
     ):
         with pytest.raises(OSError, match=says):
-            next(load_batches(kind(VideoList([str(fatal)], [0], [], ""), 16), data.StepSampler(1, 1, 1), workers=1))
-
-
-class Mortal(Fatal):
-    """Its process dies of videos named fatal only where a file is, which it takes away if `once`."""
-
-    def __init__(self, paths: list, file: Path, number: int, once: bool):
-        super().__init__(VideoList([str(path) for path in paths], [-1] * len(paths), [], ""), 16, 4)
-        self.file, self.number, self.once = file, number, once
-        file.touch()
-
-    def write_views(self, rng, path, item):
-        if self.file.exists():
-            if self.once and "fatal" in path:
-                self.file.unlink()
-            return super().write_views(rng, path, item)
-        return PretrainingViews.write_views(self, rng, path, item)
+            next(load_batches(kind([fatal]), data.StepSampler(1, 1, 1), workers=1))
 
 
 @pytest.mark.parametrize("number", [signal.SIGBUS, signal.SIGKILL, signal.SIGSEGV, signal.SIGTERM])
 def test_a_process_that_dies_once_costs_no_video(folder, fatal, tmp_path, number):
     """As where somebody or something ends it: another one makes the same again."""
-    views = Mortal([folder / "h264.mp4", fatal], tmp_path / "mortal", number, once=True)
+    views = Mortal([folder / "h264.mp4", fatal], number, tmp_path / "mortal", once=True)
     expected = data.collate([PretrainingViews.__getitem__(views_of(views.videos.paths), (0, i)) for i in range(2)])
     (batch,) = load_batches(views, Keys([[(0, 0), (0, 1)]], 2), workers=1)
     assert same_items(batch, expected) and batch["bad"] == [] and not views.file.exists()
@@ -333,7 +319,7 @@ def test_a_process_that_lacks_memory_costs_no_video(fatal, tmp_path, monkeypatch
     counts = map(str, range(100))
     monkeypatch.setattr(data, "_memory_kills", lambda: next(counts))
     for number in (signal.SIGBUS, signal.SIGKILL):
-        views = Mortal([fatal], tmp_path / "mortal", number, once=False)
+        views = Mortal([fatal], number)
         says = rf"11 times in a row, the process that read it died \(exit code -{number:d}\): .*memory.*--workers"
         with pytest.raises(OSError, match=says):
             next(load_batches(views, data.StepSampler(1, 1, 1), workers=1))
