@@ -22,6 +22,7 @@ import cli
 import data
 import evaluate
 import fima
+import find
 import mcl
 import synthetic
 import train
@@ -273,7 +274,7 @@ def call(run, script, words, monkeypatch, capsys):
     monkeypatch.chdir(run.path)
     monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *words])
     with pytest.raises(SystemExit) as stop:
-        sys.exit(data.main()) if script is data else cli.command_line(script.main)
+        cli.command_line(script.main)
     return stop.value.code, *capsys.readouterr()
 
 
@@ -353,7 +354,7 @@ WRITERS = {
     "log.jsonl": lambda folder: write_log(folder).log({"step": "new" * 99}),
     "bad_videos.log": lambda folder: write_log(folder).log_bad(1, [("new" * 99, "reason")]),
     "a.mp4.npz": lambda folder: Kept(folder, folder, "ones", "this").visit(str(folder / "a.mp4")),
-    "bad.txt": lambda folder: data.check_videos(folder, folder / "bad.txt", 1),
+    "bad.txt": lambda folder: find.check_videos(folder, folder / "bad.txt", 1),
     "_0001.mp4": lambda folder: synthetic.make_synthetic(folder / "set", 20, 10, frames=2, size=(16, 16)),
 }
 
