@@ -361,13 +361,7 @@ def save_result(process: Process, config: RetrieveConfig, result: dict) -> None:
 
 
 def save_accuracy(
-    process: Process,
-    config: RetrieveConfig,
-    test: data.VideoList,
-    scores: Tensor,
-    good: Tensor,
-    bad: Bad,
-    **more: float,
+    process: Process, config: RetrieveConfig, test: data.VideoList, scores: Tensor, good: Tensor, bad: Bad, more: dict
 ) -> None:
     """Prints the accuracies of scores (N, classes); writes them, those of each class, and a confusion matrix, of which
     no picture is drawn beyond 1000 classes.
@@ -539,7 +533,7 @@ def train_and_test(
     probabilities, good, bad = video_outputs(classifier.eval().probabilities, test, config, process, "test videos")
     trained = process.of_first(lambda: load_checkpoint(checkpoint)["step"])  # no other may have the folder
     more = {"training_videos": videos, "trained_epochs": trained / steps}
-    save_accuracy(process, config, test, probabilities, good, bad, **more)
+    save_accuracy(process, config, test, probabilities, good, bad, more)
 
 
 # --------------------------------------------------------------------------------------------------------- protocols
@@ -598,7 +592,7 @@ def knn(config: KnnConfig) -> None:
     process, config, encoder, train, test, _ = prepare(config)
     gallery, gallery_labels, queries, good, bad = video_features(encoder, config, process, train, test)
     scores = knn_scores(queries, gallery, gallery_labels, len(test.classes), config.k, config.temperature)
-    save_accuracy(process, config, test, scores, good, bad, gallery=len(gallery))
+    save_accuracy(process, config, test, scores, good, bad, {"gallery": len(gallery)})
 
 
 def svm(config: SvmConfig) -> None:
@@ -611,7 +605,7 @@ def svm(config: SvmConfig) -> None:
     gallery, gallery_labels, queries, good, bad = video_features(encoder, config, process, train, test)
     with user_errors():
         scores = svm_scores(queries, gallery, gallery_labels, len(test.classes), config.cost)
-    save_accuracy(process, config, test, scores, good, bad, training_videos=len(gallery))
+    save_accuracy(process, config, test, scores, good, bad, {"training_videos": len(gallery)})
 
 
 def export(config: ExportConfig) -> None:

@@ -77,14 +77,9 @@ def load_encoder(
     path = config.checkpoint if resume in ("", "auto") else resume
     state = load_checkpoint(path, foreign=True) if path else {"method": "none", "config": {}, "model": {}}
     weights, trained = encoder_weights(state["model"], key), UNTRAINED | saved_options(path, state, EncoderConfig)
-    if not state["method"]:
-        held = recognize(weights)
-        if not held:
-            raise UserError(
-                f"{path} holds no encoder known here; its first tensors: {', '.join([*weights][:3]) or 'none'}"
-            )
-    else:
-        held = (trained["encoder"],)
+    held = (trained["encoder"],) if state["method"] else recognize(weights)
+    if not held:
+        raise UserError(f"{path} holds no encoder known here; its first tensors: {', '.join([*weights][:3]) or 'none'}")
     if path and config.encoder not in ("", *held):
         raise UserError(f"{path} holds {held[0]}, not {config.encoder}: give --encoder {held[0]}, or none")
     trained["encoder"] = held[0]
