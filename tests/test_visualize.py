@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -216,22 +215,9 @@ def test_the_report_is_one_file_that_holds_its_pictures(draw, runs):
     code, _, err = draw("report", runs / "fima", "--workers=0", "--clips=1")
     assert code == 0, err
     page = (runs / "fima" / "report.html").read_text()
-    count = len(visualize.SECTIONS)
-    assert page.count("<img ") == page.count('src="data:image/png;base64,') == count
+    assert page.count("<img ") == page.count('src="data:image/png;base64,') == len(visualize.SECTIONS)
     assert "://" not in page and "<script" not in page  # "http" alone may stand in a picture by chance
     assert "2.6 &lt;&amp;&gt;" in page and "decoder_width" in page
-    browser = shutil.which("chromium")
-    if browser is None:
-        return
-    probe = (
-        "<script>document.title=[...document.images].filter(i => i.naturalWidth > 300 && i.clientWidth > 300).length"
-    )
-    (draw.path / "page.html").write_text(page.replace("</body>", f"{probe}</script></body>"))
-    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --enable-logging=stderr --dump-dom"
-    flags += " --disable-background-networking --disable-component-update --disable-sync"
-    command = [browser, *flags.split(), f"--user-data-dir={draw.path / 'profile'}", (draw.path / "page.html").as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    assert f"<title>{count}</title>" in done.stdout and "CONSOLE" not in done.stderr
 
 
 # ------------------------------------------------------------------------------------------------------------ mistakes
