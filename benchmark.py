@@ -7,9 +7,7 @@
 A machine's speed wanders, so milliseconds of two runs do not compare. After a warm-up of each, variants go round robin
 (A B C A B C …), and what to quote is the ratio: the median over the rounds of a variant's time by the base's in the
 same round. Every command prints tables and writes them, with machine, versions, commit, command and options, to
-OUT/benchmark_COMMAND_DEVICE.json. `scale` measures each setting by `benchmark.py one` in fresh processes, so that its
-peak memory is its own; on a CPU it includes Python and torch. `one` alone tells it of ours, or of --way plain. `scale`
-starts from --crop 112 and takes 3 rounds. `data` runs on the CPU, and counts the time of one core but for the loader.
+OUT/benchmark_COMMAND_DEVICE.json.
 
 "plain" is the training step written straight down, as in the authors' code: a forward of its own for each view,
 modality and sub-clip, decoder and L_Pix once per direction and feature frame, contiguous memory, float32. "encoders
@@ -20,7 +18,6 @@ import collections
 import contextlib
 import dataclasses
 import functools
-import io
 import itertools
 import json
 import math
@@ -32,7 +29,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -43,8 +40,6 @@ import torch
 import torch.distributed as dist
 from av.video.reformatter import VideoReformatter
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
@@ -53,7 +48,7 @@ import find
 import losses
 import moco
 import train
-from cli import command_line, parse
+from cli import command_line, dispatch
 from models import ENCODERS, momentum_update
 from train import Options, Process, UserError, option, progress, start_process, user_errors
 from video import BadVideo, Video
@@ -70,7 +65,7 @@ class BenchmarkConfig(Options):
     width: float = option(1.0, "factor on the encoder's numbers of channels", (0.01, 8))
     crop: int = option(224, "height and width of a clip in pixels", (1, 1024))
     frames: int = option(16, "frames of a clip", (8, 4096))
-    batch_size: int = option(8, "videos a process, the paper's 8; but for data, 2 where there is no GPU", (1, 65_536))
+    batch_size: int = option(0, "videos a process; 0: the paper's 8, but for data 2 where there is no GPU", (0, 65_536))
     losses: str = option("vv,pix,fra", "losses to sum, of vv, vd, pix and fra")
     queue: int = option(2048, "length of each queue of keys", (1, 2**24))
     rounds: int = option(5, "turns of each variant", (1, 10_000))
@@ -94,6 +89,14 @@ class BenchmarkConfig(Options):
         if not least <= min(found) <= max(found) <= most:
             raise UserError(f"--{name} {getattr(self, name)}: numbers from {least} to {most}, separated by commas")
         return found
+
+
+@dataclasses.dataclass(frozen=True)
+class ScaleConfig(BenchmarkConfig):
+    """Options of `scale`, each of whose settings is measured in processes of its own."""
+
+    crop: int = option(112, "height and width of a clip in pixels", (1, 1024))
+    rounds: int = option(3, "turns of each setting", (1, 10_000))
 
 
 # ------------------------------------------------------------------------------------------------------------ timing
@@ -237,58 +240,37 @@ def reading(config: BenchmarkConfig) -> None:
     copies = math.ceil(batch / len(videos))  # a single file fills a batch, too
     views.videos = data.VideoList(videos.paths * copies, videos.labels * copies, [], "")
 
-    def load(count: int) -> contextlib.closing:
-        sampler = data.StepSampler(len(views), batch, epochs=10**6)
-        return contextlib.closing(data.load_batches(views, sampler, count, train.leave_signals))
-
     def sample_time(count: int) -> float:
-        batches = 8 * max(count, 1)
-        with load(count) as loader:
+        batches, sampler = 8 * max(count, 1), data.StepSampler(len(views), batch, epochs=10**6)
+        with contextlib.closing(data.load_batches(views, sampler, count, train.leave_signals)) as loader:
             for _ in range(1 + data.PREFETCH * count):  # made ahead of the clock, while the workers started
                 next(loader)
             return timed(lambda: [next(loader) for _ in range(batches)], time.perf_counter)() / (batches * batch)
-
-    def first_batch(count: int) -> None:
-        find_folder(config)
-        with load(count) as loader:
-            next(loader)
 
     names = {f"workers {count}": count for count in workers}
     turns = {name: functools.partial(sample_time, count) for name, count in names.items()}
     seconds = take_turns(turns, config.rounds, process)
     results["loader"] = compare(f"a sample from the loader, batches of {batch}", seconds, next(iter(names)))
-    turns = {name: timed(functools.partial(first_batch, n), time.perf_counter) for name, n in names.items()}
-    seconds = take_turns(turns, config.rounds, process)
-    results["first_batch"] = compare("listing the videos to first batch", seconds, next(iter(names)))
     write(config, "data", process.device, results)
 
 
 # -------------------------------------------------------------------------------------------------------------- step
 
 
-class Noise(Video):
-    """Stands for a video of 300 frames of 240 × 320 pixels of noise, whatever the path."""
-
-    def __init__(self, path: str):
-        self._container = None
-
-    def __len__(self) -> int:
-        return 300
-
-    def stream(self, frames: Iterable[int]) -> Iterator[dict[int, np.ndarray]]:
-        frames = [*frames]
-        images = np.random.default_rng(0).integers(0, 256, (len(frames), 240, 320, 3), dtype=np.uint8)
-        yield dict(zip(frames, images, strict=True))
-
-
 def random_views(method: fima.FIMA) -> dict[str, Tensor]:
-    """A batch as training gets it, but of noise."""
-    config = method.config
-    videos = data.VideoList([""] * config.batch_size, [-1] * config.batch_size, [], "")
-    views = data.PretrainingViews(videos, config.crop, config.frames, config.frame_stride, method.sub_clips)
-    with mock.patch.object(data, "Video", Noise):
-        batch = next(data.load_batches(views, data.StepSampler(len(views), len(views), 1)))
-    return {name: value for name, value in batch.items() if isinstance(value, Tensor)}
+    """A batch as training gets it, but of noise, in frames of 240 × 320."""
+    config, rng = method.config, np.random.default_rng(0)
+    nothing = data.VideoList([], [], [], "")
+    views = data.PretrainingViews(nothing, config.crop, config.frames, config.frame_stride, method.sub_clips)
+    batch = {name: memory.zero_() for name, memory in views.empty(config.batch_size).items()}
+    for name in {"clip", "sub_clips"} & batch.keys():
+        batch[name].random_(0, 256)
+    for box, colors in zip(batch["box"].flatten(0, 1), batch["color"].flatten(0, 1), strict=True):
+        top, left, height, width = data.draw_region(rng, 240, 320)
+        x = rng.permutation([left, left + width])  # flipped or not
+        box.copy_(torch.tensor([x[0], top, x[1], top + height]))
+        colors.copy_(torch.from_numpy(np.stack([data.draw_color(rng) for _ in colors])))
+    return batch
 
 
 def plain_losses(method: fima.FIMA, views: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -403,66 +385,45 @@ class Training:
         torch.autograd.backward(maps, [torch.randn_like(features) for features in maps])
 
 
-class Split:
-    """Seconds of the parts of a step by a clock; a part within another counts for itself alone."""
+def split_step(training: Training, clock: Callable[[], float]) -> dict[str, float]:
+    """Seconds of the parts of a step, and of the step as a whole; a part within another counts for itself alone."""
+    seconds, inside, since = collections.Counter(), [], 0.0
 
-    def __init__(self, clock: Callable[[], float]):
-        self.clock, self.since, self.inside = clock, 0.0, []
-        self.seconds = collections.Counter()
-
-    def _move(self, part: str | None) -> None:
+    def move(part: str | None) -> None:
         """Charges the time since the last move to the part it was spent in; then enters a part, or leaves it."""
-        time = self.clock()
-        if self.inside:
-            self.seconds[self.inside[-1]] += time - self.since
-        self.since = time
-        self.inside.append(part) if part else self.inside.pop()
+        nonlocal since
+        time = clock()
+        if inside:
+            seconds[inside[-1]] += time - since
+        since = time
+        inside.append(part) if part else inside.pop()
 
-    def watch(self, owner: Any, name: str, part: str) -> contextlib.AbstractContextManager:
-        """Within this context, calls of owner.name count as `part`."""
-        call = getattr(owner, name)
-
-        def watched(*arguments: Any, **options: Any) -> Any:
-            self._move(part)
+    def watched(call: Callable, part: str) -> Callable:
+        def of_part(*arguments: Any, **options: Any) -> Any:
+            move(part)
             result = call(*arguments, **options)
-            self._move(None)
+            move(None)
             return result
 
-        return mock.patch.object(owner, name, watched)
+        return of_part
 
-    def step(self, training: Training) -> dict[str, float]:
-        """Seconds of the parts of a step, and of the step as a whole."""
-        method = training.method
-        with contextlib.ExitStack() as watches:
-            for owner, name, part in (
-                (training, "loss", "losses and masks"),
-                (method, "encode", "augmentation"),  # what these two do outside of the encoders
-                (method, "sub_clip_features", "augmentation"),
-                (moco, "momentum_update", "momentum update"),
-                (method.encoder, "forward", "query pass"),
-                (method.key_encoder, "forward", "key passes"),
-                (method, "decode", "decoder"),
-                (method, "project", "losses and masks"),
-                (training, "backward", "backward"),
-                (training, "update", "optimiser"),
-            ):
-                watches.enter_context(self.watch(owner, name, part))
-            whole = timed(training.step, self.clock)()
-        return dict(self.seconds) | {"step": whole}
-
-
-class Traffic(TorchDispatchMode):
-    """Counts the bytes that operators read and write: what memory has to move where nothing is fused."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = 0
-
-    def __torch_dispatch__(self, operator: Any, types: Any, arguments: tuple = (), options: dict | None = None) -> Any:
-        result = operator(*arguments, **(options or {}))
-        if not operator.is_view:
-            self.bytes += sum(x.nbytes for x in tree_leaves((arguments, options, result)) if isinstance(x, Tensor))
-        return result
+    method = training.method
+    with contextlib.ExitStack() as watches:
+        for owner, name, part in (
+            (training, "loss", "losses and masks"),
+            (method, "encode", "augmentation"),  # what these two do outside of the encoders
+            (method, "sub_clip_features", "augmentation"),
+            (moco, "momentum_update", "momentum update"),
+            (method.encoder, "forward", "query pass"),
+            (method.key_encoder, "forward", "key passes"),
+            (method, "decode", "decoder"),
+            (method, "project", "losses and masks"),
+            (training, "backward", "backward"),
+            (training, "update", "optimiser"),
+        ):
+            watches.enter_context(mock.patch.object(owner, name, watched(getattr(owner, name), part)))
+        whole = timed(training.step, clock)()
+    return dict(seconds) | {"step": whole}
 
 
 def step(config: BenchmarkConfig) -> None:
@@ -499,17 +460,14 @@ def step(config: BenchmarkConfig) -> None:
     print(f"\nL_VV + L_Pix / L_VV + L_VD: {extra:.3f}")
 
     training = Training(config, process)
-    splits = [Split(clock).step(training) for _ in range(config.rounds + 1)][1:]
+    splits = [split_step(training, clock) for _ in range(config.rounds + 1)][1:]
     results["split_rounds_s"] = splits
     parts = {part: [times[part] for times in splits] for part in splits[0]}
     compare("parts of a step of ours, in rounds of their own", parts, "step")
     with FlopCounterMode(display=False) as counter:
         training.step()
-    with Traffic() as traffic:
-        training.step()
-    results["per_sample"] = {"gflop": counter.get_total_flops() / 1e9, "gb_moved": traffic.bytes / 1e9}
-    results["per_sample"] = {name: total / config.batch_size for name, total in results["per_sample"].items()}
-    show("a sample's operations, and the bytes its operators read and write", {"a sample": results["per_sample"]})
+    results["gflop_per_sample"] = counter.get_total_flops() / 1e9 / config.batch_size
+    print(f"\n{results['gflop_per_sample']:,.1f} GFLOP a sample")
     write(config, "step", process.device, results)  # what follows takes long, and may be stopped
     apart = {"ours": [], "plain": []}
     for way in progress(process, [*apart] * rounds, desc="processes of their own", unit="run", leave=False):
@@ -605,56 +563,24 @@ def scale(config: BenchmarkConfig) -> None:
     title = f"FIMA, {config.encoder} × {config.width:g} on {process.device.type}; where not swept: {described}"
     show(f"{title}; ratio to that", rows)
     write(config, "scale", process.device, {"rows": list(rows.values())})
-    plot(title, list(rows.values()), list(start), Path(config.out) / f"benchmark_scale_{process.device.type}.png")
 
 
-def plot(title: str, rows: list[dict[str, Any]], names: list[str], path: Path) -> None:
-    """Draws time and memory of a step against each of the swept quantities."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    from visualize import BLUE, ORANGE
-
-    labels = ("processes", "batch (videos a process)", "crop (pixels)", "clip length (frames)", "queue (keys)")
-    fig, axes = plt.subplots(2, len(names), figsize=(15, 5.5), sharey="row", sharex="col", layout="constrained")
-    for (above, below), name, label in zip(axes.T, names, labels, strict=True):
-        points = [row for row in rows if row["swept"] == name]
-        x = [row[name] for row in points]
-        for ax, quantity, color in ((above, "median_ms", BLUE), (below, "peak_gb", ORANGE)):
-            ax.plot(x, [row[quantity] for row in points], color=color, marker="o")
-            ax.set_xscale("log")
-            ax.set(xticks=x, xticklabels=x, ylim=(0, 1.1 * max(row[quantity] for row in rows)))
-            ax.minorticks_off()
-            ax.grid(alpha=0.3)
-        below.set_xlabel(label)
-    axes[0, 0].set_ylabel("a training step (ms)")
-    axes[1, 0].set_ylabel("peak memory of a process (GB)")
-    fig.suptitle(title)
-    memory = io.BytesIO()
-    fig.savefig(memory, dpi=110)
-    with user_errors():
-        train.write_file(path, memory.getbuffer())
-    print(f"written to {path}")
-
-
-COMMANDS = {"data": reading, "step": step, "scale": scale, "one": one}
+COMMANDS = {
+    "data": (reading, BenchmarkConfig),
+    "step": (step, BenchmarkConfig),
+    "scale": (scale, ScaleConfig),
+    "one": (one, BenchmarkConfig),
+}
 
 
 def main() -> None:
     """`benchmark.py COMMAND --flag value …`"""
-    if len(sys.argv) < 2 or sys.argv[1] not in (*COMMANDS, "-h", "--help"):
-        raise UserError(f"name what to measure: {', '.join(COMMANDS)} (--help lists the flags)")
-    command, flags = sys.argv[1], sys.argv[1 + (sys.argv[1] in COMMANDS) :]
-    if command == "scale":
-        flags = ["--crop=112", "--rounds=3", *flags]
-    if command != "data" and not torch.cuda.is_available():
-        flags = ["--batch_size=2", *flags]
-    config = parse(BenchmarkConfig, __doc__, argv=flags)
-    for path in Path(config.out).glob(f"benchmark_{command}_*"):
-        train.check_replaceable(path, b'{\n "command"', b"\x89PNG")
-    COMMANDS[command](config)
+    name, command, config, _ = dispatch(COMMANDS, __doc__)
+    default = 8 if name == "data" or torch.cuda.is_available() else 2
+    config = dataclasses.replace(config, batch_size=config.batch_size or default)
+    for path in Path(config.out).glob(f"benchmark_{name}_*"):
+        train.check_replaceable(path, b'{\n "command"')
+    command(config)
 
 
 if __name__ == "__main__":

@@ -7,38 +7,24 @@
     svm         a linear SVM on the videos' features: top-1, top-5, per class
     export      writes the encoder for other code, evaluates nothing
 
-The whole path on UCF101, from nothing to every number:
+From nothing to numbers on UCF101, and further:
 
     python fima.py --dataset ucf101 --data /data/ucf101 --out runs/fima     # torchrun --nproc_per_node=3: the paper's
-    python evaluate.py linear --checkpoint runs/fima/checkpoint.pt
+    python evaluate.py linear --checkpoint runs/fima/checkpoint.pt          # --cached 10: nearly the same, much faster
     python evaluate.py finetune --checkpoint runs/fima/checkpoint.pt
-    python evaluate.py retrieve --checkpoint runs/fima/checkpoint.pt
-    python evaluate.py knn --checkpoint runs/fima/checkpoint.pt
-
-    python evaluate.py linear --checkpoint runs/fima/checkpoint.pt --cached 10     # nearly the same, much faster
-    python evaluate.py finetune --checkpoint runs/fima/checkpoint.pt --fraction 0.1     # 10 % of each class's videos
-    python evaluate.py finetune --checkpoint runs/fima/checkpoint.pt --dataset hmdb51 --data /data/hmdb51
     python evaluate.py finetune --resume runs/fima/finetune_ucf101/checkpoint.pt        # go on where it was stopped
+    python evaluate.py knn --checkpoint runs/fima/checkpoint.pt --dataset hmdb51 --data /data/hmdb51
     python evaluate.py retrieve --dataset ucf101 --data /data/ucf101 --encoder i3d      # an untrained encoder
     python evaluate.py knn --encoder i3d --dataset folder --data /videos --list_file train.txt --test_list test.txt
+    python evaluate.py linear --checkpoint r2plus1d_18-91a641e6.pth --dataset ucf101 --data /data/ucf101 --crop 112
     torchrun --nproc_per_node=8 evaluate.py linear --checkpoint runs/fima/checkpoint.pt --batch_size 2
 
-A checkpoint is one of this project, or another's: the released ones of FIMA and FAME, torchvision's r2plus1d_18, r3d_18
-and s3d, piergiaj's I3D. Whose it is, its names tell; what of it was taken, ignored and missed is printed.
-
-    python evaluate.py linear --checkpoint r2plus1d_18-91a641e6.pth --dataset ucf101 --data /data/ucf101 --crop 112
-    python evaluate.py retrieve --checkpoint rgb_imagenet.pt --dataset ucf101 --data /data/ucf101
-    python evaluate.py export --checkpoint runs/fima/checkpoint.pt --to piergiaj --out fima_i3d.pt
-
-`evaluate.py PROTOCOL --help` says what a protocol does and lists its options; results go beside the checkpoint.
-
-A video is tested by 10 uniformly spaced clips (shorter side resized to 8/7 of the crop, centre crop). Every test video
-counts: one that cannot be read counts as wrong and is named. Processes share the videos batch by batch, so that the
-same batches are computed whatever their number.
+The last checkpoint but one is torchvision's: those of others are told by their names. Results lie beside a checkpoint.
+Every test video counts: one that cannot be read counts as wrong and is named. Processes share the videos batch by
+batch, so that the same batches are computed whatever their number.
 """
 
 import dataclasses
-import inspect
 import io
 import json
 import math
@@ -46,22 +32,29 @@ import os
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler
 
 import data
 import find
-import video
-from augment import encoder_input
-from cli import command_line, parse
-from models import ENCODERS, EXPORTS, build_encoder, encoder_weights, export_weights, load_weights, recognize
+from cli import command_line, dispatch, shown
+from features import (
+    Bad,
+    EncoderConfig,
+    clip_outputs,
+    load_encoder,
+    nearest,
+    pooled_features,
+    subset,
+    unit_features,
+    video_outputs,
+)
+from models import ENCODERS, EXPORTS, export_weights
 from runs import continued
 from train import (
     Options,
@@ -77,8 +70,6 @@ from train import (
     load_checkpoint,
     loader_workers,
     option,
-    progress,
-    saved_options,
     start_process,
     user_errors,
     versions,
@@ -87,39 +78,17 @@ from train import (
 
 RECALLS = (1, 5, 10, 20, 50)
 RECORD, PNG = b'{\n "protocol"', b"\x89PNG"  # how results and pictures begin
-UNTRAINED = dict(dataset="synthetic", data="", split=1, encoder="i3d", width=1.0, frames=16, frame_stride=2, crop=224)
 
 
 # ---------------------------------------------------------------------------------------------------------- options
 
 
 @dataclasses.dataclass(frozen=True)
-class RetrieveConfig(Options):
-    """Options of every protocol. What is left at "" or 0 is as in the checkpoint's training, or as in UNTRAINED."""
+class RetrieveConfig(EncoderConfig):
+    """Options of every protocol."""
 
-    checkpoint: str = option("", "checkpoint.pt of a run, or another project's; without it, an untrained encoder")
-    dataset: str = option("", "what to evaluate on", ("", *find.DATASETS))
-    data: str = option("", "folder of the data set (default: the checkpoint's, or datasets/DATASET)")
-    split: int = option(0, "official split of the data set; 0: as trained, or 1", (0, 99))
-    list_file: str = option("", "with --dataset folder and --test_list: training videos, a file of lines 'path label'")
-    test_list: str = option("", "with --dataset folder and --list_file: test videos, a file of lines 'path label'")
     exclude: str = option("", "file of training videos to leave out, as in pretraining; no test video is left out")
-    encoder: str = option("", "video encoder; as in the checkpoint, without one i3d", ("", *ENCODERS))
-    width: float = option(0.0, "factor on the encoder's numbers of channels; 0: as trained, or 1", (0, 8))
-    frames: int = option(0, "frames of a clip; 0: as trained, or 16", (0, 4096))
-    frame_stride: int = option(0, "a clip takes every Nth frame; 0: as trained, or 2", (0, 4096))
-    crop: int = option(0, "height and width of a clip in pixels; 0: as trained, or 224", (0, 1024))
-    clips: int = option(10, "uniformly spaced clips of a test video", (1, 10_000))
-    test_batch: int = option(4, "videos a forward in testing, in each process", (1, 65_536))
-    workers: int = option(-1, "loader processes of each process; -1: its share of the CPU cores, at most 8", (-1, 1024))
-    device: str = option("auto", "auto takes a GPU if there is one", ("auto", "cpu", "cuda"))
-    seed: int = option(0, "seed of everything random", (0, 2**31 - 1))
     out: str = option("", "JSON file to write (default: PROTOCOL_DATASET.json beside the checkpoint)")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if bool(self.list_file) != bool(self.test_list):
-            raise UserError("lists come in pairs: --list_file names the training videos, --test_list the test videos")
 
     @property
     def protocol(self) -> str:
@@ -198,52 +167,7 @@ class ExportConfig(Options):
     out: str = option("", "file to write (default: TO.pt beside the checkpoint)")
 
 
-Config = RetrieveConfig | ClassifyConfig
-
-
-# -------------------------------------------------------------------------------------------------- encoder and videos
-
-
-def load_encoder(config: Config, say: Callable[[str], None] = print, key: bool = False) -> tuple[nn.Module, Config]:
-    """The encoder of the checkpoint, or of the run to resume, and the options with those that were left open filled in.
-
-    Args:
-        say: is told what was taken from another project's checkpoint.
-        key: take the key encoder, where the checkpoint has one.
-
-    Raises:
-        UserError: no such checkpoint, none of a known encoder, or one of another encoder; clips too small for it.
-    """
-    resume = getattr(config, "resume", "")
-    path = config.checkpoint if resume in ("", "auto") else resume
-    state = load_checkpoint(path, foreign=True) if path else {"config": {}, "model": {}}
-    weights, trained = encoder_weights(state["model"], key), UNTRAINED | saved_options(path, state, RetrieveConfig)
-    held = recognize(weights) if path and not state["method"] else (trained["encoder"],)
-    if not held:
-        names = ", ".join(list(weights)[:3]) or "none"
-        raise UserError(f"{path} holds no encoder known here ({', '.join(ENCODERS)}); its first tensors are: {names}")
-    if path and config.encoder not in ("", *held):
-        raise UserError(f"{path} holds {held[0]}, not {config.encoder}: give --encoder {held[0]}, or none")
-    trained["encoder"] = held[0]
-    if config.dataset not in ("", trained["dataset"]):
-        trained |= dict(data="", split=1)
-    config = dataclasses.replace(config, **{name: getattr(config, name) or trained[name] for name in UNTRAINED})
-    config = dataclasses.replace(config, data=config.data or f"datasets/{config.dataset}")
-    torch.manual_seed(config.seed)
-    encoder = build_encoder(config.encoder, config.width)
-    frames, size, _ = encoder.strides
-    if config.frames < frames or config.crop < size:
-        raise UserError(
-            f"--frames {config.frames} --crop {config.crop}: {config.encoder} needs {frames} and {size} or more"
-        )
-    if path:
-        try:
-            report = load_weights(encoder, weights)
-        except ValueError as error:
-            raise UserError(f"{path} holds no {config.encoder} of --width {config.width:g}: {error}") from error
-        if not state["method"]:
-            say(f"{path}: {config.encoder}, {report}")
-    return encoder, config
+# -------------------------------------------------------------------------------------------------------------- videos
 
 
 def find_labelled(
@@ -256,8 +180,7 @@ def find_labelled(
     """
     videos = find.find_videos(dataset, root, train, split, list_file or None, exclude or None)
     if videos.closed:
-        command = f"chmod -R u+rX {shlex.quote(root)}"
-        raise ValueError(f"{videos.report}: evaluation leaves none out, give permission with `{command}`")
+        raise ValueError(f"{videos.report}: evaluation leaves none out, run `chmod -R u+rX {shlex.quote(root)}`")
     twice = [path for path, count in Counter(videos.paths).items() if count > 1] if list_file else []
     if twice:
         raise ValueError(f"{list_file}: {twice[0]} is named more than once")
@@ -275,59 +198,46 @@ def with_same_classes(train: data.VideoList, test: data.VideoList) -> tuple[data
     Raises:
         ValueError: they have no class in common.
     """
-    seen = set(train.classes)
-    unseen = [name for name in test.classes if name not in seen]
+    known = set(train.classes)
+    unseen = [name for name in test.classes if name not in known]
     if len(unseen) == len(test.classes):
         raise ValueError(f"no class of the test videos ({unseen[0]}, …) has training videos ({train.classes[0]}, …)")
     classes = train.classes + unseen
     index = {name: i for i, name in enumerate(classes)}
     labels = [index[test.classes[label]] for label in test.labels]
-    report = test.report + (f"; without training videos: {', '.join(map(video.shown, unseen))}" if unseen else "")
+    report = test.report + f"; without training videos: {', '.join(map(shown, unseen))}" * bool(unseen)
     train = dataclasses.replace(train, classes=classes)
     return train, dataclasses.replace(test, labels=labels, classes=classes, report=report)
 
 
-def check_out(config: Config) -> None:
-    """Raises UserError, ValueError or OSError where the results can't be written: now, not after the work."""
-    if isinstance(config, ClassifyConfig):
-        folder = Path(config.out or default_out(config))
-        claim_folder(folder, config.resume)
-        out = folder / "result.json"
-    else:
-        out = result_file(config)
-    check_replaceable(out, RECORD)
-    check_replaceable(confusion_file(out), PNG)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(out.parent, os.W_OK):
-        raise PermissionError(f"{out.parent}: no permission to write the result there, name another --out")
-
-
-def prepare(config: Config) -> tuple[Process, Config, nn.Module, data.VideoList, data.VideoList, dict]:
+def prepare(
+    config: RetrieveConfig,
+) -> tuple[Process, RetrieveConfig, nn.Module, data.VideoList, data.VideoList, dict]:
     """This process, the options filled in, the encoder, the data set's training and test videos, and on the first
     process what of all this a run to resume must have seen."""
     process = start_process(config.device, getattr(config, "timeout", 10), getattr(config, "deterministic", "") == "on")
+    encoder, config = load_encoder(config, process.say)
+    with user_errors(), process.first():
+        train, test = with_same_classes(
+            find_labelled(config.dataset, config.data, True, config.split, config.list_file, config.exclude),
+            find_labelled(config.dataset, config.data, False, config.split, config.test_list),
+        )
+    if both := [*find.same_files(train.paths, test.paths), *train.shared]:
+        raise UserError(
+            f"{min(both)} is a training video and a test video, one of {len(both)} by name or link: divide them into "
+            f"train/ and test/ folders of {config.data}, or by --list_file and --test_list, or --exclude them"
+        )
+    if isinstance(config, SvmConfig) and len(set(train.labels)) < 2:
+        raise UserError(f"{config.data}: an SVM needs training videos of two classes or more")
+    if getattr(config, "dropout", 0) < 0:
+        config = dataclasses.replace(config, dropout=0.7 if config.dataset == "ucf101" else 0.5)
+    seen = {}
+    if isinstance(config, ClassifyConfig):
+        if process.rank == 0:
+            seen = {"training videos": train.seen(config.data), "test videos": test.seen(config.data)}
+            seen |= {"encoder": check_sums(encoder)} if config.resume in ("", "auto") else {}
+        config = continued(config, process, seen)
     with user_errors():
-        encoder, config = load_encoder(config, process.say)
-        with process.first():
-            train, test = with_same_classes(
-                find_labelled(config.dataset, config.data, True, config.split, config.list_file, config.exclude),
-                find_labelled(config.dataset, config.data, False, config.split, config.test_list),
-            )
-        if both := [*find.same_files(train.paths, test.paths), *train.shared]:
-            raise ValueError(
-                f"{min(both)} is a training video and a test video, one of {len(both)} by name or link: divide them "
-                f"into train/ and test/ folders of {config.data}, or by --list_file and --test_list, or --exclude them"
-            )
-        if isinstance(config, SvmConfig) and len(set(train.labels)) < 2:
-            raise ValueError(f"{config.data}: an SVM needs training videos of two classes or more")
-        if getattr(config, "dropout", 0) < 0:
-            config = dataclasses.replace(config, dropout=0.7 if config.dataset == "ucf101" else 0.5)
-        seen = {}
-        if isinstance(config, ClassifyConfig):
-            if process.rank == 0:
-                seen = {"training videos": train.seen(config.data), "test videos": test.seen(config.data)}
-                seen |= {"encoder": check_sums(encoder)} if config.resume in ("", "auto") else {}
-            config = continued(config, process, seen)
         process.of_first(lambda: check_out(config))
     process.say(f"{train.report}\n{test.report}")
     return process, config, encoder.to(process.device), train, test, seen
@@ -339,117 +249,29 @@ def share_of(videos: data.VideoList, fraction: float, seed: int) -> data.VideoLi
     for label in range(len(videos.classes)):
         own = np.random.default_rng([seed, label]).permutation(np.flatnonzero(labels == label))
         kept += own[: max(round(fraction * len(own)), 1)].tolist()
-    kept.sort()
-    paths, labels = [videos.paths[i] for i in kept], [videos.labels[i] for i in kept]
-    return data.VideoList(paths, labels, videos.classes, f"{len(kept)} of {len(videos)} training videos")
-
-
-# ------------------------------------------------------------------------------------------------- outputs of videos
-
-
-def pooled_features(encoder: nn.Module, clips: Tensor, color: Tensor | None = None) -> Tensor:
-    """uint8 clips (N, 3, frames, H, W), with `color` (N, P) augmented by it → features pooled over T, H, W: (N, C)."""
-    return encoder(encoder_input(clips, color)).float().mean((2, 3, 4))
-
-
-@torch.no_grad()
-def clip_outputs(
-    function: Callable[[Tensor], Tensor],
-    clips: data.Items,
-    process: Process,
-    workers: int,
-    batch_size: int,
-    title: str,
-    average: bool = False,
-) -> tuple[Tensor, Tensor, list[tuple[str, str]]]:
-    """What a function gives for every clip of every video; the processes take turns in taking a batch of videos.
-
-    Args:
-        function: uint8 clips (n, 3, frames, crop, crop) on the device → (n, D).
-        clips: a data set like `data.TestClips`, with the list `videos`.
-
-    Returns:
-        (videos, clips, D) on the CPU, or with `average` the means over clips (videos, D); whether each video could be
-        read (videos,); (path, reason) of those that could not. The same on every process.
-
-    Raises:
-        UserError: no video can be read, or the outputs of one that can are not all finite.
-    """
-    batches = [range(i, min(i + batch_size, len(clips))) for i in range(0, len(clips), batch_size)]
-    mine = batches[process.rank :: process.world_size]
-    sampler = BatchSampler([i for batch in mine for i in batch], batch_size, drop_last=False)
-    loader = data.load_batches(clips, sampler, workers, leave_signals)
-    found, bad = {}, []
-    for videos in progress(process, mine, desc=title, unit="batch", leave=False):
-        with user_errors():
-            batch = next(loader)
-        batch_clips = batch["clips"].to(process.device, non_blocking=True)  # (B, N, 3, frames, crop, crop)
-        outputs = function(batch_clips.flatten(0, 1)).unflatten(0, batch_clips.shape[:2])
-        found[videos.start] = (outputs.mean(1) if average else outputs).cpu()
-        bad += batch["bad"]
-    shares = [(found, bad)]
-    if process.world_size > 1:
-        shares = shares * process.world_size
-        dist.all_gather_object(shares, shares[0])
-    found = {start: outputs for share, _ in shares for start, outputs in share.items()}
-    reasons = {path: reason for _, entries in shares for path, reason in entries}
-    good = torch.tensor([path not in reasons for path in clips.videos.paths])
-    for path, reason in sorted(reasons.items()):
-        process.say(f"{title}: {path!r} cannot be read: {reason}")
-    if not good.any():
-        raise UserError(f"{title}: none of {len(good)} can be read")
-    outputs = torch.cat([found[batch.start] for batch in batches])
-    broken = (good & ~outputs.flatten(1).isfinite().all(1)).nonzero()[:, 0].tolist()
-    if broken:
-        raise UserError(
-            f"{title}: the network's outputs are not finite for {len(broken)} of {len(good)}, the first of them "
-            f"{clips.videos.paths[broken[0]]!r}: take a checkpoint from before (epoch_*.pt), or train with a lower --lr"
-        )
-    return outputs, good, sorted(reasons.items())
-
-
-def clip_features(encoder: nn.Module, *arguments, **options) -> tuple[Tensor, Tensor, list[tuple[str, str]]]:
-    """`clip_outputs` of an encoder in eval mode: L2-normalised pooled features."""
-    encoder.eval()
-    return clip_outputs(lambda clips: F.normalize(pooled_features(encoder, clips), dim=1), *arguments, **options)
+    return subset(videos, sorted(kept))
 
 
 def video_features(
-    encoder: nn.Module, config: Config, process: Process, train: data.VideoList, test: data.VideoList
-) -> tuple[Tensor, Tensor, Tensor, Tensor, list[tuple[str, str]]]:
+    encoder: nn.Module, config: RetrieveConfig, process: Process, train: data.VideoList, test: data.VideoList
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Bad]:
     """Means of the clips' L2-normalised features: of the readable training videos (G, C) with their labels (G,), and
-    of the test videos (Q, C) with whether each could be read (Q,), and (path, reason) of those that could not.
+    of the test videos (Q, C) with whether each could be read (Q,), and those that could not.
     """
-    parts = []
-    for title, videos in (("training videos", train), ("test videos", test)):
-        clips = data.TestClips(videos, config.crop, config.frames, config.frame_stride, config.clips)
-        workers = loader_workers(config, process)
-        parts.append(clip_features(encoder, clips, process, workers, config.test_batch, title, average=True))
-    (gallery, known, _), (queries, good, bad) = parts
+    function = unit_features(encoder)
+    gallery, known, _ = video_outputs(function, train, config, process, "training videos")
+    queries, good, bad = video_outputs(function, test, config, process, "test videos")
     return gallery[known], torch.tensor(train.labels)[known], queries, good, bad
 
 
-# ---------------------------------------------------------------------------------------------------------- measures
-
-
-def nearest(queries: Tensor, gallery: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Cosines and indices, (Q, min(k, G)), of the rows of a gallery (G, C) nearest to queries (Q, C), nearest first."""
-    gallery = F.normalize(gallery, dim=1)
-    chunks = [F.normalize(chunk, dim=1) @ gallery.T for chunk in queries.split(1024)]
-    cosines, indices = zip(*(chunk.topk(min(k, len(gallery)), 1) for chunk in chunks), strict=True)
-    return torch.cat(cosines), torch.cat(indices)
+# ---------------------------------------------------------------------------------------------- measures and results
 
 
 def recall_at_k(
     queries: Tensor, labels: Tensor, gallery: Tensor, gallery_labels: Tensor, ks: tuple[int, ...] = RECALLS
 ) -> dict[int, Tensor]:
-    """Whether any of the k nearest gallery videos has the query's label (R@k of Table 6 is the mean).
-
-    Args:
-        queries (Q, C), labels (Q,), gallery (G, C), gallery_labels (G,).
-
-    Returns:
-        For each k, (Q,) bool; a k above G counts the whole gallery.
+    """For each k, whether any of the k nearest gallery videos has the query's label (R@k of Table 6 is the mean):
+    queries (Q, C), labels (Q,), gallery (G, C), gallery_labels (G,) → (Q,) bool; a k above G counts all the gallery.
     """
     same = gallery_labels[nearest(queries, gallery, max(ks))[1]] == labels[:, None]
     return {k: same[:, :k].any(1) for k in ks}
@@ -491,31 +313,38 @@ def in_top_k(scores: Tensor, labels: Tensor, k: int) -> Tensor:
     return (~(scores < own)).sum(1) <= k
 
 
-# ----------------------------------------------------------------------------------------------------------- results
-
-
-def default_out(config: Config) -> Path:
-    """PROTOCOL_DATASET[_splitK][_FRACTION] beside the checkpoint, or in a folder of the untrained encoder."""
+def result_file(config: RetrieveConfig) -> Path:
+    """JSON file of the numbers: --out, or PROTOCOL_DATASET[_splitK][_FRACTION].json beside the checkpoint, or in a
+    folder of the untrained encoder; of linear and finetune, result.json in a run folder of this name.
+    """
     folder = Path(config.checkpoint).parent if config.checkpoint else Path("runs", f"untrained_{config.encoder}")
     split, fraction = config.split, getattr(config, "fraction", 1)
-    name = f"{config.protocol}_{config.dataset}"
-    return folder / (name + f"_split{split}" * (split > 1) + f"_{fraction:g}" * (fraction < 1))
+    name = f"{config.protocol}_{config.dataset}" + f"_split{split}" * (split > 1) + f"_{fraction:g}" * (fraction < 1)
+    if isinstance(config, ClassifyConfig):
+        return Path(config.out or folder / name, "result.json")
+    return Path(config.out or folder / f"{name}.json")
 
 
-def result_file(config: Config) -> Path:
-    """JSON file of retrieve, knn and svm."""
-    return Path(config.out or f"{default_out(config)}.json")
-
-
-def confusion_file(path: Path) -> Path:
-    """The picture beside a JSON file."""
+def confusion_file(config: RetrieveConfig) -> Path:
+    """The picture beside the JSON file."""
+    path = result_file(config)
     return path.with_name(path.stem + "_confusion.png")
 
 
-def save_result(process: Process, config: Config, path: Path, result: dict) -> None:
+def check_out(config: RetrieveConfig) -> None:
+    """Raises UserError or OSError where the results can't be written: now, not after the work."""
+    out = result_file(config)
+    if isinstance(config, ClassifyConfig):
+        claim_folder(out.parent, config.resume)
+    check_replaceable(out, RECORD)
+    check_replaceable(confusion_file(config), PNG)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(out.parent, os.W_OK):
+        raise PermissionError(f"{out.parent}: no permission to write the result there, name another --out")
+
+
+def save_result(process: Process, config: RetrieveConfig, result: dict) -> None:
     """Writes the numbers, and all that is needed to get them again, as JSON, on the first process."""
-    if process.rank > 0:
-        return
     record = {
         "protocol": config.protocol,
         "command": shlex.join([sys.executable, *sys.argv]),
@@ -525,21 +354,14 @@ def save_result(process: Process, config: Config, path: Path, result: dict) -> N
         "processes": process.world_size,
         "result": result,
     }
-    with user_errors():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(path, json.dumps(record, indent=1) + "\n")
-    process.say(f"written to {path}")
+    if process.rank == 0:
+        with user_errors():
+            write_file(result_file(config), json.dumps(record, indent=1) + "\n")
+        process.say(f"written to {result_file(config)}")
 
 
 def save_accuracy(
-    process: Process,
-    config: Config,
-    path: Path,
-    test: data.VideoList,
-    scores: Tensor,
-    good: Tensor,
-    bad: list[tuple[str, str]],
-    **more: int | float,
+    process: Process, config: RetrieveConfig, test: data.VideoList, scores: Tensor, good: Tensor, bad: Bad, more: dict
 ) -> None:
     """Prints the accuracies of scores (N, classes); writes them, those of each class, and a confusion matrix, of which
     no picture is drawn beyond 1000 classes.
@@ -556,44 +378,35 @@ def save_accuracy(
         name: round(100 * value, 2) if count else None
         for name, value, count in zip(test.classes, per_class.tolist(), counts.tolist(), strict=True)
     }
-    result |= {"test_videos": len(test), "unreadable": bad} | more
-    save_result(process, config, path, result)
+    save_result(process, config, result | {"test_videos": len(test), "unreadable": bad} | more)
     if process.rank == 0 and len(counts) <= 1000:
         confusion = torch.zeros(len(counts), len(counts))
         confusion.index_put_((labels[good], scores[good].argmax(1)), torch.ones(()), accumulate=True)
-        picture = confusion_file(path)
         title = f"{config.protocol} on {config.dataset}, top-1 {percent['top1']:.1f} %"
-        draw_confusion(picture, 100 * confusion / counts.clamp(min=1)[:, None], test.classes, title)
-        process.say(f"written to {picture}")
+        draw_confusion(confusion_file(config), 100 * confusion / counts.clamp(min=1)[:, None], test.classes, title)
+        process.say(f"written to {confusion_file(config)}")
 
 
 def plain(name: str) -> str:
     """A name as matplotlib is to show it: no formula, which $ begins, and no bytes that are no characters."""
-    return video.shown(name).replace("$", r"\$")
+    return shown(name).replace("$", r"\$")
 
 
 def draw_confusion(path: Path, percent: Tensor, classes: list[str], title: str) -> None:
     """A picture of a confusion matrix (true classes, predicted classes), in percent of each class's test videos."""
-    from matplotlib.colors import PowerNorm  # here, so that nothing else needs matplotlib
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # here, so that nothing else needs matplotlib and scikit-learn
+    from sklearn.metrics import ConfusionMatrixDisplay
 
-    classes, count = [plain(name) for name in classes], len(classes)
-    cell, font = (0.5, 9) if count <= 20 else (0.16, 7)  # inches, points
-    figure = Figure((3 + cell * count, 2.5 + cell * count), layout="constrained")
-    axes = figure.subplots()
-    norm = PowerNorm(0.5, 0, 100)  # one video in a hundred is seen too
-    picture = axes.imshow(percent.numpy(), cmap="cividis", norm=norm)  # even to the eye, and to the colour-blind
-    axes.set_xticks(range(count), classes, rotation=90, fontsize=font)
-    axes.set_yticks(range(count), classes, fontsize=font)
-    axes.set(xlabel="predicted", ylabel="true", title=title)
-    bar = dict(ticks=[0, 1, 5, 10, 25, 50, 100], shrink=0.85, aspect=40, pad=0.02)
-    figure.colorbar(picture, label="% of the class's test videos", **bar)
-    for row, column in percent.nonzero().tolist() if count <= 20 else ():
-        value = percent[row, column].item()
-        color = "black" if norm(value) > 0.5 else "white"
-        axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=font, color=color)
+    few = len(classes) <= 20
+    side = 3 + (0.5 if few else 0.16) * len(classes)  # inches
+    axes = Figure((side, side), layout="constrained").subplots()
+    display = ConfusionMatrixDisplay(percent.numpy(), display_labels=[plain(name) for name in classes])
+    options = dict(include_values=few, values_format=".0f", xticks_rotation="vertical", cmap="cividis")
+    display.plot(ax=axes, im_kw=dict(vmin=0, vmax=100), **options)
+    axes.set_title(f"{title}, in % of each class")
+    axes.tick_params(labelsize=7)
     memory = io.BytesIO()
-    figure.savefig(memory, dpi=150, bbox_inches="tight")
+    axes.figure.savefig(memory, dpi=150, bbox_inches="tight")
     with user_errors():
         write_file(path, memory.getbuffer())
 
@@ -623,9 +436,8 @@ class Classifier(nn.Module):
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """A batch of one view a video as `data.PretrainingViews` makes it, or of "feature"s (B, C) → cross-entropy."""
-        if "feature" in batch:
-            features = batch["feature"]
-        else:
+        features = batch.get("feature")
+        if features is None:
             color = None if self.frozen else batch["color"][:, 0, 0]
             features = pooled_features(self.encoder, batch["clip"][:, 0], color)
         scores, labels = self.scores(features), batch["label"]
@@ -664,7 +476,7 @@ class AugmentedClips(data.Items):
         views = self.views
         return {"clips": data.empty_clips(*batch, self.count, 3, views.frames, views.crop, views.crop)}
 
-    def write(self, index: int, item: dict[str, Tensor]) -> list[tuple[str, str]]:
+    def write(self, index: int, item: dict[str, Tensor]) -> Bad:
         """Make an item in memory of `empty`; returns its "bad"."""
         rest, bad = self.views.empty(), []
         for epoch, clip in enumerate(item["clips"].split(1)):
@@ -678,8 +490,7 @@ def cached_features(
     """Features of --cached views of each video (videos, views, C), and labels (videos,), without unreadable videos."""
     clips, workers = AugmentedClips(views, config.cached), loader_workers(config, process)
     batch_size = max(config.test_batch * config.clips // config.cached, 1)  # as many clips a forward as in testing
-    with user_errors():
-        features, good, _ = clip_features(encoder, clips, process, workers, batch_size, "training videos")
+    features, good, _ = clip_outputs(unit_features(encoder), clips, process, workers, batch_size, "training videos")
     return features[good], torch.tensor(views.videos.labels)[good]
 
 
@@ -703,33 +514,26 @@ def train_and_test(
     leaves: mean class probabilities of a video's clips. Writes result.json and result_confusion.png in the run folder,
     and what was `seen` in the checkpoint.
     """
-    videos, workers = len(cached[1]) if cached else len(views), loader_workers(config, process)
-
-    def sampler(start: int) -> data.StepSampler:
-        return data.StepSampler(
-            videos, config.batch_size, config.epochs, config.seed, process.rank, process.world_size, start
-        )
+    videos, place = len(cached[1]) if cached else len(views), (process.rank, process.world_size)
+    with user_errors():
+        sampler = data.StepSampler(videos, config.batch_size, config.epochs, config.seed, *place)
 
     def make_loader(start: int) -> Iterator[dict]:
+        sampler.start_step = start
         if cached:
-            return cached_batches(*cached, sampler(start))
-        return data.load_batches(views, sampler(start), workers, leave_signals)
+            return cached_batches(*cached, sampler)
+        return data.load_batches(views, sampler, loader_workers(config, process), leave_signals)
 
-    with user_errors():
-        steps = sampler(0).steps_per_epoch
-    paths, out = views.videos.paths, str(default_out(config))
+    steps, paths, out = sampler.steps_per_epoch, views.videos.paths, str(result_file(config).parent)
     threads = torch.get_num_threads()
     if cached:
         torch.set_num_threads(1)  # steps so small take longer where threads wait for each other
     checkpoint = fit(classifier, config, process, make_loader, steps, out, clips_per_video=1, paths=paths, seen=seen)
     torch.set_num_threads(threads)
-    clips = data.TestClips(test, config.crop, config.frames, config.frame_stride, config.clips)
-    probabilities, good, bad = clip_outputs(
-        classifier.eval().probabilities, clips, process, workers, config.test_batch, "test videos", average=True
-    )
+    probabilities, good, bad = video_outputs(classifier.eval().probabilities, test, config, process, "test videos")
     trained = process.of_first(lambda: load_checkpoint(checkpoint)["step"])  # no other may have the folder
     more = {"training_videos": videos, "trained_epochs": trained / steps}
-    save_accuracy(process, config, checkpoint.with_name("result.json"), test, probabilities, good, bad, **more)
+    save_accuracy(process, config, test, probabilities, good, bad, more)
 
 
 # --------------------------------------------------------------------------------------------------------- protocols
@@ -776,8 +580,8 @@ def retrieve(config: RetrieveConfig) -> None:
     hits = recall_at_k(queries, torch.tensor(test.labels), gallery, gallery_labels)
     recalls = {f"R@{k}": round(100 * (hit & good).float().mean().item(), 2) for k, hit in hits.items()}
     process.say("  ".join(f"{name} {value:.1f} %" for name, value in recalls.items()) + f"  of {len(test)} test videos")
-    result = {"recall_percent": recalls, "queries": len(queries), "gallery": len(gallery), "unreadable": bad}
-    save_result(process, config, result_file(config), result)
+    numbers = {"recall_percent": recalls, "queries": len(queries), "gallery": len(gallery), "unreadable": bad}
+    save_result(process, config, numbers)
 
 
 def knn(config: KnnConfig) -> None:
@@ -788,8 +592,20 @@ def knn(config: KnnConfig) -> None:
     process, config, encoder, train, test, _ = prepare(config)
     gallery, gallery_labels, queries, good, bad = video_features(encoder, config, process, train, test)
     scores = knn_scores(queries, gallery, gallery_labels, len(test.classes), config.k, config.temperature)
-    path = result_file(config)
-    save_accuracy(process, config, path, test, scores, good, bad, gallery=len(gallery))
+    save_accuracy(process, config, test, scores, good, bad, {"gallery": len(gallery)})
+
+
+def svm(config: SvmConfig) -> None:
+    """Linear SVM: how well do planes, one for each class, tell the classes apart in a frozen encoder's features?
+
+    A video's feature is the mean over 20 uniformly spaced clips (centre crop) of the L2-normalised pooled features, of
+    training videos too, without augmentation (MCL, Sec. 4.2). scikit-learn's LinearSVC, C = 1.
+    """
+    process, config, encoder, train, test, _ = prepare(config)
+    gallery, gallery_labels, queries, good, bad = video_features(encoder, config, process, train, test)
+    with user_errors():
+        scores = svm_scores(queries, gallery, gallery_labels, len(test.classes), config.cost)
+    save_accuracy(process, config, test, scores, good, bad, {"training_videos": len(gallery)})
 
 
 def export(config: ExportConfig) -> None:
@@ -804,41 +620,21 @@ def export(config: ExportConfig) -> None:
     out = Path(config.out or Path(config.checkpoint).with_name(f"{config.to}.pt"))
     if out.exists():
         raise UserError(f"{out} is there already: name another --out")
-    chosen = RetrieveConfig(checkpoint=config.checkpoint, encoder=config.encoder, width=config.width)
-    encoder, _ = load_encoder(chosen)
+    encoder, _ = load_encoder(EncoderConfig(config.checkpoint, encoder=config.encoder, width=config.width))
+    memory = io.BytesIO()
     with user_errors():
         weights = export_weights(encoder, config.to)
         if broken := [name for name, value in weights.items() if not torch.as_tensor(value).isfinite().all()]:
-            raise ValueError(
-                f"{config.checkpoint}: {len(broken)} tensors are not finite, the first of them {broken[0]}"
-            )
-        memory = io.BytesIO()
+            raise UserError(f"{config.checkpoint}: {len(broken)} tensors are not finite, the first of them {broken[0]}")
         torch.save(weights, memory)
         write_file(out, memory.getbuffer())
     print(f"{len(weights)} entries written to {out}")
 
 
-def svm(config: SvmConfig) -> None:
-    """Linear SVM: how well do planes, one for each class, tell the classes apart in a frozen encoder's features?
-
-    A video's feature is the mean over 20 uniformly spaced clips (centre crop) of the L2-normalised pooled features, of
-    training videos too, without augmentation (MCL, Sec. 4.2). scikit-learn's LinearSVC, C = 1.
-    """
-    process, config, encoder, train, test, _ = prepare(config)
-    gallery, gallery_labels, queries, good, bad = video_features(encoder, config, process, train, test)
-    with user_errors():
-        scores = svm_scores(queries, gallery, gallery_labels, len(test.classes), config.cost)
-    path = result_file(config)
-    save_accuracy(process, config, path, test, scores, good, bad, training_videos=len(gallery))
-
-
-# ------------------------------------------------------------------------------------- after pretraining's first run
-
-
 class CroppedHalves(data.TestClips):
     """Two clips of a video, from its first and its last frames, each in a random crop and flip of its own."""
 
-    def write(self, index: int, item: dict[str, Tensor]) -> list[tuple[str, str]]:
+    def write(self, index: int, item: dict[str, Tensor]) -> Bad:
         """As of every clip."""
         bad, rng = super().write(index, item), np.random.default_rng(index)
         for clip in item["clips"]:
@@ -865,8 +661,9 @@ def first_look(
     own = torch.arange(len(test))
     rows = [("chance", 1 / len(test.classes), 1 / len(test))]
     for name, encoder in encoders.items():
+        function = unit_features(encoder.to(process.device))
         gallery, queries, halves = (
-            clip_features(encoder.to(process.device), clips, process, workers, 8, f"{name}, {part}")[0]
+            clip_outputs(function, clips, process, workers, 8, f"{name}, {part}")[0]
             for part, clips in (
                 ("training videos", data.TestClips(train, *shape, 2)),
                 ("held-out videos", data.TestClips(test, *shape, 2)),
@@ -893,14 +690,8 @@ PROTOCOLS = {
 
 def main() -> None:
     """`evaluate.py PROTOCOL --flag value …`"""
-    name = sys.argv[1] if len(sys.argv) > 1 else ""
-    if name in ("-h", "--help"):
-        print(__doc__)
-        return
-    if name not in PROTOCOLS:
-        raise UserError(f"name what to evaluate: {', '.join(PROTOCOLS)} (--help explains them)")
-    protocol, config_class = PROTOCOLS[name]
-    protocol(parse(config_class, inspect.getdoc(protocol), argv=sys.argv[2:]))
+    _, protocol, config, _ = dispatch(PROTOCOLS, __doc__)
+    protocol(config)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ import inspect
 import io
 import itertools
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,21 +37,18 @@ from matplotlib.patches import Rectangle
 from torch import Tensor, nn
 
 import data
-import evaluate
 import fima
 import find
-import video
 from augment import color_augment, encoder_input, frame_difference
-from cli import command_line, parse
-from evaluate import plain
+from cli import command_line, dispatch, shown
+from evaluate import PNG, plain
+from features import EncoderConfig, load_encoder, nearest, subset, unit_features, video_outputs
 from losses import activation_map, bin_centers, foreground_mask, seen_box
 from train import (
-    Options,
     UserError,
     check_replaceable,
     load_checkpoint,
     load_model,
-    loader_workers,
     option,
     read_json,
     read_lines,
@@ -69,7 +65,7 @@ COLORS = (BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "os^DvPX*"
 STYLE = {"font.size": 8, "axes.titlesize": 8, "figure.dpi": 200, "pdf.fonttype": 42, "savefig.pad_inches": 0.05}
 PAGE = 7.0  # inches
-PICTURES = {".png": evaluate.PNG, ".pdf": b"%PDF", ".svg": b"<?xml"}  # how they begin
+PICTURES = {".png": PNG, ".pdf": b"%PDF", ".svg": b"<?xml"}  # how they begin
 MEASURES = {  # of log.jsonl, beside the losses
     "feature_std": "spread of features",
     "pixels_with_positive": "share of pixels with a positive",
@@ -77,62 +73,19 @@ MEASURES = {  # of log.jsonl, beside the losses
 }
 
 
-# ---------------------------------------------------------------------------------------------------------- options
-
-
 @dataclasses.dataclass(frozen=True)
-class CurvesConfig(Options):
-    """Options of the training curves."""
-
-    names: str = option("", "names of the runs, separated by commas (default: those of their folders)")
-    out: str = option("", "picture to write (default: curves.png); .pdf and .svg are vector graphics")
-
-
-@dataclasses.dataclass(frozen=True)
-class FigureConfig(evaluate.RetrieveConfig):
-    """Options of a figure of encoders. What is left open is as in the first checkpoint's training."""
+class FigureConfig(EncoderConfig):
+    """Options of the figures. What is left open is as in the first checkpoint's training."""
 
     video: str = option("", "a video file to draw, instead of test videos of the data set")
-    names: str = option("", "names of the checkpoints, separated by commas (default: those of their folders)")
-    out: str = option("", "file to write: FIGURE.png, .pdf or .svg, of report an .html (default: in the run folder)")
-
-
-@dataclasses.dataclass(frozen=True)
-class RowsConfig(FigureConfig):
-    """Options of a figure with a row for each video."""
-
-    count: int = option(4, "test videos, drawn by --seed", (1, 100))
-
-
-@dataclasses.dataclass(frozen=True)
-class MasksConfig(RowsConfig):
-    """Options of the foreground masks."""
-
-    foreground: float = option(0.5, "portion of the pixels that is foreground, beta of Eq. 6", (0.01, 1))
-
-
-@dataclasses.dataclass(frozen=True)
-class AffinityConfig(FigureConfig):
-    """Options of the comparison of RGB with motion features; the defaults are the paper's."""
-
-    count: int = option(50, "test videos, drawn by --seed", (1, 10**6))
-
-
-@dataclasses.dataclass(frozen=True)
-class TsneConfig(FigureConfig):
-    """Options of t-SNE; the defaults are the paper's."""
-
-    count: int = option(1000, "test videos at most, drawn by --seed", (4, 10**6))
-    classes: int = option(20, "classes at most, drawn by --seed", (1, 1000))
-    perplexity: float = option(30.0, "of t-SNE: neighbours, about; at most a third of the videos", (1, 1e6))
-
-
-@dataclasses.dataclass(frozen=True)
-class RetrievalConfig(RowsConfig):
-    """Options of the sheet of neighbours."""
-
-    neighbours: int = option(5, "neighbours of a query", (1, 100))
-    gallery: int = option(1000, "training videos to search, drawn by --seed; 0: all", (0, 10**7))
+    names: str = option("", "names of checkpoints or runs, separated by commas (default: those of their folders)")
+    count: int = option(0, "test videos, drawn by --seed; 0: 4, of affinity 50, of tsne 1000 at most", (0, 10**6))
+    foreground: float = option(0.5, "masks: portion of the pixels that is foreground, beta of Eq. 6", (0.01, 1))
+    classes: int = option(20, "tsne: classes at most, drawn by --seed", (1, 1000))
+    perplexity: float = option(30.0, "tsne: neighbours, about; at most a third of the videos", (1, 1e6))
+    neighbours: int = option(5, "retrieval: neighbours of a query", (1, 100))
+    gallery: int = option(1000, "retrieval: training videos to search, drawn by --seed; 0: all", (0, 10**7))
+    out: str = option("", "file to write (default: FIGURE.png, of report report.html in the run folder)")
 
 
 # ------------------------------------------------------------------------------------------------ encoders and videos
@@ -158,7 +111,7 @@ def named(names: str, paths: list[str]) -> list[str]:
 
 
 def load_models(config: FigureConfig, inputs: list[str], key: bool = False) -> list[Model]:
-    """The encoders of checkpoints or run folders, else of --checkpoint, by `evaluate.load_encoder`.
+    """The encoders of checkpoints or run folders, else of --checkpoint, by `features.load_encoder`.
 
     Args:
         key: the key encoder's weights where a checkpoint has them: in pretraining, it is the one that meets frame
@@ -171,18 +124,25 @@ def load_models(config: FigureConfig, inputs: list[str], key: bool = False) -> l
     paths = [str(Path(path, "checkpoint.pt")) if path and Path(path).is_dir() else path for path in paths]
     models = []
     for name, path in zip(named(config.names, paths), paths, strict=True):
-        with user_errors():
-            encoder, filled = evaluate.load_encoder(dataclasses.replace(config, checkpoint=path), process.say, key)
+        encoder, filled = load_encoder(dataclasses.replace(config, checkpoint=path), process.say, key)
         models.append(Model(name, path, encoder.to(process.device).eval(), filled))
     return models
 
 
+def load_one(config: FigureConfig, inputs: list[str], key: bool = False) -> Model:
+    """`load_models` for a figure of one encoder."""
+    model, *more = load_models(config, inputs, key)
+    if more:
+        raise UserError("this figure takes one checkpoint")
+    return model
+
+
 def load_decoder(config: FigureConfig, inputs: list[str]) -> tuple[Model, nn.Module]:
     """The encoder and the motion decoder of one checkpoint of fima.py."""
-    model, *more = load_models(config, inputs)
-    state = load_checkpoint(model.path, foreign=True) if model.path and not more else {"method": ""}
+    model = load_one(config, inputs)
+    state = load_checkpoint(model.path, foreign=True) if model.path else {"method": ""}
     if state["method"] != "FIMA":
-        raise UserError("attention needs one checkpoint of fima.py: visualize.py attention RUN")
+        raise UserError("attention needs a checkpoint of fima.py: visualize.py attention RUN")
     options = saved_options(model.path, state, fima.FIMAConfig, ["bn"]) | {"bn": "local"}  # older ones may say "sync"
     with user_errors():
         method = fima.FIMA(fima.FIMAConfig(**options))
@@ -202,12 +162,6 @@ def find_part(config: FigureConfig, train: bool) -> data.VideoList:
     return videos
 
 
-def subset(videos: data.VideoList, indices: list[int]) -> data.VideoList:
-    """Some of the videos, in the order of the indices."""
-    paths, labels = [videos.paths[i] for i in indices], [videos.labels[i] for i in indices]
-    return data.VideoList(paths, labels, videos.classes, f"{len(indices)} of {len(videos)} videos")
-
-
 def draw_videos(config: FigureConfig, count: int) -> data.VideoList:
     """The file of --video, or `count` test videos drawn by --seed."""
     if config.video:
@@ -223,11 +177,8 @@ def class_name(videos: data.VideoList, index: int) -> str:
 
 
 def middle_clips(videos: data.VideoList, config: FigureConfig) -> Tensor:
-    """The central crop of the clip in the middle of each video: uint8 (N, 3, frames, crop, crop).
-
-    Raises:
-        UserError: a video that cannot be read.
-    """
+    """The central crop of the clip in the middle of each video, uint8 (N, 3, frames, crop, crop); a UserError names a
+    video that cannot be read."""
     clips = data.TestClips(videos, config.crop, config.frames, config.frame_stride, clips=3)
     items = [clips[i] for i in range(len(videos))]
     for path, reason in itertools.chain(*(item["bad"] for item in items)):
@@ -255,13 +206,8 @@ def both_modalities(encoder: nn.Module, clips: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def spatial_affinity(rgb: Tensor, motion: Tensor) -> Tensor:
-    """Cosines between RGB and motion feature pixels (Sec. 4.4, Fig. 5a): maps averaged over time, pixel by pixel.
-
-    Args:
-        rgb, motion: feature maps (N, C, T, H, W).
-
-    Returns:
-        (N, HW, HW): RGB pixel × motion pixel.
+    """Cosines between RGB and motion feature pixels (Sec. 4.4, Fig. 5a), of maps averaged over time: (N, C, T, H, W)
+    twice → (N, HW, HW), RGB pixel × motion pixel.
     """
     rgb, motion = (F.normalize(maps.mean(2).flatten(2), dim=1) for maps in (rgb, motion))
     return rgb.mT @ motion
@@ -282,7 +228,7 @@ def neighbours_of(
     queries: Tensor, query_paths: list[str], gallery: Tensor, gallery_paths: list[str], k: int
 ) -> list[list[tuple[int, float]]]:
     """The k nearest of a gallery (G, C) to each query (Q, C), other than the query's own file: (index, cosine)."""
-    cosines, indices = (x.tolist() for x in evaluate.nearest(queries, gallery, k + 1))
+    cosines, indices = (x.tolist() for x in nearest(queries, gallery, k + 1))
     return [
         [(i, c) for i, c in zip(*found, strict=True) if gallery_paths[i] != path][:k]
         for path, *found in zip(query_paths, indices, cosines, strict=True)
@@ -290,11 +236,7 @@ def neighbours_of(
 
 
 def read_log(run: str) -> list[dict[str, float]]:
-    """The lines of a run's log.jsonl; the last may be cut by a kill and is left out then.
-
-    Raises:
-        UserError: no such file, or nothing in it.
-    """
+    """The undamaged lines of a run's log.jsonl; raises UserError where there is no such file, or nothing in it."""
     path = Path(run, "log.jsonl")
     with user_errors():
         lines = [numbers for _, numbers in read_lines(path) if numbers]
@@ -303,24 +245,18 @@ def read_log(run: str) -> list[dict[str, float]]:
     return lines
 
 
-def clip_outputs(
-    model: Model, videos: data.VideoList, title: str, function: Callable[[Tensor], Tensor], average: bool = False
+def outputs_of(
+    model: Model, videos: data.VideoList, title: str, function: Callable[[Tensor], Tensor], average: bool
 ) -> tuple[Tensor, data.VideoList]:
-    """`evaluate.clip_outputs` for the clips of the videos that can be read, and these videos."""
-    config, process = model.config, start_process(model.config.device)
-    clips = data.TestClips(videos, config.crop, config.frames, config.frame_stride, config.clips)
-    workers, title = loader_workers(config, process), f"{model.name}, {title}"
-    found, good, _ = evaluate.clip_outputs(function, clips, process, workers, config.test_batch, title, average)
+    """`features.video_outputs` of the videos that can be read, and these videos."""
+    process = start_process(model.config.device)
+    found, good, _ = video_outputs(function, videos, model.config, process, f"{model.name}, {title}", average)
     return found[good], subset(videos, good.nonzero()[:, 0].tolist())
 
 
 def video_features(model: Model, videos: data.VideoList, title: str) -> tuple[Tensor, data.VideoList]:
     """Means of the clips' L2-normalised pooled features, (N, C), and the N videos: those that can be read."""
-
-    def features(clips: Tensor) -> Tensor:
-        return F.normalize(evaluate.pooled_features(model.encoder, clips), dim=1)
-
-    return clip_outputs(model, videos, title, features, average=True)
+    return outputs_of(model, videos, title, unit_features(model.encoder), average=True)
 
 
 # ------------------------------------------------------------------------------------------------------ drawing parts
@@ -389,13 +325,13 @@ def draw_boxes(ax: Axes, boxes: Tensor) -> None:
 # ------------------------------------------------------------------------------------------------------------ figures
 
 
-def draw_activations(config: RowsConfig, inputs: list[str]) -> Figure:
+def draw_activations(config: FigureConfig, inputs: list[str]) -> Figure:
     """Class-agnostic activation maps (Fig. 3, 4): where is each encoder active, summed over channels and time?
 
     A row for each video: the middle frame, its difference to the next frame (what moves), and the map of each encoder.
     """
     models = load_models(config, inputs)
-    videos = draw_videos(models[0].config, config.count)
+    videos = draw_videos(models[0].config, config.count or 4)
     fig, axes = grid(len(videos), 2 + len(models), 1.5, layout="constrained")
     for row, clip in enumerate(middle_clips(videos, models[0].config)):
         show(axes[row, 0], middle(clip), class_name(videos, row))
@@ -409,7 +345,7 @@ def draw_activations(config: RowsConfig, inputs: list[str]) -> Figure:
     return fig
 
 
-def draw_affinity(config: AffinityConfig, inputs: list[str]) -> Figure:
+def draw_affinity(config: FigureConfig, inputs: list[str]) -> Figure:
     """How RGB and motion features of an encoder fit each other in space and in time (Fig. 5).
 
     (a) Cosine of each RGB with each motion feature pixel, mean over the clips: bright on the diagonal alone where a
@@ -417,7 +353,7 @@ def draw_affinity(config: AffinityConfig, inputs: list[str]) -> Figure:
     feature of each clip of the same video: wide where features follow the motion through the video.
     """
     models = load_models(config, inputs, key=True)
-    videos = draw_videos(models[0].config, config.count)
+    videos = draw_videos(models[0].config, config.count or 50)
     matrices, cosines = [], []
     for model in models:
 
@@ -426,12 +362,11 @@ def draw_affinity(config: AffinityConfig, inputs: list[str]) -> Figure:
             pooled = (maps.mean((2, 3, 4)) for maps in (rgb, motion))
             return torch.cat([*pooled, spatial_affinity(rgb, motion).flatten(1)], 1)
 
-        found, _ = clip_outputs(model, videos, "test videos", compared)
+        found, _ = outputs_of(model, videos, "test videos", compared, average=False)
         channels = model.encoder.out_channels
         rgb, motion, affinity = found.tensor_split([channels, 2 * channels], 2)
         matrices.append(affinity.mean((0, 1)).unflatten(0, (round(affinity.shape[2] ** 0.5), -1)))
         cosines.append(temporal_similarity(rgb, motion).flatten())
-
     panels = len(models) + 1
     fig, axes = plt.subplots(1, panels, figsize=(PAGE, PAGE / panels), layout="constrained")
     least, most = min(m.min().item() for m in matrices), max(m.max().item() for m in matrices)
@@ -449,14 +384,14 @@ def draw_affinity(config: AffinityConfig, inputs: list[str]) -> Figure:
     return fig
 
 
-def draw_attention(config: RowsConfig, inputs: list[str]) -> Figure:
+def draw_attention(config: FigureConfig, inputs: list[str]) -> Figure:
     """Where in the target the motion decoder looks for a point of the source (Fig. 7).
 
     The attention of the decoder's last block, averaged over its heads, for two pixels of the source view's feature map,
     circled: the most and the least active one. Both views are augmented as in pretraining, without colours.
     """
     model, decoder = load_decoder(config, inputs)
-    options, videos = model.config, draw_videos(model.config, config.count)
+    options, videos = model.config, draw_videos(model.config, config.count or 4)
     views = data.PretrainingViews(
         videos, options.crop, options.frames, options.frame_stride, sub_clips=0, seed=config.seed, attempts=1
     )
@@ -486,32 +421,31 @@ def draw_attention(config: RowsConfig, inputs: list[str]) -> Figure:
     return fig
 
 
-def draw_masks(config: MasksConfig, inputs: list[str]) -> Figure:
+def draw_masks(config: FigureConfig, inputs: list[str]) -> Figure:
     """Foreground masks (Fig. 8; failures, Fig. 9): what is kept by the activation of RGB, of frame difference, of both.
 
     Made by the key encoder, with batch norm by the statistics of the videos drawn, as in pretraining; background is
     darkened.
     """
-    model, *more = load_models(config, inputs, key=True)
-    if more:
-        raise UserError("masks takes one checkpoint")
-    videos = draw_videos(model.config, config.count)
+    model = load_one(config, inputs, key=True)
+    videos = draw_videos(model.config, config.count or 4)
     clips = middle_clips(videos, model.config)
     masks = foreground_masks(*both_modalities(model.encoder, clips), config.foreground).float()
     masks = on_clip(model.encoder, masks.flatten(0, 1), model.config.crop, "nearest").unflatten(0, (3, -1))
     fig, axes = grid(len(videos), 5, 1.4, layout="constrained")
     titles = ("frame difference × 4", "by RGB", "by frame difference", "by both")
     for row, clip in enumerate(clips):
+        darkened = [middle(clip) * (0.15 + 0.85 * mask) for mask in masks[:, row]]
         show(axes[row, 0], middle(clip), class_name(videos, row))
-        pictures = [middle(clip) * (0.15 + 0.85 * mask) for mask in masks[:, row]]
-        for ax, picture, title in zip(
-            axes[row, 1:], [middle(255 * difference_of(clip)), *pictures], titles, strict=True
-        ):
-            show(ax, picture, "" if row else title)
+        show(axes[row, 1], middle(255 * difference_of(clip)))
+        for ax, picture in zip(axes[row, 2:], darkened, strict=True):
+            show(ax, picture)
+    for ax, title in zip(axes[0, 1:], titles, strict=True):
+        ax.set_title(title)
     return fig
 
 
-def draw_tsne(config: TsneConfig, inputs: list[str]) -> Figure:
+def draw_tsne(config: FigureConfig, inputs: list[str]) -> Figure:
     """t-SNE of the features of test videos (Fig. 10, 11): mean over the clips of the L2-normalised pooled features."""
     from sklearn.manifold import TSNE  # here, as its import takes a second that other figures need not wait
 
@@ -519,7 +453,7 @@ def draw_tsne(config: TsneConfig, inputs: list[str]) -> Figure:
     options = models[0].config
     videos, rng = find_part(options, train=False), np.random.default_rng(config.seed)
     chosen = rng.permutation(sorted(set(videos.labels)))[: config.classes].tolist()
-    found = [i for i in rng.permutation(len(videos)).tolist() if videos.labels[i] in chosen][: config.count]
+    found = [i for i in rng.permutation(len(videos)).tolist() if videos.labels[i] in chosen][: config.count or 1000]
     videos = subset(videos, found)
     width = (PAGE - 1.4) / max(2, len(models))
     size = width * len(models) + 1.4, width
@@ -540,28 +474,26 @@ def draw_tsne(config: TsneConfig, inputs: list[str]) -> Figure:
     return fig
 
 
-def draw_retrieval(config: RetrievalConfig, inputs: list[str]) -> Figure:
+def draw_retrieval(config: FigureConfig, inputs: list[str]) -> Figure:
     """Test videos and, below each, the training videos nearest to it, as strips of frames.
 
     A neighbour of the query's class is a hit, ✓; else a miss, ✗; the number is the cosine of their features.
     """
-    model, *more = load_models(config, inputs)
-    if more:
-        raise UserError("retrieval takes one checkpoint")
+    model = load_one(config, inputs)
     options = model.config
-    queries, gallery = draw_videos(options, config.count), find_part(options, train=True)
+    queries, gallery = draw_videos(options, config.count or 4), find_part(options, train=True)
     order = np.random.default_rng(config.seed).permutation(len(gallery))
     gallery = subset(gallery, order[: config.gallery or None].tolist())
     features, queries = video_features(model, queries, "queries")
     keys, gallery = video_features(model, gallery, "training videos")
-    nearest = neighbours_of(features, queries.paths, keys, gallery.paths, config.neighbours)
-    rows = 1 + max(map(len, nearest))
+    neighbours = neighbours_of(features, queries.paths, keys, gallery.paths, config.neighbours)
+    rows = 1 + max(map(len, neighbours))
     width = PAGE / max(len(queries), 3)
     size = width * len(queries), rows * (width / 4 + 0.2)
     fig, axes = plt.subplots(rows, len(queries), figsize=size, squeeze=False, layout="constrained")
     for ax in axes.flat:
         ax.axis("off")
-    for column, (clip, found) in enumerate(zip(middle_clips(queries, options), nearest, strict=True)):
+    for column, (clip, found) in enumerate(zip(middle_clips(queries, options), neighbours, strict=True)):
         label = queries.labels[column]
         show(axes[0, column], strip(clip / 255, 4), f"query: {class_name(queries, column)}")
         for row, (i, cosine) in enumerate(found, 1):
@@ -589,33 +521,28 @@ def draw_sample(config: FigureConfig, inputs: list[str]) -> Figure:
             frame = torch.from_numpy(video.read([len(video) // 2])[0].copy()).permute(2, 0, 1) / 255
     fig = plt.figure(figsize=(PAGE, 4.9), layout="constrained")
     top, bottom = fig.subfigures(2, 1, height_ratios=(1.9, 3))
-    axes = top.subplots(1, 3)
+    axes, strips = top.subplots(1, 3), bottom.subplots(4, 2)
     show(axes[0], frame, f"{class_name(videos, 0)}: a frame, both boxes")
     draw_boxes(axes[0], views["box"])
-    strips = bottom.subplots(4, 2)
     for view, (color, name) in enumerate(((BLUE, "source"), (ORANGE, "target"))):
         clip, box = views["clip"][view], views["box"][view]
         show(axes[1 + view], middle(clip), f"{name} clip" + (", flipped" if box[0] > box[2] else ""))
-        colored = color_augment(clip[None] / 255, views["color"][view, :1])[0]
-        sub_clips = views["sub_clips"][view].transpose(0, 1).flatten(1, 2) / 255
-        for row, (title, frames) in enumerate(
-            {
-                "clip": clip / 255,
-                "clip in the colours drawn for it": colored,
-                "frame difference × 4": difference_of(clip),
-                f"{parts} sub-clips, one after the other": sub_clips,
-            }.items()
-        ):
-            show(strips[row, view], strip(frames, 6), f"{name}: {title}")
-            strips[row, view].set(frame_on=False)
-        for spine in axes[1 + view].spines.values():
-            spine.set(color=color, lw=2)
+        axes[1 + view].spines[:].set(color=color, lw=2)
+        rows = {
+            "clip": clip / 255,
+            "clip in the colours drawn for it": color_augment(clip[None] / 255, views["color"][view, :1])[0],
+            "frame difference × 4": difference_of(clip),
+            f"{parts} sub-clips, one after the other": views["sub_clips"][view].transpose(0, 1).flatten(1, 2) / 255,
+        }
+        for ax, (title, frames) in zip(strips[:, view], rows.items(), strict=True):
+            show(ax, strip(frames, 6), f"{name}: {title}")
+            ax.set(frame_on=False)
     for ax in (*axes, *strips.flat):
         ax.set(xticks=[], yticks=[])
     return fig
 
 
-def draw_curves(config: CurvesConfig, inputs: list[str]) -> Figure:
+def draw_curves(config: FigureConfig, inputs: list[str]) -> Figure:
     """Training curves of runs from their log.jsonl: each loss beside its value at chance (dashed), and what else tells
     how training goes: spread of the features, pixels with a positive, accuracy of a classifier.
     """
@@ -632,45 +559,41 @@ def draw_curves(config: CurvesConfig, inputs: list[str]) -> Figure:
     for ax in axes.flat[len(shown) :]:
         ax.axis("off")
     for ax, key in zip(axes.flat, shown, strict=False):
+        chance = key.replace("loss/", "chance/")
         for name, log, color in zip(names, logs, itertools.cycle(COLORS), strict=False):
             lines = [line for line in log if key in line]
             epochs = [line["epoch"] for line in lines]
             ax.plot(epochs, [line[key] for line in lines], color=color, lw=1.2, label=plain(name))
-            chance = key.replace("loss/", "chance/")
-            if lines and chance != key:
+            if chance != key:
                 ax.plot(epochs, [line.get(chance, math.nan) for line in lines], color=color, lw=0.8, ls="--")
-        ax.set(title=MEASURES.get(key, f"loss {key.removeprefix('loss/')} (dashed: chance)"))
-        ax.set_xlabel("epoch")
+        ax.set(title=MEASURES.get(key, f"loss {key.removeprefix('loss/')} (dashed: chance)"), xlabel="epoch")
         ax.grid(alpha=0.3)
-    handles = {label: handle for ax in axes.flat for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     if len(inputs) > 1:
-        fig.legend(handles.values(), handles, loc="outside lower center", ncols=4)
+        fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return fig
 
 
 # -------------------------------------------------------------------------------------------------------------- report
 
-SECTIONS = {  # figure → heading, options
-    "curves": ("Training", {}),
-    "sample": ("What it is given", {}),
-    "masks": ("Foreground", {}),
-    "activations": ("Where it is active", {}),
-    "attention": ("Where the motion decoder looks", {}),
-    "retrieval": ("Nearest neighbours", {"gallery": 200}),
+SECTIONS = {  # figure → heading
+    "curves": "Training",
+    "sample": "What it is given",
+    "masks": "Foreground",
+    "activations": "Where it is active",
+    "attention": "Where the motion decoder looks",
+    "retrieval": "Nearest neighbours",
 }
 CSS = """
 :root { color-scheme: light dark }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: auto; padding: 1rem }
-img { width: 100%; max-width: 56rem; background: white; border-radius: 4px }
-table { border-collapse: collapse; display: block; overflow-x: auto }
-td, th { border-bottom: 1px solid #8888; padding: .15rem .8rem .15rem 0; text-align: left; vertical-align: top }
-td, p { overflow-wrap: anywhere }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: auto; padding: 1rem; overflow-wrap: anywhere }
+img { width: 100%; background: white }
+td, th { text-align: left; vertical-align: top; padding-right: 1rem }
 """
 
 
 def escape(text: object) -> str:
     """A name, or what holds names, for a page."""
-    return html.escape(video.shown(str(text)))
+    return html.escape(shown(str(text)))
 
 
 def html_table(rows: dict[str, object]) -> str:
@@ -700,15 +623,12 @@ def write_report(config: FigureConfig, inputs: list[str]) -> str:
     run = Path(inputs[0])
     start, last = read_starts(run / "run.json")[-1], read_log(inputs[0])[-1]
     state = load_checkpoint(run / "checkpoint.pt")
-    shared = {field.name: getattr(config, field.name) for field in dataclasses.fields(FigureConfig)}
+    config = dataclasses.replace(config, gallery=200)  # fewer than in a figure of its own
     body = []
-    for name, (heading, options) in SECTIONS.items():
-        if name == "attention" and not any(key.startswith("decoder.") for key in state["model"]):
-            continue
-        draw, config_class = FIGURES[name]
-        own = {key: value for key, value in shared.items() if key in config_class.__dataclass_fields__}
-        fig = draw(config_class(**own | options), inputs)
-        body.append(f"<h2>{heading}</h2>{html_figure(fig, heading)}<p>{html.escape(inspect.getdoc(draw))}</p>")
+    for name, heading in SECTIONS.items():
+        if name != "attention" or any(key.startswith("decoder.") for key in state["model"]):
+            picture = html_figure(FIGURES[name][0](config, inputs), heading)
+            body.append(f"<h2>{heading}</h2>{picture}<p>{html.escape(inspect.getdoc(FIGURES[name][0]))}</p>")
     for path in filter(Path.is_file, sorted(run.rglob("*.json"))):
         record = read_json(path)
         if isinstance(record, dict) and isinstance(record.get("result"), dict):  # of evaluate.py
@@ -728,28 +648,20 @@ def write_report(config: FigureConfig, inputs: list[str]) -> str:
 
 FIGURES = {
     "sample": (draw_sample, FigureConfig),
-    "curves": (draw_curves, CurvesConfig),
-    "activations": (draw_activations, RowsConfig),
-    "affinity": (draw_affinity, AffinityConfig),
-    "attention": (draw_attention, RowsConfig),
-    "masks": (draw_masks, MasksConfig),
-    "tsne": (draw_tsne, TsneConfig),
-    "retrieval": (draw_retrieval, RetrievalConfig),
+    "curves": (draw_curves, FigureConfig),
+    "activations": (draw_activations, FigureConfig),
+    "affinity": (draw_affinity, FigureConfig),
+    "attention": (draw_attention, FigureConfig),
+    "masks": (draw_masks, FigureConfig),
+    "tsne": (draw_tsne, FigureConfig),
+    "retrieval": (draw_retrieval, FigureConfig),
     "report": (write_report, FigureConfig),
 }
 
 
 def main() -> None:
     """`visualize.py FIGURE [CHECKPOINT or RUN …] --flag value …`"""
-    name, *words = sys.argv[1:] or [""]
-    if name in ("-h", "--help"):
-        print(__doc__)
-        return
-    if name not in FIGURES:
-        raise UserError(f"name a figure: {', '.join(FIGURES)} (--help explains them)")
-    draw, config_class = FIGURES[name]
-    inputs = list(itertools.takewhile(lambda word: not word.startswith("-"), words))
-    config = parse(config_class, inspect.getdoc(draw), argv=words[len(inputs) :])
+    name, draw, config, inputs = dispatch(FIGURES, __doc__, words=True)
     suffixes = {".html": b"<!doctype html>"} if name == "report" else PICTURES
     default = Path(*inputs[:1], "report.html") if name == "report" else Path(f"{name}.png")
     out = Path(config.out or default)

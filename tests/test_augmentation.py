@@ -66,10 +66,10 @@ def test_grayscale_is_that_of_torchvision():
     torch.testing.assert_close(frames_first(augmented(clips, gray=1)), expected, atol=2e-6, rtol=0)
 
 
-@pytest.mark.parametrize(("size", "kernel"), [(16, 3), (32, 3), (64, 7), (112, 11)])
+@pytest.mark.parametrize("size, width, kernel", [(16, 16, 3), (32, 20, 3), (64, 64, 7), (112, 112, 11)])
 @pytest.mark.parametrize("sigma", [0.1, 0.7, 2.0])
-def test_blur_is_that_of_torchvision(size, kernel, sigma):
-    clips = random_clips(frames=2, size=size)
+def test_blur_is_that_of_torchvision(size, width, kernel, sigma):
+    clips = random_clips(frames=2, size=size)[..., :width]
     expected = tv.gaussian_blur(frames_first(clips), [kernel, kernel], [sigma, sigma])
     torch.testing.assert_close(frames_first(augmented(clips, sigma=sigma)), expected, atol=2e-6, rtol=0)
 
@@ -83,12 +83,6 @@ def test_the_order_is_brightness_contrast_saturation_hue_gray_blur():
     torch.testing.assert_close(augmented(clips, **params), one_by_one, atol=5e-6, rtol=0)
     gray_first = augmented(augmented(clips, **params | {"sigma": 0}), gray=1)
     torch.testing.assert_close(augmented(clips, **params, gray=1), augmented(gray_first, sigma=1.2), atol=5e-6, rtol=0)
-
-
-def test_blur_of_a_wide_clip_reflects_at_all_four_borders():
-    clips = random_clips(size=32)[..., :20]
-    expected = tv.gaussian_blur(frames_first(clips), [3, 3], [1.5, 1.5])
-    torch.testing.assert_close(frames_first(augmented(clips, sigma=1.5)), expected, atol=2e-6, rtol=0)
 
 
 @few

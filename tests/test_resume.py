@@ -313,10 +313,10 @@ def test_damaged_lines_of_a_log_are_left_out_and_the_run_goes_on(run, folder):
     for name in ("step", "epoch", "loss/vv", "chance/vv"):
         for ill in ILL:  # which a curve has or leaves out
             path.write_bytes(b"\n".join([*lines, json.dumps(json.loads(lines[0]) | {name: ill}).encode(), b""]))
-            visualize.plt.close(visualize.draw_curves(visualize.CurvesConfig(), [str(folder)]))
+            visualize.plt.close(visualize.draw_curves(visualize.FigureConfig(), [str(folder)]))
     for text in CUT:
         path.write_bytes(text)
-        assert in_one_line(lambda: visualize.draw_curves(visualize.CurvesConfig(), [str(folder)])) == "error"
+        assert in_one_line(lambda: visualize.draw_curves(visualize.FigureConfig(), [str(folder)])) == "error"
     damaged = [line for line in CUT if line]
     path.write_bytes(b"\n".join([lines[0], *damaged, *lines[1:]]))
     (folder / "bad_videos.log").write_bytes(b"step 1\t'a\xff.mp4'\tcut\nstep 2\t'b")
