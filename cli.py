@@ -4,6 +4,8 @@ import argparse
 import contextlib
 import dataclasses
 import errno
+import inspect
+import itertools
 import os
 import signal
 import sys
@@ -21,6 +23,7 @@ from train import (
     SWITCH,
     Config,
     Interrupted,
+    Options,
     UserError,
     _join,
     _method_name,
@@ -180,3 +183,34 @@ def parse(
         if value != made[name] and name not in config_class.FREE | config_class.TUNED:
             raise UserError(f"{path} was trained with --{name} {made[name]}, not {value}: start anew, without --resume")
     return config_class(**made | given)
+
+
+def dispatch(
+    commands: dict[str, tuple], doc: str, words: bool = False
+) -> tuple[str, Callable[..., Any], Options, list[str]]:
+    """Which command `PROGRAM NAME [WORD …] --flag value …` names, with its options, for the caller to run.
+
+    `--help` alone prints `doc`, `NAME --help` the command's own help, and both end the program.
+
+    Args:
+        commands: for each name a function, whose docstring is its help, the class of its config and, where it has any,
+            presets (see `parse`). What is named "" runs where no name is given, and has `doc` as its help.
+        words: take words between the name and the flags.
+
+    Returns:
+        name, function, config, words.
+
+    Raises:
+        UserError: no such command, or as `parse`.
+    """
+    given = sys.argv[1:]
+    name = given.pop(0) if given and not ("" in commands and given[0].startswith("-")) else ""
+    if name in ("-h", "--help"):
+        print(doc)
+        raise SystemExit
+    if name not in commands:
+        raise UserError(f"name one of {', '.join(filter(None, commands))} (--help explains them)")
+    function, config_class, *presets = commands[name]
+    taken = list(itertools.takewhile(lambda word: words and not word.startswith("-"), given))
+    config = parse(config_class, inspect.getdoc(function) if name else doc, *presets, argv=given[len(taken) :])
+    return name, function, config, taken
