@@ -55,7 +55,9 @@ import moco
 import train
 from cli import command_line, parse
 from models import ENCODERS, momentum_update
-from train import Options, Process, UserError, option, progress, start_process, user_errors
+from processes import leave_signals, start_process
+from runs import check_replaceable, git_commit, versions
+from train import Options, Process, UserError, option, progress, user_errors
 from video import BadVideo, Video
 
 
@@ -161,8 +163,8 @@ def write(config: BenchmarkConfig, command: str, device: torch.device, results: 
         "command": shlex.join(["python", *sys.argv]),
         "config": dataclasses.asdict(config),
         "machine": machine | {"threads": torch.get_num_threads()},
-        "git_commit": train.git_commit(),
-        "versions": train.versions(),
+        "git_commit": git_commit(),
+        "versions": versions(),
         "written": time.strftime("%Y-%m-%d %H:%M:%S %z"),
     }
     path = Path(config.out) / f"benchmark_{command}_{device.type}.json"
@@ -239,7 +241,7 @@ def reading(config: BenchmarkConfig) -> None:
 
     def load(count: int) -> contextlib.closing:
         sampler = data.StepSampler(len(views), batch, epochs=10**6)
-        return contextlib.closing(data.load_batches(views, sampler, count, train.leave_signals))
+        return contextlib.closing(data.load_batches(views, sampler, count, leave_signals))
 
     def sample_time(count: int) -> float:
         batches = 8 * max(count, 1)
@@ -653,7 +655,7 @@ def main() -> None:
         flags = ["--batch_size=2", *flags]
     config = parse(BenchmarkConfig, __doc__, argv=flags)
     for path in Path(config.out).glob(f"benchmark_{command}_*"):
-        train.check_replaceable(path, b'{\n "command"', b"\x89PNG")
+        check_replaceable(path, b'{\n "command"', b"\x89PNG")
     COMMANDS[command](config)
 
 

@@ -62,28 +62,18 @@ import video
 from augment import encoder_input
 from cli import command_line, parse
 from models import ENCODERS, EXPORTS, build_encoder, encoder_weights, export_weights, load_weights, recognize
-from runs import continued
-from train import (
-    Options,
-    Process,
-    TrainConfig,
-    UserError,
+from processes import leave_signals, loader_workers, start_process
+from runs import (
     check_replaceable,
-    check_sums,
     claim_folder,
-    fit,
+    continued,
+    fit_in_folder,
     git_commit,
-    leave_signals,
     load_checkpoint,
-    loader_workers,
-    option,
-    progress,
     saved_options,
-    start_process,
-    user_errors,
     versions,
-    write_file,
 )
+from train import Options, Process, TrainConfig, UserError, check_sums, option, progress, user_errors, write_file
 
 RECALLS = (1, 5, 10, 20, 50)
 RECORD, PNG = b'{\n "protocol"', b"\x89PNG"  # how results and pictures begin
@@ -721,7 +711,9 @@ def train_and_test(
     threads = torch.get_num_threads()
     if cached:
         torch.set_num_threads(1)  # steps so small take longer where threads wait for each other
-    checkpoint = fit(classifier, config, process, make_loader, steps, out, clips_per_video=1, paths=paths, seen=seen)
+    checkpoint = fit_in_folder(
+        classifier, config, process, make_loader, steps, out, seen, clips_per_video=1, paths=paths
+    )
     torch.set_num_threads(threads)
     clips = data.TestClips(test, config.crop, config.frames, config.frame_stride, config.clips)
     probabilities, good, bad = clip_outputs(
