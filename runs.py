@@ -280,8 +280,11 @@ def load_checkpoint(path: str | Path, foreign: bool = False, whole: bool = True)
     Raises:
         UserError: no such file, no permission, damaged, not a checkpoint of this project, or of the conv4 of old.
     """
-    beside = sorted(other.name for other in Path(path).parent.glob("epoch_*.pt") if other != Path(path))
-    others = f"; beside it lie {', '.join(beside)}" if beside else ""
+
+    def others() -> str:
+        names = ", ".join(sorted(other.name for other in Path(path).parent.glob("epoch_*.pt") if other != Path(path)))
+        return f"; beside it lie {names}" if names else ""
+
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise FileNotFoundError
@@ -297,7 +300,7 @@ def load_checkpoint(path: str | Path, foreign: bool = False, whole: bool = True)
     except Exception as error:  # torch raises whatever its readers meet: pickle, zip, runtime and end-of-file errors
         advice = "; if you trust it, have its own code save the state dict alone" * foreign
         raise UserError(
-            f"{path} is damaged, or no checkpoint, or holds code, which is never run{others}{advice}"
+            f"{path} is damaged, or no checkpoint, or holds code, which is never run{others()}{advice}"
         ) from error
     state = {"bad_videos": 0, "skipped_steps": 0} | state if isinstance(state, dict) else state  # older ones lack them
     if not isinstance(state, dict) or not {*CHECKPOINT, *COUNTS} <= state.keys():
@@ -311,7 +314,7 @@ def load_checkpoint(path: str | Path, foreign: bool = False, whole: bool = True)
     tensors = state["model"].items() if good["model"] else ()
     good["model"] &= all(isinstance(name, str) and isinstance(value, Tensor) for name, value in tensors)
     if wrong := ", ".join(name for name in good if not good[name]):
-        raise UserError(f"{path} is damaged, or of other code: no valid {wrong} in it{others}")
+        raise UserError(f"{path} is damaged, or of other code: no valid {wrong} in it{others()}")
     if any(name.endswith("units.0.conv3d.weight") for name in state["model"]):
         raise UserError(f"{path} is of conv4 before its feature pixels were centred: only code of then takes it")
     return state

@@ -23,6 +23,7 @@ import find
 import moco
 import train
 import visualize
+from runs import load_checkpoint
 
 CONV4 = ["--encoder=conv4", "--width=0.25", "--crop=32", "--frames=16", "--clips=2", "--workers=0", "--device=cpu"]
 
@@ -145,11 +146,11 @@ def test_features_to_embed_are_means_of_unit_vectors_and_bad_videos_are_left_out
 def test_key_encoders_see_both_modalities_by_the_statistics_of_their_own_batch(runs):
     config = visualize.MasksConfig(workers=0)
     query, key = (visualize.load_models(config, [str(runs / "fima")], key)[0].encoder for key in (False, True))
-    state = train.load_checkpoint(runs / "fima" / "checkpoint.pt")["model"]
+    state = load_checkpoint(runs / "fima" / "checkpoint.pt")["model"]
     assert torch.equal(query.layers[1].weight, state["encoder.layers.1.weight"])
     state["key_encoder.layers.1.weight"] += 1
     train.save_checkpoint(
-        runs / "fima" / "other.pt", train.load_checkpoint(runs / "fima" / "checkpoint.pt") | {"model": state}
+        runs / "fima" / "other.pt", load_checkpoint(runs / "fima" / "checkpoint.pt") | {"model": state}
     )
     key = visualize.load_models(config, [str(runs / "fima" / "other.pt")], key=True)[0].encoder
     assert torch.equal(key.layers[1].weight, state["key_encoder.layers.1.weight"])
