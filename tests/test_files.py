@@ -4,18 +4,19 @@ import contextlib
 import errno
 import hashlib
 import json
-import multiprocessing
 import os
 import resource
 import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers import ALONE, FORK
 
 import benchmark
 import cli
@@ -24,13 +25,13 @@ import evaluate
 import fima
 import find
 import mcl
+import runs
 import synthetic
 import train
 import visualize
 
 QUICK = ["--encoder=conv4", "--width=0.25", "--crop=32"]
 STATE = dict(method="M", config={}, model={}, optimizer={}, step=1, steps_per_epoch=1, world_size=1)
-FORK = multiprocessing.get_context("fork")
 
 
 def digests(root):
@@ -54,7 +55,7 @@ class Other:
 
     @staticmethod
     def live(folder, pipe):
-        train.claim_folder(folder, str(folder / "checkpoint.pt"))
+        runs.claim_folder(folder, str(folder / "checkpoint.pt"))
         child = os.fork()
         if child:
             pipe.send(child)
@@ -83,7 +84,7 @@ def hold():
 @pytest.fixture(autouse=True)
 def nothing_stays_locked():
     yield
-    train.end_process()
+    runs.free_folders()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -96,17 +97,17 @@ def test_a_run_folder_is_one_processes_until_it_ends_or_is_killed(tmp_path, hold
     folder = tmp_path / "run"
     other = hold(folder)
     with pytest.raises(train.UserError, match=rf"run is in use by process {other.process.pid} on \S+: wait"):
-        train.claim_folder(folder)
-    train.claim_folder(tmp_path / "another")
+        runs.claim_folder(folder)
+    runs.claim_folder(tmp_path / "another")
     other.kill()
     os.kill(other.child, 0)  # lives
-    train.claim_folder(folder)
-    train.claim_folder(folder)  # as a probe does, for its training and its result
+    runs.claim_folder(folder)
+    runs.claim_folder(folder)  # as a probe does, for its training and its result
 
     def claim():
-        train._locks.clear()  # inherited
+        runs._locks.clear()  # inherited
         try:
-            train.claim_folder(folder)
+            runs.claim_folder(folder)
         except train.UserError:
             os._exit(5)
 
@@ -115,7 +116,7 @@ def test_a_run_folder_is_one_processes_until_it_ends_or_is_killed(tmp_path, hold
         process.start()
         process.join()
         assert process.exitcode == expected
-        train.end_process()
+        runs.free_folders()
 
 
 @pytest.mark.parametrize("words", ["--out=run", "--resume=run/checkpoint.pt", "--resume=auto", "linear", "finetune"])
@@ -138,9 +139,9 @@ def test_where_nothing_can_be_locked_a_run_says_so_and_goes_on(fault, tmp_path, 
     def fail(*_):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr(train, "fcntl", None if fault == "no fcntl" else train.fcntl)
+    monkeypatch.setattr(runs, "fcntl", None if fault == "no fcntl" else runs.fcntl)
     monkeypatch.setattr("fcntl.lockf", fail)
-    train.claim_folder(tmp_path / "run")
+    runs.claim_folder(tmp_path / "run")
     assert capsys.readouterr().out.count("run can't be locked (") == 1
 
 
@@ -153,7 +154,7 @@ def test_what_a_killed_run_has_left_half_written_is_deleted_and_nothing_else(tmp
         (tmp_path / f"{name}.0123abcd.partial").touch()
     for name in ("run/mine.partial", "run/knn_ucf101.json.0123abcd.partial", "disk/b.pt.0123abcd.partial"):
         (tmp_path / name).touch()
-    train.claim_folder(tmp_path / "run")
+    runs.claim_folder(tmp_path / "run")
     left = [path.name for path in tmp_path.rglob("*.partial")]
     assert sorted(left) == ["b.pt.0123abcd.partial", "knn_ucf101.json.0123abcd.partial", "mine.partial"]
 
@@ -172,7 +173,7 @@ def test_two_that_write_the_same_file_leave_it_whole(tmp_path):
         writer.start()
     looks = 0
     while any(writer.is_alive() for writer in writers):
-        weight = train.load_checkpoint(path)["model"]["weight"]
+        weight = runs.load_checkpoint(path)["model"]["weight"]
         assert (weight == len(weight)).all()
         looks += 1
     for writer in writers:
@@ -186,7 +187,7 @@ def test_a_linked_file_keeps_its_link(tmp_path):
     path.symlink_to("disk/there.pt")
     for step in (1, 2):
         train.save_checkpoint(path, STATE | {"step": step})
-        assert path.is_symlink() and train.load_checkpoint(tmp_path / "disk" / "there.pt")["step"] == step
+        assert path.is_symlink() and runs.load_checkpoint(tmp_path / "disk" / "there.pt")["step"] == step
     assert os.listdir(tmp_path / "disk") == ["there.pt"]
 
 
@@ -196,7 +197,7 @@ def test_a_run_goes_on_from_a_checkpoint_that_is_a_link(run):
     path.rename(run.path / "elsewhere.pt")
     path.symlink_to("../elsewhere.pt")
     assert run(fima, "--max_steps=2", "--resume=run/checkpoint.pt", *QUICK)[0] == 0
-    assert path.is_symlink() and train.load_checkpoint(run.path / "elsewhere.pt")["step"] == 2
+    assert path.is_symlink() and runs.load_checkpoint(run.path / "elsewhere.pt")["step"] == 2
 
 
 def alive(pids):
@@ -210,6 +211,7 @@ def descendants(pid):
     return [int(child) for child in children] + [found for child in children for found in descendants(child)]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for processes in /proc")
 def test_processes_whose_launcher_is_killed_save_and_end(videos, tmp_path):
     flags = [*QUICK, f"--data={videos}", "--queue=8", "--decoder_width=32", "--device=cpu", "--batch_size=2"]
@@ -236,19 +238,14 @@ def test_processes_whose_launcher_is_killed_save_and_end(videos, tmp_path):
     said = (tmp_path / "out.txt").read_text()
     assert "saved; continue with: torchrun --nproc_per_node=2" in said and "Traceback" not in said
     last = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])
-    assert train.load_checkpoint(saved)["step"] == last["step"]
+    assert runs.load_checkpoint(saved)["step"] == last["step"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Files of others
 # ---------------------------------------------------------------------------------------------------------------------
 
-OTHERS = {
-    "checkpoint": b"PK\3\4" + b"weights" * 99,
-    "video": b"\0\0\0 ftypisom" + b"frames" * 99,
-    "json": b'{"years": "of work"}',
-    "jpeg": b"\xff\xd8\xff\xe0" + b"pixels" * 99,
-}
+OTHERS = {"checkpoint": b"PK\3\4" + b"weights" * 99, "json": b'{"years": "of work"}'}
 COMMANDS = {  # what is written → script and its flags
     "o.json": (evaluate, ["knn"]),
     "o_confusion.png": (evaluate, ["svm", "--out=o.json"]),
@@ -308,17 +305,20 @@ def test_a_result_of_before_is_replaced(run):
     assert sorted(os.listdir(run.path)) == ["o.json", "o_confusion.png"]
 
 
-class Kept(mcl.FrameMaps):
+class Kept(mcl.MotionMaps):
+    def __init__(self, folder):
+        super().__init__(mcl.MapsConfig(dataset="folder", data=str(folder), maps=str(folder)))
+
     def compute(self, path):
         return np.ones((3, 2, 2))
 
 
 def test_maps_replace_no_arrays_of_others(tmp_path):
     (tmp_path / "a.mp4").touch()
-    maps = Kept(tmp_path, tmp_path, "ones", "this")
+    maps = Kept(tmp_path)
     np.savez(tmp_path / "a.mp4.npz", features=np.zeros(9))
     before = digests(tmp_path)
-    with pytest.raises(OSError, match=r"a\.mp4\.npz holds something else than maps"):
+    with pytest.raises(train.UserError, match=r"a\.mp4\.npz holds something else than maps"):
         maps.make([str(tmp_path / "a.mp4")], 1)
     (tmp_path / "bad_videos.txt").unlink()
     assert digests(tmp_path) == before
@@ -342,18 +342,18 @@ def full_disk():
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def write_log(folder):
-    writer = train.RunFolder.__new__(train.RunFolder)
-    writer.path, writer.writes, writer.board, writer.starts = folder, True, None, [{}]
-    return writer
+def log_of(folder):
+    log = runs.FolderLog.__new__(runs.FolderLog)
+    log.folder, log.board, log.starts, log.run = folder, None, [{}], types.SimpleNamespace(process=ALONE, done=1)
+    return log
 
 
 WRITERS = {
     "o.json": lambda folder: train.write_file(folder / "o.json", "new" * 99),
-    "run.json": lambda folder: write_log(folder).note(fact="new" * 99),
-    "log.jsonl": lambda folder: write_log(folder).log({"step": "new" * 99}),
-    "bad_videos.log": lambda folder: write_log(folder).log_bad(1, [("new" * 99, "reason")]),
-    "a.mp4.npz": lambda folder: Kept(folder, folder, "ones", "this").visit(str(folder / "a.mp4")),
+    "run.json": lambda folder: log_of(folder).note(fact="new" * 99),
+    "log.jsonl": lambda folder: log_of(folder).write({"step": "new" * 99}),
+    "bad_videos.log": lambda folder: log_of(folder).add_bad([("new" * 99, "reason")]),
+    "a.mp4.npz": lambda folder: Kept(folder).visit(str(folder / "a.mp4")),
     "bad.txt": lambda folder: find.check_videos(folder, folder / "bad.txt", 1),
     "_0001.mp4": lambda folder: synthetic.make_synthetic(folder / "set", 20, 10, frames=2, size=(16, 16)),
 }
@@ -367,7 +367,7 @@ def test_a_full_disk_names_the_file_and_leaves_nothing_half(name, tmp_path):
     if name != "_0001.mp4":
         (tmp_path / name).write_bytes(old)
     before = sorted(os.listdir(tmp_path))
-    with full_disk(), pytest.raises(OSError, match=rf"File too large: '.*{name}'"):
+    with full_disk(), pytest.raises((OSError, train.UserError), match=rf"File too large: '.*{name}'"):
         WRITERS[name](tmp_path)
     assert sorted(os.listdir(tmp_path)) == before
     if name in ("o.json", "run.json", "a.mp4.npz"):
@@ -387,6 +387,7 @@ def test_a_full_disk_leaves_results_as_they_were(name, run, monkeypatch, capsys)
     assert digests(run.path) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("interrupted", [False, True])
 def test_loaders_leave_nothing_in_the_temporary_folder(interrupted, run):
     (folder := run.path / "temporary").mkdir()

@@ -18,6 +18,7 @@ import torch
 from encoding import encode, moving_texture, same_items
 
 import evaluate
+import features
 import moco
 from data import PretrainingViews, StepSampler, TestClips, VideoList, collate, load_batches
 from train import Process
@@ -118,7 +119,7 @@ def long_temporary_folder(tmp_path, monkeypatch):
 
 def test_a_long_temporary_folder_costs_no_video(views, long_temporary_folder):
     clips, alone = TestClips(views.videos, 28, 4, 1, 2), Process(0, 1, torch.device("cpu"))
-    found, _, bad = evaluate.clip_outputs(lambda x: x.flatten(1).float(), clips, alone, 2, 2, "")
+    found, _, bad = features.clip_outputs(lambda x: x.flatten(1).float(), clips, alone, 2, 2, "")
     assert [path for path, _ in bad] == [views.videos.paths[1]]
     assert torch.equal(found, torch.stack([clips[i]["clips"].flatten(1).float() for i in range(5)]))
 
