@@ -25,7 +25,6 @@ from hypothesis import strategies as st
 
 import cli
 import data
-import evaluate
 import find
 import moco
 import video as reader
@@ -438,7 +437,7 @@ def check(monkeypatch, capsys, tmp_path):
         out = tmp_path / "bad.txt"
         monkeypatch.setattr(sys, "argv", ["data.py", "check", str(root), "--out", str(out), *map(str, flags)])
         with pytest.raises(SystemExit) as stop:
-            cli.command_line(evaluate.main)
+            cli.command_line(data.main)
         return stop.value.code, *capsys.readouterr(), out.read_text(encoding="ascii") if out.exists() else ""
 
     return call
