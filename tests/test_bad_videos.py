@@ -523,7 +523,7 @@ def test_what_the_check_cannot_do_is_one_line(tmp_path, check):
     one_line(check(tmp_path)[2], f"{tmp_path}: no videos (")
     (tmp_path / "a.mp4").touch()
     one_line(check(tmp_path, "--out", tmp_path / "no" / "bad.txt")[2], "No such file")
-    one_line(check("--workers", 1)[2], "name the folder")
+    one_line(check("--full")[2], "name the folder")
 
 
 def test_an_interrupted_check_keeps_what_it_found(tmp_path, monkeypatch, check):
