@@ -360,7 +360,7 @@ WRITERS = {
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_a_full_disk_names_the_file_and_leaves_nothing_half(name, tmp_path):
+def test_a_full_disk_names_the_file_and_leaves_nothing_half(name, tmp_path, capsys):  # capsys: stderr is no file
     (tmp_path / f"{'long' * 50}.mp4").touch()
     (tmp_path / "a.mp4").touch()
     old = b"" if name == "bad.txt" else b"old"
