@@ -47,10 +47,13 @@ import fima
 import find
 import losses
 import moco
+import processes
 import train
 from cli import command_line, dispatch
 from models import ENCODERS, momentum_update
-from train import Options, Process, UserError, option, progress, start_process, user_errors
+from processes import leave_signals, start_process
+from runs import check_replaceable, git_commit, versions
+from train import Options, Process, UserError, option, progress, user_errors
 from video import BadVideo, Video
 
 
@@ -164,8 +167,8 @@ def write(config: BenchmarkConfig, command: str, device: torch.device, results: 
         "command": shlex.join(["python", *sys.argv]),
         "config": dataclasses.asdict(config),
         "machine": machine | {"threads": torch.get_num_threads()},
-        "git_commit": train.git_commit(),
-        "versions": train.versions(),
+        "git_commit": git_commit(),
+        "versions": versions(),
         "written": time.strftime("%Y-%m-%d %H:%M:%S %z"),
     }
     path = Path(config.out) / f"benchmark_{command}_{device.type}.json"
@@ -242,7 +245,7 @@ def reading(config: BenchmarkConfig) -> None:
 
     def sample_time(count: int) -> float:
         batches, sampler = 8 * max(count, 1), data.StepSampler(len(views), batch, epochs=10**6)
-        with contextlib.closing(data.load_batches(views, sampler, count, train.leave_signals)) as loader:
+        with contextlib.closing(data.load_batches(views, sampler, count, leave_signals)) as loader:
             for _ in range(1 + data.PREFETCH * count):  # made ahead of the clock, while the workers started
                 next(loader)
             return timed(lambda: [next(loader) for _ in range(batches)], time.perf_counter)() / (batches * batch)
@@ -486,7 +489,7 @@ def one(config: BenchmarkConfig) -> None:
     Plain does without our handling of the heap here: a process has one for all.
     """
     plain, received = config.way == "plain", collections.Counter()
-    with mock.patch.object(train, "keep_freed_memory") if plain else contextlib.nullcontext():
+    with mock.patch.object(processes, "keep_freed_memory") if plain else contextlib.nullcontext():
         process = start_process(config.device)
     training, on_gpu = Training(config, process, plain=plain), process.device.type == "cuda"
 
@@ -579,7 +582,7 @@ def main() -> None:
     default = 8 if name == "data" or torch.cuda.is_available() else 2
     config = dataclasses.replace(config, batch_size=config.batch_size or default)
     for path in Path(config.out).glob(f"benchmark_{name}_*"):
-        train.check_replaceable(path, b'{\n "command"')
+        check_replaceable(path, b'{\n "command"')
     command(config)
 
 

@@ -18,21 +18,9 @@ from typing import Any, NoReturn, TextIO
 import torch
 import torch.distributed as dist
 
-from train import (
-    HANGUP,
-    SWITCH,
-    Config,
-    Interrupted,
-    Options,
-    UserError,
-    _join,
-    _method_name,
-    _program,
-    _range,
-    end_process,
-    load_checkpoint,
-    saved_options,
-)
+from processes import end_process, meet
+from runs import free_folders, load_checkpoint, saved_options
+from train import HANGUP, SWITCH, Config, Interrupted, Options, UserError, method_name, range_text
 
 
 def shown(text: str, besides: str = "") -> str:
@@ -123,11 +111,17 @@ def command_line(main: Callable[[], None]) -> NoReturn:
                 raise
         with contextlib.suppress(KeyboardInterrupt):  # of the terminal's end
             print(message, end="\n" * bool(message), file=sys.stderr)
+    free_folders()
     end_process()
-    if any(thread.name == _join.__name__ for thread in threading.enumerate()):  # torch's own would abort a usual exit
+    if any(thread.name == meet.__name__ for thread in threading.enumerate()):  # torch's own would abort a usual exit
         sys.stdout.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def program() -> list[str]:
+    """How the program was called, without its flags: the script and, where it has such, the sub-command."""
+    return list(itertools.takewhile(lambda word: not word.startswith("-"), sys.argv))
 
 
 class _Parser(argparse.ArgumentParser):
@@ -147,14 +141,14 @@ def parse(
     """
     presets = presets or {}
     parser = _Parser(
-        " ".join(_program()), description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        " ".join(program()), description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     for field in dataclasses.fields(config_class):
         names = dict.fromkeys(["--" + field.name, "--" + field.name.replace("_", "-")])
         default, allowed = str(field.default), field.metadata["allowed"]
         options = {"metavar": field.type.__name__.upper()}
         if field.type is not str:
-            default += f"; {_range(allowed)}"
+            default += f"; {range_text(allowed)}"
         elif allowed:
             options = {"choices": allowed, "metavar": "|".join(filter(None, allowed))}
         if allowed == SWITCH:
@@ -169,7 +163,7 @@ def parse(
     lines = [f"  {name}: " + " ".join(f"--{k} {v}" for k, v in preset.items()) for name, preset in presets.items()]
     parser.epilog = "\n".join(["what --dataset NAME sets (explicit flags win):", *lines]) if lines else None
     given = vars(parser.parse_args(argv))
-    saved, path, method = {}, given.get("resume", ""), _method_name(config_class)
+    saved, path, method = {}, given.get("resume", ""), method_name(config_class)
     if path not in ("", "auto"):
         state = load_checkpoint(path)
         if state["method"] != method:

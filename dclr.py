@@ -30,9 +30,9 @@ from losses import (
     static_frame,
 )
 from moco import PRESETS as MOCO_PRESETS
-from moco import MoCo, MoCoConfig, pool
+from moco import MoCo, MoCoConfig
 from models import MomentumQueue, momentum_update
-from pretrain import main
+from pretrain import main, pool
 from train import SWITCH, UserError, option
 
 PARTS = {"none": "", "static": "s", "motion": "d", "both": "sd"}  # inputs that an option names
@@ -141,7 +141,7 @@ class DCLR(MoCo):
     def inputs(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
         """The encoder's inputs (2N, 3, T, H, W), as far as asked for: "v"; "s", a random frame of it that stands still,
         with colours of its own; "d", its frame difference, without colours."""
-        clips, color = (views[name].transpose(0, 1).flatten(0, 1) for name in ("clip", "color"))
+        clips, color = self.both(views["clip"]), self.both(views["color"])
         wanted = {x for x in "sd" if {f"v{x}", "sd", "ac"} & set(self.config.terms)}
         inputs = {"v": self.encoder_input(clips, color[:, 0])}
         if "s" in wanted:

@@ -55,26 +55,17 @@ from features import (
     video_outputs,
 )
 from models import ENCODERS, EXPORTS, export_weights
-from runs import continued
-from train import (
-    Options,
-    Process,
-    TrainConfig,
-    UserError,
+from processes import leave_signals, loader_workers, start_process
+from runs import (
     check_replaceable,
-    check_sums,
     claim_folder,
-    fit,
+    continued,
+    fit_in_folder,
     git_commit,
-    leave_signals,
     load_checkpoint,
-    loader_workers,
-    option,
-    start_process,
-    user_errors,
     versions,
-    write_file,
 )
+from train import Options, Process, TrainConfig, UserError, check_sums, option, user_errors, write_file
 
 RECALLS = (1, 5, 10, 20, 50)
 RECORD, PNG = b'{\n "protocol"', b"\x89PNG"  # how results and pictures begin
@@ -528,7 +519,9 @@ def train_and_test(
     threads = torch.get_num_threads()
     if cached:
         torch.set_num_threads(1)  # steps so small take longer where threads wait for each other
-    checkpoint = fit(classifier, config, process, make_loader, steps, out, clips_per_video=1, paths=paths, seen=seen)
+    checkpoint = fit_in_folder(
+        classifier, config, process, make_loader, steps, out, seen, clips_per_video=1, paths=paths
+    )
     torch.set_num_threads(threads)
     probabilities, good, bad = video_outputs(classifier.eval().probabilities, test, config, process, "test videos")
     trained = process.of_first(lambda: load_checkpoint(checkpoint)["step"])  # no other may have the folder

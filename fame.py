@@ -18,7 +18,7 @@ from torch import Tensor
 from augment import ForegroundBackgroundMerging as Merging
 from cli import command_line
 from moco import PRESETS as MOCO_PRESETS
-from moco import MoCo, MoCoConfig
+from moco import FeatureMaps, MoCo, MoCoConfig
 from pretrain import main
 from train import UserError, option
 
@@ -61,10 +61,9 @@ class FAME(MoCo):
         super().__init__(config)
         self.merge = Merging(config.foreground, config.mask, config.background, config.branches)
 
-    def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Views as `data.PretrainingViews` makes them, batched → the named losses; enqueues the keys at the end."""
-        merged = self.merge(views["clip"])  # Eq. 2-4, before the colours
-        return super().forward(views | {"clip": merged, "original": views["clip"]})  # Eq. 1
+    def encode(self, views: dict[str, Tensor], moving: Tensor | None) -> FeatureMaps:
+        """As of MoCo, of clips merged by Eq. 2-4 before they get their colours."""
+        return super().encode(views | {"clip": self.merge(views["clip"])}, moving)
 
 
 if __name__ == "__main__":

@@ -16,18 +16,9 @@ import data
 import find
 from augment import encoder_input
 from models import ENCODERS, build_encoder, encoder_weights, load_weights, recognize
-from train import (
-    Options,
-    Process,
-    UserError,
-    leave_signals,
-    load_checkpoint,
-    loader_workers,
-    option,
-    progress,
-    saved_options,
-    user_errors,
-)
+from processes import leave_signals, loader_workers
+from runs import load_checkpoint, saved_options
+from train import Options, Process, UserError, option, progress, user_errors
 
 UNTRAINED = dict(dataset="synthetic", data="", split=1, encoder="i3d", width=1.0, frames=16, frame_stride=2, crop=224)
 Bad = list[tuple[str, str]]  # path and reason of videos that could not be read

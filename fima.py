@@ -22,11 +22,19 @@ from torch import Tensor
 
 from augment import ForegroundBackgroundMerging
 from cli import command_line
-from losses import FRAME_LOSSES, activation_map, foreground_mask, pixel_contrast, positive_pairs, seen_box
+from losses import (
+    FRAME_LOSSES,
+    activation_map,
+    foreground_mask,
+    pixel_chance,
+    pixel_contrast,
+    positive_pairs,
+    seen_box,
+)
 from moco import PRESETS as MOCO_PRESETS
-from moco import FeatureMaps, MoCo, MoCoConfig, pool
+from moco import FeatureMaps, MoCo, MoCoConfig
 from models import MomentumQueue, MotionDecoder
-from pretrain import main
+from pretrain import main, pool
 from train import UserError, option
 
 
@@ -79,6 +87,8 @@ class FIMAConfig(MoCoConfig):
         super().__post_init__()
         if self.decoder == "none" and "fra" in self.terms:
             raise UserError("--decoder none leaves nothing to reconstruct with: take fra out of --losses")
+        if self.decoder_width % self.decoder_heads:
+            raise UserError(f"--decoder_heads {self.decoder_heads} do not divide --decoder_width {self.decoder_width}")
         if self.fame != "none" and self.batch_size < 2:
             raise UserError("--fame takes the background of another video of the batch: --batch_size 2 or more")
 
@@ -103,8 +113,7 @@ class FIMA(MoCo):
 
     def __init__(self, config: FIMAConfig):
         super().__init__(config)
-        if config.fame != "none":
-            self.merge = ForegroundBackgroundMerging(branches=config.fame)
+        self.merge = ForegroundBackgroundMerging(branches=config.fame) if config.fame != "none" else None
         self.decoder = self.cls_decoder = None
         wanted = {"pix", "fra"} & set(config.terms)
         size = self.encoder.out_channels, config.decoder_width, config.decoder_depth, config.decoder_heads
@@ -121,9 +130,7 @@ class FIMA(MoCo):
     def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
         """Views as `data.PretrainingViews` makes them, batched → the named losses; enqueues the keys at the end."""
         terms = self.config.terms
-        if self.config.fame != "none":
-            views = views | {"clip": self.merge(views["clip"]), "original": views["clip"]}
-        maps = self.encode(views, motion="vd" in terms or "pix" in terms)  # F^q, F^k, M^k of V and Ṽ
+        maps = self.encode(views, views["clip"] if {"vd", "pix"} & set(terms) else None)  # F^q, F^k, M^k of V and Ṽ
         losses, keys = self.instance_losses(maps)  # Eq. 1, Eq. 2
         y, y_cls = self.decode(maps.query)  # Eq. 7, Eq. 9
         if "pix" in terms:
@@ -133,6 +140,11 @@ class FIMA(MoCo):
             losses["fra"], keys["fra"] = self.frame_loss(y_cls, self.sub_clip_features(views))  # Eq. 10
         self.enqueue(keys)
         return losses
+
+    def encode(self, views: dict[str, Tensor], moving: Tensor | None) -> FeatureMaps:
+        """As of MoCo; with --fame, V is merged, and D stays that of the video itself."""
+        clips = views["clip"] if self.merge is None else self.merge(views["clip"])
+        return super().encode(views | {"clip": clips}, moving)
 
     def decode(self, maps: Tensor) -> tuple[Tensor, Tensor | None]:
         """F^q → y (2, B·T, HW, C) of Eq. 7 and y_cls (2, B·T, C) of Eq. 9, feature frame by feature frame.
@@ -175,8 +187,9 @@ class FIMA(MoCo):
         y = self.project(self.head, y)  # (2, B·T, HW, D)
         with torch.no_grad():
             m = self.project(self.key_head, feature_pixels(motion))  # (2, B·T, HW, D)
-        losses, chances = [], []
-        for prediction, target, pairs in zip(y, m.flip(0), positives.repeat_interleave(steps, 1), strict=True):
+        positives = positives.repeat_interleave(steps, 1)  # (2, B·T, HW, HW)
+        losses = []
+        for prediction, target, pairs in zip(y, m.flip(0), positives, strict=True):
             if self.config.pixel_negatives == "video":
                 keys = target.unflatten(0, (-1, steps)).flatten(1, 2).repeat_interleave(steps, 0)  # (B·T, T·HW, D)
             else:
@@ -185,9 +198,7 @@ class FIMA(MoCo):
                 old = self.queues["pix"].keys
                 keys = torch.cat([keys, old.expand(*keys.shape[:-2], *old.shape)], -2)
             losses.append(pixel_contrast(prediction, target, pairs, keys, self.config.temperature))
-            equal = (x[..., :1].detach() * 0 for x in (prediction, target))  # all similarities equal: what chance gives
-            chances.append(pixel_contrast(*equal, pairs, keys[..., :1] * 0))
-        self.metrics["chance/pix"] = sum(chances) / 2
+        self.metrics["chance/pix"] = sum(pixel_chance(pairs, keys.shape[-2]) for pairs in positives) / 2
         return sum(losses) / 2, m.flatten(0, 2)
 
     @torch.no_grad()

@@ -152,8 +152,23 @@ def pixel_contrast(
     # A row without positives would be log 0, whose gradient is NaN even when multiplied by 0: keep such rows whole.
     numerator = numerator.masked_fill(~positives & counts[:, :, None], -math.inf).logsumexp(2)
     denominator = similarity(prediction, keys, temperature).logsumexp(2)
-    loss = (denominator - numerator).clamp(min=0) * counts  # clamped, as rounding can make it −1e-7
-    video = loss.sum(1) / counts.sum(1).clamp(min=1)  # (B,)
+    return _video_mean((denominator - numerator).clamp(min=0), counts)  # clamped, as rounding can make it −1e-7
+
+
+def pixel_chance(positives: Tensor, keys: int) -> Tensor:
+    """L_Pix of Eq. 8 if all similarities are equal: the mean of log N − log n⁺, averaged as in `pixel_contrast`.
+
+    Args:
+        positives: (B, HW, HW) bool, n⁺ of them in a row.
+        keys: N, the number of keys in the denominator.
+    """
+    number = positives.sum(2)
+    return _video_mean(math.log(keys) - number.clamp(min=1).log(), number > 0)
+
+
+def _video_mean(rows: Tensor, counts: Tensor) -> Tensor:
+    """Mean of those of the rows (B, HW) that count, video by video, then of the videos that have such a row; or 0."""
+    video = (rows * counts).sum(1) / counts.sum(1).clamp(min=1)  # (B,)
     return video.sum() / counts.any(1).sum().clamp(min=1)
 
 

@@ -18,11 +18,11 @@ st; 2 --losses vv, and --alignment v1, v2, v3.
 import contextlib
 import dataclasses
 import errno
+import functools
 import io
 import itertools
 import os
 import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -34,10 +34,11 @@ from torch import Tensor
 import data
 import moco
 import pretrain
-from cli import command_line, parse
+from cli import command_line, dispatch
 from losses import crop_motion, foreground_mask, motion_alignment, motion_map, moving_windows, pool_motion, response_map
 from models import last_norms, recorded_inputs
-from train import UserError, naming, option, user_errors
+from pretrain import pool
+from train import UserError, option, user_errors, write_file
 from video import BadVideo, Video, blame_machine
 
 SAMPLING = ("motion", "random")
@@ -110,97 +111,99 @@ def tvl1_flow(images: Sequence[np.ndarray], side: int, warps: int = 5) -> Tensor
     return torch.from_numpy(np.stack(flow)).flip(1)  # it gives rows first
 
 
-class FrameMaps(data.VideoVisitor):
-    """A map of each frame of each video, computed once and kept in files: that of ROOT/a/b.mp4 in FOLDER/a/b.mp4.npz.
+class MotionMaps(data.VideoVisitor):
+    """m of Eq. 1 for each frame of each video, averaged over cells, made once: that of ROOT/a/b.mp4 is kept in
+    FOLDER/a/b.mp4.npz.
 
-    A file holds the maps of a video (N, h, w), not negative, as square roots in 8 bits, and what they were made from:
-    the size of the video's file, and a recipe. It holds no pickles.
-
-    Args:
-        root: folder of the videos.
-        folder: of the maps.
-        recipe: says how they are computed; others are made anew.
-        command: makes them; named where one is missing.
-        exclude: the files of videos that are left out already.
+    A file holds the maps of a video (N, h, w) as square roots in 8 bits, and what they were made from: the size of the
+    video's file, and a recipe; others are made anew. It holds no pickles.
     """
 
-    def __init__(self, root: str | Path, folder: str | Path, recipe: str, command: str, exclude: str = ""):
-        self.root, self.folder = os.path.abspath(root), Path(folder)
-        self.recipe, self.command, self.exclude = recipe, command, exclude
+    CELLS = 24  # of the shorter side, at most
+    CHUNK = 64  # frames read at once
+
+    def __init__(self, config: MapsConfig):
+        self.config, self.root = config, os.path.abspath(config.root)
+        self.folder = Path(config.maps or f"{self.root}_maps")
+        self.recipe = f"TV-L1, {config.flow_side} pixels, {config.flow_warps} warps"
+        self.command = f"python mcl.py maps --dataset {config.dataset} --data {shlex.quote(self.root)}"
+        for field in dataclasses.fields(MapsConfig):
+            value = getattr(config, field.name)
+            if field.name not in ("dataset", "data", "workers") and value:  # defaults too, over which presets win
+                self.command += f" --{field.name} {shlex.quote(str(value))}"
 
     def compute(self, path: str) -> np.ndarray:
-        """The maps of a video, floating point (N, h, w) ≥ 0; raises BadVideo."""
-        raise NotImplementedError
+        """The maps of a video (N, h, w) ≥ 0; the last frame, from which nothing flows, has that of the one before (Sec.
+        3.1). Raises BadVideo."""
+        maps = []
+        with Video(path) as video:
+            for first in range(0, len(video) - 1, self.CHUNK):
+                images = video.read(range(first, min(first + self.CHUNK + 1, len(video))))
+                if min(images[0].shape[:2]) < 2:
+                    raise BadVideo(path, f"no flow in frames of {images[0].shape[1]} x {images[0].shape[0]} pixels")
+                flow = tvl1_flow(images, self.config.flow_side, self.config.flow_warps)
+                cells = [min(n, round(n * self.CELLS / min(flow.shape[2:]))) for n in flow.shape[2:]]
+                maps.append(F.adaptive_avg_pool2d(motion_map(flow), cells))
+        return torch.cat([*maps, maps[-1][-1:]]).numpy()
 
     def file(self, path: str) -> Path:
         """Where the maps of a video lie."""
         return self.folder / (os.path.relpath(path, self.root) + ".npz")
 
     def visit(self, path: str) -> None:
-        """Computes and writes the maps of a video; at every moment their file is whole, or as it was."""
+        """Computes and writes the maps of a video; raises UserError where there is a file of something else."""
         file, foreign = self.file(path), False
         with contextlib.suppress(Exception), np.load(file) as held:  # damaged files raise all kinds
             foreign = "recipe" not in held
         if foreign:
-            raise FileExistsError(f"{file} holds something else than maps: name another folder for these")
+            raise UserError(f"{file} holds something else than maps: name another folder for these")
         maps = self.compute(path)
         scale = max(float(maps.max()), 1e-12)
         levels = np.round(255 * np.sqrt(maps / scale)).astype(np.uint8)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        memory, partial = io.BytesIO(), file.with_name(f"{file.name}.{os.urandom(4).hex()}.partial")
+        memory = io.BytesIO()
         np.savez_compressed(memory, levels=levels, scale=scale, size=os.path.getsize(path), recipe=self.recipe)
-        try:
-            with naming(file):
-                partial.write_bytes(memory.getbuffer())
-                os.replace(partial, file)
-        finally:
-            partial.unlink(missing_ok=True)
-
-    def is_made(self, path: str) -> bool:
-        """Whether there are whole maps of this video as it is now, by this recipe."""
-        try:
-            self.read(path)
-        except (ValueError, FileNotFoundError):  # the latter of a video that is gone, which making them will name
-            return False
-        return True
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_file(file, memory.getbuffer())
 
     def read(self, path: str, frames: int | None = None) -> np.ndarray:
         """The maps of a video, of so many frames if it is given: float32 (frames, h, w).
 
-        Raises ValueError when they are missing, damaged, or those of another video or another recipe, and OSError when
+        Raises UserError when they are missing, damaged, or those of another video or another recipe, and OSError when
         they can't be read for a reason that is not in the file.
         """
-        file, size = self.file(path), os.path.getsize(path)
+        file, size, wrong = self.file(path), os.path.getsize(path), ""
         try:
             with np.load(file) as held:  # reading an entry compares its check sum
-                levels, scale, *made_from = (held[name] for name in ("levels", "scale", "size", "recipe"))
-            wrong = (
-                ""
-                if (recipe := str(made_from[1])) == self.recipe
-                else f"made by another recipe ({recipe}, not {self.recipe})"
-            )
-            if int(made_from[0]) != size or frames not in (None, len(levels)):
+                levels, scale, made_from, recipe = (held[name] for name in ("levels", "scale", "size", "recipe"))
+            if str(recipe) != self.recipe:
+                wrong = f"made by another recipe ({recipe}, not {self.recipe})"
+            if int(made_from) != size or frames not in (None, len(levels)):
                 wrong = "of another video of this name"
             maps = np.float32(scale) * np.square(levels / np.float32(255))
         except FileNotFoundError:
             wrong = "missing"
         except Exception as error:  # damaged files raise all kinds
             blame_machine(error, str(file))
-            if isinstance(error, OSError) and error.errno not in (
-                None,
-                errno.EINVAL,
-            ):  # EINVAL: a place out of the file
+            if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # a place out of the file
                 raise
             wrong = f"damaged ({error})"
         if wrong:
-            raise ValueError(f"{file}: {wrong}; make it again with `{self.command}`")
+            raise UserError(f"{file}: {wrong}; make it again with `{self.command}`")
         return maps
 
+    def is_made(self, path: str) -> bool:
+        """Whether there are whole maps of this video as it is now, by this recipe."""
+        try:
+            self.read(path)
+        except (UserError, FileNotFoundError):  # the latter of a video that is gone, which making them will name
+            return False
+        return True
+
     def check(self, paths: Sequence[str]) -> None:
-        """Raises FileNotFoundError when there is a video without maps."""
+        """Raises UserError when there is a video without maps."""
         missing = [path for path in paths if not self.file(path).is_file()]
         if missing:
-            raise FileNotFoundError(
+            raise UserError(
                 f"{self.folder}: nothing for {len(missing)} of {len(paths)} videos, such as {missing[0]!r}: run "
                 f"`{self.command}`, and leave out with --exclude what it names as unreadable"
             )
@@ -210,47 +213,17 @@ class FrameMaps(data.VideoVisitor):
 
         Videos that can't be read are added to FOLDER/bad_videos.txt, for `exclude`.
         """
-        todo = [path for path in paths if not self.is_made(path)]
-        report = f"{self.folder}: {len(paths) - len(todo)} of {len(paths)} were there"
-        if not todo:
-            return report
-        self.folder.mkdir(parents=True, exist_ok=True)
-        bad = self.folder / "bad_videos.txt"
-        count = data.visit_videos(self, todo, self.root, bad, workers, f"making {self.folder}", "a")
-        exclude = shlex.quote(",".join(filter(None, [self.exclude, str(bad)])))
+        with user_errors((OSError,)):
+            todo = [path for path in paths if not self.is_made(path)]
+            report = f"{self.folder}: {len(paths) - len(todo)} of {len(paths)} were there"
+            if not todo:
+                return report
+            self.folder.mkdir(parents=True, exist_ok=True)
+            bad = self.folder / "bad_videos.txt"
+            count = data.visit_videos(self, todo, self.root, bad, workers, f"making {self.folder}", "a")
+        exclude = shlex.quote(",".join(filter(None, [self.config.exclude, str(bad)])))
         advice = f", {count} videos can't be read: leave them out with --exclude {exclude}" if count else ""
         return f"{report}, {len(todo) - count} made{advice}"
-
-
-class MotionMaps(FrameMaps):
-    """m of Eq. 1 for each frame of each video, averaged over cells."""
-
-    CELLS = 24  # of the shorter side, at most
-    CHUNK = 64  # frames read at once
-
-    def __init__(self, config: MapsConfig):
-        root = os.path.abspath(config.root)
-        self.side, self.warps = config.flow_side, config.flow_warps
-        command = f"python mcl.py maps --dataset {config.dataset} --data {shlex.quote(root)}"
-        for field in dataclasses.fields(MapsConfig):
-            value = getattr(config, field.name)
-            if field.name not in ("dataset", "data", "workers") and value:  # defaults too, over which presets win
-                command += f" --{field.name} {shlex.quote(str(value))}"
-        recipe = f"TV-L1, {self.side} pixels, {self.warps} warps"
-        super().__init__(root, config.maps or f"{root}_maps", recipe, command, config.exclude)
-
-    def compute(self, path: str) -> np.ndarray:
-        """(N, h, w); the last frame, from which nothing flows, has the map of the one before (Sec. 3.1)."""
-        maps = []
-        with Video(path) as video:
-            for first in range(0, len(video) - 1, self.CHUNK):
-                images = video.read(range(first, min(first + self.CHUNK + 1, len(video))))
-                if min(images[0].shape[:2]) < 2:
-                    raise BadVideo(path, f"no flow in frames of {images[0].shape[1]} x {images[0].shape[0]} pixels")
-                flow = tvl1_flow(images, self.side, self.warps)
-                cells = [min(n, round(n * self.CELLS / min(flow.shape[2:]))) for n in flow.shape[2:]]
-                maps.append(F.adaptive_avg_pool2d(motion_map(flow), cells))
-        return torch.cat([*maps, maps[-1][-1:]]).numpy()
 
 
 class MotionViews(data.PretrainingViews):
@@ -326,7 +299,7 @@ class MCL(moco.MoCo):
         """Views that follow motion maps, if anything does; on generated videos, makes these first.
 
         Raises:
-            FileNotFoundError: a video has no map.
+            UserError: a video has no map.
         """
         config = self.config
         temporal, spatial = config.temporal_sampling == "motion", config.spatial_sampling == "motion"
@@ -341,11 +314,11 @@ class MCL(moco.MoCo):
     def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
         """Views as `MotionViews` makes them, batched → the named losses; enqueues the keys at the end."""
         with recorded_inputs(last_norms(self.encoder)) as features:  # h, in as many parts as there are branches
-            maps = self.encode(views, motion=False)
+            maps = self.encode(views, None)
         losses, keys = self.instance_losses(maps)  # Eq. 3
         if self.aligned:
             response = self.response(maps.query, keys["vv"], features)  # Eq. 4-6
-            motion = views["motion"].transpose(0, 1).flatten(0, 1)  # m^ST, (2B, frames, SIZE, SIZE)
+            motion = self.both(views["motion"])  # m^ST, (2B, frames, SIZE, SIZE)
             motion = F.adaptive_avg_pool3d(motion, response.shape[1:])
             for name in self.aligned:
                 losses[name] = motion_alignment(response, motion, name)  # Eq. 7
@@ -359,22 +332,28 @@ class MCL(moco.MoCo):
         (2B, D), and h, (2B, C, T, H, W) in parts. Gradients pass through g."""
         gradient = None
         if self.config.alignment != "v1":
-            query, key = self.project(self.head, moco.pool(maps)), keys.unflatten(0, (2, -1)).flip(0)
+            query, key = self.project(self.head, pool(maps)), keys.unflatten(0, (2, -1)).flip(0)
             gradient = torch.cat(torch.autograd.grad((query * key).sum(), features, create_graph=True), 1)
         return response_map(torch.cat(features, 1), gradient, self.config.alignment)
 
 
+def make_maps(config: MapsConfig) -> None:
+    """Makes the motion maps that MCL trains with, once for each training video. Those that are there stay."""
+    videos = config.find_videos()
+    print(videos.report)
+    print(MotionMaps(config).make(videos.paths, config.workers))
+
+
+COMMANDS = {
+    "": (functools.partial(pretrain.pretrain, MCL), MCLConfig, PRESETS),
+    "maps": (make_maps, MapsConfig, FLOW),
+}
+
+
 def main() -> None:
     """`mcl.py maps …` makes motion maps, `mcl.py …` trains."""
-    if sys.argv[1:2] != ["maps"]:
-        pretrain.main(MCL, MCLConfig, PRESETS, __doc__)
-        return
-    doc = "Makes the motion maps that MCL trains with, once for each training video. Those that are there stay."
-    config = parse(MapsConfig, doc, FLOW, sys.argv[2:])
-    with user_errors():
-        videos = config.find_videos()
-        print(videos.report)
-        print(MotionMaps(config).make(videos.paths, config.workers))
+    _, command, config, _ = dispatch(COMMANDS, __doc__)
+    command(config)
 
 
 if __name__ == "__main__":

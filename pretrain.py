@@ -1,20 +1,33 @@
-"""What the command lines of all methods share: which videos to train on, and the run from options to checkpoint."""
+"""What every method shares besides the loop: options, views, encoder and head, and the run from options to checkpoint.
+
+A method of one's own is a config class, a subclass of `Method` with a `forward`, and a call of `main`: see
+examples/simclr.py.
+"""
 
 import copy
 import dataclasses
+import math
+import os
 import shlex
+import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 import data
-import evaluate
 import find
-from cli import parse
-from runs import continued, unused_folder
-from train import Options, fit, leave_signals, loader_workers, option, start_process, user_errors
+from augment import encoder_input
+from cli import parse, program
+from models import ENCODERS, ProjectionHead, build_encoder
+from processes import leave_signals, loader_workers, start_process
+from runs import continued, fit_in_folder, unused_folder
+from train import Options, Process, TrainConfig, UserError, method_name, option, sgd, user_errors
+
+MEMORY_FORMATS = {"channels_last": torch.channels_last_3d, "contiguous": torch.contiguous_format}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,49 +48,166 @@ class VideosConfig(Options):
     def find_videos(self) -> "data.VideoList":  # quoted, as data is an option here
         """`find.find_videos` by these options; of `synthetic`, the unlabeled videos if there are any."""
         files = self.list_file or None, self.exclude or None
-        return find.find_videos(self.dataset, self.root, True, self.split, *files, unlabeled=True)
+        with user_errors():
+            return find.find_videos(self.dataset, self.root, True, self.split, *files, unlabeled=True)
 
 
-def main(method_class: type[nn.Module], config_class: type[Options], presets: dict[str, dict], doc: str) -> None:
-    """Trains a method as its command line says; on the generated videos, shows at the end what it has learnt."""
-    config = parse(config_class, doc, presets)
-    process = start_process(config.device, config.timeout, config.deterministic == "on")
-    with user_errors():
-        torch.manual_seed(config.seed)
-        method = method_class(config)
-        untrained = copy.deepcopy(method.encoder) if config.dataset == "synthetic" else None
-        with process.first():
-            videos = config.find_videos()
-        process.say(videos.report)
-        seen = {"videos": videos.seen(config.root)} if process.rank == 0 else {}
-        config = continued(config, process, seen)
-        total_batch = config.batch_size * process.world_size
-        if len(videos) < total_batch:
-            raise ValueError(
-                f"{config.root}: {len(videos)} videos, fewer than the total batch of {total_batch}: lower --batch_size"
+@dataclasses.dataclass(frozen=True)
+class PretrainConfig(TrainConfig, VideosConfig):
+    """Options of every method: of the loop, of videos, of clips and their colours, and of the encoder; the defaults are
+    FIMA's for UCF101 (Sec. 4.1, A.3)."""
+
+    frames: int = option(16, "frames of a clip", (1, 4096))
+    frame_stride: int = option(2, "a clip takes every Nth frame of the video", (1, 4096))
+    crop: int = option(224, "height and width of a clip in pixels; the paper has 112 for r2plus1d_18", (1, 1024))
+    encoder: str = option("i3d", "video encoder", tuple(ENCODERS))
+    width: float = option(1.0, "factor on the encoder's numbers of channels", (0.01, 8))
+    min_scale: float = option(0.2, "least share of a frame's area that a random crop covers", (0.01, 1))
+    jitter_p: float = option(0.8, "probability of colour jitter (A.3 prints 0.2)", (0, 1))
+    gray_p: float = option(0.2, "probability of grayscale", (0, 1))
+    blur_p: float = option(0.5, "probability of Gaussian blur (A.3 prints 0.2)", (0, 1))
+    memory_format: str = option(
+        "channels_last", "order of the encoder's input in memory, a matter of speed alone", tuple(MEMORY_FORMATS)
+    )
+    compile: str = option(
+        "off", "torch.compile encoders and augmentation: minutes of waiting, then faster steps", ("off", "on")
+    )
+
+    FREE = TrainConfig.FREE | {"data", "list_file", "exclude", "memory_format", "compile"}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.encoder == "s3d" and self.width != 1:
+            raise UserError(f"--width {self.width:g}: s3d comes in width 1 only")
+
+
+PRESETS = {  # what is the same for every method
+    "synthetic": dict(encoder="conv4", crop=32, epochs=12, batch_size=32, min_scale=0.5, jitter_p=0.2, blur_p=0.2),
+    "ucf101": dict(encoder="i3d", crop=224, epochs=200, batch_size=8, lr=0.04),
+    "k400": dict(encoder="i3d", crop=224, epochs=100, batch_size=8, lr=0.04),
+}
+
+
+def pool(maps: Tensor) -> Tensor:
+    """Global average over time and space: (..., C, T, H, W) → (..., C)."""
+    return maps.mean((-3, -2, -1))
+
+
+class Method(nn.Module):
+    """Base of the methods: a video encoder f, a projection head g, and the views of videos that they are trained on.
+
+    A subclass has a `forward`. What else the loop asks of a method, and what `metrics` are, says train.py. A method
+    that takes sub-clips says in `sub_clips` how many of each view.
+
+    Raises:
+        UserError: the crop or number of frames does not suit the encoder's strides; no compiler for --compile on.
+    """
+
+    sub_clips = 0
+
+    def __init__(self, config: PretrainConfig):
+        super().__init__()
+        self.config = config
+        self.encoder = build_encoder(config.encoder, config.width)
+        steps, stride, _ = self.encoder.strides
+        if config.crop < 2 * stride:
+            raise UserError(
+                f"--crop {config.crop} is too small: {config.encoder} has stride {stride}, take {2 * stride} or more"
             )
-        if config.queue > len(videos):
-            process.say(
-                f"warning: --queue {config.queue} exceeds the {len(videos)} videos, which then meet their own keys"
+        if config.frames % steps or config.frames < steps:
+            raise UserError(
+                f"--frames {config.frames} is no multiple of {steps}, the stride of {config.encoder} in time"
             )
-        with process.first():
-            views = method.make_views(videos)
+        self.head = ProjectionHead(self.encoder.out_channels)
+        self.metrics: dict[str, Tensor | float] = {}
+        if config.compile == "on":
+            compiler = os.environ.get("CXX", "g++")
+            if not shutil.which(compiler):
+                raise UserError(f"--compile on needs a C++ compiler, there is no {compiler}: install one, or set CXX")
+            self.encoder.compile(dynamic=False)  # there are no more than three batch sizes
+            if torch.cuda.is_available():  # on a CPU the augmentation goes by its parameters, clip by clip
+                self.encoder_input = torch.compile(self.encoder_input, dynamic=False)
+
+    def make_views(
+        self, videos: data.VideoList, kind: type[data.PretrainingViews] = data.PretrainingViews, **more: Any
+    ) -> data.PretrainingViews:
+        """What to train on, by the method's options; the first process makes its own before the others do."""
+        config = self.config
+        color = dict(jitter_p=config.jitter_p, gray_p=config.gray_p, blur_p=config.blur_p)
+        shape = config.crop, config.frames, config.frame_stride, self.sub_clips
+        return kind(videos, *shape, config.seed, min_scale=config.min_scale, color=color, **more)
+
+    def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Views as `data.PretrainingViews` makes them, batched, and "epoch", how many have passed → named losses."""
+        raise NotImplementedError
+
+    @staticmethod
+    def both(entry: Tensor) -> Tensor:
+        """An entry of the views, (B, 2, ...) → (2B, ...), first all source views, then all target views."""
+        return entry.transpose(0, 1).flatten(0, 1)
+
+    def encoder_input(self, clips: Tensor, color: Tensor | None, difference: bool = False) -> Tensor:
+        """uint8 clips (N, 3, frames, H, W) → V or, taken before the colours, D; then colours, if any, normalised."""
+        return encoder_input(clips, color, difference, MEMORY_FORMATS[self.config.memory_format])
+
+    @staticmethod
+    def project(head: nn.Module, features: Tensor) -> Tensor:
+        """g and the L2 norm of h in Eq. 1 of FIMA: (..., C) → (..., D), float32."""
+        return F.normalize(head(features).float(), dim=-1)
+
+    def optimizer(self, config: PretrainConfig) -> torch.optim.Optimizer:
+        """SGD, which a subclass may replace; the learning rate is set before each step, by `config.learning_rate`."""
+        return sgd(self, config)
+
+    def warnings(self, line: dict[str, float]) -> list[str]:
+        """What a line of the log, after the first epoch, shows to be wrong: features that have collapsed, where the
+        method logs "feature_std", the standard deviation of L2-normalised features of D channels (1/√D at best)."""
+        least = 0.1 * self.head.net[-1].out_features ** -0.5
+        collapsed = line["epoch"] > 1 and line.get("feature_std", math.inf) < least
+        return ["the features of all clips are nearly the same (feature_std): try a lower --lr"] * collapsed
+
+
+def batches(items: data.Items, config: TrainConfig, process: Process) -> tuple[Callable[[int], Iterator[dict]], int]:
+    """For `fit`: step to start from → the batches of this process from there on, and the number of steps in an epoch.
+
+    Raises:
+        UserError: there are fewer items than in a batch of all processes.
+    """
+    place = process.rank, process.world_size
 
     def sampler(start: int) -> data.StepSampler:
-        return data.StepSampler(
-            len(views), config.batch_size, config.epochs, config.seed, process.rank, process.world_size, start
-        )
+        return data.StepSampler(len(items), config.batch_size, config.epochs, config.seed, *place, start)
 
     def make_loader(start: int) -> Iterator[dict]:
-        return data.load_batches(views, sampler(start), loader_workers(config, process), leave_signals)
+        return data.load_batches(items, sampler(start), loader_workers(config, process), leave_signals)
 
-    name = method_class.__name__.lower()
+    with user_errors((ValueError,)):
+        return make_loader, sampler(0).steps_per_epoch
+
+
+def pretrain(method_class: type[Method], config: PretrainConfig) -> None:
+    """Trains a method, from options to checkpoint; on the generated videos, shows at the end what it has learnt."""
+    process = start_process(config.device, config.timeout, config.deterministic == "on")
+    torch.manual_seed(config.seed)
+    method = method_class(config)
+    untrained = copy.deepcopy(method.encoder) if config.dataset == "synthetic" else None
+    with process.first():
+        videos = config.find_videos()
+    process.say(videos.report)
+    seen = {"videos": videos.seen(config.root)} if process.rank == 0 else {}
+    config = continued(config, process, seen)
+    with process.first():
+        views = method.make_views(videos)
+    make_loader, steps = batches(views, config, process)
+    name = method_name(type(config)).lower()
     unused = f"runs/{name}-{config.dataset}-{time.strftime('%Y%m%d-%H%M%S')}"
-    with user_errors():
+    with user_errors((OSError,)):
         out = config.out or process.of_first(lambda: unused_folder(unused))
-    steps, paths = sampler(0).steps_per_epoch, views.videos.paths
-    checkpoint = fit(method, config, process, make_loader, steps, out, paths=paths, seen=seen)
+    paths = views.videos.paths
+    checkpoint = fit_in_folder(method, config, process, make_loader, steps, out, seen, paths=paths)
     if config.dataset == "synthetic":
+        import evaluate  # here, as it is a command, not a part of any method
+
         shape = config.crop, config.frames, config.frame_stride
         encoders = {"untrained": untrained, name: method.encoder}
         evaluate.first_look(encoders, config.root, shape, process, loader_workers(config, process))
@@ -85,7 +215,12 @@ def main(method_class: type[nn.Module], config_class: type[Options], presets: di
     process.say(
         f"\nnext:\n  python evaluate.py retrieve --checkpoint {quoted}    # R@k, 10 clips a video\n"
         f"  python evaluate.py linear --checkpoint {quoted} --cached 10    # accuracy of a linear classifier\n"
-        f"  python {name}.py --dataset folder --data YOUR_VIDEOS --encoder {config.encoder} --width {config.width} "
-        f"--crop {config.crop}    # your own videos\n"
-        f"  python {name}.py --help    # every option, and what each data set's preset sets"
+        f"  python {shlex.join(program())} --dataset folder --data YOUR_VIDEOS --encoder {config.encoder} --width "
+        f"{config.width} --crop {config.crop}    # your own videos\n"
+        f"  python {shlex.join(program())} --help    # every option, and what each data set's preset sets"
     )
+
+
+def main(method_class: type[Method], config_class: type[PretrainConfig], presets: dict[str, dict], doc: str) -> None:
+    """`pretrain` by the options of the command line."""
+    pretrain(method_class, parse(config_class, doc, presets))

@@ -1,11 +1,355 @@
-"""Which run to continue: what checkpoints say of options and videos, against what is asked for."""
+"""Runs on the disk: folders that are one run's alone, their records and checkpoints, and which run to continue."""
 
+import contextlib
 import dataclasses
+import importlib.metadata
+import json
+import math
 import os
-from collections.abc import Callable
+import platform
+import shlex
+import stat
+import subprocess
+import sys
+import time
+import zipfile
+import zlib
+from collections.abc import Callable, Container, Iterable, Iterator
 from pathlib import Path
+from typing import Any, TextIO
 
-from train import Config, Process, UserError, _method_name, load_checkpoint, saved_options, unpack
+import torch
+from torch import Tensor, nn
+
+from train import Config, Log, Options, Process, Run, UserError, check_option, fit, method_name, user_errors, write_file
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+
+# ---------------------------------------------------------------------------------------------------------- folders
+
+
+_locks: dict[str, TextIO] = {}  # of the run folders that this process has
+
+
+def claim_folder(path: Path, resume: str = "") -> None:
+    """Makes a run folder this process's own, until `end_process` or the process's end, also by a kill.
+
+    The lock is the system's, on the file `lock`, of a kind (POSIX record) that children do not inherit. Over NFS it
+    holds between machines where the server's lock service runs. Where there is none, and on Windows, a line says that
+    nothing keeps a second run away. What a killed run left half-written is deleted.
+
+    Raises:
+        UserError: another process has the folder, or it holds another run than that of the checkpoint to resume, if
+            any, or logs that are not of a run.
+        OSError: it cannot be written.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    if (name := os.path.realpath(path)) not in _locks:  # to open and close it again would free it
+        check_replaceable(path / "lock", b"process ")
+        file = open(path / "lock", "a+")  # noqa: SIM115, as end_process closes it
+        try:
+            if not fcntl:
+                raise OSError("this system has none")
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            file.seek(0)
+            holder = file.read(200).strip() or "another process"
+            raise UserError(f"{path} is in use by {holder}: wait for its end, or name another --out") from error
+        except OSError as error:
+            print(f"warning: {path} can't be locked ({error.strerror or error}): start no second run with this --out")
+        _locks[name] = file
+        with naming(file.name):
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()}\n")
+            file.flush()
+    if not resume or Path(resume).resolve().parent != path.resolve():
+        for saved in (path / "checkpoint.pt", *sorted(path.glob("epoch_*.pt"))):
+            if saved.exists():
+                raise UserError(
+                    f"{path} holds a run already: continue it with --resume {shlex.quote(str(saved))}, move it away if "
+                    "it is damaged, or name another --out"
+                )
+        for log in (path / "log.jsonl", path / "bad_videos.log"):
+            if log.exists() and not (path / "run.json").exists():
+                raise UserError(f"{log} is of no run, as there is no run.json beside it: name another --out")
+    saved = Path(os.path.realpath(path / "checkpoint.pt"))
+    names = ("epoch_*.pt", "run.json", "log.jsonl", "bad_videos.log", "result.json", "result_confusion.png")
+    for folder, name in ((saved.parent, saved.name), *((path, name) for name in names)):
+        for left in folder.glob(f"{name}.????????.partial"):
+            left.unlink(missing_ok=True)
+
+
+def free_folders() -> None:
+    """Lets other processes have the run folders that this one has."""
+    while _locks:
+        _locks.popitem()[1].close()
+
+
+def check_replaceable(path: str | Path, *beginnings: bytes) -> None:
+    """Raises UserError where `path` is there, is not empty, and does not begin like what is to be written there."""
+    begin = None
+    if os.path.isfile(path):
+        with open(path, "rb") as file:
+            begin = file.read(64)
+    if os.path.exists(path) and begin != b"" and not (begin and begin.startswith(beginnings)):
+        what = "a folder" if os.path.isdir(path) else "something else than what would be written there"
+        raise UserError(f"{path} is {what}: name another --out")
+
+
+@contextlib.contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Gives an OSError of the system that has no name, as that of a full disk, the one of what was written."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+# ---------------------------------------------------------------------------------------------------------- records
+
+
+def git_commit() -> str:
+    """Commit of the code that runs, "+changes" if its files differ from it; "" outside a git checkout."""
+    describe = ["describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+changes"]
+    try:
+        done = subprocess.run(["git", *describe], cwd=Path(__file__).resolve().parent, capture_output=True, text=True)
+    except OSError:
+        return ""
+    return done.stdout.strip()
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that results may depend on."""
+    found = {"python": platform.python_version()}
+    for package in ("torch", "torchvision", "av", "numpy"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+def read_json(path: Path) -> Any:
+    """What a file of JSON holds; raises UserError where it can't be read, or is damaged."""
+    try:
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path} can't be read: {error.strerror}") from error
+    except (RecursionError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}): move it away") from error
+
+
+def read_starts(path: Path) -> list[dict]:
+    """run.json: a dict for each start of a run, the last one last; raises UserError as `read_json` does."""
+    starts = read_json(path)
+    for start in starts if isinstance(starts, list) and starts else [None]:
+        if not (isinstance(start, dict) and all(isinstance(start.get(name), dict) for name in ("config", "versions"))):
+            raise UserError(f"{path} is damaged (no list of starts with their config and versions): move it away")
+    return starts
+
+
+def read_lines(path: Path) -> list[dict[str, float]]:
+    """The lines of log.jsonl, without damaged ones, as a kill may leave one."""
+    lines = []
+    for text in path.read_bytes().splitlines():
+        with contextlib.suppress(AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError):
+            line = json.loads(text)
+            numbers = [float(value) for value in line.values() if type(value) in (int, float)]
+            if len(numbers) == len(line) and all(0 <= line[name] < math.inf for name in ("step", "epoch")):
+                lines.append(line)
+    return lines
+
+
+class FolderLog(Log):
+    """Keeps what a run says in its folder: numbers in log.jsonl, and in TensorBoard's events where it is installed;
+    config, command, commit and versions of each start in run.json; unreadable videos in bad_videos.log. Only the first
+    process writes, and needs the folder.
+
+    Raises:
+        UserError: a file can't be written, or run.json is damaged.
+    """
+
+    MOST_OVERLAP = 0.8  # of the two windows of a video, which are to show different moments
+
+    def __init__(self, run: Run, folder: Path, clips: int):
+        super().__init__(run, folder, clips)
+        self.board, self.starts = None, []
+        if run.process.rank == 0:
+            with user_errors((OSError,)), naming(folder):
+                self.open()
+
+    def open(self) -> None:
+        """Adds this start to run.json, and cuts the logs to what a resumed run goes on from."""
+        run, folder = self.run, self.folder
+        record, log, bad_videos = folder / "run.json", folder / "log.jsonl", folder / "bad_videos.log"
+        on_gpu = run.process.device.type == "cuda"
+        self.starts = read_starts(record) if record.exists() else []
+        self.starts.append(
+            {
+                "command": shlex.join([sys.executable, *sys.argv]),
+                "config": dataclasses.asdict(run.config),
+                "start_step": run.done,
+                "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+                "git_commit": git_commit(),
+                "versions": versions(),
+                "processes": run.process.world_size,
+                "hardware": torch.cuda.get_device_name() if on_gpu else f"{os.cpu_count()} CPU cores",
+            }
+        )
+        self.note()
+        if log.exists():  # later steps come again; by the epoch, as with another batch a step is another part of it
+            last = (run.done + 0.6) / run.steps_per_epoch
+            write_file(log, "".join(json.dumps(line) + "\n" for line in read_lines(log) if line["epoch"] < last))
+        if bad_videos.exists():
+            content = bad_videos.read_bytes()
+            write_file(bad_videos, content[: content.rfind(b"\n") + 1])  # a kill may have cut the last line
+        with contextlib.suppress(ImportError):
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(folder), purge_step=run.done + 1)
+
+    def note(self, **facts: Any) -> None:
+        """Writes run.json, with facts about this start of the run that have come to be known."""
+        self.starts[-1] |= facts
+        with user_errors((OSError,)):
+            write_file(self.folder / "run.json", json.dumps(self.starts, indent=1) + "\n")
+
+    def write(self, line: dict[str, float]) -> None:
+        """Appends a line to log.jsonl."""
+        if self.run.process.rank > 0:
+            return
+        path = self.folder / "log.jsonl"
+        with user_errors((OSError,)), naming(path), open(path, "a") as file:
+            file.write(json.dumps(line) + "\n")
+        with user_errors((OSError,)), naming(self.folder):
+            for name, value in line.items() if self.board else ():
+                self.board.add_scalar(name, value, line["step"])
+
+    def add_bad(self, bad: list[tuple[str, str]]) -> None:
+        """Names videos in bad_videos.log, each once."""
+        if self.run.process.rank > 0:
+            return
+        path = self.folder / "bad_videos.log"
+        with (
+            user_errors((OSError,)),
+            naming(path),
+            open(path, "a+", encoding="utf-8", errors="backslashreplace") as file,
+        ):
+            file.seek(0)
+            named, step = file.read(), self.run.done
+            lines = {path: f"step {step}\t{path!r}\t{reason}".splitlines()[0] + "\n" for path, reason in bad}
+            file.writelines(line for path, line in lines.items() if f"\t{path!r}\t" not in named)
+
+    def summary(self) -> dict[str, float]:
+        """As of every log, and puts the mean overlap of a video's windows, where that is logged, in run.json."""
+        means = super().summary()
+        if "overlap" in means and self.run.process.rank == 0:
+            self.note(overlap=means["overlap"])
+        if means.get("overlap", 0) > self.MOST_OVERLAP:
+            found = f"the two windows of a video share more than {self.MOST_OVERLAP:.0%} of their frames (overlap)"
+            self.warn([f"{found}: take longer videos, or a smaller --frames or --frame_stride"])
+        return means
+
+    def close(self) -> None:
+        """Writes what TensorBoard still holds back, too."""
+        super().close()
+        if self.board is not None:
+            with user_errors((OSError,)), naming(self.folder):
+                self.board.close()
+
+
+# ------------------------------------------------------------------------------------------------------ checkpoints
+
+
+CHECKPOINT = {"method": str, "config": dict, "model": dict, "optimizer": dict}
+COUNTS = {"step": 0, "steps_per_epoch": 1, "world_size": 1, "bad_videos": 0, "skipped_steps": 0}  # at least these
+THIS_START = {"out", "resume", "max_steps", "changed_data"}  # options that a checkpoint does not hand on
+
+
+def load_checkpoint(path: str | Path, foreign: bool = False, whole: bool = True) -> dict:
+    """A checkpoint of `fit`: what `CHECKPOINT` and `COUNTS` name, each of its type; runs no code in it.
+
+    Args:
+        foreign: take another project's file too, as a checkpoint of no method and no config whose "model" is all of it.
+        whole: read and check the tensors' bytes, too, not only what is said of them.
+
+    Raises:
+        UserError: no such file, no permission, damaged, not a checkpoint of this project, or of the conv4 of old.
+    """
+
+    def others() -> str:
+        names = ", ".join(sorted(other.name for other in Path(path).parent.glob("epoch_*.pt") if other != Path(path)))
+        return f"; beside it lie {names}" if names else ""
+
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise FileNotFoundError
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=not whole)
+        if whole and zipfile.is_zipfile(path) and (wrong := zipfile.ZipFile(path).testzip()):
+            raise zipfile.BadZipFile(wrong)  # torch compares no check sums
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(f"no checkpoint at {path}") from error
+    except OSError as error:
+        raise UserError(f"{path} can't be read: {error.strerror or error}") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # torch raises whatever its readers meet: pickle, zip, runtime and end-of-file errors
+        advice = "; if you trust it, have its own code save the state dict alone" * foreign
+        raise UserError(
+            f"{path} is damaged, or no checkpoint, or holds code, which is never run{others()}{advice}"
+        ) from error
+    state = {"bad_videos": 0, "skipped_steps": 0} | state if isinstance(state, dict) else state  # older ones lack them
+    if not isinstance(state, dict) or not {*CHECKPOINT, *COUNTS} <= state.keys():
+        if foreign:
+            return {"method": "", "config": {}, "model": state}
+        raise UserError(
+            f"{path} is no checkpoint of this project: it lacks some of {', '.join((*CHECKPOINT, *COUNTS))}"
+        )
+    good = {name: isinstance(state[name], kind) for name, kind in CHECKPOINT.items()}
+    good |= {name: type(state[name]) is int and least <= state[name] < 2**63 for name, least in COUNTS.items()}
+    tensors = state["model"].items() if good["model"] else ()
+    good["model"] &= all(isinstance(name, str) and isinstance(value, Tensor) for name, value in tensors)
+    if wrong := ", ".join(name for name in good if not good[name]):
+        raise UserError(f"{path} is damaged, or of other code: no valid {wrong} in it{others()}")
+    if any(name.endswith("units.0.conv3d.weight") for name in state["model"]):
+        raise UserError(f"{path} is of conv4 before its feature pixels were centred: only code of then takes it")
+    return state
+
+
+def saved_options(path: str | Path, state: dict, config_class: type[Options], given: Container[str] = ()) -> dict:
+    """Those options of a checkpoint that a config has, but for what belongs to one start of a run.
+
+    Raises:
+        UserError: one that is not given anew has a value that it can't have.
+    """
+    fields = [field for field in dataclasses.fields(config_class) if field.name in state["config"].keys() - THIS_START]
+    for field in fields:
+        if field.name not in given:
+            try:
+                check_option(field, state["config"][field.name])
+            except UserError as error:
+                raise UserError(f"{path} was made with {error}") from error
+    return {field.name: state["config"][field.name] for field in fields}
+
+
+def pack(seen: dict) -> Tensor:
+    """What a run has seen, as a checkpoint holds it: its videos' lists are long."""
+    return torch.frombuffer(bytearray(zlib.compress(json.dumps(seen).encode())), dtype=torch.uint8)
+
+
+def unpack(path: str | Path, state: dict) -> dict:
+    """What the run of a checkpoint has seen; nothing, if it was written before that was kept."""
+    try:
+        return json.loads(zlib.decompress(state["seen"].numpy())) if "seen" in state else {}
+    except (AttributeError, TypeError, ValueError, zlib.error) as error:
+        raise UserError(f"{path} is damaged, or of other code: no valid seen in it") from error
+
+
+# --------------------------------------------------------------------------------------------------------- resuming
 
 
 def differences(was: dict, now: dict) -> str:
@@ -65,7 +409,7 @@ def find_run(config: Config, seen: dict, say: Callable[[str], None]) -> str:
     """The readable checkpoint of most steps whose method, options (but FREE ones) and seen videos are these; "" for
     none. Says which, and what speaks against others.
     """
-    method, found, others = _method_name(type(config)), [], {}
+    method, found, others = method_name(type(config)), [], {}
     beside = getattr(config, "checkpoint", "")
     folder = Path(config.out or (Path(beside).parent if beside else "runs"))
     look = folder.glob if config.out else folder.rglob
@@ -112,3 +456,37 @@ def unused_folder(path: str) -> str:
             name = f"{path}-{number}"
         else:
             return name
+
+
+def fit_in_folder(
+    method: nn.Module,
+    config: Config,
+    process: Process,
+    make_loader: Callable[[int], Iterable[dict]],
+    steps_per_epoch: int,
+    out: str,
+    seen: dict,
+    **options: Any,
+) -> Path:
+    """`fit` in a run folder, `config.out` or else `out`, from the checkpoint `config.resume` on, if there is one.
+
+    Args:
+        seen: what the checkpoints are to say of the videos, on the first process (see `continued`).
+        options: more of `fit`.
+
+    Raises:
+        UserError: the folder is another run's, or can't be made, and what `fit` and `load_checkpoint` raise.
+    """
+    folder, path = Path(config.out or out), config.resume
+    with user_errors((OSError,)):
+        process.of_first(lambda: claim_folder(folder, path))  # before the checkpoint is read: none writes it now
+    state = load_checkpoint(path) if path else None
+    if state:
+        seen, asked = unpack(path, state) | seen, dataclasses.asdict(config)
+        was = {k: v for k, v in state["config"].items() if k in asked.keys() - THIS_START}
+        if changed := [k for k in asked if type(was.get(k)) in (int, float, str) and asked[k] != was[k]]:
+            process.say("note: goes on with " + ", ".join(f"--{k} {asked[k]} (was {was[k]})" for k in changed))
+    extra = {"seen": pack(seen), "versions": versions()}
+    return fit(
+        method, config, process, make_loader, steps_per_epoch, folder, state, make_log=FolderLog, extra=extra, **options
+    )

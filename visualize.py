@@ -44,20 +44,9 @@ from cli import command_line, dispatch, shown
 from evaluate import PNG, plain
 from features import EncoderConfig, load_encoder, nearest, subset, unit_features, video_outputs
 from losses import activation_map, bin_centers, foreground_mask, seen_box
-from train import (
-    UserError,
-    check_replaceable,
-    load_checkpoint,
-    load_model,
-    option,
-    read_json,
-    read_lines,
-    read_starts,
-    saved_options,
-    start_process,
-    user_errors,
-    write_file,
-)
+from processes import start_process
+from runs import check_replaceable, load_checkpoint, read_json, read_lines, read_starts, saved_options
+from train import UserError, load_model, option, user_errors, write_file
 from video import Video
 
 BLUE, ORANGE, GREEN, GRAY = "#0072B2", "#D55E00", "#009E73", "#555555"  # colour-blind safe (Okabe and Ito)
@@ -239,7 +228,7 @@ def read_log(run: str) -> list[dict[str, float]]:
     """The undamaged lines of a run's log.jsonl; raises UserError where there is no such file, or nothing in it."""
     path = Path(run, "log.jsonl")
     with user_errors():
-        lines = [numbers for _, numbers in read_lines(path) if numbers]
+        lines = read_lines(path)
     if not lines or not any(name.startswith("loss/") for name in lines[-1]):
         raise UserError(f"{path} holds no line yet: wait for the first --log_every steps of the run")
     return lines

@@ -12,7 +12,6 @@ import dclr
 import evaluate
 import fame
 import fima
-import mcl
 import moco
 import pretrain
 import synthetic
@@ -33,6 +32,12 @@ def pytest_cmdline_main(config):
 
 SMALL = ["--encoder=r3d_18", "--width=0.0625", "--crop=48", "--batch_size=4", "--queue=8", "--device=cpu"]
 DECODER = ["--decoder_width=32"]
+METHODS = {
+    dclr: (dclr.DCLR, dclr.DCLRConfig),
+    fame: (fame.FAME, fame.FAMEConfig),
+    fima: (fima.FIMA, fima.FIMAConfig),
+    moco: (moco.MoCo, moco.MoCoConfig),
+}
 CONV4 = ["--encoder=conv4", "--width=0.25", "--crop=32"]  # the cheapest
 
 
@@ -54,14 +59,8 @@ def run(videos, tmp_path, monkeypatch, capsys):
         monkeypatch.chdir(tmp_path)
         arguments = [*flags, *where] if script is evaluate else [*own, *flags, *where]  # the last of a kind counts
         monkeypatch.setattr(sys, "argv", [script.__name__ + ".py", *map(str, arguments)])
-        main = {
-            dclr: lambda: pretrain.main(dclr.DCLR, dclr.DCLRConfig, dclr.PRESETS, dclr.__doc__),
-            fame: lambda: pretrain.main(fame.FAME, fame.FAMEConfig, fame.PRESETS, fame.__doc__),
-            fima: lambda: pretrain.main(fima.FIMA, fima.FIMAConfig, fima.PRESETS, fima.__doc__),
-            mcl: mcl.main,
-            moco: lambda: pretrain.main(moco.MoCo, moco.MoCoConfig, moco.PRESETS, moco.__doc__),
-            evaluate: evaluate.main,
-        }[script]
+        method = METHODS.get(script)
+        main = (lambda: pretrain.main(*method, script.PRESETS, script.__doc__)) if method else script.main
         with pytest.raises(SystemExit) as stop:
             cli.command_line(main)
         out, err = capsys.readouterr()

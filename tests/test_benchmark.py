@@ -149,7 +149,7 @@ def test_step_writes_its_json(run):
 @pytest.mark.parametrize(("way", "kept"), [("ours", 1), ("plain", 0)])
 def test_plain_in_a_process_of_its_own_leaves_the_heap_to_the_system(way, kept, run, monkeypatch):
     calls = []
-    monkeypatch.setattr(benchmark.train, "keep_freed_memory", lambda: calls.append(1))
+    monkeypatch.setattr(benchmark.processes, "keep_freed_memory", lambda: calls.append(1))
     assert run("one", way=way)[0] == 0
     assert len(calls) == kept
 

@@ -31,6 +31,8 @@ import fima
 import find
 import moco
 import pretrain
+import processes
+import runs
 import synthetic
 import train
 from train import Process
@@ -58,7 +60,7 @@ def numbers(path):
 
 
 def encoder_of(path):
-    return {k: v for k, v in train.load_checkpoint(path)["model"].items() if k.startswith("encoder.")}
+    return {k: v for k, v in runs.load_checkpoint(path)["model"].items() if k.startswith("encoder.")}
 
 
 # --------------------------------------------------------------------------------------------------------- measures
@@ -129,7 +131,7 @@ def test_accuracies_by_hand(tmp_path, capsys, monkeypatch):
         "unreadable": [["e", "cut"]],
         "gallery": 7,
     }
-    assert record["protocol"] == "knn" and record["config"]["k"] == 20 and record["versions"] == train.versions()
+    assert record["protocol"] == "knn" and record["config"]["k"] == 20 and record["versions"] == runs.versions()
     assert {"command", "git_commit", "processes"} <= record.keys()
     assert "top1 60.0 %" in capsys.readouterr().out
     (tmp_path / "knn.json").unlink()
@@ -270,7 +272,7 @@ def test_all_views_cached_are_the_views_of_the_epochs(run, pretrained):
     weights = []
     for cached in (0, 3, 1):
         assert run(evaluate, *flags, "--cached", cached, "--out", f"{cached}")[0] == 0
-        weights.append(train.load_checkpoint(run.path / f"{cached}" / "checkpoint.pt")["model"]["fc.weight"])
+        weights.append(runs.load_checkpoint(run.path / f"{cached}" / "checkpoint.pt")["model"]["fc.weight"])
     torch.testing.assert_close(weights[0], weights[1], atol=1e-5, rtol=1e-4)
     assert not torch.allclose(weights[0], weights[2], atol=1e-5, rtol=1e-4)
 
@@ -391,11 +393,11 @@ def test_resuming_is_exact_to_the_last_bit(run, pretrained, protocol, flags):
         assert run(evaluate, *start)[0] == 0
     assert numbers(run.path / "half" / "result.json")["trained_epochs"] < 1
     resume = [protocol, "--resume", "half/checkpoint.pt", "--workers", 1]
-    state = train.load_checkpoint(pretrained)
+    state = runs.load_checkpoint(pretrained)
     pretrained.unlink()  # not needed any more
     code, out, err = run(evaluate, *resume, dataset=None)
     assert code == 0 and "resumed after step 1" in out, err
-    weights = {name: train.load_checkpoint(run.path / name / "checkpoint.pt") for name in ("whole", "half")}
+    weights = {name: runs.load_checkpoint(run.path / name / "checkpoint.pt") for name in ("whole", "half")}
     assert weights["whole"]["step"] == weights["half"]["step"] == 3 * (2 if protocol == "finetune" else 3)
     assert weights["whole"]["model"].keys() == weights["half"]["model"].keys()
     assert all(torch.equal(v, weights["half"]["model"][k]) for k, v in weights["whole"]["model"].items())
@@ -428,7 +430,7 @@ def test_ctrl_c_says_how_to_go_on(run, pretrained, monkeypatch):
     monkeypatch.setattr(evaluate.ClassifyConfig, "learning_rate", press)
     code, out, _ = run(evaluate, "finetune", "--checkpoint", pretrained, *FAST, "--batch_size", 8, "--out", "run")
     assert code == 130 and "evaluate.py finetune --resume run/checkpoint.pt" in out
-    assert train.load_checkpoint(run.path / "run" / "checkpoint.pt")["step"] == 4
+    assert runs.load_checkpoint(run.path / "run" / "checkpoint.pt")["step"] == 4
 
 
 def evaluate_as(rank, pretrained, videos, out, ports):
@@ -452,7 +454,7 @@ def evaluate_as(rank, pretrained, videos, out, ports):
         for flags in (probe if world == 3 else test, vote):
             sys.argv = ["evaluate.py", *map(str, flags)]
             evaluate.main()
-        train.end_process()
+        processes.end_process()
 
 
 class FatalVideo(Video):

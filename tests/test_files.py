@@ -23,6 +23,8 @@ import data
 import evaluate
 import fima
 import mcl
+import processes
+import runs
 import synthetic
 import train
 import visualize
@@ -53,7 +55,7 @@ class Other:
 
     @staticmethod
     def live(folder, pipe):
-        train.claim_folder(folder, str(folder / "checkpoint.pt"))
+        runs.claim_folder(folder, str(folder / "checkpoint.pt"))
         child = os.fork()
         if child:
             pipe.send(child)
@@ -82,7 +84,7 @@ def hold():
 @pytest.fixture(autouse=True)
 def nothing_stays_locked():
     yield
-    train.end_process()
+    processes.end_process()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -95,17 +97,17 @@ def test_a_run_folder_is_one_processes_until_it_ends_or_is_killed(tmp_path, hold
     folder = tmp_path / "run"
     other = hold(folder)
     with pytest.raises(train.UserError, match=rf"run is in use by process {other.process.pid} on \S+: wait"):
-        train.claim_folder(folder)
-    train.claim_folder(tmp_path / "another")
+        runs.claim_folder(folder)
+    runs.claim_folder(tmp_path / "another")
     other.kill()
     os.kill(other.child, 0)  # lives
-    train.claim_folder(folder)
-    train.claim_folder(folder)  # as a probe does, for its training and its result
+    runs.claim_folder(folder)
+    runs.claim_folder(folder)  # as a probe does, for its training and its result
 
     def claim():
-        train._locks.clear()  # inherited
+        runs._locks.clear()  # inherited
         try:
-            train.claim_folder(folder)
+            runs.claim_folder(folder)
         except train.UserError:
             os._exit(5)
 
@@ -114,7 +116,7 @@ def test_a_run_folder_is_one_processes_until_it_ends_or_is_killed(tmp_path, hold
         process.start()
         process.join()
         assert process.exitcode == expected
-        train.end_process()
+        processes.end_process()
 
 
 @pytest.mark.parametrize("words", ["--out=run", "--resume=run/checkpoint.pt", "--resume=auto", "linear", "finetune"])
@@ -137,9 +139,9 @@ def test_where_nothing_can_be_locked_a_run_says_so_and_goes_on(fault, tmp_path, 
     def fail(*_):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr(train, "fcntl", None if fault == "no fcntl" else train.fcntl)
+    monkeypatch.setattr(train, "fcntl", None if fault == "no fcntl" else runs.fcntl)
     monkeypatch.setattr("fcntl.lockf", fail)
-    train.claim_folder(tmp_path / "run")
+    runs.claim_folder(tmp_path / "run")
     assert capsys.readouterr().out.count("run can't be locked (") == 1
 
 
@@ -152,7 +154,7 @@ def test_what_a_killed_run_has_left_half_written_is_deleted_and_nothing_else(tmp
         (tmp_path / f"{name}.0123abcd.partial").touch()
     for name in ("run/mine.partial", "run/knn_ucf101.json.0123abcd.partial", "disk/b.pt.0123abcd.partial"):
         (tmp_path / name).touch()
-    train.claim_folder(tmp_path / "run")
+    runs.claim_folder(tmp_path / "run")
     left = [path.name for path in tmp_path.rglob("*.partial")]
     assert sorted(left) == ["b.pt.0123abcd.partial", "knn_ucf101.json.0123abcd.partial", "mine.partial"]
 
@@ -171,7 +173,7 @@ def test_two_that_write_the_same_file_leave_it_whole(tmp_path):
         writer.start()
     looks = 0
     while any(writer.is_alive() for writer in writers):
-        weight = train.load_checkpoint(path)["model"]["weight"]
+        weight = runs.load_checkpoint(path)["model"]["weight"]
         assert (weight == len(weight)).all()
         looks += 1
     for writer in writers:
@@ -185,7 +187,7 @@ def test_a_linked_file_keeps_its_link(tmp_path):
     path.symlink_to("disk/there.pt")
     for step in (1, 2):
         train.save_checkpoint(path, STATE | {"step": step})
-        assert path.is_symlink() and train.load_checkpoint(tmp_path / "disk" / "there.pt")["step"] == step
+        assert path.is_symlink() and runs.load_checkpoint(tmp_path / "disk" / "there.pt")["step"] == step
     assert os.listdir(tmp_path / "disk") == ["there.pt"]
 
 
@@ -226,7 +228,7 @@ def test_processes_whose_launcher_is_killed_save_and_end(videos, tmp_path):
     said = (tmp_path / "out.txt").read_text()
     assert "saved; continue with: torchrun --nproc_per_node=2" in said and "Traceback" not in said
     last = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])
-    assert train.load_checkpoint(saved)["step"] == last["step"]
+    assert runs.load_checkpoint(saved)["step"] == last["step"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import augment
 import data
 import fima
 import moco
-import train
+import processes
 from cli import parse
 from models import momentum_update
 from train import UserError
@@ -304,7 +304,7 @@ def features_process(rank: int, folder: str) -> None:
         model, views = build(bn=bn), make_views(seed=rank)
         maps = model.encode(views, motion=True)
         torch.save([maps.query, maps.key, maps.motion, model.sub_clip_features(views)], f"{folder}/{bn}{rank}.pt")
-    train.end_process()
+    processes.end_process()
 
 
 def test_shuffled_batch_norm_makes_keys_of_clips_of_all_processes(tmp_path):
@@ -375,7 +375,7 @@ def step_process(rank: int, folder: str) -> None:
         gradients = {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
         queues = {k: queue.keys for k, queue in model.queues.items()}
         torch.save([{k: v.detach() for k, v in losses.items()}, gradients, queues], f"{folder}/{name}{rank}.pt")
-    train.end_process()
+    processes.end_process()
 
 
 def test_two_processes_do_what_one_does_with_the_same_batch_but_for_negatives_of_the_mini_batch(tmp_path):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import models
-import train
+import processes
 
 WIDTHS = [("conv4", 1.0), ("i3d", 0.125), ("r3d_18", 0.125), ("r2plus1d_18", 0.125), ("s3d", 1.0)]
 
@@ -395,7 +395,7 @@ def gather_process(rank: int, folder: str) -> None:
     for step in range(3):
         queue.enqueue(torch.tensor([[step, rank], [step, rank + 10]]))
     torch.save(queue.state_dict(), f"{folder}/{rank}.pt")
-    train.end_process()
+    processes.end_process()
 
 
 def test_processes_hold_the_same_queue_in_the_order_of_ranks(tmp_path):
@@ -443,7 +443,7 @@ def deal_process(rank: int, folder: str) -> None:
             made = LAYOUTS[case[2]](found[-1])  # what is made of dealt rows comes in any order, too
             assert torch.equal(models.deal(made, back=True), before) and torch.equal(rows, before), case
         torch.save(found, f"{folder}/{world}{rank}.pt")
-        train.end_process()
+        processes.end_process()
 
 
 def test_rows_are_dealt_over_the_processes_like_cards_and_come_back(tmp_path):

@@ -30,6 +30,8 @@ import evaluate
 import fima
 import moco
 import pretrain
+import processes
+import runs
 import train
 import visualize
 
@@ -291,7 +293,7 @@ def test_a_write_that_fails_leaves_the_old_checkpoint_and_no_half_one(tmp_path, 
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(train.UserError, match=r"step 2 cannot be saved: No space left on device; .* still holds"):
         train.save_checkpoint(path, STATE | {"step": 2})
-    assert train.load_checkpoint(path)["step"] == 1 and os.listdir(tmp_path) == ["checkpoint.pt"]
+    assert runs.load_checkpoint(path)["step"] == 1 and os.listdir(tmp_path) == ["checkpoint.pt"]
 
 
 def test_a_folder_that_cannot_be_written_is_one_clear_line(run):
@@ -310,7 +312,7 @@ def test_the_same_seed_gives_the_same_weights_whatever_the_number_of_workers(wor
 
 
 def test_deterministic_is_passed_on_to_torch():
-    train.start_process("cpu", deterministic=True)
+    processes.start_process("cpu", deterministic=True)
     try:
         assert torch.are_deterministic_algorithms_enabled()
     finally:
@@ -424,7 +426,7 @@ def test_a_checkpoint_with_code_in_it_is_refused_and_the_code_never_runs(tmp_pat
 
     torch.save(STATE | {"step": Code()}, tmp_path / "code.pt")
     with pytest.raises(train.UserError, match=r"code\.pt.*holds code, which is never run"):
-        train.load_checkpoint(tmp_path / "code.pt")
+        runs.load_checkpoint(tmp_path / "code.pt")
     assert not (tmp_path / "it ran").exists()
 
 
@@ -509,7 +511,7 @@ def start_two(folder, *flags, at_step_6=""):
 def leave_at_once() -> None:
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     torch.distributed.all_gather([torch.empty(1 << 22)], torch.ones(1 << 22), async_op=True)
-    train.end_process()
+    processes.end_process()
 
 
 def test_a_process_leaves_while_a_thread_still_holds_tensors():

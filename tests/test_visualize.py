@@ -22,6 +22,7 @@ import find
 import moco
 import train
 import visualize
+from runs import load_checkpoint
 
 CONV4 = ["--encoder=conv4", "--width=0.25", "--crop=32", "--frames=16", "--clips=2", "--workers=0", "--device=cpu"]
 
@@ -135,7 +136,7 @@ def test_features_to_embed_are_means_of_unit_vectors_and_bad_videos_are_left_out
 
 
 def test_key_encoders_see_both_modalities_by_the_statistics_of_their_own_batch(runs):
-    state = train.load_checkpoint(runs / "fima" / "checkpoint.pt")
+    state = load_checkpoint(runs / "fima" / "checkpoint.pt")
     state["model"]["key_encoder.layers.1.weight"] += 1
     train.save_checkpoint(runs / "fima" / "other.pt", state)
     config, paths = visualize.FigureConfig(workers=0), [str(runs / "fima" / "other.pt")]
