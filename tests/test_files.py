@@ -4,18 +4,19 @@ import contextlib
 import errno
 import hashlib
 import json
-import multiprocessing
 import os
 import resource
 import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers import ALONE, FORK
 
 import benchmark
 import cli
@@ -23,7 +24,6 @@ import data
 import evaluate
 import fima
 import mcl
-import processes
 import runs
 import synthetic
 import train
@@ -31,7 +31,6 @@ import visualize
 
 QUICK = ["--encoder=conv4", "--width=0.25", "--crop=32"]
 STATE = dict(method="M", config={}, model={}, optimizer={}, step=1, steps_per_epoch=1, world_size=1)
-FORK = multiprocessing.get_context("fork")
 
 
 def digests(root):
@@ -84,7 +83,7 @@ def hold():
 @pytest.fixture(autouse=True)
 def nothing_stays_locked():
     yield
-    processes.end_process()
+    runs.free_folders()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -116,7 +115,7 @@ def test_a_run_folder_is_one_processes_until_it_ends_or_is_killed(tmp_path, hold
         process.start()
         process.join()
         assert process.exitcode == expected
-        processes.end_process()
+        runs.free_folders()
 
 
 @pytest.mark.parametrize("words", ["--out=run", "--resume=run/checkpoint.pt", "--resume=auto", "linear", "finetune"])
@@ -139,7 +138,7 @@ def test_where_nothing_can_be_locked_a_run_says_so_and_goes_on(fault, tmp_path, 
     def fail(*_):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr(train, "fcntl", None if fault == "no fcntl" else runs.fcntl)
+    monkeypatch.setattr(runs, "fcntl", None if fault == "no fcntl" else runs.fcntl)
     monkeypatch.setattr("fcntl.lockf", fail)
     runs.claim_folder(tmp_path / "run")
     assert capsys.readouterr().out.count("run can't be locked (") == 1
@@ -202,6 +201,7 @@ def descendants(pid):
     return [int(child) for child in children] + [found for child in children for found in descendants(child)]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for processes in /proc")
 def test_processes_whose_launcher_is_killed_save_and_end(videos, tmp_path):
     flags = [*QUICK, f"--data={videos}", "--queue=8", "--decoder_width=32", "--device=cpu", "--batch_size=2"]
@@ -235,12 +235,7 @@ def test_processes_whose_launcher_is_killed_save_and_end(videos, tmp_path):
 # Files of others
 # ---------------------------------------------------------------------------------------------------------------------
 
-OTHERS = {
-    "checkpoint": b"PK\3\4" + b"weights" * 99,
-    "video": b"\0\0\0 ftypisom" + b"frames" * 99,
-    "json": b'{"years": "of work"}',
-    "jpeg": b"\xff\xd8\xff\xe0" + b"pixels" * 99,
-}
+OTHERS = {"checkpoint": b"PK\3\4" + b"weights" * 99, "json": b'{"years": "of work"}'}
 COMMANDS = {  # what is written → script and its flags
     "o.json": (evaluate, ["knn"]),
     "o_confusion.png": (evaluate, ["svm", "--out=o.json"]),
@@ -300,17 +295,20 @@ def test_a_result_of_before_is_replaced(run):
     assert sorted(os.listdir(run.path)) == ["o.json", "o_confusion.png"]
 
 
-class Kept(mcl.FrameMaps):
+class Kept(mcl.MotionMaps):
+    def __init__(self, folder):
+        super().__init__(mcl.MapsConfig(dataset="folder", data=str(folder), maps=str(folder)))
+
     def compute(self, path):
         return np.ones((3, 2, 2))
 
 
 def test_maps_replace_no_arrays_of_others(tmp_path):
     (tmp_path / "a.mp4").touch()
-    maps = Kept(tmp_path, tmp_path, "ones", "this")
+    maps = Kept(tmp_path)
     np.savez(tmp_path / "a.mp4.npz", features=np.zeros(9))
     before = digests(tmp_path)
-    with pytest.raises(OSError, match=r"a\.mp4\.npz holds something else than maps"):
+    with pytest.raises(train.UserError, match=r"a\.mp4\.npz holds something else than maps"):
         maps.make([str(tmp_path / "a.mp4")], 1)
     (tmp_path / "bad_videos.txt").unlink()
     assert digests(tmp_path) == before
@@ -334,18 +332,18 @@ def full_disk():
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def write_log(folder):
-    writer = train.RunFolder.__new__(train.RunFolder)
-    writer.path, writer.writes, writer.board, writer.starts = folder, True, None, [{}]
-    return writer
+def log_of(folder):
+    log = runs.FolderLog.__new__(runs.FolderLog)
+    log.folder, log.board, log.starts, log.run = folder, None, [{}], types.SimpleNamespace(process=ALONE, done=1)
+    return log
 
 
 WRITERS = {
     "o.json": lambda folder: train.write_file(folder / "o.json", "new" * 99),
-    "run.json": lambda folder: write_log(folder).note(fact="new" * 99),
-    "log.jsonl": lambda folder: write_log(folder).log({"step": "new" * 99}),
-    "bad_videos.log": lambda folder: write_log(folder).log_bad(1, [("new" * 99, "reason")]),
-    "a.mp4.npz": lambda folder: Kept(folder, folder, "ones", "this").visit(str(folder / "a.mp4")),
+    "run.json": lambda folder: log_of(folder).note(fact="new" * 99),
+    "log.jsonl": lambda folder: log_of(folder).write({"step": "new" * 99}),
+    "bad_videos.log": lambda folder: log_of(folder).add_bad([("new" * 99, "reason")]),
+    "a.mp4.npz": lambda folder: Kept(folder).visit(str(folder / "a.mp4")),
     "bad.txt": lambda folder: data.check_videos(folder, folder / "bad.txt", 1),
     "_0001.mp4": lambda folder: synthetic.make_synthetic(folder / "set", 20, 10, frames=2, size=(16, 16)),
 }
@@ -359,7 +357,7 @@ def test_a_full_disk_names_the_file_and_leaves_nothing_half(name, tmp_path):
     if name != "_0001.mp4":
         (tmp_path / name).write_bytes(old)
     before = sorted(os.listdir(tmp_path))
-    with full_disk(), pytest.raises(OSError, match=rf"File too large: '.*{name}'"):
+    with full_disk(), pytest.raises((OSError, train.UserError), match=rf"File too large: '.*{name}'"):
         WRITERS[name](tmp_path)
     assert sorted(os.listdir(tmp_path)) == before
     if name in ("o.json", "run.json", "a.mp4.npz"):
@@ -379,6 +377,7 @@ def test_a_full_disk_leaves_results_as_they_were(name, run, monkeypatch, capsys)
     assert digests(run.path) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("interrupted", [False, True])
 def test_loaders_leave_nothing_in_the_temporary_folder(interrupted, run):
     (folder := run.path / "temporary").mkdir()
