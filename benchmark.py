@@ -24,7 +24,6 @@ import math
 import os
 import platform
 import resource
-import shlex
 import statistics
 import subprocess
 import sys
@@ -52,7 +51,7 @@ import train
 from cli import command_line, dispatch
 from models import ENCODERS, momentum_update
 from processes import leave_signals, start_process
-from runs import check_replaceable, git_commit, versions
+from runs import check_replaceable, made_by
 from train import Options, Process, UserError, option, progress, user_errors
 from video import BadVideo, Video
 
@@ -163,12 +162,8 @@ def write(config: BenchmarkConfig, command: str, device: torch.device, results: 
     machine = {"cpu": models[0] if models else platform.processor(), "cores": os.cpu_count(), "load": os.getloadavg()}
     if device.type == "cuda":
         machine |= {"gpu": torch.cuda.get_device_name(device), "cudnn": torch.backends.cudnn.version()}
-    record = {
-        "command": shlex.join(["python", *sys.argv]),
-        "config": dataclasses.asdict(config),
+    record = made_by(config) | {
         "machine": machine | {"threads": torch.get_num_threads()},
-        "git_commit": git_commit(),
-        "versions": versions(),
         "written": time.strftime("%Y-%m-%d %H:%M:%S %z"),
     }
     path = Path(config.out) / f"benchmark_{command}_{device.type}.json"

@@ -140,7 +140,7 @@ def clip_outputs(
     loader = data.load_batches(clips, sampler, workers, leave_signals)
     found, bad = {}, []
     for videos in progress(process, mine, desc=title, unit="batch", leave=False):
-        with user_errors():
+        with user_errors((OSError,)):
             batch = next(loader)
         batch_clips = batch["clips"].to(process.device, non_blocking=True)  # (B, N, 3, frames, crop, crop)
         outputs = function(batch_clips.flatten(0, 1)).unflatten(0, batch_clips.shape[:2])

@@ -666,7 +666,7 @@ def main() -> None:
         memory = io.BytesIO()
         drawn.savefig(memory, format=out.suffix[1:], bbox_inches="tight")
         drawn = memory.getbuffer()
-    with user_errors():
+    with user_errors((OSError,)):
         write_file(out, drawn)
     print(f"written to {out}")
 

@@ -8,17 +8,16 @@ import sys
 
 import pytest
 import torch
+from helpers import ALONE, one_line
 
 import benchmark
 import cli
-import train
 
 TINY = dict(encoder="r3d_18", width=0.0625, crop=32, batch_size=2, queue=8, rounds=1, device="cpu")
-PROCESS = train.Process(0, 1, torch.device("cpu"))
 
 
 def build(**flags):
-    return benchmark.Training(benchmark.BenchmarkConfig(**TINY | flags), PROCESS)
+    return benchmark.Training(benchmark.BenchmarkConfig(**TINY | flags), ALONE)
 
 
 @pytest.mark.parametrize(
@@ -84,7 +83,7 @@ def test_the_parts_of_a_step_cover_it_and_leave_it_as_it_was():
 def test_variants_take_turns_and_ratios_are_of_the_same_round():
     order, clock = [], {"a": iter([99, 98, 1, 2, 10]), "b": iter([99, 98, 2, 6, 10])}
     variants = {name: lambda name=name: (order.append(name), next(clock[name]))[1] for name in "ab"}
-    seconds = benchmark.take_turns(variants, 3, PROCESS)
+    seconds = benchmark.take_turns(variants, 3, ALONE)
     assert "".join(order) == "ab" * 5
     assert seconds == {"a": [1, 2, 10], "b": [2, 6, 10]}  # without the warm-up
     rows = benchmark.compare("", seconds, "a")
@@ -201,5 +200,4 @@ def test_processes_measure_a_step_and_count_what_they_exchange():
 def test_a_mistake_is_one_line(command, flags, says, run):
     code, record, err = run(command, **flags)
     assert code == 2 and record is None
-    message = err.splitlines()[-1]
-    assert message.startswith("error: ") and says in message
+    one_line(err, says)
