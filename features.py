@@ -1,7 +1,9 @@
 """An encoder from a checkpoint, or untrained, and what it gives for the clips of videos.
 
-encoder, config = load_encoder(EncoderConfig(checkpoint="runs/fima/checkpoint.pt", clips=2))
-features, readable, unreadable = video_outputs(unit_features(encoder), videos, config, start_process(), "videos")
+    encoder, config = load_encoder(EncoderConfig(checkpoint="runs/fima/checkpoint.pt", clips=2))
+    features, readable, unreadable = video_outputs(unit_features(encoder), videos, config, start_process(), "videos")
+
+Evaluation, figures and the end of a first run go this way; processes started by torchrun share the videos.
 """
 
 import dataclasses
