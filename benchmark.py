@@ -216,7 +216,7 @@ def reading(config: BenchmarkConfig) -> None:
     def read(reader: type[Video]) -> None:
         for epoch, index in keys:
             with reader(videos.paths[index]) as video:
-                starts = views._draw_starts(np.random.default_rng([config.seed, epoch, index, 0]), video)[:, None]
+                starts = views.draw_starts(np.random.default_rng([config.seed, epoch, index, 0]), video)[:, None]
                 video.read(np.minimum(starts + np.arange(window), len(video) - 1).ravel())
 
     ways = {

@@ -1,6 +1,6 @@
-"""Views and clips of videos: sampling, cropping, loading in processes; and the check of a folder's videos.
+"""Views and clips of videos: sampling, cropping, and loading them in processes.
 
-Can be copied alone, with video.py, into another project: it imports torch, numpy and av (PyAV) only.
+Can be copied with video.py into another project: the two import torch, numpy, av (PyAV) and tqdm only.
 
 `PretrainingViews` makes a source and a target view of a video, `TestClips` its clips for evaluation, `StepSampler` says
 which videos make which batch, `load_batches` makes these. Clips leave the loader as uint8; colours and normalisation
@@ -9,12 +9,10 @@ run on the device, in batch (augment.py).
 Letters: N clips, S sub-clips of a view, T frames of a clip, H, W height and width in pixels, P colour parameters.
 """
 
-import argparse
 import contextlib
 import ctypes
-import datetime
 import errno
-import functools
+import inspect
 import itertools
 import math
 import mmap
@@ -22,7 +20,6 @@ import multiprocessing.connection
 import multiprocessing.reduction
 import os
 import re
-import shlex
 import signal
 import sys
 import tempfile
@@ -31,15 +28,14 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from time import monotonic
-from typing import NoReturn, TextIO
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler, default_collate
+from tqdm import tqdm
 
-from video import WANTS, BadVideo, Video, blame_machine, is_memory_short, shown
+from video import WANTS, BadVideo, Video, blame_machine, is_memory_short
 
 
 @dataclass(frozen=True)
@@ -63,15 +59,10 @@ class VideoList:
     def seen(self, root: str | Path) -> list[list]:
         """Of each video its path below `root`, label, class, and size in bytes (−1: no file): what a run goes by."""
 
-        def size(path: str) -> int:
-            try:
-                return os.stat(path).st_size
-            except OSError:
-                return -1
-
         above, classes = os.path.join(os.path.abspath(root), ""), [*self.classes, ""]
-        labelled = zip(self.paths, self.labels, strict=True)
-        return [[path.removeprefix(above), label, classes[label], size(path)] for path, label in labelled]
+        sizes = [os.path.getsize(path) if os.path.exists(path) else -1 for path in self.paths]
+        videos = zip(self.paths, self.labels, sizes, strict=True)
+        return [[path.removeprefix(above), label, classes[label], size] for path, label, size in videos]
 
 
 def draw_region(
@@ -161,35 +152,42 @@ def crop_resize(
 
 
 def crop_frames(
-    images: dict[int, np.ndarray], frames: Sequence[int], region: tuple[int, int, int, int], flip: bool, out: Tensor
-) -> Tensor | None:
-    """Put those of a clip's frames that are among the images of `Video.stream` in their places; the box, if any is.
+    images: dict[int, np.ndarray],
+    frames: Sequence[int],
+    region: tuple[int, int, int, int],
+    flip: bool,
+    out: Tensor,
+    box: Tensor | None = None,
+) -> None:
+    """Put those of a clip's frames that are among the images of `Video.stream` in their places.
 
     Args:
         frames: the frame that each of the T images of the clip shows.
         out: the clip, uint8 (3, T, size, size).
+        box: where its box goes, float32 (4,).
     """
-    box, place = None, 0
+    place = 0
     for there, part in itertools.groupby(frames, images.__contains__):
-        part = [images[frame] for frame in part] if there else [*part]
+        part = list(part)
         if there:
-            _, box = crop_resize(part, region, flip, out.shape[-1], out[:, place : place + len(part)])
+            shown = [images[frame] for frame in part]
+            _, applied = crop_resize(shown, region, flip, out.shape[-1], out[:, place : place + len(part)])
+            if box is not None:
+                box.copy_(applied)
         place += len(part)
-    return box
 
 
-_killers: dict[Hashable, str] = {}  # in a process of `_in_processes`: what killed others before it, and how
-
-
-def _tell(draw: Hashable) -> None:
-    """In a process of `_in_processes`: tells the parent what is read next."""
+# In a process of `_in_processes`: what killed others before it, and how; and its end of the pipe to the parent.
+_killers: dict[Hashable, str] = {}
+_parent: multiprocessing.connection.Connection | None = None
 
 
 def _begin(path: str, draw: Hashable) -> None:
     """Is told what is drawn from which video before this is read; raises BadVideo if processes have died of it."""
     if draw in _killers:
         raise BadVideo(path, _killers[draw])
-    _tell(draw)
+    if _parent is not None:
+        _parent.send(("reads", draw))
 
 
 class Items(Dataset):
@@ -272,7 +270,7 @@ class PretrainingViews(Items):
             try:
                 path = self.videos.paths[drawn]
                 _begin(path, (epoch, index, attempt))
-                starts = self._write_views(rng, path, item)
+                starts = self.write_views(rng, path, item)
                 if self.windows > 1:
                     apart = [abs(int(a - b)) for a, b in itertools.combinations(starts, 2)]
                     shares = [max(1 - frames / (self.frames * self.frame_stride), 0) for frames in apart]
@@ -284,49 +282,46 @@ class PretrainingViews(Items):
                 bad.append((error.path, error.reason))
         raise OSError(f"{self.attempts} videos in a row can't be read; the last: {bad[-1][0]!r}: {bad[-1][1]}")
 
-    def _write_views(self, rng: np.random.Generator, path: str, item: dict[str, Tensor]) -> np.ndarray:
+    # What a subclass may override, to choose other windows or regions, or to add entries:
+
+    def write_views(self, rng: np.random.Generator, path: str, item: dict[str, Tensor]) -> np.ndarray:
         """Makes an item of one video, without its index and label; returns the windows' first frames, (windows,)."""
-        window = self.frames * self.frame_stride
         step = 1 if self.sub_clips else self.frame_stride
         with Video(path) as video:
-            starts = self._draw_starts(rng, video)
-            frames = np.minimum(starts[:, None] + np.arange(0, window, step), len(video) - 1).tolist()
-            crops = []  # of a clip's frames, a crop, where it goes
+            starts = self.draw_starts(rng, video)
+            window = np.arange(0, self.frames * self.frame_stride, step)
+            frames = np.minimum(starts[:, None] + window, len(video) - 1).tolist()
+            crops = []  # of a clip or sub-clip: its frames, region, flip, where it goes, and where its box goes
             for images in video.stream(itertools.chain(*frames)):
                 for view, start in enumerate(starts) if not crops else ():  # now that the frames' size is known
-                    draw = functools.partial(self._draw_crop, rng, *next(iter(images.values())).shape[:2], start)
-                    crops.append(
-                        (frames[view][:: self.frame_stride // step], draw(), item["clip"][view], item["box"][view])
-                    )
+                    place = (*next(iter(images.values())).shape[:2], start)
+                    shown = frames[view][:: self.frame_stride // step]
+                    crops.append((shown, *self._draw_crop(rng, *place), item["clip"][view], item["box"][view]))
                     colors = [draw_color(rng, **self.color) for _ in range(2 + self.sub_clips)]
                     item["color"][view] = torch.from_numpy(np.stack(colors))
                     for i in range(self.sub_clips):
                         part = item["sub_clips"][view, i]
                         shown = frames[view][i * part.shape[1] : (i + 1) * part.shape[1]]
-                        crops.append((shown, draw(), part, None))
-                for shown, crop, out, box in crops:
-                    applied = crop_frames(images, shown, *crop, out)
-                    if box is not None and applied is not None:
-                        box.copy_(applied)
+                        crops.append((shown, *self._draw_crop(rng, *place), part, None))
+                for crop in crops:
+                    crop_frames(images, *crop)
         return starts
 
-    def _draw_starts(self, rng: np.random.Generator, video: Video) -> np.ndarray:
+    def draw_starts(self, rng: np.random.Generator, video: Video) -> np.ndarray:
         """First frames of the windows of a video, (windows,), all different where there are as many."""
-        starts = self._possible_starts(video)
+        starts = self.possible_starts(video)
         return np.resize(rng.choice(starts, min(self.windows, len(starts)), replace=False), self.windows)
 
-    def _possible_starts(self, video: Video) -> np.ndarray:
+    def possible_starts(self, video: Video) -> np.ndarray:
         """First frames that a window may have."""
         return np.arange(max(len(video) - self.frames * self.frame_stride, 0) + 1)
 
-    def _draw_region(self, rng: np.random.Generator, height: int, width: int, start: int) -> tuple[int, int, int, int]:
+    def draw_region(self, rng: np.random.Generator, height: int, width: int, start: int) -> tuple[int, int, int, int]:
         """Region of a crop of the window that starts at frame `start`, of the video whose windows were drawn last."""
         return draw_region(rng, height, width, scale=(self.min_scale, 1.0))
 
-    def _draw_crop(
-        self, rng: np.random.Generator, height: int, width: int, start: int
-    ) -> tuple[tuple[int, int, int, int], bool]:
-        return self._draw_region(rng, height, width, start), bool(rng.random() < self.flip_p)
+    def _draw_crop(self, rng: np.random.Generator, *place: int) -> tuple[tuple[int, int, int, int], bool]:
+        return self.draw_region(rng, *place), bool(rng.random() < self.flip_p)
 
 
 class TestClips(Items):
@@ -425,7 +420,7 @@ def _serve(
     pipe: multiprocessing.connection.Connection, function: Callable, start: Callable | None, i: int, killers: dict
 ) -> None:
     """What process i of `_in_processes` does, until its parent ends it or is gone."""
-    global _tell
+    global _parent
     for name in ("SIGINT", "SIGHUP"):  # a Ctrl-C, or the terminal's end, reaches the parent, which decides
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
@@ -436,10 +431,7 @@ def _serve(
         for parameter, value in ((-1, 2**28), (-4, 2**16), (-3, 2**23)):  # M_TRIM_THRESHOLD, M_MMAP_MAX, …_THRESHOLD
             mallopt(parameter, value)
     _killers.update(killers)
-
-    def _tell(draw: Hashable) -> None:
-        pipe.send(("reads", draw))
-
+    _parent = pipe
     if start:
         start(i)
     parent = multiprocessing.parent_process().sentinel
@@ -616,45 +608,6 @@ def load_batches(
         yield {**{name: memory[slot][:length] for name, memory in ring.memory.items()}, "bad": bad}
 
 
-# -------------------------------------------------------------------------------------------------------------------
-# Checking videos
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _naming(path: str | Path) -> Iterator[None]:
-    """Gives an OSError of the system that has no name, as that of a full disk, the one of what was written."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno is None or error.filename is not None:
-            raise
-        raise OSError(error.errno, error.strerror, str(path)) from error
-
-
-def _write(text: str, stream: TextIO, end: str = "\n") -> None:
-    """Prints a line; where nobody reads it, it is lost, and where the terminal is gone, this is a Ctrl-C."""
-    try:
-        print(shown(text), end=end, file=stream, flush=True)
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-        if error.errno == errno.EIO:
-            raise KeyboardInterrupt from None
-
-
-def _progress(items: Iterable, total: int, what: str) -> Iterator:
-    """Passes items on and says how far it is: twice a second in a terminal, twice a minute in a file."""
-    terminal = sys.stderr.isatty()
-    begin = shown = monotonic()
-    for done, item in enumerate(items, 1):
-        yield item
-        now = monotonic()
-        if done == total or now - shown > (0.5 if terminal else 30):
-            shown, left = now, datetime.timedelta(seconds=round((now - begin) / done * (total - done)))
-            end = "\r" if terminal and done < total else "\n"
-            _write(f"{what}: {done}/{total}, {left} left ", sys.stderr, end)
-
-
 class VideoVisitor:
     """What is done to videos one by one, in processes: `visit` does it, and raises BadVideo for those it can't read."""
 
@@ -671,21 +624,6 @@ class VideoVisitor:
         return path, ""
 
 
-class _Checker(VideoVisitor):
-    """Reads the first, middle and last 32 frames of a video, or all."""
-
-    def __init__(self, full: bool):
-        self.full = full
-
-    def visit(self, path: str) -> None:
-        with Video(path) as video:
-            last = max(len(video) - 32, 0)
-            step = 32 if self.full else max(math.ceil(last / 2), 1)
-            for start in (*range(0, last, step), last):
-                for _ in video.stream(range(start, min(start + 32, len(video)))):
-                    pass  # they are of no more use
-
-
 def visit_videos(
     visitor: VideoVisitor, paths: Sequence[str], root: str, out: str | Path, workers: int, what: str, mode: str = "w"
 ) -> int:
@@ -700,103 +638,35 @@ def visit_videos(
         with open(out, "rb") as file:
             if file.read(1) not in (b"", b"'", b'"'):
                 raise FileExistsError(f"{out} is no list of bad videos: name another file")
-    bad = 0
-    with _naming(out), open(out, mode, encoding="utf-8", buffering=1) as file:  # by lines: an interrupt loses none
-        for path, reason in _progress(_in_processes([visitor] * workers, paths, ahead=8), len(paths), what):
-            if reason:
-                bad += 1
-                file.write(f"{os.path.relpath(path, root)!a}\t{reason}\n")
+    bad, pause = 0, 0.5 if sys.stderr.isatty() else 30  # seconds, as in training
+    try:
+        with (
+            open(out, mode, encoding="utf-8", buffering=1) as file,  # by lines: an interrupt loses none
+            contextlib.closing(_in_processes([visitor] * workers, paths, ahead=8)) as visited,
+        ):
+            for path, reason in tqdm(visited, what, len(paths), dynamic_ncols=True, mininterval=pause):
+                if reason:
+                    bad += 1
+                    file.write(f"{os.path.relpath(path, root)!a}\t{reason}\n")
+    except OSError as error:  # that of a full disk has no name
+        if error.errno:
+            error.filename = error.filename or str(out)
+        raise
     return bad
 
 
-def check_videos(root: str | Path, out: str | Path, workers: int, full: bool = False) -> tuple[int, int]:
-    """Reads frames of all videos below a folder, in processes; returns how many there are and how many are bad.
+def main() -> None:
+    """`data.py check ROOT` finds videos that can't be read, `data.py synthetic ROOT` is `synthetic.py ROOT`."""
+    import find
+    import synthetic
+    from cli import dispatch
 
-    Reads the first, middle and last 32 frames of each, or with `full` all, several times slower. The bad ones are
-    listed in the file `out` (see `visit_videos`).
-
-    Raises FileNotFoundError when there is no video, PermissionError when there is a folder that may not be listed.
-    """
-    from find import SUFFIXES, _walk  # here, so that this file can be copied without it
-
-    root = os.path.abspath(root)
-    paths, _, _, closed = _walk(root)
-    paths = [*paths]
-    if closed:
-        raise PermissionError(f"{closed[0]}: no permission to list this folder, one of {len(closed)} such folders")
-    if not paths:
-        raise FileNotFoundError(f"{root}: no videos (.{', .'.join(SUFFIXES)}) below it")
-    return len(paths), visit_videos(_Checker(full), paths, root, out, workers, f"checking {root}")
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message} (--help lists the flags)")
-
-    def add_number(self, name: str, default: float, least: float, most: float, help: str = "") -> None:
-        """A flag for a number of the default's kind, not below the least nor above the greatest."""
-
-        def number(text: str) -> float:
-            if not least <= (value := type(default)(text)) <= most:  # nan, too
-                raise argparse.ArgumentTypeError(f"{text}: must be {least} to {most}")
-            return value
-
-        shown = f"{help} (default: {default}; {least} to {most})".strip()
-        self.add_argument(f"--{name}", type=number, default=default, metavar=type(default).__name__.upper(), help=shown)
-
-
-def _parser() -> argparse.ArgumentParser:
-    from synthetic import MOTIONS
-
-    parser = _Parser(description="Check the videos below a folder, or make the synthetic data set.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    check = commands.add_parser("check", help="find videos that can't be read; exit code 1 if there are any")
-    check.add_argument("root", help="the folder given as --data in training")
-    check.add_argument("--out", default="bad_videos.txt", help="list to write, for --exclude (default: %(default)s)")
-    check.add_number("workers", os.cpu_count() or 1, 1, 1024, "processes, one a core if not given")
-    check.add_argument("--full", action="store_true", help="read all frames, not only 32 at three places: slower")
-    synthetic = commands.add_parser("synthetic", help="make videos in which the class is the motion alone")
-    synthetic.add_argument("root", help="folder to make")
-    synthetic.add_number("train", 1500, 1, 10**6)
-    synthetic.add_number("test", 500, 1, 10**6)
-    synthetic.add_number("seed", 0, 0, 2**31 - 1)
-    synthetic.add_number("frames", 48, 2, 10_000)
-    synthetic.add_number("size", 40, 1, 2048)
-    synthetic.add_number("shake", 0.008, 0, 1, "how far the camera moves at most, in sides of the frame")
-    described = "from 2 on: as many videos again, unlabeled, of so many shots, each in another motion; pretraining is "
-    synthetic.add_number("shots", 1, 1, len(MOTIONS), f"{described}done on these")
-    return parser
-
-
-def main() -> int:
-    """Command line: `python data.py check ROOT`, `python data.py synthetic ROOT`; returns the exit code."""
-    while (number := os.open(os.devnull, os.O_RDWR)) < 3:  # what is closed of 0, 1, 2 is not to be a file's number
-        pass
-    os.close(number)
-    sys.stdout, sys.stderr = (stream or os.fdopen(n, "w") for n, stream in ((1, sys.stdout), (2, sys.stderr)))
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # nohup has it ignored
-        signal.signal(signal.SIGHUP, signal.default_int_handler)
-    try:
-        options = _parser().parse_args()
-        if options.command == "synthetic":
-            size = (options.size, options.size)
-            given = options.train, options.test, options.seed, options.frames, size, options.shake, options.shots
-            from synthetic import make_synthetic
-
-            make_synthetic(options.root, *given)
-            return 0
-        count, bad = check_videos(options.root, options.out, options.workers, options.full)
-        advice = f": leave them out with --exclude {shlex.quote(options.out)}" if bad else ""
-        _write(f"{bad} of {count} videos can't be read{advice}", sys.stdout)
-        return int(bad > 0)
-    except (ValueError, OSError, MemoryError) as error:
-        _write(f"error: {str(error) or 'out of memory: take fewer --workers'}", sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        with contextlib.suppress(KeyboardInterrupt):
-            _write("interrupted", sys.stderr)
-        return 130
+    commands = {"check": (find.check, find.CheckConfig), "synthetic": synthetic.command()}
+    _, function, config, words = dispatch(commands, inspect.getdoc(main), words=True)
+    function(config, words)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from cli import command_line
+
+    command_line(main)

@@ -1,6 +1,6 @@
-"""Finding the videos of a data set: its folders and its own lists, or any tree or list of files.
+"""Finding the videos of a data set, by its folders and its own lists or in any tree or list of files; checking them.
 
-Reads directory listings and lists, never a video.
+`find_videos` reads directory listings and lists, never a video.
 """
 
 import ast
@@ -9,16 +9,21 @@ import csv
 import functools
 import itertools
 import json
+import math
 import os
 import re
+import shlex
 import stat
+import sys
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
-from data import VideoList
+from data import VideoList, VideoVisitor, visit_videos
 from synthetic import SYNTHETIC_MARKER, SYNTHETIC_VERSION, UNLABELED, make_synthetic
-from video import shown
+from train import SWITCH, Options, UserError, option, user_errors
+from video import Video
 
 DATASETS = ("synthetic", "folder", "ucf101", "hmdb51", "k400", "diving48", "ssv2")
 SUFFIXES = (  # of files in CONTAINERS, without those of sounds and single pictures
@@ -118,39 +123,38 @@ def find_videos(
     title = f"{dataset} {part} split {split}" if splits > 1 else f"{dataset} {part}"
     expected = f" of {OFFICIAL_COUNTS[dataset][split - 1][not train]} expected" if dataset in OFFICIAL_COUNTS else ""
     outside, passed, twice, closed = 0, Counter(), set(), []
+    # Of each video its path (None: not on disk), its name in a list, and its label (-1: none).
     if list_file is not None:
-        paths, names, labels, classes, note = _read_list(root, list_file)
+        rows, classes, note = _read_list(root, list_file)
         title = f"{dataset} list {list_file}{note}"
     else:
         videos, lists, passed, closed = _walk(root)
         apart = {path for path in videos if dataset == "synthetic" and Path(path).is_relative_to(Path(root, UNLABELED))}
         if unlabeled and apart:
-            title = f"{dataset} {UNLABELED}"
-            names, labels, classes = sorted(apart), [-1] * len(apart), []
-            paths = names
+            rows, classes, title = [(path, path, -1) for path in sorted(apart)], [], f"{dataset} {UNLABELED}"
         elif dataset in OFFICIAL_COUNTS or (dataset == "k400" and lists.named(rf"{K400_TRAIN}|{K400_VALIDATION}")):
-            names, labels, classes = _read_official(dataset, root, lists, train, split)
-            paths = _match(names, [classes[label] for label in labels], videos, id_only=dataset == "k400")
-            expected = expected or f" of {len(names)} listed"  # copies of k400 differ
+            named, classes = _read_official(dataset, root, lists, train, split)
+            rows = _match(named, classes, videos, id_only=dataset == "k400")
+            expected = expected or f" of {len(rows)} listed"  # copies of k400 differ
         else:
             tree = [path for path in videos if path not in apart]
-            paths, labels, classes, held, outside, halved = _read_tree(root, tree, train, dataset == "k400")
-            names = paths
+            rows, classes, held, outside, halved = _read_tree(root, tree, train, dataset == "k400")
             title = title if halved else f"{dataset} (no train/ and test/ folders: one list for both)"
             # By numbers of files first, as few have one in common. They are no proof: each file system has its own.
+            paths = [path for path, _, _ in rows]
             numbers = {videos[path] for path in held} & {videos[path] for path in paths} if train else ()
             twice = {*same_files(*([path for path in part if videos[path] in numbers] for part in (paths, held)))}
     excluded = _read_bad(root, exclude) if exclude else set()
     twice -= excluded
     left_out = excluded | twice
-    found = [(path, label) for path, label in zip(paths, labels, strict=True) if path and path not in left_out]
-    missing = [name for path, name in zip(paths, names, strict=True) if not path]
+    found = [(path, label) for path, _, label in rows if path and path not in left_out]
+    missing = [name for path, name, _ in rows if not path]
     report = f"{title}: {len(found)} videos{expected}, {f'{len(classes)} classes' if classes else 'no labels'}"
     if missing:
         some = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
-        report += f"; {len(missing)} of {len(names)} listed videos are not on disk: {some}"
+        report += f"; {len(missing)} of {len(rows)} listed videos are not on disk: {some}"
     if excluded:
-        report += f"; {sum(path in excluded for path in paths)} of the {len(excluded)} named in {exclude} left out"
+        report += f"; {sum(path in excluded for path, _, _ in rows)} of the {len(excluded)} named in {exclude} left out"
     if outside:
         report += f"; {outside} videos outside of the training and the held-out folder left out"
     if twice:
@@ -163,7 +167,7 @@ def find_videos(
     if not found:
         raise FileNotFoundError(f"{root}: no videos found ({report}); {dataset} expects {LAYOUTS[dataset]}")
     paths, labels = [path for path, _ in found], [label for _, label in found]
-    return VideoList(paths, labels, classes, shown(report), tuple(sorted(twice)), tuple(closed))
+    return VideoList(paths, labels, classes, report, tuple(sorted(twice)), tuple(closed))
 
 
 def same_files(paths: Iterable[str], others: Iterable[str]) -> list[str]:
@@ -265,40 +269,40 @@ def _letters(name: str) -> str:
     return "".join(character for character in name.casefold() if character.isalnum())
 
 
-def _match(names: list[str], classes: list[str], videos: list[str], id_only: bool) -> list[str | None]:
-    """Path of each named video (its file name without suffix), by preference in a folder with its class's name.
+def _match(
+    named: list[tuple[str, int]], classes: list[str], videos: Iterable[str], id_only: bool
+) -> list[tuple[str | None, str, int]]:
+    """The path of each named video (its file name without suffix), by preference in a folder with its class's name.
 
     id_only: compare only the first 11 characters, a YouTube identifier; what follows it is written in several ways.
     """
-    stems = {}
+    stems, rows = {}, []
     for path in videos:
         stem = os.path.splitext(os.path.basename(path))[0]
         stems.setdefault(stem[:11] if id_only else stem.casefold(), []).append(path)
-    matched = []
-    for name, label in zip(names, classes, strict=True):
+    for name, label in named:
         paths = stems.get(name if id_only else name.casefold(), [None])
         if len(paths) > 1:
-            paths = [p for p in paths if _letters(p.split(os.sep)[-2]) == _letters(label)] or paths
-        matched.append(paths[0])
-    return matched
+            paths = [p for p in paths if _letters(p.split(os.sep)[-2]) == _letters(classes[label])] or paths
+        rows.append((paths[0], name, label))
+    return rows
 
 
 def _read_official(
     dataset: str, root: str, lists: _Lists, train: bool, split: int
-) -> tuple[list[str], list[int], list[str]]:
-    """Names (without suffix) and labels of the listed videos, and the classes, by the data set's own lists."""
+) -> tuple[list[tuple[str, int]], list[str]]:
+    """Name (without suffix) and label of each listed video, and the classes, by the data set's own lists."""
     read = {"ucf101": _ucf101, "hmdb51": _hmdb51, "k400": _k400, "diving48": _diving48, "ssv2": _ssv2}[dataset]
     try:
-        rows, classes = read(lists, train, split)
-        names, labels = zip(*rows, strict=True) if rows else ((), ())
-        if labels and not 0 <= min(labels) <= max(labels) < len(classes):
-            raise ValueError(f"labels from {min(labels)} to {max(labels)}, but {len(classes)} classes")
+        named, classes = read(lists, train, split)
+        if wrong := [label for _, label in named if not 0 <= label < len(classes)]:
+            raise ValueError(f"label {wrong[0]}, but {len(classes)} classes")
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{root}: no list {error} below it; {dataset} expects {LAYOUTS[dataset]}") from None
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         what = f"no entry {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"{lists.last_read}: not a list of {dataset} as it is published ({what})") from error
-    return list(names), list(labels), classes
+    return named, classes
 
 
 def _ucf101(lists: _Lists, train: bool, split: int) -> tuple[list[tuple[str, int]], list[str]]:
@@ -353,9 +357,9 @@ def _ssv2(lists: _Lists, train: bool, split: int) -> tuple[list[tuple[str, int]]
 
 def _read_tree(
     root: str, videos: Iterable[str], train: bool, kinetics: bool
-) -> tuple[list[str], list[int], list[str], list[str], int, bool]:
-    """Paths and labels of a part of a tree whose folders are the classes, the classes, the paths of the held-out part,
-    how many videos lie outside of both, and whether there are parts (`find_videos` says what they are).
+) -> tuple[list[tuple[str, str, int]], list[str], list[str], int, bool]:
+    """The videos of a part of a tree whose folders are the classes, the classes, the paths of the held-out part, how
+    many videos lie outside of both, and whether there are parts (`find_videos` says what they are).
 
     A class is named by the folders below a part, and by those above where these differ: ucf/train/jump and
     hmdb/train/jump, or jump/train.
@@ -386,11 +390,10 @@ def _read_tree(
     held_out = "val" if kinetics or "test" not in {kind for kind, _ in rows.values()} else "test"
     found = [(*rows.get(os.path.dirname(path), ("outside", "")), path) for path in videos]
     wanted = (None, "train" if train else held_out)
-    kept = [(path, index.get(fold(name), -1)) for kind, name, path in found if kind in wanted]
+    kept = [(path, path, index.get(fold(name), -1)) for kind, name, path in found if kind in wanted]
     held = [path for kind, _, path in found if kind == held_out]
     outside = sum(kind not in (None, "train", held_out) for kind, _, _ in found)
-    paths, labels = [path for path, _ in kept], [label for _, label in kept]
-    return paths, labels, sorted(classes.values()), held, outside, kinetics or bool(divided)
+    return kept, sorted(classes.values()), held, outside, kinetics or bool(divided)
 
 
 def _ways(line: str, ends: str) -> list[tuple[str, str]]:
@@ -402,8 +405,8 @@ def _ways(line: str, ends: str) -> list[tuple[str, str]]:
     return ways
 
 
-def _read_list(root: str, list_file: str | Path) -> tuple[list[str | None], list[str], list[int], list[str], str]:
-    """The lines "path label" of a file: paths (None: not on disk), names, labels (-1: none), classes, a remark.
+def _read_list(root: str, list_file: str | Path) -> tuple[list[tuple[str | None, str, int]], list[str], str]:
+    """The lines "path label" of a file: path (None: not on disk), name and label (-1: none) of each; classes, a remark.
 
     Fields stand apart by blanks, tabs, commas, semicolons or bars, and may be quoted; folders may stand apart as on
     Windows, and a suffix may be missing where one video fits. The first way to read a line by which a video is there
@@ -470,7 +473,8 @@ def _read_list(root: str, list_file: str | Path) -> tuple[list[str | None], list
     if strange and not completed:  # else it is missing like others, without suffix too
         raise ValueError(strange)
     labels, classes, more = _read_labels([row[:3] for row in rows], columns)
-    return [row[3] for row in rows], [row[1] for row in rows], labels, classes, remark + more
+    listed = [(path, name, label) for (_, name, _, path), label in zip(rows, labels, strict=True)]
+    return listed, classes, remark + more
 
 
 def _read_labels(rows: list[tuple[str, str, str]], columns: int) -> tuple[list[int], list[str], str]:
@@ -533,3 +537,57 @@ def _read_bad(root: str, file: str | Path) -> set[str]:
         if name:
             paths.add(os.path.normpath(os.path.join(root, name)))
     return paths
+
+
+class _Checker(VideoVisitor):
+    """Reads the first, middle and last 32 frames of a video, or all."""
+
+    def __init__(self, full: bool):
+        self.full = full
+
+    def visit(self, path: str) -> None:
+        with Video(path) as video:
+            last = max(len(video) - 32, 0)
+            step = 32 if self.full else max(math.ceil(last / 2), 1)
+            for start in (*range(0, last, step), last):
+                for _ in video.stream(range(start, min(start + 32, len(video)))):
+                    pass  # they are of no more use
+
+
+def check_videos(root: str | Path, out: str | Path, workers: int, full: bool = False) -> tuple[int, int]:
+    """Reads frames of all videos below a folder, in processes; returns how many there are and how many are bad.
+
+    Reads the first, middle and last 32 frames of each, or with `full` all, several times slower. The bad ones are
+    listed in the file `out` (see `visit_videos`).
+
+    Raises FileNotFoundError when there is no video, PermissionError when there is a folder that may not be listed.
+    """
+    root = os.path.abspath(root)
+    paths, _, _, closed = _walk(root)
+    paths = [*paths]
+    if closed:
+        raise PermissionError(f"{closed[0]}: no permission to list this folder, one of {len(closed)} such folders")
+    if not paths:
+        raise FileNotFoundError(f"{root}: no videos (.{', .'.join(SUFFIXES)}) below it")
+    return len(paths), visit_videos(_Checker(full), paths, root, out, workers, f"checking {root}")
+
+
+@dataclass(frozen=True)
+class CheckConfig(Options):
+    """Options of `data.py check`."""
+
+    out: str = option("bad_videos.txt", "list to write, for --exclude")
+    workers: int = option(os.cpu_count() or 1, "processes, one a core if not given", (1, 1024))
+    full: str = option("off", "read all frames, not only 32 at three places: slower", SWITCH)
+
+
+def check(config: CheckConfig, words: list[str]) -> None:
+    """Finds videos that can't be read below ROOT, the --data of training; exit code 1 if there are any."""
+    if len(words) != 1:
+        raise UserError("name the folder to check, before all flags (--help lists these)")
+    with user_errors():
+        count, bad = check_videos(*words, config.out, config.workers, config.full == "on")
+    advice = f": leave them out with --exclude {shlex.quote(config.out)}" if bad else ""
+    print(f"{bad} of {count} videos can't be read{advice}", flush=True)
+    if bad:
+        sys.exit(1)

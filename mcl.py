@@ -244,16 +244,16 @@ class MotionViews(data.PretrainingViews):
         """As of every view, with "motion"."""
         return super().empty(*batch) | {"motion": torch.empty(*batch, self.windows, self.frames, self.SIZE, self.SIZE)}
 
-    def _write_views(self, rng: np.random.Generator, path: str, item: dict[str, Tensor]) -> np.ndarray:
-        starts = super()._write_views(rng, path, item)
+    def write_views(self, rng: np.random.Generator, path: str, item: dict[str, Tensor]) -> np.ndarray:
+        starts = super().write_views(rng, path, item)
         for start, box, out in zip(starts, item["box"], item["motion"], strict=True):
             out[:] = crop_motion(self._clip(start), box / self.frame, self.SIZE)
         return starts
 
-    def _possible_starts(self, video: Video) -> np.ndarray:
+    def possible_starts(self, video: Video) -> np.ndarray:
         """Those of windows that move, or of all, where fewer move than are drawn."""
         self.motion = torch.from_numpy(self.maps.read(video.path, len(video)))
-        starts = super()._possible_starts(video)
+        starts = super().possible_starts(video)
         if not self.temporal:
             return starts
         window = self.frames * self.frame_stride
@@ -265,17 +265,17 @@ class MotionViews(data.PretrainingViews):
         shown = self.motion[start : start + self.frames * self.frame_stride : self.frame_stride]
         return F.pad(shown, (0, 0, 0, 0, 0, self.frames - len(shown)))
 
-    def _draw_region(self, rng: np.random.Generator, height: int, width: int, start: int) -> tuple[int, int, int, int]:
+    def draw_region(self, rng: np.random.Generator, height: int, width: int, start: int) -> tuple[int, int, int, int]:
         """The first of some regions that holds enough of the pixels that move most, or else the one that holds most."""
         self.frame = torch.tensor([width, height] * 2)
         if not self.spatial:
-            return super()._draw_region(rng, height, width, start)
+            return super().draw_region(rng, height, width, start)
         moving = foreground_mask(pool_motion(self._clip(start), "s")[None], self.MOVING)[0].numpy()
         rows, columns = moving.nonzero()
         y, x = (rows + 0.5) * height / moving.shape[0], (columns + 0.5) * width / moving.shape[1]
         best, most = None, -1
         for _ in range(self.DRAWS):
-            top, left, h, w = region = super()._draw_region(rng, height, width, start)
+            top, left, h, w = region = super().draw_region(rng, height, width, start)
             held = np.count_nonzero((top <= y) & (y < top + h) & (left <= x) & (x < left + w))
             if held > most:
                 best, most = region, held

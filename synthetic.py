@@ -1,22 +1,27 @@
 """The embedded data set: real video files in which the class is the motion and nothing else.
 
-python synthetic.py ROOT --shots 4
+    python synthetic.py ROOT --shots 4
+
+Can be copied alone into another project, for `make_synthetic`: it imports av (PyAV), numpy and tqdm only.
 """
 
 import contextlib
+import dataclasses
+import inspect
+import itertools
 import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
-
-from data import _naming, _progress
+from tqdm import tqdm
 
 MOTIONS = ("bounce", "fall", "grow", "orbit", "pulse", "rise", "shrink", "spin", "sway", "sway_then_bounce")
 SHAPES = ("disc", "ring", "square", "triangle", "star", "cross")
@@ -215,6 +220,27 @@ def _alone(folder: Path) -> Iterator[None]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def _is_complete(root: Path, recipe: dict) -> bool:
+    """Whether a folder holds the set; raises FileExistsError where it holds files that are of no set."""
+
+    def stop(error: OSError) -> None:
+        raise error  # what can't be listed may hold anything
+
+    held, own = set(), set()
+    for folder, folders, files in os.walk(root, onerror=stop if root.exists() else None):
+        links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
+        held |= {Path(folder, name).relative_to(root).as_posix() for name in (*files, *links)}
+    text = (root / SYNTHETIC_MARKER).read_text() if SYNTHETIC_MARKER in held else "{}"
+    videos = {name for name in held if name.endswith(".mp4")}
+    if text == json.dumps(recipe) and videos == _synthetic_names(**recipe).keys():
+        return True
+    with contextlib.suppress(ValueError, TypeError):
+        own = {SYNTHETIC_MARKER, *_synthetic_names(**json.loads(text))}
+    if others := sorted(held - own):
+        raise FileExistsError(f"{root} holds other files, such as {others[0]!r}: give the set a folder of its own")
+    return False
+
+
 def make_synthetic(
     root: str | Path,
     train: int = 1500,
@@ -247,36 +273,13 @@ def make_synthetic(
     """
     if seed < 0 or not 0 <= shake < math.inf or min(train, test, *size) < 1 or frames < 2:
         given = f"train {train}, test {test}, seed {seed}, shake {shake}, frames {frames}, size {size}"
-        raise ValueError(
-            f"a synthetic set needs a video of each part, two frames and a pixel, none below 0: not {given}"
-        )
+        raise ValueError(f"a set needs a video of each part, two frames and a pixel, nothing below 0: not {given}")
     if not 1 <= shots <= len(MOTIONS):
         raise ValueError(f"a video has 1 to {len(MOTIONS)} shots, each in another motion: not shots {shots}")
     root = Path(root).resolve()
     recipe = {"version": SYNTHETIC_VERSION, "train": train, "test": test, "seed": seed, "frames": frames, "size": size}
     recipe |= {"shake": shake, "shots": shots}
-    marker, names = root / SYNTHETIC_MARKER, _synthetic_names(**recipe)
-    hidden = root.with_name(f".{root.name}.partial")
-
-    def stop(error: OSError) -> None:
-        raise error  # what can't be listed may hold anything
-
-    def is_complete() -> bool:
-        """Whether the folder holds the set; raises FileExistsError where it holds another one's or anybody's files."""
-        held, own = set(), set()
-        for folder, folders, files in os.walk(root, onerror=stop if root.exists() else None):
-            links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
-            held |= {Path(folder, name).relative_to(root).as_posix() for name in (*files, *links)}
-        text = marker.read_text() if SYNTHETIC_MARKER in held else "{}"
-        if text == json.dumps(recipe) and {name for name in held if name.endswith(".mp4")} == names.keys():
-            return True
-        with contextlib.suppress(ValueError, TypeError):
-            own = {SYNTHETIC_MARKER, *_synthetic_names(**json.loads(text))}
-        if others := sorted(held - own):
-            raise FileExistsError(
-                f"{root} holds other files, such as {others[0]!r}: give the synthetic data set a folder of its own"
-            )
-        return False
+    names, hidden = _synthetic_names(**recipe), root.with_name(f".{root.name}.partial")
 
     def make(job: tuple[str, tuple[str, int]]) -> None:
         name, (part, n) = job
@@ -284,21 +287,64 @@ def make_synthetic(
         motions = [MOTIONS[n % len(MOTIONS)]] if part != UNLABELED else rng.choice(MOTIONS, shots, replace=False)
         path = hidden / "made" / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _naming(path):
+        try:
             _write_video(path, _draw_video(motions, rng, frames, *size, shake))
+        except OSError as error:  # as of a full disk, which FFmpeg gives without a name
+            raise OSError(error.errno, error.strerror, str(path)) from error
 
-    if is_complete():
+    if _is_complete(root, recipe):
         return
     with _alone(hidden):
-        if is_complete():  # by now
+        if _is_complete(root, recipe):  # by now
             return
+        pause = 0.5 if sys.stderr.isatty() else 30  # seconds, as in training
+        show = dict(desc=f"making {root}", total=len(names), dynamic_ncols=True, mininterval=pause)
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # NumPy and FFmpeg run without the interpreter's lock
-            what = f"making the synthetic data set in {root}"
-            for _ in _progress(pool.map(make, names.items()), len(names), what):
+            for _ in tqdm(pool.map(make, names.items()), **show):
                 pass
-        with _naming(marker):
-            (hidden / "made" / SYNTHETIC_MARKER).write_text(json.dumps(recipe))
-        is_complete()  # nobody has put files there meanwhile
+        (hidden / "made" / SYNTHETIC_MARKER).write_text(json.dumps(recipe))
+        _is_complete(root, recipe)  # nobody has put files there meanwhile
         if root.exists():
             root.rename(hidden / "before")
         (hidden / "made").rename(root)
+
+
+def command() -> tuple[Callable, type]:
+    """What `synthetic.py ROOT --flag value …` does, and the class of its options, as `cli.dispatch` takes them."""
+    from train import Options, UserError, option, user_errors  # here, so that this file can be copied alone
+
+    @dataclasses.dataclass(frozen=True)
+    class SyntheticConfig(Options):
+        train: int = option(1500, "training videos", (1, 10**6))
+        test: int = option(500, "test videos", (1, 10**6))
+        seed: int = option(0, "seed of all that is drawn", (0, 2**31 - 1))
+        frames: int = option(48, "frames of a shot", (2, 10_000))
+        size: int = option(40, "height and width in pixels", (1, 2048))
+        shake: float = option(0.008, "how far the camera moves at most, in sides of the frame", (0, 1))
+        shots: int = option(
+            1, "from 2 on: as many videos again, unlabeled, of so many shots, for pretraining", (1, len(MOTIONS))
+        )
+
+    def make(config: SyntheticConfig, words: list[str]) -> None:
+        """Makes videos in which the class is the motion alone: ROOT/train, ROOT/test and perhaps ROOT/unlabeled."""
+        if len(words) != 1:
+            raise UserError("name the folder to make, before all flags (--help lists these)")
+        with user_errors():
+            make_synthetic(*words, **dataclasses.asdict(config) | {"size": (config.size, config.size)})
+
+    return make, SyntheticConfig
+
+
+def main() -> None:
+    """`synthetic.py ROOT --flag value …`"""
+    from cli import parse
+
+    make, config_class = command()
+    words = list(itertools.takewhile(lambda word: not word.startswith("-"), sys.argv[1:]))
+    make(parse(config_class, inspect.getdoc(make), argv=sys.argv[1 + len(words) :]), words)
+
+
+if __name__ == "__main__":
+    from cli import command_line
+
+    command_line(main)

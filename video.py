@@ -34,11 +34,6 @@ CHUNK = 32 * 2**20  # bytes of RGB that are held while frames are streamed
 _watched: dict[tuple, tuple] = {}  # what `Video._watch` found, by file
 
 
-def shown(name: str) -> str:
-    """A name for a line of text: what isn't printable, as terminals' codes and bytes of no character, by its number."""
-    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in name)
-
-
 class BadVideo(Exception):
     """A video that can't be read: `path` says which one, `reason` why."""
 

@@ -3,8 +3,9 @@
 import os
 import sys
 
+os.environ["OMP_NUM_THREADS"] = "1"  # operators so small take longer where threads wait for each other
+
 import pytest
-import torch
 from hypothesis import settings
 
 import cli
@@ -16,7 +17,6 @@ import moco
 import pretrain
 import synthetic
 
-torch.set_num_threads(1)  # operators so small take longer where threads wait for each other
 settings.register_profile("project", deadline=None, derandomize=True, max_examples=30)
 settings.load_profile("project")
 

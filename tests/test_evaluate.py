@@ -581,12 +581,12 @@ def test_an_untrained_encoder_is_drawn_from_the_seed():
 
 
 def test_what_is_left_open_is_as_in_the_checkpoints_training(pretrained, videos):
-    _, config = evaluate.load_encoder(evaluate.RetrieveConfig(checkpoint=str(pretrained)))
+    _, config = features.load_encoder(evaluate.RetrieveConfig(checkpoint=str(pretrained)))
     assert (config.dataset, config.data, config.encoder) == ("synthetic", str(videos), "r3d_18")
     assert (config.crop, config.frames, config.frame_stride, config.width) == (48, 16, 2, 0.0625)
-    _, config = evaluate.load_encoder(evaluate.RetrieveConfig(checkpoint=str(pretrained), dataset="ucf101", frames=8))
+    _, config = features.load_encoder(evaluate.RetrieveConfig(checkpoint=str(pretrained), dataset="ucf101", frames=8))
     assert (config.data, config.split, config.frames, config.crop) == ("datasets/ucf101", 1, 8, 48)
-    _, config = evaluate.load_encoder(evaluate.RetrieveConfig(dataset="hmdb51", encoder="r3d_18", split=2))
+    _, config = features.load_encoder(evaluate.RetrieveConfig(dataset="hmdb51", encoder="r3d_18", split=2))
     assert (config.width, config.crop, config.split) == (1.0, 224, 2)
 
 

@@ -23,6 +23,7 @@ import cli
 import data
 import evaluate
 import fima
+import find
 import mcl
 import runs
 import synthetic
@@ -190,6 +191,15 @@ def test_a_linked_file_keeps_its_link(tmp_path):
     assert os.listdir(tmp_path / "disk") == ["there.pt"]
 
 
+def test_a_run_goes_on_from_a_checkpoint_that_is_a_link(run):
+    assert run(fima, "--max_steps=1", "--out=run", *QUICK)[0] == 0
+    path = run.path / "run" / "checkpoint.pt"
+    path.rename(run.path / "elsewhere.pt")
+    path.symlink_to("../elsewhere.pt")
+    assert run(fima, "--max_steps=2", "--resume=run/checkpoint.pt", *QUICK)[0] == 0
+    assert path.is_symlink() and runs.load_checkpoint(run.path / "elsewhere.pt")["step"] == 2
+
+
 def alive(pids):
     return [
         pid for pid in pids if Path(f"/proc/{pid}/stat").exists() and " Z " not in Path(f"/proc/{pid}/stat").read_text()
@@ -261,7 +271,7 @@ def call(run, script, words, monkeypatch, capsys):
     monkeypatch.chdir(run.path)
     monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *words])
     with pytest.raises(SystemExit) as stop:
-        sys.exit(data.main()) if script is data else cli.command_line(script.main)
+        cli.command_line(script.main)
     return stop.value.code, *capsys.readouterr()
 
 
@@ -344,7 +354,7 @@ WRITERS = {
     "log.jsonl": lambda folder: log_of(folder).write({"step": "new" * 99}),
     "bad_videos.log": lambda folder: log_of(folder).add_bad([("new" * 99, "reason")]),
     "a.mp4.npz": lambda folder: Kept(folder).visit(str(folder / "a.mp4")),
-    "bad.txt": lambda folder: data.check_videos(folder, folder / "bad.txt", 1),
+    "bad.txt": lambda folder: find.check_videos(folder, folder / "bad.txt", 1),
     "_0001.mp4": lambda folder: synthetic.make_synthetic(folder / "set", 20, 10, frames=2, size=(16, 16)),
 }
 

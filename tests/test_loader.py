@@ -15,9 +15,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from encoding import encode, moving_texture
+from encoding import encode, moving_texture, same_items
 
 import evaluate
+import features
 import moco
 from data import PretrainingViews, StepSampler, TestClips, VideoList, collate, load_batches
 from train import Process
@@ -32,19 +33,13 @@ def views(tmp_path_factory):
     return PretrainingViews(VideoList([str(path) for path in paths], [-1] * 5, [], ""), crop=28, frames=4)
 
 
-def assert_same(one: dict, other: dict) -> None:
-    assert one.keys() == other.keys()
-    for name, value in one.items():
-        assert torch.equal(value, other[name]) if isinstance(value, torch.Tensor) else value == other[name], name
-
-
 @pytest.mark.parametrize("workers", [0, 1, 3])
 @pytest.mark.parametrize("start", [0, 5])
 def test_batches_are_the_items_in_the_samplers_order_whatever_the_number_of_workers(views, workers, start):
     sampler = StepSampler(len(views), batch_size=2, epochs=6, start_step=start)
     seen = 0
     for keys, batch in zip(sampler, load_batches(views, sampler, workers), strict=True):
-        assert_same(batch, collate([views[key] for key in keys]))
+        assert same_items(batch, collate([views[key] for key in keys]))
         assert batch["clip"].movedim(-4, -1).is_contiguous()  # as the decoder writes images
         assert batch["sub_clips"].movedim(-4, -1).is_contiguous()
         seen += len(batch["bad"])
@@ -75,14 +70,16 @@ def test_a_batch_stays_as_it_is_until_the_next_one_is_asked_for(workers):
         assert (batch["value"] == torch.tensor([[2 * step], [2 * step + 1]])).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
 def test_workers_that_are_not_forked_share_the_memory_too(views, monkeypatch, method):
     monkeypatch.setattr(torch.multiprocessing, "Process", torch.multiprocessing.get_context(method).Process)
     sampler = StepSampler(len(views), batch_size=2, epochs=2)
     for keys, batch in zip(sampler, load_batches(views, sampler, workers=1), strict=True):
-        assert_same(batch, collate([views[key] for key in keys]))
+        assert same_items(batch, collate([views[key] for key in keys]))
 
 
+@pytest.mark.slow
 def test_weights_are_the_same_whatever_the_number_of_workers(run, videos):
     bad = videos / "train" / "rise" / "bad.mp4"
     bad.touch()
@@ -93,7 +90,7 @@ def test_weights_are_the_same_whatever_the_number_of_workers(run, videos):
     bad.unlink()
     states = [torch.load(run.path / str(workers) / "checkpoint.pt")["model"] for workers in (0, 1, 3)]
     for state in states[1:]:
-        assert_same(state, states[0])
+        assert all(torch.equal(value, states[0][name]) for name, value in state.items())
     logs = [(run.path / str(workers) / "bad_videos.log").read_text() for workers in (0, 1, 3)]
     assert logs[0].count("\n") == 1 and logs == logs[:1] * 3
 
@@ -122,7 +119,7 @@ def long_temporary_folder(tmp_path, monkeypatch):
 
 def test_a_long_temporary_folder_costs_no_video(views, long_temporary_folder):
     clips, alone = TestClips(views.videos, 28, 4, 1, 2), Process(0, 1, torch.device("cpu"))
-    found, _, bad = evaluate.clip_outputs(lambda x: x.flatten(1).float(), clips, alone, 2, 2, "")
+    found, _, bad = features.clip_outputs(lambda x: x.flatten(1).float(), clips, alone, 2, 2, "")
     assert [path for path, _ in bad] == [views.videos.paths[1]]
     assert torch.equal(found, torch.stack([clips[i]["clips"].flatten(1).float() for i in range(5)]))
 
@@ -143,6 +140,7 @@ exec "$@"
 """
 
 
+@pytest.mark.slow
 def test_shared_memory_that_others_have_filled_costs_no_video(run, videos):
     """Docker gives 64 MB of it, which another program may have taken; numbers are as without."""
     flags = ["--encoder=conv4", "--width=0.25", "--crop=32", "--device=cpu", f"--data={videos}", "--clips=2"]
@@ -171,6 +169,7 @@ def test_workers_end_with_the_iteration():
         assert not torch.multiprocessing.active_children()
 
 
+@pytest.mark.slow
 def test_memory_and_open_files_stay_flat_over_many_samples(views):
     status = Path("/proc/self/statm")
     if not status.exists():

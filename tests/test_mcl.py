@@ -448,18 +448,18 @@ def test_the_command_makes_what_is_missing_and_names_what_it_cannot_read(folder,
 
 
 def test_an_interrupt_loses_no_map(folder, tmp_path, without_flow, command, monkeypatch):
-    progress = data._progress
+    progress = data.tqdm
 
-    def interrupted(items, total, what):
-        for n, item in enumerate(progress(items, total, what), 1):
+    def interrupted(items, *rest, **options):
+        for n, item in enumerate(items, 1):
             yield item
             if n == 2:
                 raise KeyboardInterrupt  # as Ctrl-C does; where a shell starts tests in the background, it does nothing
 
-    monkeypatch.setattr(data, "_progress", interrupted)
+    monkeypatch.setattr(data, "tqdm", interrupted)
     assert command(folder)[0] == 130
     assert not torch.multiprocessing.active_children()
-    monkeypatch.setattr(data, "_progress", progress)
+    monkeypatch.setattr(data, "tqdm", progress)
     times = {file: file.stat().st_mtime_ns for file in (tmp_path / "clips_maps").rglob("*.npz")}
     assert times
     code, out, _ = command(folder)
@@ -591,7 +591,7 @@ def test_windows_that_move_differ_as_far_as_the_video_has_others(length, windows
     video.__len__.return_value = length
     videos = data.VideoList([""], [0], [], "")
     views = mcl.MotionViews(videos, 16, 4, 2, windows=windows, maps=maps, temporal=temporal, spatial=False)
-    starts = views._draw_starts(np.random.default_rng(seed), video)
+    starts = views.draw_starts(np.random.default_rng(seed), video)
     moving = losses.moving_windows(torch.from_numpy(motion).mean((1, 2)), 8, 2)
     assert len(set(starts)) == min(windows, len(moving)) and starts.shape == (windows,)
     assert not temporal or moving.sum() < windows or moving[starts].all()

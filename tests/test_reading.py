@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import itertools
 import struct
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from encoding import encode, moving_texture, write_sound
+from encoding import encode, moving_texture
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,42 +25,15 @@ CASES = sorted((SHARED / "cases").glob("*.npy"))
 H264 = dict(crf="12", preset="fast")
 
 
-def cut_by_edit_list(path: Path) -> Path:
-    """An MP4 whose edit list hides its first 5 frames, which the others are decoded from."""
-    source = encode(path.with_suffix(".whole.mp4"), moving_texture(40), "libx264", g="20", bf="2", **H264)
-    with av.open(str(source)) as whole, av.open(str(path), "w") as container:
-        stream = container.add_stream_from_template(whole.streams.video[0])
-        for packet in whole.demux(video=0):
-            if packet.size:
-                shift = round(5 / 25 / packet.time_base)
-                packet.pts, packet.dts = packet.pts - shift, packet.dts - shift
-                packet.stream = stream
-                container.mux(packet)
-    return path
-
-
-FILES = {
-    "b_frames.avi": functools.partial(encode, codec="mpeg4", g="12", bf="2", b="4M"),
-    "odd_no_b_frames.avi": functools.partial(encode, codec="mpeg4", g="12", bf="0", b="4M"),
-    "b_frames.mp4": functools.partial(encode, codec="libx264", g="20", bf="3", **H264),
-    "open_gop.mp4": functools.partial(encode, codec="libx264", x264_params="open-gop=1:keyint=10:bframes=3", **H264),
-    "intra_refresh.mkv": functools.partial(encode, codec="libx264", x264_params="intra-refresh=1:keyint=10", **H264),
-    "h264.mkv": functools.partial(encode, codec="libx264", g="15", bf="2", **H264),
-    "h264.avi": functools.partial(encode, codec="libx264", g="15", bf="2", **H264),
-    "raw.h264": functools.partial(encode, codec="libx264", g="15", bf="2", **H264),
-    "stream.ts": functools.partial(encode, codec="libx264", g="15", bf="2", **H264),
-    "open_gop_hevc.mp4": functools.partial(
-        encode, codec="libx265", x265_params="open-gop=1:keyint=10:bframes=3:crf=12:pools=1:log-level=none"
-    ),
-    "av1.mkv": functools.partial(encode, codec="libsvtav1", g="15", preset="10", crf="20"),
-    "mpeg2.mpg": functools.partial(encode, codec="mpeg2video", g="12", bf="2"),
-    "odd.webm": functools.partial(encode, codec="libvpx-vp9", g="16", deadline="realtime", cpu_used="8"),
-    "uneven_times.mp4": functools.partial(
-        encode, codec="libx264", times=np.cumsum(np.arange(60) % 4 + 1).tolist(), g="20", bf="2", **H264
-    ),
-    "short.mp4": functools.partial(encode, codec="libx264", **H264),
+FILES = {  # beside those of MATRIX below: odd sizes, uneven times, one group of pictures, and streams hard to start in
+    "odd.avi": dict(codec="mpeg4", g="12", bf="2", b="4M"),
+    "odd.webm": dict(codec="libvpx-vp9", g="16", deadline="realtime", cpu_used="8"),
+    "uneven.mp4": dict(codec="libx264", times=np.cumsum(np.arange(60) % 4 + 1).tolist(), g="20", bf="2", **H264),
+    "one_group.mp4": dict(codec="libx264", **H264),
+    "open_gop.mp4": dict(codec="libx264", x264_params="open-gop=1:keyint=10:bframes=3", **H264),
+    "intra_refresh.mkv": dict(codec="libx264", x264_params="intra-refresh=1:keyint=10", **H264),
+    "raw.h264": dict(codec="libx264", g="15", bf="2", **H264),
 }
-FRAMES = {"short.mp4": 20, "odd.webm": 40}
 
 
 def digest(image: np.ndarray) -> str:
@@ -75,9 +49,7 @@ def sequential(path: Path) -> list[str]:
         return [digest(np.rot90(f.to_ndarray(format="rgb24"), f.rotation // 90 % 4)) for f in decoded]
 
 
-@functools.cache
-def truth(path: Path) -> list[str]:
-    return sequential(path)
+truth = functools.cache(sequential)
 
 
 @pytest.fixture(scope="session")
@@ -85,14 +57,10 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("videos")
 
 
-@pytest.fixture(scope="session", params=[*FILES, "edit_list.mp4"])
+@pytest.fixture(scope="session", params=FILES)
 def file(request, folder):
-    path = folder / request.param
-    if request.param == "edit_list.mp4":
-        return cut_by_edit_list(path)
     size = dict(height=49, width=65) if "odd" in request.param else {}
-    FILES[request.param](path, moving_texture(FRAMES.get(request.param, 60), **size))
-    return path
+    return encode(folder / request.param, moving_texture(60, **size), **FILES[request.param])
 
 
 def check_frames(path: Path, choice: st.DataObject) -> None:
@@ -120,16 +88,6 @@ def test_chosen_frames_equal_a_sequential_decode(file, choice):
 @given(choice=st.data())
 def test_chosen_frames_of_real_clips_equal_a_sequential_decode(path, choice):
     check_frames(path, choice)
-
-
-def test_frames_come_in_the_order_they_were_shown(file):
-    """An oracle that needs no decoder: the encoded frames grow lighter."""
-    with Video(file) as video:
-        lightness = [image.mean() for image in video.read(range(len(video)))]
-    assert (np.diff(lightness) > 0).all()
-    shown = len(lightness)
-    first = 5 * 180 // 40 if file.name == "edit_list.mp4" else 0
-    assert lightness[-1] - lightness[0] == pytest.approx((shown - 1) / shown * 180 - first, abs=6)
 
 
 def test_one_pass_is_enough_for_any_frame(file, monkeypatch):
@@ -203,43 +161,6 @@ def test_an_index_out_of_range_is_an_error(folder):
         video.read([5])
 
 
-def bad_file(kind: str, folder: Path) -> Path:
-    """A file that can't be read as a video."""
-    path = folder / f"{kind}.mp4"
-    if kind == "empty":
-        path.write_bytes(b"")
-    elif kind == "random":
-        path.write_bytes(np.random.default_rng(0).bytes(10_000))
-    elif kind == "cut":
-        whole = encode(folder / "uncut.mp4", moving_texture(30), "libx264", **H264).read_bytes()
-        path.write_bytes(whole[: len(whole) // 2])
-    elif kind == "sound":
-        path = write_sound(path.with_suffix(".mkv"))
-    elif kind == "picture":
-        encode(path, moving_texture(1), "libx264", **H264)
-    return path
-
-
-REASONS = {
-    "empty": "empty",
-    "random": "Invalid data",
-    "cut": "Invalid data",
-    "sound": "no video stream",
-    "picture": "1 frames, where a video has at least 2",
-    "absent": "No such file",
-}
-
-
-@pytest.mark.parametrize("kind", REASONS)
-def test_a_bad_file_says_why(kind, tmp_path):
-    path = bad_file(kind, tmp_path)
-    with pytest.raises(BadVideo, match=REASONS[kind]) as caught:
-        Video(path)
-    assert caught.value.path == str(path)
-    assert caught.value.reason
-    assert str(caught.value) == f"{path}: {caught.value.reason}"
-
-
 @pytest.mark.parametrize("name", ["cut.mp4", "cut.mkv", "cut.ts", "cut.avi"])
 @given(share=st.floats(0, 1))
 def test_a_cut_file_is_bad_or_begins_like_the_whole(folder, name, share):
@@ -258,21 +179,6 @@ def test_a_cut_file_is_bad_or_begins_like_the_whole(folder, name, share):
         assert error.reason and share < 1
     else:
         assert [digest(image) for image in images[:-1]] == truth(whole)[: len(images) - 1]
-
-
-def test_a_bad_file_is_closed_again(tmp_path):
-    open_files = Path("/proc/self/fd")
-    if not open_files.is_dir():
-        pytest.skip("counts descriptors in /proc")
-    path = bad_file("picture", tmp_path)
-    before = len(list(open_files.iterdir()))
-    caught = []
-    for _ in range(5):
-        try:
-            Video(path)
-        except BadVideo as error:
-            caught.append(error)  # keeps the traceback, and with it the reader, alive
-    assert len(list(open_files.iterdir())) == before
 
 
 # Every way in which a packet, or its stamp, may not be what it seems. Each stream is encoded once and packed anew.
@@ -417,12 +323,7 @@ def test_what_had_to_be_decoded_once_is_remembered_until_the_file_changes(folder
     ("pix_fmt", "options"),
     [
         ("yuv420p", "profile=baseline"),
-        ("yuv420p", "interlaced=0"),
-        ("yuv420p", "interlaced=1"),
-        ("yuv420p10le", "interlaced=0"),
-        ("yuv422p", "interlaced=1"),
-        ("yuv444p", "interlaced=0"),
-        ("yuv444p", "interlaced=1"),
+        *itertools.product(["yuv420p", "yuv420p10le", "yuv422p", "yuv444p"], ["interlaced=0", "interlaced=1"]),
     ],
 )
 @pytest.mark.parametrize("container", ["mp4", "ts"])

@@ -1,100 +1,158 @@
-"""Commands on README and results/README.md parse, files that are named exist, and so do the flags of ablations."""
+"""README, CONTRIBUTING and docs: commands parse, and files, links, flags, names and tests that they name exist."""
 
+import argparse
 import itertools
 import re
+import runpy
 import shlex
+import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
-import benchmark
 import cli
-import data
-import dclr
-import evaluate
-import fame
-import fima
-import mcl
-import moco
-import visualize
+import pretrain
 
-README, RESULTS = ((Path(__file__).parents[1] / name).read_text() for name in ("README.md", "results/README.md"))
-COMMANDS = [
+ROOT = Path(__file__).parents[1]
+PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]}
+REPRODUCE = PAGES["docs/reproduce.md"]
+LINES = [
     line.partition("#")[0].strip()
-    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    for page in PAGES.values()
+    for block in re.findall(r"^```bash\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
     for line in block.splitlines()
+]
+OF_TABLES = [
+    f"python {command}"  # such as `moco.py --losses vv,vd`
+    for page in PAGES.values()
+    for row in re.findall(r"^\|.*", page, re.MULTILINE)
+    for command in re.findall(r"`(\w+\.py [^`]*)`", row)
 ]
 
 
-def commands_of_results() -> list[str]:
-    """Those of its bash blocks, without loops around them, and each table row's flags after the block above it."""
+def rows_of_reproduce() -> list[str]:
+    """The flags of each table row after the base command, which is the block above the table."""
     found, base = [], ""
-    for block, flags in re.findall(r"```bash\n(.*?)```|^\|[^`\n]*`(--[^`\n]*)`", RESULTS, re.DOTALL | re.MULTILINE):
+    for block, flags in re.findall(r"^```bash\n(.*?)^```|^\|[^`\n]*`(--[^`\n]*)`", REPRODUCE, re.DOTALL | re.MULTILINE):
         base = block.strip() or base
-        lines = map(str.strip, block.splitlines() or [f"{base} {flags}"])
-        found += [line for line in lines if line != "done" and not line.startswith("for ")]
+        found += [f"{base} {flags}"] * bool(flags)
     return found
 
 
-CONFIGS = {
-    "fima.py": (fima.FIMAConfig, fima.PRESETS),
-    "moco.py": (moco.MoCoConfig, moco.PRESETS),
-    "fame.py": (fame.FAMEConfig, fame.PRESETS),
-    "dclr.py": (dclr.DCLRConfig, dclr.PRESETS),
-    "mcl.py": (mcl.MCLConfig, mcl.PRESETS),
-    "mcl.py maps": (mcl.MapsConfig, mcl.FLOW),
-    **{f"evaluate.py {name}": (config, {}) for name, (_, config) in evaluate.PROTOCOLS.items()},
-    **{f"visualize.py {name}": (config, {}) for name, (_, config) in visualize.FIGURES.items()},
-    "benchmark.py": (benchmark.BenchmarkConfig, {}),
-}
+class Parsed(Exception):
+    """The script's command line is in order."""
 
 
-@pytest.mark.parametrize("command", dict.fromkeys(COMMANDS + commands_of_results()))
+def then_stop(parse):
+    def parsed(*arguments, **options):
+        parse(*arguments, **options)
+        raise Parsed
+
+    return parsed
+
+
+COMMANDS = [line for line in dict.fromkeys(LINES + OF_TABLES + rows_of_reproduce()) if line]
+SCRIPTS = {}  # the words from the script's name on, of each command that runs one of ours
+for line in COMMANDS:
+    words = shlex.split(line.rpartition("&&")[2])
+    if first := [i for i, word in enumerate(words) if word.endswith(".py") and "pytest" not in words]:
+        SCRIPTS[line] = words[first[0] :]
+
+
+@pytest.mark.parametrize("command", SCRIPTS)
 def test_every_command_parses(command, monkeypatch):
-    words = shlex.split(command.rpartition("&&")[2])
-    if words[:3] == ["python", "-m", "pytest"]:
-        return
-    script = next(i for i, word in enumerate(words) if word.endswith(".py"))
-    if words[script] == "data.py":
-        data._parser().parse_args(words[script + 1 :])
-        return
-    config, presets = CONFIGS.get(" ".join(words[script : script + 2])) or CONFIGS[words[script]]
-    named = (*evaluate.PROTOCOLS, *benchmark.COMMANDS, "maps")
-    arguments = [word for word in words[script + 1 :] if word not in named]
-    if words[script] == "visualize.py":
-        arguments = list(itertools.dropwhile(lambda word: not word.startswith("-"), arguments))
-    state = {"method": config.__name__.removesuffix("Config"), "config": {"dataset": "ucf101"}, "model": {}, "step": 1}
-    monkeypatch.setattr(cli, "load_checkpoint", lambda path: state)
-    cli.parse(config, "", presets, arguments)
+    script, *flags = SCRIPTS[command]
+    checkpoint = {"method": mock.ANY, "config": {"dataset": "ucf101"}, "model": {}, "step": 1}
+    monkeypatch.setattr(cli, "load_checkpoint", lambda path: checkpoint)
+    monkeypatch.setattr(cli, "command_line", lambda main: main())
+    if ".parse_args(" in (ROOT / script).read_text():  # it has a parser of its own
+        monkeypatch.setattr(argparse.ArgumentParser, "parse_args", then_stop(argparse.ArgumentParser.parse_args))
+    else:
+        for module in (pretrain, cli):
+            monkeypatch.setattr(module, "parse", then_stop(cli.parse))
+    monkeypatch.setattr(sys, "argv", [script, *flags])
+    with pytest.raises(SystemExit if "--help" in flags else Parsed):
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+
+
+def test_other_commands_are_of_known_tools():
+    for command in COMMANDS:
+        words = command.rpartition("&&")[2].split()
+        assert command in SCRIPTS or words[0] in ("pip", "git", "cd", "source", "ruff", "for", "done", "python"), (
+            command
+        )
+        assert all((ROOT / word).is_file() for word in words if word.startswith("tests/")), command
 
 
 def test_the_commands_are_there():
-    assert "pip install -r requirements.txt && python fima.py" in COMMANDS
-    assert "pip install -r requirements.txt && python -m pytest" in COMMANDS
-    assert len(COMMANDS) > 10
+    assert "pip install -r requirements.txt && python fima.py" in LINES
+    assert "pip install -r requirements.txt && python -m pytest" in LINES
+    assert len(OF_TABLES) > 10 and len(rows_of_reproduce()) > 30
 
 
-def test_every_run_that_a_table_of_results_names_is_made_once():
-    made = re.findall(r"--out runs/([\w.]+)", RESULTS)
-    lists = [names.split(",") for names in re.findall(r"runs/\{(.*?)\}", RESULTS)]
-    named = {name for names in lists for name in names} | set(re.findall(r"\| runs/([\w.]+) \|", RESULTS))
+def test_readme_is_one_page():
+    readme = PAGES["README.md"]
+    assert readme.count("\n") <= 150 and len(readme) <= 14_000
+
+
+def test_every_run_that_a_table_names_is_made_once():
+    made = re.findall(r"--out runs/([\w.]+)", REPRODUCE)
+    lists = [names.split(",") for names in re.findall(r"runs/\{(.*?)\}", REPRODUCE)]
+    named = {name for names in lists for name in names} | set(re.findall(r"\| runs/([\w.]+) \|", REPRODUCE))
     assert len(made) == len(set(made)) > 20 and named <= set(made)
-    assert len(commands_of_results()) > 30
 
 
-def test_files_and_flags_that_are_named_exist():
-    root = Path(__file__).parents[1]
-    for name in set(re.findall(r"`((?!test_)\w+\.py)`|\]\((\w+\.png)\)", README)):
-        assert (root / "".join(name)).is_file(), name
-    of_data = [vars(data._parser().parse_args([command, "root"])) for command in ("check", "synthetic")]
-    for flag in set(re.findall(r"--(\w+)", README)) - {"nproc_per_node", "help", "minutes"}:
-        known = [*of_data, *(config.__dataclass_fields__ for config, _ in CONFIGS.values())]
-        assert any(flag in options for options in known), flag
+def anchors(page: str) -> set[str]:
+    """The names by which GitHub links to a page's headings."""
+    headings = re.findall(r"^#+ (.*)", re.sub(r"```.*?```", "", page, flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links_lead_somewhere(name):
+    for target, _, anchor in (link.partition("#") for link in re.findall(r"\]\((?!https?:)([^)]*)\)", PAGES[name])):
+        path = (ROOT / name).parent / target if target else ROOT / name
+        assert path.exists(), target
+        assert not anchor or anchor in anchors(path.read_text()), f"{target}#{anchor}"
+
+
+OF_USERS = {"run.json", "labels.json", "train.json", "validation.json"}
+OF_USERS |= {f"Diving48_{part}.json" for part in ("V2_train", "V2_test", "vocab")}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_files_that_are_named_exist(name):
+    for file in re.findall(r"`([\w/]+\.(?:py|sh|json|md))(?=[` ])", PAGES[name]):
+        places = [ROOT / file, *(ROOT / folder / file for folder in ("tests", "docs", "results"))]
+        assert any(place.is_file() for place in places) or file in OF_USERS, file
+
+
+def test_flags_that_are_named_exist(monkeypatch):
+    known = {"--nproc_per_node"}
+    add = argparse.ArgumentParser.add_argument
+    noted = lambda parser, *names, **options: known.update(names) or add(parser, *names, **options)  # noqa: E731
+    monkeypatch.setattr(argparse.ArgumentParser, "add_argument", noted)
+    monkeypatch.setattr(cli, "command_line", lambda main: main())
+    for words in {(script, *itertools.takewhile(str.isalpha, rest)) for script, *rest in SCRIPTS.values()}:
+        monkeypatch.setattr(sys, "argv", [*words, "--help"])
+        with pytest.raises(SystemExit):
+            runpy.run_path(str(ROOT / words[0]), run_name="__main__")
+    for name, page in PAGES.items():
+        assert {f"--{flag}" for flag in re.findall(r"--(\w+)", page)} <= known, name
+
+
+def test_names_that_are_imported_exist():
+    for page in PAGES.values():
+        for block in re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE):
+            exec("\n".join(line for line in block.splitlines() if line.startswith(("from ", "import "))), {})
 
 
 def test_every_promise_names_tests_that_exist():
-    promises = re.findall(r"^- .*", README, re.MULTILINE)
+    promises = re.findall(
+        r"^- (?:.+\n)(?:  .+\n)*", PAGES["docs/training.md"].partition("## Ten promises")[2], re.MULTILINE
+    )
     assert len(promises) == 10
     for promise in promises:
         named = re.findall(r"`(test_\w+\.py)`", promise)
-        assert named and all((Path(__file__).parent / name).is_file() for name in named), promise
+        assert named and all((ROOT / "tests" / name).is_file() for name in named), promise

@@ -18,6 +18,7 @@ import cli
 import dclr
 import evaluate
 import fame
+import features
 import fima
 import mcl
 import moco
@@ -256,7 +257,7 @@ def test_ill_typed_values_in_a_checkpoint_change_nothing_or_are_one_clear_line(r
         return run.method.state_dict(), run.optimizer.state_dict()["state"], counts, runs.unpack(path, found)
 
     def evaluated():
-        return evaluate.load_encoder(evaluate.RetrieveConfig(checkpoint=str(path)), str)[0].state_dict()
+        return features.load_encoder(evaluate.RetrieveConfig(checkpoint=str(path)), str)[0].state_dict()
 
     def drawn():
         return visualize.load_decoder(visualize.FigureConfig(device="cpu"), [str(path)])[1].state_dict()

@@ -2,6 +2,9 @@
 
 import ast
 import graphlib
+import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,10 +14,11 @@ ROOT = Path(__file__).parents[1]
 FILES = {path.stem: path for path in sorted(ROOT.glob("*.py"))}
 PARTS = {
     "video": {"av", "numpy"},
+    "synthetic": {"av", "numpy", "tqdm"},
     "losses": {"torch"},
     "models": {"torch", "torchvision"},
     "augment": {"torch", "numpy"},
-    "data": {"torch", "numpy", "video"},
+    "data": {"torch", "numpy", "tqdm", "video"},
     "train": {"torch", "tqdm", "tensorboard"},
 }
 METHODS = {"moco", "fima", "fame", "dclr", "mcl"}
@@ -35,6 +39,15 @@ def imports(name: str) -> set[str]:
 @pytest.mark.parametrize("name", PARTS)
 def test_a_part_imports_its_libraries_only(name):
     assert imports(name) <= PARTS[name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PARTS)
+def test_a_part_can_be_copied_alone(name, tmp_path):
+    for copied in {name} | (PARTS[name] & FILES.keys()):
+        shutil.copy(FILES[copied], tmp_path)
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    subprocess.run([sys.executable, "-c", f"import {name}"], cwd=tmp_path, env=environment, check=True, timeout=60)
 
 
 @pytest.mark.parametrize("name", sorted(METHODS & FILES.keys()))

@@ -2,13 +2,17 @@
 
 import multiprocessing
 import os
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 
+import cli
 import find
 import synthetic
 from moco import MoCoConfig
@@ -34,15 +38,13 @@ def made(tmp_path_factory) -> Path:
 
 def test_files_decode_to_the_asked_length_and_size_and_classes_are_balanced(made):
     for part, count in (("train", 2), ("test", 1)):
-        assert sorted(path.name for path in (made / part).iterdir()) == sorted(synthetic.MOTIONS)
-        for motion in synthetic.MOTIONS:
-            paths = sorted((made / part / motion).iterdir())
-            assert [path.name for path in paths] == [f"{motion}_{n:04}.mp4" for n in range(1, count + 1)]
-            for path in paths:
-                with av.open(str(path)) as container:
-                    frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-                assert np.shape(frames) == (12, 24, 32, 3)
-    assert [path.name for path in made.parent.iterdir()] == ["synthetic"], "something was left beside the set"
+        names = [f"{part}/{motion}/{motion}_{n + 1:04}.mp4" for motion in synthetic.MOTIONS for n in range(count)]
+        assert sorted(name for name in tree(made) if name.startswith(part)) == sorted(names)
+        for name in names:
+            with av.open(str(made / name)) as container:
+                frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+            assert np.shape(frames) == (12, 24, 32, 3)
+    assert os.listdir(made.parent) == ["synthetic"], "something was left beside the set"
 
 
 def test_files_hold_what_was_drawn_in_order(tmp_path):
@@ -77,17 +79,14 @@ def test_a_complete_set_is_kept_without_drawing_anything(made, monkeypatch):
 
 def test_a_set_that_is_outdated_or_lacks_a_file_is_made_anew(made, tmp_path, monkeypatch):
     root = tmp_path / "set"
+    monkeypatch.setattr(synthetic, "SYNTHETIC_VERSION", 100)
     synthetic.make_synthetic(root, **SMALL | {"train": 10})
-    synthetic.make_synthetic(root, **SMALL)
-    assert tree(root) == tree(made)
-    (root / "train" / "spin" / "spin_0001.mp4").unlink()
-    synthetic.make_synthetic(root, **SMALL)
-    assert tree(root) == tree(made)
-    stale = root / "train" / "spin" / "spin_0001.mp4"
-    stale.write_bytes(b"of an older version")
-    monkeypatch.setattr(synthetic, "SYNTHETIC_VERSION", synthetic.SYNTHETIC_VERSION + 1)
-    synthetic.make_synthetic(root, **SMALL)
-    assert tree(root) == tree(made)
+    video = root / "train" / "spin" / "spin_0001.mp4"
+    for version, content in ((0, b""), (0, None), (1, b"of an older version")):
+        video.write_bytes(content) if content else video.unlink(missing_ok=True)
+        monkeypatch.setattr(synthetic, "SYNTHETIC_VERSION", 100 + version)
+        synthetic.make_synthetic(root, **SMALL)
+        assert tree(root) == tree(made)
 
 
 def test_an_interruption_leaves_nothing_and_the_next_call_makes_the_set(made, tmp_path, monkeypatch):
@@ -116,12 +115,13 @@ def test_another_folder_with_a_train_folder_is_not_taken_for_the_set(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["train/mine.mp4", "train/spin/spin_0003.mp4", "test/spin/notes/a.txt", "train/link"])
-@pytest.mark.parametrize("recipe", [SMALL, SMALL | {"seed": 1}])
+@pytest.mark.parametrize("recipe", [SMALL, SMALL | {"seed": 1}, None])
 def test_files_of_others_below_a_set_are_left_alone(made, tmp_path, name, recipe):
-    """A set of the same recipe is kept, if all other videos are its own."""
+    """A set of the same recipe is kept, if all other videos are its own; None: there is no set."""
     root, mine = tmp_path / "set", tmp_path / "set" / name
-    shutil.copytree(made, root)
-    mine.parent.mkdir(exist_ok=True)
+    if recipe:
+        shutil.copytree(made, root)
+    mine.parent.mkdir(parents=True, exist_ok=True)
     if name.endswith("link"):
         mine.symlink_to(tmp_path)
     else:
@@ -131,7 +131,7 @@ def test_files_of_others_below_a_set_are_left_alone(made, tmp_path, name, recipe
         synthetic.make_synthetic(root, **recipe)
     else:
         with pytest.raises(FileExistsError, match=rf"holds other files, such as '{name}'"):
-            synthetic.make_synthetic(root, **recipe)
+            synthetic.make_synthetic(root, **recipe or SMALL)
     assert tree(root) == before and (mine.is_symlink() or mine.read_text() == "years of work")
 
 
@@ -165,16 +165,7 @@ def test_what_a_kill_has_left_is_removed_and_two_at_once_take_turns(made, tmp_pa
     assert tree(root) == tree(made) and os.listdir(tmp_path) == ["set"] and count.value == 30  # by one of them
 
 
-@pytest.mark.parametrize("marked", [False, True])
-def test_a_folder_with_other_files_is_left_alone(tmp_path, marked):
-    if marked:
-        synthetic.make_synthetic(tmp_path, **SMALL | {"train": 10})
-    (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(FileExistsError, match="holds other files"):
-        synthetic.make_synthetic(tmp_path, **SMALL)
-    assert (tmp_path / "thesis.txt").read_text() == "years of work"
-
-
+@pytest.mark.slow
 def test_the_class_shows_in_no_single_frame_and_not_in_the_mean_frame():
     """Nearest neighbour by what one frame or the average shows is right about as often as chance, 1 in 10."""
     videos = [draw(motion, 1000 * n + k) for k, motion in enumerate(synthetic.MOTIONS) for n in range(24)]
@@ -276,20 +267,43 @@ def test_each_shot_shows_its_own_motion_of_the_same_object(monkeypatch):
         assert np.ptp(colours, axis=0).max() <= 0.02
 
 
-@pytest.mark.parametrize("shots", [0, 11])
-def test_a_number_of_shots_that_makes_no_set_is_named(tmp_path, shots):
-    with pytest.raises(ValueError, match=f"not shots {shots}"):
-        synthetic.make_synthetic(tmp_path / "set", **SMALL, shots=shots)
-    assert list(tmp_path.iterdir()) == []
-
-
 @pytest.mark.parametrize(
-    "wrong", [{"train": 0}, {"test": 0}, {"seed": -1}, {"shake": -0.1}, {"frames": 0}, {"size": (0, 32)}]
+    "wrong",
+    [
+        *({"train": 0}, {"test": 0}, {"seed": -1}, {"shake": -0.1}, {"frames": 0}, {"size": (0, 32)}),
+        *({"shots": 0}, {"shots": 11}),
+    ],
 )
 def test_numbers_that_make_no_set_are_named(tmp_path, wrong):
-    with pytest.raises(ValueError, match=f"not .*{next(iter(wrong))} "):
+    ((name, value),) = wrong.items()
+    with pytest.raises(ValueError, match=f"not .*{name} {re.escape(str(value))}"):
         synthetic.make_synthetic(tmp_path / "set", **SMALL | wrong)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_both_commands_make_the_same_set(tmp_path):
+    flags = ["--train", "3", "--test", "2", "--seed", "1", "--frames", "8", "--size", "32", "--shots", "2"]
+    for n, command in enumerate((["synthetic.py"], ["data.py", "synthetic"])):
+        script = Path(synthetic.__file__).with_name(command[0])
+        words = [sys.executable, str(script), *command[1:], str(tmp_path / str(n)), *flags]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0 and "8/8" in done.stderr, done.stderr
+    synthetic.make_synthetic(tmp_path / "other", train=3, test=2, seed=1, frames=8, size=(32, 32), shots=2)
+    assert len(tree(tmp_path / "0")) == 8 and tree(tmp_path / "0") == tree(tmp_path / "1") == tree(tmp_path / "other")
+
+
+@pytest.mark.parametrize("words", [[], ["one", "two"], ["one", "--shake=2"], ["one", "--size=0"], ["mine"]])
+def test_what_the_command_cannot_do_is_one_line(tmp_path, words, monkeypatch, capsys):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["synthetic.py", *words])
+    with pytest.raises(SystemExit) as stop:
+        cli.command_line(synthetic.main)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1
+    assert os.listdir(tmp_path) == ["mine"]
 
 
 @pytest.mark.parametrize("motion", synthetic.MOTIONS)

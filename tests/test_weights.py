@@ -14,6 +14,7 @@ from torchvision.models import video as torchvision_video
 
 import augment
 import evaluate
+import features
 import models
 import runs
 import train
@@ -316,7 +317,7 @@ def test_the_eps_of_batch_norm_travels_through_fine_tuning_and_resuming(run, mon
         assert run(evaluate, "finetune", "--resume", "run/checkpoint.pt", *FLAGS[-4:], dataset=None)[0] == 0
     assert [type(encoder) for encoder in trained] == [models.PiergiajI3D] * 2
     assert runs.load_checkpoint("run/checkpoint.pt")["step"] == 3
-    encoder, config = evaluate.load_encoder(evaluate.RetrieveConfig(checkpoint="run/checkpoint.pt"))
+    encoder, config = features.load_encoder(evaluate.RetrieveConfig(checkpoint="run/checkpoint.pt"))
     assert config.encoder == "i3d_piergiaj" and config.width == WIDTH
     clip, exported = rgb(8, 32, 48), models.export_weights(encoder, "piergiaj")
     assert not torch.equal(exported["Conv3d_1a_7x7.bn.running_var"], i3d_file(PIERGIAJ)["Conv3d_1a_7x7.bn.running_var"])
