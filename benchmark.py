@@ -1,7 +1,7 @@
 """Speed and memory of this code, as ratios of variants that take turns in one run.
 
     python benchmark.py data --data /videos     # reading, against decoding alone; the loader by number of workers
-    python benchmark.py step                    # a training step and its parts, against its encoder passes alone
+    python benchmark.py step                    # a training step, against its encoder passes alone
     python benchmark.py scale                   # its time and memory by processes, batch, crop, frames and queue
 
 A machine's speed wanders, so milliseconds of two runs do not compare. After a warm-up of each, variants go round robin
@@ -351,16 +351,10 @@ class Training:
         with self.autocast():
             return torch.stack(list(self.forward(self.views).values())).sum()
 
-    def backward(self, loss: Tensor) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-
-    def update(self) -> None:
-        self.optimizer.step()
-
     def step(self) -> None:
-        self.backward(self.loss())
-        self.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.loss().backward()
+        self.optimizer.step()
 
     def encoder_inputs(self) -> tuple[list[Tensor], list[Tensor]]:
         """What a step gives to the query and to the key encoder, pass by pass."""
@@ -383,49 +377,8 @@ class Training:
         torch.autograd.backward(maps, [torch.randn_like(features) for features in maps])
 
 
-def split_step(training: Training, clock: Callable[[], float]) -> dict[str, float]:
-    """Seconds of the parts of a step, and of the step as a whole; a part within another counts for itself alone."""
-    seconds, inside, since = collections.Counter(), [], 0.0
-
-    def move(part: str | None) -> None:
-        """Charges the time since the last move to the part it was spent in; then enters a part, or leaves it."""
-        nonlocal since
-        time = clock()
-        if inside:
-            seconds[inside[-1]] += time - since
-        since = time
-        inside.append(part) if part else inside.pop()
-
-    def watched(call: Callable, part: str) -> Callable:
-        def of_part(*arguments: Any, **options: Any) -> Any:
-            move(part)
-            result = call(*arguments, **options)
-            move(None)
-            return result
-
-        return of_part
-
-    method = training.method
-    with contextlib.ExitStack() as watches:
-        for owner, name, part in (
-            (training, "loss", "losses and masks"),
-            (method, "encode", "augmentation"),  # what these two do outside of the encoders
-            (method, "sub_clip_features", "augmentation"),
-            (moco, "momentum_update", "momentum update"),
-            (method.encoder, "forward", "query pass"),
-            (method.key_encoder, "forward", "key passes"),
-            (method, "decode", "decoder"),
-            (method, "project", "losses and masks"),
-            (training, "backward", "backward"),
-            (training, "update", "optimiser"),
-        ):
-            watches.enter_context(mock.patch.object(owner, name, watched(getattr(owner, name), part)))
-        whole = timed(training.step, clock)()
-    return dict(seconds) | {"step": whole}
-
-
 def step(config: BenchmarkConfig) -> None:
-    """Times a training step: ours in several settings, plain, the encoder passes alone, and each part."""
+    """Times a training step: ours in several settings, plain, and the encoder passes alone."""
     process = start_process(config.device)
     clock, on_gpu, rounds = functools.partial(now, process.device), process.device.type == "cuda", config.rounds
     settings = {"ours": {}}
@@ -458,10 +411,6 @@ def step(config: BenchmarkConfig) -> None:
     print(f"\nL_VV + L_Pix / L_VV + L_VD: {extra:.3f}")
 
     training = Training(config, process)
-    splits = [split_step(training, clock) for _ in range(config.rounds + 1)][1:]
-    results["split_rounds_s"] = splits
-    parts = {part: [times[part] for times in splits] for part in splits[0]}
-    compare("parts of a step of ours, in rounds of their own", parts, "step")
     with FlopCounterMode(display=False) as counter:
         training.step()
     results["gflop_per_sample"] = counter.get_total_flops() / 1e9 / config.batch_size
