@@ -1,7 +1,7 @@
 """Speed and memory of this code, as ratios of variants that take turns in one run.
 
     python benchmark.py data --data /videos     # reading, against decoding alone; the loader by number of workers
-    python benchmark.py step                    # a training step and its parts, against its encoder passes alone
+    python benchmark.py step                    # a training step, against its encoder passes alone
     python benchmark.py scale                   # its time and memory by processes, batch, crop, frames and queue
 
 A machine's speed wanders, so milliseconds of two runs do not compare. After a warm-up of each, variants go round robin
@@ -24,7 +24,6 @@ import math
 import os
 import platform
 import resource
-import shlex
 import statistics
 import subprocess
 import sys
@@ -48,12 +47,11 @@ import find
 import losses
 import moco
 import processes
-import runs
 import train
 from cli import command_line, dispatch
 from models import ENCODERS, momentum_update
-from processes import start_process
-from runs import git_commit, versions
+from processes import leave_signals, start_process
+from runs import check_replaceable, made_by
 from train import Options, Process, UserError, option, progress, user_errors
 from video import BadVideo, Video
 
@@ -69,7 +67,7 @@ class BenchmarkConfig(Options):
     width: float = option(1.0, "factor on the encoder's numbers of channels", (0.01, 8))
     crop: int = option(224, "height and width of a clip in pixels", (1, 1024))
     frames: int = option(16, "frames of a clip", (8, 4096))
-    batch_size: int = option(0, "videos a process; 0: the paper's 8, but for data 2 where there is no GPU", (0, 65_536))
+    batch_size: int = option(0, "videos a process; 0: the paper's 8, or 2 for steps on a CPU", (0, 65_536))
     losses: str = option("vv,pix,fra", "losses to sum, of vv, vd, pix and fra")
     queue: int = option(2048, "length of each queue of keys", (1, 2**24))
     rounds: int = option(5, "turns of each variant", (1, 10_000))
@@ -164,12 +162,8 @@ def write(config: BenchmarkConfig, command: str, device: torch.device, results: 
     machine = {"cpu": models[0] if models else platform.processor(), "cores": os.cpu_count(), "load": os.getloadavg()}
     if device.type == "cuda":
         machine |= {"gpu": torch.cuda.get_device_name(device), "cudnn": torch.backends.cudnn.version()}
-    record = {
-        "command": shlex.join(["python", *sys.argv]),
-        "config": dataclasses.asdict(config),
+    record = made_by(config) | {
         "machine": machine | {"threads": torch.get_num_threads()},
-        "git_commit": git_commit(),
-        "versions": versions(),
         "written": time.strftime("%Y-%m-%d %H:%M:%S %z"),
     }
     path = Path(config.out) / f"benchmark_{command}_{device.type}.json"
@@ -246,7 +240,7 @@ def reading(config: BenchmarkConfig) -> None:
 
     def sample_time(count: int) -> float:
         batches, sampler = 8 * max(count, 1), data.StepSampler(len(views), batch, epochs=10**6)
-        with contextlib.closing(data.load_batches(views, sampler, count, processes.leave_signals)) as loader:
+        with contextlib.closing(data.load_batches(views, sampler, count, leave_signals)) as loader:
             for _ in range(1 + data.PREFETCH * count):  # made ahead of the clock, while the workers started
                 next(loader)
             return timed(lambda: [next(loader) for _ in range(batches)], time.perf_counter)() / (batches * batch)
@@ -268,7 +262,7 @@ def random_views(method: fima.FIMA) -> dict[str, Tensor]:
     views = data.PretrainingViews(nothing, config.crop, config.frames, config.frame_stride, method.sub_clips)
     batch = {name: memory.zero_() for name, memory in views.empty(config.batch_size).items()}
     for name in {"clip", "sub_clips"} & batch.keys():
-        batch[name].random_(0, 256)
+        batch[name].random_(0, 256, generator=torch.Generator().manual_seed(0))
     for box, colors in zip(batch["box"].flatten(0, 1), batch["color"].flatten(0, 1), strict=True):
         top, left, height, width = data.draw_region(rng, 240, 320)
         x = rng.permutation([left, left + width])  # flipped or not
@@ -357,16 +351,10 @@ class Training:
         with self.autocast():
             return torch.stack(list(self.forward(self.views).values())).sum()
 
-    def backward(self, loss: Tensor) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-
-    def update(self) -> None:
-        self.optimizer.step()
-
     def step(self) -> None:
-        self.backward(self.loss())
-        self.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.loss().backward()
+        self.optimizer.step()
 
     def encoder_inputs(self) -> tuple[list[Tensor], list[Tensor]]:
         """What a step gives to the query and to the key encoder, pass by pass."""
@@ -389,49 +377,8 @@ class Training:
         torch.autograd.backward(maps, [torch.randn_like(features) for features in maps])
 
 
-def split_step(training: Training, clock: Callable[[], float]) -> dict[str, float]:
-    """Seconds of the parts of a step, and of the step as a whole; a part within another counts for itself alone."""
-    seconds, inside, since = collections.Counter(), [], 0.0
-
-    def move(part: str | None) -> None:
-        """Charges the time since the last move to the part it was spent in; then enters a part, or leaves it."""
-        nonlocal since
-        time = clock()
-        if inside:
-            seconds[inside[-1]] += time - since
-        since = time
-        inside.append(part) if part else inside.pop()
-
-    def watched(call: Callable, part: str) -> Callable:
-        def of_part(*arguments: Any, **options: Any) -> Any:
-            move(part)
-            result = call(*arguments, **options)
-            move(None)
-            return result
-
-        return of_part
-
-    method = training.method
-    with contextlib.ExitStack() as watches:
-        for owner, name, part in (
-            (training, "loss", "losses and masks"),
-            (method, "encode", "augmentation"),  # what these two do outside of the encoders
-            (method, "sub_clip_features", "augmentation"),
-            (moco, "momentum_update", "momentum update"),
-            (method.encoder, "forward", "query pass"),
-            (method.key_encoder, "forward", "key passes"),
-            (method, "decode", "decoder"),
-            (method, "project", "losses and masks"),
-            (training, "backward", "backward"),
-            (training, "update", "optimiser"),
-        ):
-            watches.enter_context(mock.patch.object(owner, name, watched(getattr(owner, name), part)))
-        whole = timed(training.step, clock)()
-    return dict(seconds) | {"step": whole}
-
-
 def step(config: BenchmarkConfig) -> None:
-    """Times a training step: ours in several settings, plain, the encoder passes alone, and each part."""
+    """Times a training step: ours in several settings, plain, and the encoder passes alone."""
     process = start_process(config.device)
     clock, on_gpu, rounds = functools.partial(now, process.device), process.device.type == "cuda", config.rounds
     settings = {"ours": {}}
@@ -464,10 +411,6 @@ def step(config: BenchmarkConfig) -> None:
     print(f"\nL_VV + L_Pix / L_VV + L_VD: {extra:.3f}")
 
     training = Training(config, process)
-    splits = [split_step(training, clock) for _ in range(config.rounds + 1)][1:]
-    results["split_rounds_s"] = splits
-    parts = {part: [times[part] for times in splits] for part in splits[0]}
-    compare("parts of a step of ours, in rounds of their own", parts, "step")
     with FlopCounterMode(display=False) as counter:
         training.step()
     results["gflop_per_sample"] = counter.get_total_flops() / 1e9 / config.batch_size
@@ -490,7 +433,7 @@ def one(config: BenchmarkConfig) -> None:
     Plain does without our handling of the heap here: a process has one for all.
     """
     plain, received = config.way == "plain", collections.Counter()
-    with mock.patch.object(train, "keep_freed_memory") if plain else contextlib.nullcontext():
+    with mock.patch.object(processes, "keep_freed_memory") if plain else contextlib.nullcontext():
         process = start_process(config.device)
     training, on_gpu = Training(config, process, plain=plain), process.device.type == "cuda"
 
@@ -583,7 +526,7 @@ def main() -> None:
     default = 8 if name == "data" or torch.cuda.is_available() else 2
     config = dataclasses.replace(config, batch_size=config.batch_size or default)
     for path in Path(config.out).glob(f"benchmark_{name}_*"):
-        runs.check_replaceable(path, b'{\n "command"')
+        check_replaceable(path, b'{\n "command"')
     command(config)
 
 

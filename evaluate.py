@@ -30,7 +30,6 @@ import json
 import math
 import os
 import shlex
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,7 +55,14 @@ from features import (
 )
 from models import ENCODERS, EXPORTS, export_weights
 from processes import leave_signals, loader_workers, start_process
-from runs import check_replaceable, claim_folder, continued, fit_in_folder, git_commit, load_checkpoint, versions
+from runs import (
+    check_replaceable,
+    claim_folder,
+    continued,
+    fit_in_folder,
+    load_checkpoint,
+    made_by,
+)
 from train import Options, Process, TrainConfig, UserError, check_sums, option, user_errors, write_file
 
 RECALLS = (1, 5, 10, 20, 50)
@@ -220,7 +226,7 @@ def prepare(
             seen = {"training videos": train.seen(config.data), "test videos": test.seen(config.data)}
             seen |= {"encoder": check_sums(encoder)} if config.resume in ("", "auto") else {}
         config = continued(config, process, seen)
-    with user_errors():
+    with user_errors((OSError,)):
         process.of_first(lambda: check_out(config))
     process.say(f"{train.report}\n{test.report}")
     return process, config, encoder.to(process.device), train, test, seen
@@ -328,19 +334,12 @@ def check_out(config: RetrieveConfig) -> None:
 
 def save_result(process: Process, config: RetrieveConfig, result: dict) -> None:
     """Writes the numbers, and all that is needed to get them again, as JSON, on the first process."""
-    record = {
-        "protocol": config.protocol,
-        "command": shlex.join([sys.executable, *sys.argv]),
-        "config": dataclasses.asdict(config),
-        "git_commit": git_commit(),
-        "versions": versions(),
-        "processes": process.world_size,
-        "result": result,
-    }
-    if process.rank == 0:
-        with user_errors():
-            write_file(result_file(config), json.dumps(record, indent=1) + "\n")
-        process.say(f"written to {result_file(config)}")
+    if process.rank > 0:
+        return
+    record = {"protocol": config.protocol, **made_by(config), "processes": process.world_size, "result": result}
+    with user_errors((OSError,)):
+        write_file(result_file(config), json.dumps(record, indent=1) + "\n")
+    process.say(f"written to {result_file(config)}")
 
 
 def save_accuracy(
@@ -390,7 +389,7 @@ def draw_confusion(path: Path, percent: Tensor, classes: list[str], title: str) 
     axes.tick_params(labelsize=7)
     memory = io.BytesIO()
     axes.figure.savefig(memory, dpi=150, bbox_inches="tight")
-    with user_errors():
+    with user_errors((OSError,)):
         write_file(path, memory.getbuffer())
 
 

@@ -1,7 +1,9 @@
 """An encoder from a checkpoint, or untrained, and what it gives for the clips of videos.
 
-encoder, config = load_encoder(EncoderConfig(checkpoint="runs/fima/checkpoint.pt", clips=2))
-features, readable, unreadable = video_outputs(unit_features(encoder), videos, config, start_process(), "videos")
+    encoder, config = load_encoder(EncoderConfig(checkpoint="runs/fima/checkpoint.pt", clips=2))
+    features, readable, unreadable = video_outputs(unit_features(encoder), videos, config, start_process(), "videos")
+
+Evaluation, figures and the end of a first run go this way; processes started by torchrun share the videos.
 """
 
 import dataclasses
@@ -140,7 +142,7 @@ def clip_outputs(
     loader = data.load_batches(clips, sampler, workers, leave_signals)
     found, bad = {}, []
     for videos in progress(process, mine, desc=title, unit="batch", leave=False):
-        with user_errors():
+        with user_errors((OSError,)):
             batch = next(loader)
         batch_clips = batch["clips"].to(process.device, non_blocking=True)  # (B, N, 3, frames, crop, crop)
         outputs = function(batch_clips.flatten(0, 1)).unflatten(0, batch_clips.shape[:2])

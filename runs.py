@@ -133,6 +133,17 @@ def versions() -> dict[str, str]:
     return found
 
 
+def made_by(config: Options) -> dict[str, Any]:
+    """What a record says of how it was made: command, options, commit and versions."""
+    command = shlex.join([sys.executable, *sys.argv])
+    return {
+        "command": command,
+        "config": dataclasses.asdict(config),
+        "git_commit": git_commit(),
+        "versions": versions(),
+    }
+
+
 def read_json(path: Path) -> Any:
     """What a file of JSON holds; raises UserError where it can't be read, or is damaged."""
     try:
@@ -189,13 +200,10 @@ class FolderLog(Log):
         on_gpu = run.process.device.type == "cuda"
         self.starts = read_starts(record) if record.exists() else []
         self.starts.append(
-            {
-                "command": shlex.join([sys.executable, *sys.argv]),
-                "config": dataclasses.asdict(run.config),
+            made_by(run.config)
+            | {
                 "start_step": run.done,
                 "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-                "git_commit": git_commit(),
-                "versions": versions(),
                 "processes": run.process.world_size,
                 "hardware": torch.cuda.get_device_name() if on_gpu else f"{os.cpu_count()} CPU cores",
             }

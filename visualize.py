@@ -564,14 +564,7 @@ def draw_curves(config: FigureConfig, inputs: list[str]) -> Figure:
 
 # -------------------------------------------------------------------------------------------------------------- report
 
-SECTIONS = {  # figure → heading
-    "curves": "Training",
-    "sample": "What it is given",
-    "masks": "Foreground",
-    "activations": "Where it is active",
-    "attention": "Where the motion decoder looks",
-    "retrieval": "Nearest neighbours",
-}
+SECTIONS = ("curves", "sample", "masks", "activations", "attention", "retrieval")  # figures of a report
 CSS = """
 :root { color-scheme: light dark }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: auto; padding: 1rem; overflow-wrap: anywhere }
@@ -612,12 +605,13 @@ def write_report(config: FigureConfig, inputs: list[str]) -> str:
     run = Path(inputs[0])
     start, last = read_starts(run / "run.json")[-1], read_log(inputs[0])[-1]
     state = load_checkpoint(run / "checkpoint.pt")
-    config = dataclasses.replace(config, gallery=200)  # fewer than in a figure of its own
+    config = dataclasses.replace(config, gallery=min(config.gallery or 200, 200))  # a report is not to take long
     body = []
-    for name, heading in SECTIONS.items():
+    for name in SECTIONS:
         if name != "attention" or any(key.startswith("decoder.") for key in state["model"]):
-            picture = html_figure(FIGURES[name][0](config, inputs), heading)
-            body.append(f"<h2>{heading}</h2>{picture}<p>{html.escape(inspect.getdoc(FIGURES[name][0]))}</p>")
+            draw, heading = FIGURES[name][0], name.capitalize()
+            picture = html_figure(draw(config, inputs), heading)
+            body.append(f"<h2>{heading}</h2>{picture}<p>{html.escape(inspect.getdoc(draw))}</p>")
     for path in filter(Path.is_file, sorted(run.rglob("*.json"))):
         record = read_json(path)
         if isinstance(record, dict) and isinstance(record.get("result"), dict):  # of evaluate.py
@@ -666,7 +660,7 @@ def main() -> None:
         memory = io.BytesIO()
         drawn.savefig(memory, format=out.suffix[1:], bbox_inches="tight")
         drawn = memory.getbuffer()
-    with user_errors():
+    with user_errors((OSError,)):
         write_file(out, drawn)
     print(f"written to {out}")
 

@@ -1,24 +1,22 @@
 """Benchmarks: plain is the same step, the floor is the step's passes, turns are fair, each command writes its JSON."""
 
 import copy
-import itertools
 import json
 import statistics
 import sys
 
 import pytest
 import torch
+from helpers import ALONE, one_line
 
 import benchmark
 import cli
-import train
 
 TINY = dict(encoder="r3d_18", width=0.0625, crop=32, batch_size=2, queue=8, rounds=1, device="cpu")
-PROCESS = train.Process(0, 1, torch.device("cpu"))
 
 
 def build(**flags):
-    return benchmark.Training(benchmark.BenchmarkConfig(**TINY | flags), PROCESS)
+    return benchmark.Training(benchmark.BenchmarkConfig(**TINY | flags), ALONE)
 
 
 @pytest.mark.parametrize(
@@ -67,24 +65,10 @@ def test_the_floor_is_the_encoder_passes_of_the_step(terms, key_clips):
         assert clips.is_contiguous(memory_format=torch.channels_last_3d) and not clips.is_contiguous()
 
 
-def test_the_parts_of_a_step_cover_it_and_leave_it_as_it_was():
-    training = build()
-    count = itertools.count()
-    times = benchmark.split_step(training, lambda: next(count))  # every look at the clock is a second
-    whole = times.pop("step")
-    assert sum(times.values()) < whole
-    parts = ("losses and masks", "augmentation", "momentum update", "query pass", "key passes", "decoder")
-    assert set(times) == {*parts, "backward", "optimiser"}
-    assert times["key passes"] == 3 and times["query pass"] == times["backward"] == times["decoder"] == 1
-    assert times["momentum update"] == 2  # encoder and head
-    training.step()
-    assert next(count) == whole + 1  # nothing looks at the clock any more
-
-
 def test_variants_take_turns_and_ratios_are_of_the_same_round():
     order, clock = [], {"a": iter([99, 98, 1, 2, 10]), "b": iter([99, 98, 2, 6, 10])}
     variants = {name: lambda name=name: (order.append(name), next(clock[name]))[1] for name in "ab"}
-    seconds = benchmark.take_turns(variants, 3, PROCESS)
+    seconds = benchmark.take_turns(variants, 3, ALONE)
     assert "".join(order) == "ab" * 5
     assert seconds == {"a": [1, 2, 10], "b": [2, 6, 10]}  # without the warm-up
     rows = benchmark.compare("", seconds, "a")
@@ -134,7 +118,7 @@ def test_decoding_alone_decodes_the_frames_and_makes_no_pixels(videos, monkeypat
 def test_step_writes_its_json(run):
     code, record, err = run("step")
     assert code == 0, err
-    assert COMMON | {"variants", "floors", "pixel_loss_ratio", "split_rounds_s"} <= record.keys()
+    assert COMMON | {"variants", "floors", "pixel_loss_ratio"} <= record.keys()
     assert record["variants"].keys() == {"plain", "ours", "ours, contiguous", "ours, vv,vd", "ours, vv,pix"}
     assert record["floors"].keys() == {"ours"}
     assert record["apart"].keys() == {"ours", "plain"}
@@ -142,14 +126,12 @@ def test_step_writes_its_json(run):
     floor = record["floors"]["ours"]
     ratios = [a / b for a, b in zip(*(floor[name]["rounds_ms"] for name in ("ours", "encoders alone")), strict=True)]
     assert floor["ours"]["ratio"] == pytest.approx(statistics.median(ratios))
-    for times in record["split_rounds_s"]:
-        assert sum(seconds for part, seconds in times.items() if part != "step") <= times["step"]
 
 
 @pytest.mark.parametrize(("way", "kept"), [("ours", 1), ("plain", 0)])
 def test_plain_in_a_process_of_its_own_leaves_the_heap_to_the_system(way, kept, run, monkeypatch):
     calls = []
-    monkeypatch.setattr(benchmark.train, "keep_freed_memory", lambda: calls.append(1))
+    monkeypatch.setattr(benchmark.processes, "keep_freed_memory", lambda: calls.append(1))
     assert run("one", way=way)[0] == 0
     assert len(calls) == kept
 
@@ -201,5 +183,4 @@ def test_processes_measure_a_step_and_count_what_they_exchange():
 def test_a_mistake_is_one_line(command, flags, says, run):
     code, record, err = run(command, **flags)
     assert code == 2 and record is None
-    message = err.splitlines()[-1]
-    assert message.startswith("error: ") and says in message
+    one_line(err, says)
