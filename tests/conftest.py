@@ -2,6 +2,7 @@
 
 import os
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,9 @@ import fima
 import moco
 import pretrain
 import synthetic
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+import simclr
 
 torch.set_num_threads(1)  # operators so small take longer where threads wait for each other
 settings.register_profile("project", deadline=None, derandomize=True, max_examples=30)
@@ -37,6 +41,7 @@ METHODS = {
     fame: (fame.FAME, fame.FAMEConfig),
     fima: (fima.FIMA, fima.FIMAConfig),
     moco: (moco.MoCo, moco.MoCoConfig),
+    simclr: (simclr.SimCLR, simclr.SimCLRConfig),
 }
 CONV4 = ["--encoder=conv4", "--width=0.25", "--crop=32"]  # the cheapest
 
