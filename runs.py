@@ -164,6 +164,19 @@ def read_lines(path: Path) -> list[dict[str, float]]:
     return lines
 
 
+def described(run: Run) -> str:
+    """The options of a run, and what follows from them."""
+    config, total = run.config, run.total_batch
+    options = "".join(f"  {name:<18}{value}\n" for name, value in dataclasses.asdict(config).items())
+    parameters = sum(p.numel() for p in run.method.parameters() if p.requires_grad)
+    return (
+        f"{options}{parameters:,} trainable parameters, {'bf16' if run.bf16 else 'float32'} on {run.process.device}\n"
+        f"total batch {config.batch_size} × {run.process.world_size} = {total}, learning rate {config.lr} × {total} / "
+        f"{config.LR_BATCH} = {config.lr * total / config.LR_BATCH:.3g}, {run.steps_per_epoch} steps an epoch, "
+        f"{config.epochs * run.steps_per_epoch} in all"
+    )
+
+
 class FolderLog(Log):
     """Keeps what a run says in its folder: numbers in log.jsonl, and in TensorBoard's events where it is installed;
     config, command, commit and versions of each start in run.json; unreadable videos in bad_videos.log. Only the first
@@ -176,6 +189,7 @@ class FolderLog(Log):
     MOST_OVERLAP = 0.8  # of the two windows of a video, which are to show different moments
 
     def __init__(self, run: Run, folder: Path, clips: int):
+        run.process.say(described(run))
         super().__init__(run, folder, clips)
         self.board, self.starts = None, []
         if run.process.rank == 0:

@@ -353,6 +353,13 @@ def test_closed_forms_of_equal_similarities():
     assert losses.pixel_contrast(zeros, zeros, torch.ones_like(positives), zeros).item() == 0  # nothing but positives
 
 
+@given(seed=seeds, videos=st.integers(2, 4), queue=st.integers(0, 5), per_video=st.booleans())
+def test_chance_is_the_loss_of_equal_similarities(seed, videos, queue, per_video):
+    prediction, target, positives, keys = pixel_batch(seed, videos, queue=queue, per_video=per_video)
+    expected = losses.pixel_contrast(prediction * 0, target * 0, positives, keys * 0)
+    torch.testing.assert_close(losses.pixel_chance(positives, keys.shape[-2]).double(), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_closed_forms_of_the_frame_losses():
     one, other = torch.eye(2)[:, None]
     none = torch.zeros(0, 2)

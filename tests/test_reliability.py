@@ -148,7 +148,7 @@ def test_killed_at_random_moments_a_run_ends_as_if_it_had_not_been(undisturbed, 
     random, steps = Random(0), set()
     for life in range(10):
         saving = ("save", "save_checkpoint")
-        kill = (random.randint(1, 70), saving) if life % 2 else (random.randint(1, 800), ())
+        kill = (random.randint(1, 40), saving) if life % 2 else (random.randint(1, 450), ())
         code, out = finish(start(tmp_path, *flags, "--resume", "auto", kill=kill), tmp_path)
         assert code == -signal.SIGKILL, out
         saved = tmp_path / "run" / "checkpoint.pt"

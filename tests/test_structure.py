@@ -2,6 +2,8 @@
 
 import ast
 import graphlib
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -9,15 +11,16 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FILES = {path.stem: path for path in sorted(ROOT.glob("*.py"))}
-PARTS = {
+PARTS = {  # which can be copied alone, but data with video
     "video": {"av", "numpy"},
     "losses": {"torch"},
     "models": {"torch", "torchvision"},
-    "augment": {"torch", "numpy"},
+    "augment": {"torch"},
+    "train": {"torch", "tqdm"},
     "data": {"torch", "numpy", "video"},
-    "train": {"torch", "tqdm", "tensorboard"},
 }
 METHODS = {"moco", "fima", "fame", "dclr", "mcl"}
+SHARED = {"pretrain", "cli"}  # by all methods: options, views, main; how a script starts and ends
 
 
 def imports(name: str) -> set[str]:
@@ -40,7 +43,53 @@ def test_a_part_imports_its_libraries_only(name):
 @pytest.mark.parametrize("name", sorted(METHODS & FILES.keys()))
 def test_a_method_imports_parts_and_moco_only(name):
     siblings = imports(name) & FILES.keys()
-    assert siblings <= PARTS.keys() | {"pretrain", "cli"} | ({"moco"} if name != "moco" else set())
+    assert siblings <= PARTS.keys() | SHARED | ({"moco"} if name != "moco" else set())
+
+
+def test_what_methods_share_knows_no_method_and_methods_know_no_command():
+    """pretrain's look at what was learnt, in the first run, imports evaluate where it is needed."""
+    for name in {"pretrain", "cli", "runs", "processes", "find", *PARTS}:
+        assert not imports(name) & (METHODS | {"evaluate", "visualize", "benchmark"}), name
+
+
+ALONE = """
+import sys, torch
+sys.path.insert(0, {folder!r})
+import {name}
+assert {name}.__file__.startswith({folder!r})
+"""
+TRAIN_ALONE = """
+from pathlib import Path
+from train import Process, TrainConfig, fit
+
+class Line(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(3, 1)
+    def forward(self, batch):
+        return {"square": self.layer(batch["x"]).square().mean()}
+
+config = TrainConfig(epochs=2, batch_size=4)
+process = Process(0, 1, torch.device("cpu"))
+saved = fit(Line(), config, process, lambda step: [{"x": torch.ones(4, 3)}] * (8 - step), 4, Path("."))
+assert torch.load(saved, weights_only=True)["step"] == 8
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(PARTS.keys() - {"data"}))
+def test_a_part_works_in_a_folder_of_its_own(name, tmp_path):
+    shutil.copy(FILES[name], tmp_path)
+    program = ALONE.format(folder=str(tmp_path), name=name) + TRAIN_ALONE * (name == "train")
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert name != "train" or "epoch 2/2  square" in done.stdout
+
+
+def test_no_file_is_longer_than_700_lines():
+    """Those that are wait for their owners."""
+    long = {name for name, path in FILES.items() if len(path.read_text(encoding="utf-8").splitlines()) > 700}
+    assert long <= {"data", "evaluate", "visualize"}
 
 
 def test_imports_have_no_cycle():

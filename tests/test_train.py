@@ -533,7 +533,7 @@ def test_too_many_unreadable_videos_stop_the_run_and_are_named(run, videos):
     flags = [*conftest.CONV4, "--dataset", "folder", "--data", tree, "--out", "run", "--epochs", 2]
     code, _, err = run(moco, *flags, dataset=None)
     assert code == 2
-    one_line(err, "--max_bad", "bad_videos.log names them", " by --exclude run/bad_videos.log")
+    one_line(err, "--max_bad", "run/bad_videos.log says why", " by --exclude run/bad_videos.log")
     (run.path / "other bad.txt").write_text("a/7.mp4\n")
     code, _, err = run(moco, *flags[:-3], "again", "--exclude", "other bad.txt", dataset=None)
     assert code == 2 and err.endswith("--exclude 'other bad.txt,again/bad_videos.log'\n"), err
