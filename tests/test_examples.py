@@ -75,6 +75,7 @@ def trained(run):
     return run.path / "run" / "checkpoint.pt"
 
 
+@pytest.mark.slow
 def test_its_checkpoint_goes_through_every_protocol_and_into_a_report(run, trained, monkeypatch, capsys):
     state = weights(trained)
     assert state["method"] == "SimCLR" and {"exp_avg", "exp_avg_sq", "step"} == state["optimizer"]["state"][0].keys()

@@ -292,6 +292,7 @@ def features_process(rank: int, folder: str) -> None:
     processes.end_process()
 
 
+@pytest.mark.slow
 def test_shuffled_batch_norm_makes_keys_of_clips_of_all_processes(tmp_path):
     torch.multiprocessing.spawn(features_process, (str(tmp_path),), nprocs=2)
     model, both = build(), [make_views(seed=rank) for rank in range(2)]
@@ -363,6 +364,7 @@ def step_process(rank: int, folder: str) -> None:
     processes.end_process()
 
 
+@pytest.mark.slow
 def test_two_processes_do_what_one_does_with_the_same_batch_but_for_negatives_of_the_mini_batch(tmp_path):
     """L_VV and L_VD of a query depend on its own keys and the queue, which all share: losses, gradients and queues are
     those of one process. L_Pix and L_Fra also take negatives from the mini-batch, and each process has its own.

@@ -29,6 +29,7 @@ import find
 import losses
 import mcl
 import moco
+import pretrain
 from models import ENCODERS, last_norms, recorded_inputs
 from train import UserError
 from video import BadVideo, Video
@@ -797,7 +798,7 @@ def test_every_encoder_is_aligned_at_its_last_convolution_in_either_memory_forma
     )
     views, results = make_views(batch=2, crop=crop), []
     views |= {"clip": views["clip"][:, :, :, ::2], "motion": views["motion"][:, :, ::2]}
-    for memory_format in moco.MEMORY_FORMATS:
+    for memory_format in pretrain.MEMORY_FORMATS:
         model = build(encoder=name, width=width, crop=crop, memory_format=memory_format, batch_size=2, frames=8)
         last = last_norms(model.encoder)
         norms, called = [m for m in model.encoder.modules() if isinstance(m, torch.nn.BatchNorm3d)], []

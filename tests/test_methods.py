@@ -94,6 +94,7 @@ RESUMED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", RESUMED, ids=lambda script: script.__name__)
 def test_a_resumed_run_equals_a_whole_one_bit_for_bit(script, run, still):
     """Across an epoch of 4 steps, with DCLR's refresh and delay, and the end of the warm-up."""

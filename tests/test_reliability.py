@@ -138,6 +138,7 @@ def undisturbed(videos, tmp_path_factory):
     return folder / "run", flags
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_a_run_ends_as_if_it_had_not_been(undisturbed, tmp_path):
     """Ten kills at random lines, every second one while a checkpoint is written, all with a loader's worker.
 
@@ -161,6 +162,7 @@ def test_killed_at_random_moments_a_run_ends_as_if_it_had_not_been(undisturbed, 
     assert log(tmp_path / "run") == log(expected)
 
 
+@pytest.mark.slow
 def test_a_run_whose_terminal_hangs_up_is_saved_and_goes_on_as_if_nothing_had_been(undisturbed, tmp_path):
     expected, flags = undisturbed
     code, out = finish(start(tmp_path, *flags, at_step_6="SIGHUP"), tmp_path)
@@ -170,6 +172,7 @@ def test_a_run_whose_terminal_hangs_up_is_saved_and_goes_on_as_if_nothing_had_be
     assert same(*(weights(folder / "checkpoint.pt")["model"] for folder in (expected, tmp_path / "run")))
 
 
+@pytest.mark.slow
 def test_a_run_whose_terminal_is_gone_ends_and_is_saved(undisturbed, tmp_path):
     """No signal comes where it is not the terminal's own; to write there fails."""
     terminal, end = pty.openpty()
@@ -210,6 +213,7 @@ def broken_pipe():
         yield stream
 
 
+@pytest.mark.slow
 def test_a_run_whose_streams_are_closed_ends_as_if_they_were_not(undisturbed, tmp_path):
     expected, flags = undisturbed
     assert finish(start(tmp_path, *flags, closed="2"), tmp_path)[0] == 0
@@ -217,6 +221,7 @@ def test_a_run_whose_streams_are_closed_ends_as_if_they_were_not(undisturbed, tm
     assert log(tmp_path / "run") == log(expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streams", ["<&- >&- 2>&-", "| head -1"])
 def test_an_evaluation_that_nobody_reads_writes_its_result(streams, videos, tmp_path):
     flags = [*QUICK, f"--data={videos}", "--device=cpu", "--clips=2", "--workers=1", f"--out={tmp_path / 'k.json'}"]
@@ -254,6 +259,7 @@ def test_a_check_that_nobody_reads_goes_on_and_one_whose_terminal_is_gone_keeps_
         (tmp_path / "bad.txt").unlink()
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_the_run_and_spoils_nothing(undisturbed, tmp_path):
     expected, flags = undisturbed
     assert finish(start(tmp_path, *flags, "--max_steps", "9"), tmp_path)[0] == 0
@@ -287,6 +293,7 @@ def test_a_folder_that_cannot_be_written_is_one_clear_line(run):
     assert code == 2 and err.splitlines()[-1].startswith("error: ") and "file/run" in err and "Traceback" not in err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_same_seed_gives_the_same_weights_whatever_the_number_of_workers(workers, undisturbed, tmp_path):
     expected, flags = undisturbed
@@ -315,6 +322,7 @@ def flip_a_byte(path):
     path.write_bytes(content)
 
 
+@pytest.mark.slow
 def test_resume_auto_takes_the_furthest_readable_checkpoint_of_the_run_that_is_asked_for(run):
     flags = [*QUICK, "--epochs", 2]
 
@@ -342,6 +350,7 @@ def test_resume_auto_takes_the_furthest_readable_checkpoint_of_the_run_that_is_a
     assert f"found {first}/checkpoint.pt, step 1" in auto("--max_steps", 2, "--out", first)
 
 
+@pytest.mark.slow
 def test_resume_auto_passes_over_another_run_and_says_what_differs(run, videos):
     """Each of the options that define a result, by what was given or by default, and the videos."""
     (run.path / "moved").symlink_to(videos)
@@ -469,6 +478,7 @@ def test_a_step_that_is_not_finite_can_be_left_out(how, run, monkeypatch):
     assert all(value.isfinite().all() for value in weights(run.path / "run" / "checkpoint.pt")["model"].values())
 
 
+@pytest.mark.slow
 def test_leaving_out_step_after_step_stops_the_run(run, monkeypatch):
     break_steps(monkeypatch, set(range(6, 99)), "loss")
     code, _, err = run(fima, "--epochs", 20, "--on_nan", "skip", "--out", "run", *QUICK)
@@ -498,6 +508,7 @@ def leave_at_once() -> None:
     processes.end_process()
 
 
+@pytest.mark.slow
 def test_a_process_leaves_while_a_thread_still_holds_tensors():
     """On torch 2.6 and 2.7 the thread waited for Python's lock, held by what waited for the thread."""
     process = multiprocessing.get_context("forkserver").Process(target=leave_at_once)
@@ -507,6 +518,7 @@ def test_a_process_leaves_while_a_thread_still_holds_tensors():
     assert process.exitcode == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at_step_6", ["SIGKILL", "SIGSTOP"])
 def test_a_process_that_dies_or_hangs_ends_the_others_with_a_message(at_step_6, undisturbed, tmp_path):
     timeout = ["--timeout", "0.3"] if at_step_6 == "SIGSTOP" else []  # a death is noticed at once
@@ -521,6 +533,7 @@ def test_a_process_that_dies_or_hangs_ends_the_others_with_a_message(at_step_6, 
     assert "Traceback" not in out and weights(tmp_path / "run" / "checkpoint.pt")["step"] == 4
 
 
+@pytest.mark.slow
 def test_two_processes_go_on_after_a_kill_as_if_nothing_had_been_and_one_alone_says_what_differs(undisturbed, tmp_path):
     flags = undisturbed[1]
     for process in start_two(whole := tmp_path / "whole", *flags):
@@ -543,6 +556,7 @@ def test_two_processes_go_on_after_a_kill_as_if_nothing_had_been_and_one_alone_s
     assert all(value.isfinite().all() for value in state["model"].values())
 
 
+@pytest.mark.slow
 def test_two_nodes_need_no_common_disk(undisturbed, videos, tmp_path):
     """The second has no place for a run folder; what it cannot read is named in the first one's."""
     port = free_port()
@@ -587,6 +601,7 @@ def test_an_environment_that_a_scheduler_has_left_is_one_clear_line(left, run, m
         one_line(err, f"the environment has {left}, ", "torchrun", "unset")
 
 
+@pytest.mark.slow
 def test_processes_that_do_not_meet_say_so_in_one_line_each_within_the_time_out(tmp_path):
     """Some are missing, or meet a program that never answers."""
     groups = ["0/2"], ["1/2"], ["0/3", "1/3"]
@@ -610,6 +625,7 @@ def test_processes_that_do_not_meet_say_so_in_one_line_each_within_the_time_out(
         assert process.exitcode == 2 and line.startswith(says) and "start all of them" in line
 
 
+@pytest.mark.slow
 def test_processes_that_disagree_stop_before_they_save(undisturbed, tmp_path):
     processes = start_two(tmp_path, *undisturbed[1], at_step_6="spoil")
     for rank, process in enumerate(processes):
