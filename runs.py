@@ -66,7 +66,7 @@ def claim_folder(path: Path, resume: str = "") -> None:
             file.truncate(0)
             file.write(f"process {os.getpid()} on {platform.node()}\n")
             file.flush()
-    if not resume or Path(resume).resolve().parent != path.resolve():
+    if not resume or Path(resume).parent.resolve() != path.resolve():
         for saved in (path / "checkpoint.pt", *sorted(path.glob("epoch_*.pt"))):
             if saved.exists():
                 raise UserError(

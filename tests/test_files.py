@@ -191,6 +191,15 @@ def test_a_linked_file_keeps_its_link(tmp_path):
     assert os.listdir(tmp_path / "disk") == ["there.pt"]
 
 
+def test_a_run_goes_on_from_a_checkpoint_that_is_a_link(run):
+    assert run(fima, "--max_steps=1", "--out=run", *QUICK)[0] == 0
+    path = run.path / "run" / "checkpoint.pt"
+    path.rename(run.path / "elsewhere.pt")
+    path.symlink_to("../elsewhere.pt")
+    assert run(fima, "--max_steps=2", "--resume=run/checkpoint.pt", *QUICK)[0] == 0
+    assert path.is_symlink() and runs.load_checkpoint(run.path / "elsewhere.pt")["step"] == 2
+
+
 def alive(pids):
     return [
         pid for pid in pids if Path(f"/proc/{pid}/stat").exists() and " Z " not in Path(f"/proc/{pid}/stat").read_text()
