@@ -31,12 +31,11 @@ except ImportError:  # Windows
 
 # ---------------------------------------------------------------------------------------------------------- folders
 
-
 _locks: dict[str, TextIO] = {}  # of the run folders that this process has
 
 
 def claim_folder(path: Path, resume: str = "") -> None:
-    """Makes a run folder this process's own, until `end_process` or the process's end, also by a kill.
+    """Makes a run folder this process's own, until `free_folders` or the process's end, also by a kill.
 
     The lock is the system's, on the file `lock`, of a kind (POSIX record) that children do not inherit. Over NFS it
     holds between machines where the server's lock service runs. Where there is none, and on Windows, a line says that
@@ -50,7 +49,7 @@ def claim_folder(path: Path, resume: str = "") -> None:
     path.mkdir(parents=True, exist_ok=True)
     if (name := os.path.realpath(path)) not in _locks:  # to open and close it again would free it
         check_replaceable(path / "lock", b"process ")
-        file = open(path / "lock", "a+")  # noqa: SIM115, as end_process closes it
+        file = open(path / "lock", "a+")  # noqa: SIM115, as free_folders closes it
         try:
             if not fcntl:
                 raise OSError("this system has none")
@@ -489,7 +488,7 @@ def fit_in_folder(
         options: more of `fit`.
 
     Raises:
-        UserError: the folder is another run's, or can't be made, and what `fit` and `load_checkpoint` raise.
+        UserError: the folder is another run's, or can't be made; and as `fit` and `load_checkpoint` do.
     """
     folder, path = Path(config.out or out), config.resume
     with user_errors((OSError,)):

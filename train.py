@@ -639,8 +639,7 @@ def fit(
             windows of each video, is logged. An OSError of the batches is taken for one of the user's.
         steps_per_epoch: batches in an epoch.
         out: run folder, of this run alone.
-        state: of the checkpoint `config.resume`, to go on from (see `runs.load_checkpoint`).
-        make_log: a Log or a class below it.
+        state: of the checkpoint `config.resume`, to go on from (see `runs.load_checkpoint`); it is emptied.
         clips_per_video: of a batch, for the log's clips/s.
         paths: of the videos that a batch's "index" counts, to name those of a step that fails.
         extra: more entries of the checkpoints, of the first process.
@@ -649,6 +648,7 @@ def fit(
     unreadable, or a loss is not finite; and Interrupted after SIGINT, SIGTERM or SIGHUP, when the state is saved.
     """
     run = Run(method, config, process, steps_per_epoch, state, paths, extra)
+    (state or {}).clear()  # of tensors that the run has copied
     stop = min(config.epochs * steps_per_epoch, config.max_steps or math.inf)
     if run.done >= stop:
         process.say(f"{config.resume} is at step {run.done} of {stop}: nothing left to train (--epochs, --max_steps)")

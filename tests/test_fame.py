@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CONV4
 from helpers import generator, views_without_colours
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -413,11 +412,6 @@ def test_rgb_is_merged_and_motion_is_that_of_the_video_itself(method, config, fl
         assert torch.equal(seen[True][1], views["sub_clips"].transpose(0, 1).flatten(0, 2))
     torch.stack(list(losses.values())).sum().backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
-
-
-def test_fima_trains_with_fame(run):
-    code, out, _ = run(fima, *CONV4, "--epochs", 1, "--max_steps", 2, "--fame", "single", dataset="folder")
-    assert code == 0 and "fame" in out
 
 
 def test_one_video_a_batch_is_enough_without_another_videos_background():

@@ -867,12 +867,6 @@ def test_the_first_run_makes_the_maps_and_ends_with_what_was_learnt(run, videos,
     assert "18/18" in err and len(list(maps.rglob("*.npz"))) == 18
 
 
-@pytest.mark.parametrize("flags", [["--alignment", "v1"], ["--alignment", "v2"], ["--bn", "local"]], ids=str)
-def test_two_steps_of_each_variant_run(flags, run, made):
-    code, out, _ = run(mcl, *CONV4, "--epochs", 1, "--max_steps", 2, "--maps", made, *flags, dataset="folder")
-    assert code == 0 and all(f"{name} " in out for name in ("vv", "t", "s", "st"))
-
-
 def test_without_motion_nothing_asks_for_maps(run):
     flags = ["--losses", "vv", "--temporal_sampling", "random", "--spatial_sampling", "random"]
     assert run(mcl, *CONV4, "--epochs", 1, "--max_steps", 1, *flags, dataset="folder")[0] == 0
