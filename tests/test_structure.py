@@ -85,12 +85,6 @@ def test_a_part_works_in_a_folder_of_its_own(name, tmp_path):
     assert name != "train" or "epoch 2/2  square" in done.stdout
 
 
-def test_no_file_is_longer_than_700_lines():
-    """Those that are wait for their owners."""
-    long = {name for name, path in FILES.items() if len(path.read_text(encoding="utf-8").splitlines()) > 700}
-    assert long <= {"data", "evaluate", "visualize"}
-
-
 def test_imports_have_no_cycle():
     graphlib.TopologicalSorter({name: imports(name) & FILES.keys() for name in FILES}).prepare()
 
