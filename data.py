@@ -496,8 +496,7 @@ def _in_processes(functions: Sequence, tasks: Iterable, ahead: int, start: Calla
             launch(i)
         for i in list(range(len(functions))) * ahead:
             hand_out(i)
-        turns = itertools.cycle(range(len(functions)))
-        i = next(turns)
+        i = 0
         while pending[i]:
             try:
                 kind, value = pipes[i].recv()
@@ -525,7 +524,7 @@ def _in_processes(functions: Sequence, tasks: Iterable, ahead: int, start: Calla
             pending[i].popleft()
             hand_out(i)
             yield value
-            i = next(turns)
+            i = (i + 1) % len(functions)
     finally:
         for process, pipe in zip(processes, pipes, strict=True):
             if process is not None:

@@ -31,12 +31,11 @@ except ImportError:  # Windows
 
 # ---------------------------------------------------------------------------------------------------------- folders
 
-
 _locks: dict[str, TextIO] = {}  # of the run folders that this process has
 
 
 def claim_folder(path: Path, resume: str = "") -> None:
-    """Makes a run folder this process's own, until `end_process` or the process's end, also by a kill.
+    """Makes a run folder this process's own, until `free_folders` or the process's end, also by a kill.
 
     The lock is the system's, on the file `lock`, of a kind (POSIX record) that children do not inherit. Over NFS it
     holds between machines where the server's lock service runs. Where there is none, and on Windows, a line says that
@@ -50,7 +49,7 @@ def claim_folder(path: Path, resume: str = "") -> None:
     path.mkdir(parents=True, exist_ok=True)
     if (name := os.path.realpath(path)) not in _locks:  # to open and close it again would free it
         check_replaceable(path / "lock", b"process ")
-        file = open(path / "lock", "a+")  # noqa: SIM115, as end_process closes it
+        file = open(path / "lock", "a+")  # noqa: SIM115, as free_folders closes it
         try:
             if not fcntl:
                 raise OSError("this system has none")
@@ -175,6 +174,19 @@ def read_lines(path: Path) -> list[dict[str, float]]:
     return lines
 
 
+def described(run: Run) -> str:
+    """The options of a run, and what follows from them."""
+    config, total = run.config, run.total_batch
+    options = "".join(f"  {name:<18}{value}\n" for name, value in dataclasses.asdict(config).items())
+    parameters = sum(p.numel() for p in run.method.parameters() if p.requires_grad)
+    return (
+        f"{options}{parameters:,} trainable parameters, {'bf16' if run.bf16 else 'float32'} on {run.process.device}\n"
+        f"total batch {config.batch_size} × {run.process.world_size} = {total}, learning rate {config.lr} × {total} / "
+        f"{config.LR_BATCH} = {config.lr * total / config.LR_BATCH:.3g}, {run.steps_per_epoch} steps an epoch, "
+        f"{config.epochs * run.steps_per_epoch} in all"
+    )
+
+
 class FolderLog(Log):
     """Keeps what a run says in its folder: numbers in log.jsonl, and in TensorBoard's events where it is installed;
     config, command, commit and versions of each start in run.json; unreadable videos in bad_videos.log. Only the first
@@ -187,6 +199,7 @@ class FolderLog(Log):
     MOST_OVERLAP = 0.8  # of the two windows of a video, which are to show different moments
 
     def __init__(self, run: Run, folder: Path, clips: int):
+        run.process.say(described(run))
         super().__init__(run, folder, clips)
         self.board, self.starts = None, []
         if run.process.rank == 0:
@@ -483,7 +496,7 @@ def fit_in_folder(
         options: more of `fit`.
 
     Raises:
-        UserError: the folder is another run's, or can't be made, and what `fit` and `load_checkpoint` raise.
+        UserError: the folder is another run's, or can't be made; and as `fit` and `load_checkpoint` do.
     """
     folder, path = Path(config.out or out), config.resume
     with user_errors((OSError,)):

@@ -287,10 +287,7 @@ def make_synthetic(
         motions = [MOTIONS[n % len(MOTIONS)]] if part != UNLABELED else rng.choice(MOTIONS, shots, replace=False)
         path = hidden / "made" / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            _write_video(path, _draw_video(motions, rng, frames, *size, shake))
-        except OSError as error:  # as of a full disk, which FFmpeg gives without a name
-            raise OSError(error.errno, error.strerror, str(path)) from error
+        _write_video(path, _draw_video(motions, rng, frames, *size, shake))
 
     if _is_complete(root, recipe):
         return

@@ -72,11 +72,7 @@ SWITCH = ("off", "on")  # choices of an option whose flag alone means "on"
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Base of the configs, whose fields are all made by `option`.
-
-    Raises:
-        UserError: a value of another type, none of the choices, out of range, or not a number.
-    """
+    """Base of the configs, whose fields are all made by `option`. Raises UserError as `check_option` does."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -84,7 +80,7 @@ class Options:
 
 
 def check_option(field: dataclasses.Field, value: Any) -> None:
-    """Raises UserError where a field made by `option` can't have this value."""
+    """Raises UserError for a value of another type than the field's, none of its choices, or out of its range."""
     kinds = {int: (int, "a whole number"), float: ((int, float), "a number"), str: (str, "a text")}
     (kind, what), allowed = kinds[field.type], field.metadata["allowed"]
     if not isinstance(value, kind) or isinstance(value, bool):
@@ -155,9 +151,6 @@ Config = TypeVar("Config", bound=Options)
 def method_name(config_class: type[Options]) -> str:
     """What a checkpoint is said to be of: FIMA for FIMAConfig."""
     return config_class.__name__.removesuffix("Config")
-
-
-# -------------------------------------------------------------------------------------------------------- processes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -300,9 +293,6 @@ def check_sums(module: nn.Module) -> dict[str, int]:
     return {name: zlib.crc32(value.numpy()) for name, value in state.items()}
 
 
-# -------------------------------------------------------------------------------------------------------------- log
-
-
 def describe(numbers: dict[str, Tensor | float]) -> str:
     """ "vv 5.02 (chance 5.55)  pix …" of the numbers of a step, or of a line of the log."""
     parts = []
@@ -341,12 +331,7 @@ class Step:
 
 class Log:
     """What a run says: a progress bar, a line an epoch, and warnings, each once. `runs.FolderLog` keeps it in files.
-
-    Args:
-        run: whose steps these are.
-        folder: of the run.
-        clips: of a step, of all processes.
-    """
+    `clips` are those of a step, of all processes."""
 
     def __init__(self, run: "Run", folder: Path, clips: int):
         self.run, self.folder, self.clips = run, folder, clips
@@ -493,13 +478,7 @@ def sgd(method: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
 
 
 class Run:
-    """What a run moves on step by step, saves and restores: method, optimiser, and the count of steps.
-
-    Arguments as those of `fit`.
-
-    Raises:
-        UserError: the checkpoint to resume does not fit, or the processes differ.
-    """
+    """What a run moves on step by step, saves and restores: method, optimiser, steps. For the arguments see `fit`."""
 
     MOST_LEFT_OUT = 10  # steps in a row; with more, --on_nan skip stops the run, too
 
@@ -636,18 +615,6 @@ class Run:
         tqdm.write(f"process {process.rank}: a loss or its gradient is not finite, left out: {step}")
         return None
 
-    def __str__(self) -> str:
-        config, total = self.config, self.total_batch
-        options = "".join(f"  {name:<18}{value}\n" for name, value in dataclasses.asdict(config).items())
-        parameters = sum(p.numel() for p in self.method.parameters() if p.requires_grad)
-        precision = "bf16" if self.bf16 else "float32"
-        return (
-            f"{options}{parameters:,} trainable parameters, {precision} on {self.process.device}\n"
-            f"total batch {config.batch_size} × {self.process.world_size} = {total}, learning rate {config.lr} × "
-            f"{total} / {config.LR_BATCH} = {config.lr * total / config.LR_BATCH:.3g}, {self.steps_per_epoch} steps an "
-            f"epoch, {config.epochs * self.steps_per_epoch} in all"
-        )
-
 
 def fit(
     method: nn.Module,
@@ -672,24 +639,22 @@ def fit(
             windows of each video, is logged. An OSError of the batches is taken for one of the user's.
         steps_per_epoch: batches in an epoch.
         out: run folder, of this run alone.
-        state: of the checkpoint `config.resume`, to go on from (see `runs.load_checkpoint`).
-        make_log: a Log or a class below it.
+        state: of the checkpoint `config.resume`, to go on from (see `runs.load_checkpoint`); it is emptied.
         clips_per_video: of a batch, for the log's clips/s.
         paths: of the videos that a batch's "index" counts, to name those of a step that fails.
         extra: more entries of the checkpoints, of the first process.
 
-    Raises:
-        UserError: a checkpoint that does not fit or cannot be written, more unreadable videos than `max_bad`, or a loss
-            or gradient that is not finite.
-        Interrupted: SIGINT, SIGTERM or SIGHUP came; the state is saved.
+    Raises UserError where a checkpoint does not fit or cannot be written, where more videos than `max_bad` are
+    unreadable, or a loss is not finite; and Interrupted after SIGINT, SIGTERM or SIGHUP, when the state is saved.
     """
     run = Run(method, config, process, steps_per_epoch, state, paths, extra)
+    (state or {}).clear()  # of tensors that the run has copied
     stop = min(config.epochs * steps_per_epoch, config.max_steps or math.inf)
     if run.done >= stop:
         process.say(f"{config.resume} is at step {run.done} of {stop}: nothing left to train (--epochs, --max_steps)")
         return Path(config.resume)
     log, saved, bad = make_log(run, out, clips_per_video * run.total_batch), time.monotonic(), []
-    process.say(f"{run}\nrun folder {out}" + (f", resumed after step {run.done}" if config.resume else ""))
+    process.say(f"run folder {out}" + (f", resumed after step {run.done}" if config.resume else ""))
     with noted_signals(process) as caught, contextlib.closing(log):
         batches = iter(make_loader(run.done))
         while run.done < stop:
@@ -712,12 +677,11 @@ def fit(
                 log.add_bad(process.gather(bad))
                 bad = []
             if bad_videos > config.max_bad * steps_per_epoch * run.total_batch:
-                names = str(out / "bad_videos.log")
-                exclude = shlex.quote(",".join(filter(None, [getattr(config, "exclude", ""), names])))
+                exclude = ",".join(filter(None, [getattr(config, "exclude", ""), str(out / "bad_videos.log")]))
                 raise UserError(
                     f"{bad_videos} videos of this epoch could not be read, more than --max_bad {config.max_bad:g}; "
-                    f"{names} names them and says why: mend them, allow more, or leave them out, when resuming with "
-                    f"--changed_data, by --exclude {exclude}"
+                    f"{out / 'bad_videos.log'} says why: mend them, allow more, or leave them out, when resuming with "
+                    f"--changed_data, by --exclude {shlex.quote(exclude)}"
                 )
             if line_due or interrupted:
                 log.line(bad_videos)  # before saving, as it finds losses that are not finite

@@ -2,7 +2,6 @@
 
 python examples/simclr.py                                               # small encoder, generated videos, on a CPU
 torchrun --nproc_per_node=2 examples/simclr.py --dataset ucf101 --data /data/ucf101
-python evaluate.py retrieve --checkpoint runs/simclr-…/checkpoint.pt
 """
 
 import dataclasses
@@ -15,8 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder of the project's files
-
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where the project's files are
 from cli import command_line
 from losses import similarity
 from pretrain import PRESETS, Method, PretrainConfig, main, pool
@@ -46,16 +44,14 @@ class SimCLRConfig(PretrainConfig):
     temperature: float = option(0.1, "temperature of the contrast", (0.001, 1000))
     warmup: float = option(1.0, "epochs in which the learning rate rises from 0", (0, 1e6))
 
-    def learning_rate(self, total_batch: int, epoch: float) -> float:
-        """The half-cosine of every method, after a linear rise."""
+    def learning_rate(self, total_batch: int, epoch: float) -> float:  # of every method, after a linear rise
         return super().learning_rate(total_batch, epoch) * min(epoch / max(self.warmup, 1e-9), 1)
 
 
 class SimCLR(Method):
     """NT-Xent (Eq. 1): a clip's positive is its video's other clip, its negatives are the clips of all other videos."""
 
-    def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Views as `data.PretrainingViews` makes them, batched → the loss."""
+    def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:  # batched views of `data.PretrainingViews` → loss
         clips, color = self.both(views["clip"]), self.both(views["color"])
         z = self.project(self.head, pool(self.encoder(self.encoder_input(clips, color[:, 0]))))  # (2B, D)
         rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -67,7 +63,6 @@ class SimCLR(Method):
         return {"nce": F.cross_entropy(scores, own.roll(len(z) // 2))}
 
     def optimizer(self, config: SimCLRConfig) -> torch.optim.Optimizer:
-        """AdamW."""
         return torch.optim.AdamW(self.parameters(), config.lr, weight_decay=config.weight_decay)
 
 

@@ -17,6 +17,9 @@ import moco
 import pretrain
 import synthetic
 
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "examples"))
+import simclr
+
 settings.register_profile("project", deadline=None, derandomize=True, max_examples=30)
 settings.load_profile("project")
 
@@ -37,6 +40,7 @@ METHODS = {
     fame: (fame.FAME, fame.FAMEConfig),
     fima: (fima.FIMA, fima.FIMAConfig),
     moco: (moco.MoCo, moco.MoCoConfig),
+    simclr: (simclr.SimCLR, simclr.SimCLRConfig),
 }
 CONV4 = ["--encoder=conv4", "--width=0.25", "--crop=32"]  # the cheapest
 

@@ -1,4 +1,4 @@
-"""Small encoded videos for the tests, and what is made of them."""
+"""Small encoded videos for the tests."""
 
 from collections.abc import Iterable
 from fractions import Fraction
@@ -6,7 +6,6 @@ from pathlib import Path
 
 import av
 import numpy as np
-import torch
 
 
 def moving_texture(frames: int, height: int = 48, width: int = 64) -> np.ndarray:
@@ -50,10 +49,3 @@ def write_sound(path: Path) -> Path:
         container.mux(stream.encode(sound))
         container.mux(stream.encode(None))
     return path
-
-
-def same_items(one: dict, other: dict) -> bool:
-    """Whether two items of a loader, or two batches, are equal, bit for bit."""
-    tensors = [{name: value for name, value in each.items() if name != "bad"} for each in (one, other)]
-    alike = all(torch.equal(value, tensors[1][name]) for name, value in tensors[0].items())
-    return alike and one.keys() == other.keys() and one["bad"] == other["bad"]

@@ -1,6 +1,7 @@
 """What several test files share."""
 
 import json
+import math
 import multiprocessing
 import os
 import socket
@@ -8,8 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 
+import data
 import train
 
 ROOT = Path(__file__).parents[1]
@@ -58,3 +62,51 @@ def torchrun(script, *flags, processes=2, folder=None):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [*launch, str(script), *map(str, flags)]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def generator(seed: int):
+    return torch.Generator().manual_seed(seed)
+
+
+def units(seed: int, *shape: int):
+    """Random unit vectors in float64."""
+    return F.normalize(torch.randn(*shape, generator=generator(seed), dtype=torch.float64), dim=-1)
+
+
+def log_h(x: list[float], y: list[float], temperature: float) -> float:
+    return sum(a * b for a, b in zip(x, y, strict=True)) / temperature
+
+
+def log_ratio(query: list, chosen: list, everything: list, temperature: float) -> float:
+    """−log of Σ h over `chosen` by Σ h over `everything`."""
+    above, below = (sum(math.exp(log_h(query, k, temperature)) for k in keys) for keys in (chosen, everything))
+    return -math.log(above / below)
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
+
+
+def info_nce_loop(query, positive, negatives, temperature=0.1):
+    pairs = zip(query, positive, strict=True)
+    return mean([log_ratio(q, [p], [p, *negatives], temperature) for q, p in pairs])
+
+
+def make_views(batch=3, sub_clips=2, crop=48, seed=0):
+    """Views as the loader makes them, of smooth random videos, with random boxes (half of them flipped)."""
+    rng = np.random.default_rng(seed)
+    low = torch.from_numpy(rng.random((batch, 2, 2)) * 0.3)
+    box = torch.cat([low, low + 0.5 + torch.from_numpy(rng.random((batch, 2, 2)) * 0.2)], 2).float()
+    flipped = torch.from_numpy(rng.random((batch, 2)) < 0.5)[..., None]
+    box = torch.where(flipped, box[..., [2, 1, 0, 3]], box)
+    coarse = torch.from_numpy(rng.random((batch * 2 * (1 + sub_clips), 3, 4, 6, 6))).float()
+    clips = (F.interpolate(coarse, (16, crop, crop), mode="trilinear") * 255).byte().unflatten(0, (batch, 2, -1))
+    color = np.stack([data.draw_color(rng) for _ in range(batch * 2 * (2 + sub_clips))])
+    views = {"clip": clips[:, :, 0], "box": box, "color": torch.from_numpy(color).unflatten(0, (batch, 2, -1))}
+    return views | ({"sub_clips": clips[:, :, 1:]} if sub_clips else {})
+
+
+def views_without_colours(**options):
+    """Views of crop 32 whose colours stay as they are, for the sake of speed."""
+    views = make_views(**dict(crop=32) | options)
+    return views | {"color": torch.tensor([1.0, 1, 1, 0, 0, 0]).expand_as(views["color"])}

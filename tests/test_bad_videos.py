@@ -19,13 +19,13 @@ import av
 import numpy as np
 import pytest
 import torch
-from encoding import encode, moving_texture, same_items, write_sound
+from encoding import encode, moving_texture, write_sound
+from helpers import one_line, same
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 import cli
 import data
-import evaluate
 import find
 import moco
 import video as reader
@@ -284,7 +284,7 @@ def test_a_video_that_kills_its_process_is_replaced_whatever_the_number_of_worke
     views = Mortal([folder / "h264.mp4", fatal, folder / "packed.avi"])
     sampler = data.StepSampler(3, batch_size=3, epochs=4)
     one, three = (list(map(copy.deepcopy, load_batches(views, sampler, workers))) for workers in (1, 3))
-    assert all(map(same_items, one, three))
+    assert all(map(same, one, three))
     how = (str(fatal), "the process that read it died (exit code -9)")
     assert [set(batch["bad"]) for batch in one] == [{how}, set(), {how}, set()]
     assert [1 in batch["index"] for batch in one] == [False, True, False, True]
@@ -311,7 +311,7 @@ def test_a_process_that_dies_once_costs_no_video(folder, fatal, tmp_path, number
     views = Mortal([folder / "h264.mp4", fatal], number, tmp_path / "mortal", once=True)
     expected = data.collate([PretrainingViews.__getitem__(views_of(views.videos.paths), (0, i)) for i in range(2)])
     (batch,) = load_batches(views, Keys([[(0, 0), (0, 1)]], 2), workers=1)
-    assert same_items(batch, expected) and batch["bad"] == [] and not views.file.exists()
+    assert same(batch, expected) and batch["bad"] == [] and not views.file.exists()
 
 
 @pytest.mark.slow
@@ -378,7 +378,7 @@ def test_too_few_open_files_stop_the_checker(folder, check, monkeypatch):
     monkeypatch.setattr(find._Checker, "visit", lambda checker, path: (no_more_files(), Video(path)))
     code, out, err, listed = check(folder, "--workers", 1)
     assert (code, out, listed) == (2, "", "")
-    assert err.splitlines()[-1].startswith("error: [Errno 24] Too many open files: raise `ulimit -n`")
+    one_line(err, "Too many open files: raise `ulimit -n`")
 
 
 @pytest.mark.slow
@@ -438,7 +438,7 @@ def check(monkeypatch, capsys, tmp_path):
         out = tmp_path / "bad.txt"
         monkeypatch.setattr(sys, "argv", ["data.py", "check", str(root), "--out", str(out), *map(str, flags)])
         with pytest.raises(SystemExit) as stop:
-            cli.command_line(evaluate.main)
+            cli.command_line(data.main)
         return stop.value.code, *capsys.readouterr(), out.read_text(encoding="ascii") if out.exists() else ""
 
     return call
@@ -520,13 +520,10 @@ def test_check_reads_the_ends_and_in_full_all(tmp_path, check):
 
 
 def test_what_the_check_cannot_do_is_one_line(tmp_path, check):
-    code, _, err, _ = check(tmp_path)
-    assert code == 2 and err.startswith(f"error: {tmp_path}: no videos (") and err.count("\n") == 1
+    one_line(check(tmp_path)[2], f"{tmp_path}: no videos (")
     (tmp_path / "a.mp4").touch()
-    code, _, err, _ = check(tmp_path, "--out", tmp_path / "no" / "bad.txt")
-    assert code == 2 and err.startswith("error: ") and "No such file" in err and err.count("\n") == 1
-    code, _, err, _ = check("--workers", 1)
-    assert code == 2 and err.startswith("error: ") and err.count("\n") == 1
+    one_line(check(tmp_path, "--out", tmp_path / "no" / "bad.txt")[2], "No such file")
+    one_line(check("--full")[2], "name the folder")
 
 
 def test_an_interrupted_check_keeps_what_it_found(tmp_path, monkeypatch, check):

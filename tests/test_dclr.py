@@ -5,18 +5,13 @@ import math
 
 import pytest
 import torch
-from conftest import CONV4
+from helpers import generator, log_ratio, make_views, mean, units, views_without_colours
 from hypothesis import given
 from hypothesis import strategies as st
-from test_fame import views_without_colours
-from test_fima import make_views
-from test_losses import generator, log_ratio, mean, units
-from test_train import same, weights
 
 import augment
 import dclr
 import losses
-from cli import parse
 from train import UserError
 
 seeds, sizes = st.integers(0, 2**32 - 1), st.integers(1, 4)
@@ -442,63 +437,11 @@ def test_a_copy_at_refresh_is_exact():
     assert all(map(torch.equal, model.encoder.parameters(), model.key_encoder.parameters()))
 
 
-def test_resumed_runs_equal_whole_ones_bit_for_bit_across_refresh_and_delay(run):
-    flags = [*CONV4, "--epochs", 2, "--refresh", 1, "--delay", 1, "--queue", 16]  # of 4 steps an epoch
-    folder = dict(dataset="folder")
-    assert run(dclr, *flags, "--max_steps", 6, "--out", "whole", **folder)[0] == 0
-    assert run(dclr, *flags, "--max_steps", 3, "--out", "half", **folder)[0] == 0
-    assert run(dclr, "--resume", "half/checkpoint.pt", "--max_steps", 6, small=False, **folder)[0] == 0
-    whole, half = (weights(run.path / name / "checkpoint.pt") for name in ("whole", "half"))
-    assert whole["method"] == "DCLR" and whole["step"] == half["step"] == 6
-    assert same(whole["model"], half["model"]) and same(whole["optimizer"], half["optimizer"])
-    assert int(whole["model"]["queues.d.keys"].any(1).sum()) == 8  # of the two steps since the refresh at step 4
-
-
-@pytest.mark.parametrize(
-    ("flags", "says"),
-    [
-        (["--losses", "vs,vp"], ["--losses vs,vp", "ac"]),
-        (["--losses", "sd,ac"], ["--losses sd,ac", "vv, vs, vd"]),
-        (["--batch_size", "1"], ["--batch_size 1", "2 or more"]),
-        (["--retrieved", "9", "--queue", "8"], ["--retrieved 9", "--queue"]),
-        (["--retrieved", "0"], ["--retrieved 0", "1 to 65536"]),
-        (["--search", "rgb"], ["--search", "static"]),
-        (["--decouple", "rgb"], ["--decouple", "motion"]),
-        (["--retrieved_weights", "rank"], ["--retrieved_weights", "uniform"]),
-        (["--refresh", "0"], ["--refresh 0"]),
-        (["--delay", "-1"], ["--delay -1"]),
-        (["--ac_weight", "-1"], ["--ac_weight -1"]),
-        (["--bn", "shuffle"], ["--bn", "local"]),
-    ],
-    ids=str,
-)
-def test_flags_that_cannot_work_are_refused_by_name(flags, says, run):
-    code, _, err = run(dclr, *flags, dataset=None, small=False)
-    assert code == 2 and err.startswith("error: ") and err.count("\n") == 1
-    assert all(word in err for word in says), err
-
-
 def test_a_delay_as_long_as_the_run_is_said():
     for options, warns in (({"delay": 2}, True), ({"delay": 1.5}, False), ({"delay": 2, "search": "none"}, True)):
         found = build(epochs=2, **options).warnings({"epoch": 0.5})
         assert any("--delay 2 of 2 epochs" in text for text in found) == warns
     assert build(epochs=2, delay=2, search="none", decouple="none", queue=3).warnings({"epoch": 0.5}) == []
-
-
-@pytest.mark.parametrize(("dataset", "epochs", "queue", "every"), [("ucf101", 200, 2048, 10), ("k400", 100, 16384, 5)])
-def test_presets_are_the_papers(dataset, epochs, queue, every):
-    config = parse(dclr.DCLRConfig, "", dclr.PRESETS, ["--dataset", dataset])
-    assert (config.encoder, config.crop, config.frames) == ("r2plus1d_18", 112, 16)
-    assert (config.epochs, config.queue, config.refresh) == (epochs, queue, every)
-    assert config.losses == "vs,vd,sd,ac" and config.ac_weight == 0.5
-    assert (config.search, config.retrieved, config.retrieved_weights, config.decouple) == (
-        "motion",
-        5,
-        "prior",
-        "both",
-    )
-    assert config.same_view == "off" and config.gray_p == 0 and config.weight_decay == 1e-4
-    assert config.lr * 64 / 256 == pytest.approx(0.01)
 
 
 def test_a_loss_or_pool_that_is_not_used_costs_nothing():

@@ -6,19 +6,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CONV4
+from helpers import generator, views_without_colours
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.colors import rgb_to_hsv
-from test_fima import make_views
-from test_losses import generator
-from test_train import same, weights
 
 import fame
 import fima
 import moco
 from augment import ForegroundBackgroundMerging as Merging
-from cli import parse
 from train import UserError
 
 seeds, sizes, portions = st.integers(0, 2**32 - 1), st.integers(1, 6), st.floats(0.01, 1)
@@ -369,12 +365,6 @@ def build(method=fame.FAME, config=fame.FAMEConfig, **flags):
     return method(config(**TINY | flags))
 
 
-def views_without_colours(**options):
-    """Views of crop 32 whose colours stay as they are, for the sake of speed."""
-    views = make_views(crop=32, **options)
-    return views | {"color": torch.tensor([1.0, 1, 1, 0, 0, 0]).expand_as(views["color"])}
-
-
 def losses_of(model, views, seed=0):
     torch.manual_seed(seed)
     return model(views)
@@ -424,51 +414,8 @@ def test_rgb_is_merged_and_motion_is_that_of_the_video_itself(method, config, fl
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
-def test_two_steps_resumed_for_two_more_equal_four_steps_bit_for_bit(run):
-    flags, folder = [*CONV4, "--epochs", 2, "--branches", "both"], dict(dataset="folder")
-    assert run(fame, *flags, "--max_steps", 4, "--out", "whole", **folder)[0] == 0
-    assert run(fame, *flags, "--max_steps", 2, "--out", "half", **folder)[0] == 0
-    assert run(fame, "--resume", "half/checkpoint.pt", "--max_steps", 4, small=False, **folder)[0] == 0
-    whole, half = (weights(run.path / name / "checkpoint.pt") for name in ("whole", "half"))
-    assert whole["method"] == "FAME" and whole["step"] == half["step"] == 4
-    assert same(whole["model"], half["model"]) and same(whole["optimizer"], half["optimizer"])
-
-
-def test_fima_trains_with_fame(run):
-    code, out, _ = run(fima, *CONV4, "--epochs", 1, "--max_steps", 2, "--fame", "single", dataset="folder")
-    assert code == 0 and "fame" in out
-
-
-@pytest.mark.parametrize(
-    ("script", "flags", "says"),
-    [
-        (fame, ["--foreground", "0"], ["--foreground 0", "0.01"]),
-        (fame, ["--mask", "box"], ["--mask", "grid"]),
-        (fame, ["--background", "black"], ["--background", "intra"]),
-        (fame, ["--branches", "2"], ["--branches", "both"]),
-        (fame, ["--batch_size", "1"], ["--background inter", "--batch_size 2"]),
-        (fima, ["--fame", "always"], ["--fame", "single"]),
-        (fima, ["--fame", "single", "--batch_size", "1"], ["--fame", "--batch_size 2"]),
-    ],
-    ids=str,
-)
-def test_flags_that_cannot_work_are_refused_by_name(script, flags, says, run):
-    code, _, err = run(script, *flags, dataset=None, small=False)
-    assert code == 2 and err.startswith("error: ") and err.count("\n") == 1
-    assert all(word in err for word in says), err
-
-
 def test_one_video_a_batch_is_enough_without_another_videos_background():
     for background in ("intra", "none"):
         assert fame.FAMEConfig(batch_size=1, background=background)
     with pytest.raises(UserError):
         fame.FAMEConfig(batch_size=1)
-
-
-@pytest.mark.parametrize(("dataset", "queue"), [("ucf101", 2048), ("k400", 65536)])
-def test_presets_are_the_papers(dataset, queue):
-    config = parse(fame.FAMEConfig, "", fame.PRESETS, ["--dataset", dataset])
-    assert (config.epochs, config.queue, config.momentum, config.temperature) == (200, queue, 0.999, 0.1)
-    assert (config.foreground, config.branches, config.background, config.mask) == (0.5, "single", "inter", "fame")
-    assert config.encoder == "i3d" and config.crop == 224 and config.lr * 64 / 256 == pytest.approx(0.01)
-    assert (config.jitter_p, config.gray_p, config.blur_p, config.min_scale) == (0.8, 0.2, 0.5, 0.2)

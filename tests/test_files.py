@@ -159,6 +159,7 @@ def test_what_a_killed_run_has_left_half_written_is_deleted_and_nothing_else(tmp
     assert sorted(left) == ["b.pt.0123abcd.partial", "knn_ucf101.json.0123abcd.partial", "mine.partial"]
 
 
+@pytest.mark.slow
 def test_two_that_write_the_same_file_leave_it_whole(tmp_path):
     path = tmp_path / "checkpoint.pt"
 
@@ -298,6 +299,7 @@ def test_a_folder_in_the_way_is_one_clear_line(name, run, monkeypatch, capsys):
     assert not list((run.path / name).iterdir())
 
 
+@pytest.mark.slow
 def test_a_result_of_before_is_replaced(run):
     for _ in range(2):
         code, _, err = run(evaluate, "knn", *QUICK, "--device=cpu", "--workers=0", "--clips=1", "--out=o.json")
@@ -360,7 +362,7 @@ WRITERS = {
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_a_full_disk_names_the_file_and_leaves_nothing_half(name, tmp_path):
+def test_a_full_disk_names_the_file_and_leaves_nothing_half(name, tmp_path, capsys):  # capsys: stderr is no file
     (tmp_path / f"{'long' * 50}.mp4").touch()
     (tmp_path / "a.mp4").touch()
     old = b"" if name == "bad.txt" else b"old"

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from encoding import encode, moving_texture, same_items
+from encoding import encode, moving_texture
+from helpers import same
 
 import evaluate
 import features
@@ -39,7 +40,7 @@ def test_batches_are_the_items_in_the_samplers_order_whatever_the_number_of_work
     sampler = StepSampler(len(views), batch_size=2, epochs=6, start_step=start)
     seen = 0
     for keys, batch in zip(sampler, load_batches(views, sampler, workers), strict=True):
-        assert same_items(batch, collate([views[key] for key in keys]))
+        assert same(batch, collate([views[key] for key in keys]))
         assert batch["clip"].movedim(-4, -1).is_contiguous()  # as the decoder writes images
         assert batch["sub_clips"].movedim(-4, -1).is_contiguous()
         seen += len(batch["bad"])
@@ -76,7 +77,7 @@ def test_workers_that_are_not_forked_share_the_memory_too(views, monkeypatch, me
     monkeypatch.setattr(torch.multiprocessing, "Process", torch.multiprocessing.get_context(method).Process)
     sampler = StepSampler(len(views), batch_size=2, epochs=2)
     for keys, batch in zip(sampler, load_batches(views, sampler, workers=1), strict=True):
-        assert same_items(batch, collate([views[key] for key in keys]))
+        assert same(batch, collate([views[key] for key in keys]))
 
 
 @pytest.mark.slow
@@ -89,8 +90,7 @@ def test_weights_are_the_same_whatever_the_number_of_workers(run, videos):
         assert code == 0, err
     bad.unlink()
     states = [torch.load(run.path / str(workers) / "checkpoint.pt")["model"] for workers in (0, 1, 3)]
-    for state in states[1:]:
-        assert all(torch.equal(value, states[0][name]) for name, value in state.items())
+    assert same(states[1:], states[:1] * 2)
     logs = [(run.path / str(workers) / "bad_videos.log").read_text() for workers in (0, 1, 3)]
     assert logs[0].count("\n") == 1 and logs == logs[:1] * 3
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import generator, info_nce_loop, log_ratio, mean, units
 from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -20,35 +21,7 @@ thresholds = st.floats(0.1, 3)
 crops = st.tuples(st.floats(-1, 1), st.floats(-1, 1), st.floats(0.1, 2), st.floats(0.1, 2), st.booleans())
 
 
-def generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def units(seed: int, *shape: int) -> Tensor:
-    """Random unit vectors in float64."""
-    return F.normalize(torch.randn(*shape, generator=generator(seed), dtype=torch.float64), dim=-1)
-
-
 # ------------------------------------------------------------------------------------------- oracles: loops over floats
-
-
-def log_h(x: list[float], y: list[float], temperature: float) -> float:
-    return sum(a * b for a, b in zip(x, y, strict=True)) / temperature
-
-
-def log_ratio(query: list, chosen: list, everything: list, temperature: float) -> float:
-    """−log of Σ h over `chosen` by Σ h over `everything`."""
-    above, below = (sum(math.exp(log_h(query, k, temperature)) for k in keys) for keys in (chosen, everything))
-    return -math.log(above / below)
-
-
-def mean(values: list[float]) -> float:
-    return sum(values) / len(values) if values else 0.0
-
-
-def info_nce_loop(query, positive, negatives, temperature=0.1):
-    pairs = zip(query, positive, strict=True)
-    return mean([log_ratio(q, [p], [p, *negatives], temperature) for q, p in pairs])
 
 
 def pixel_contrast_loop(prediction, target, positives, keys, temperature=0.1):
@@ -378,6 +351,13 @@ def test_closed_forms_of_equal_similarities():
     value = losses.pixel_contrast(zeros, zeros, positives, torch.zeros(40, 3))
     assert value.item() == pytest.approx(sum(video) / 2)  # first over the pixels of a video, then over the videos
     assert losses.pixel_contrast(zeros, zeros, torch.ones_like(positives), zeros).item() == 0  # nothing but positives
+
+
+@given(seed=seeds, videos=st.integers(2, 4), queue=st.integers(0, 5), per_video=st.booleans())
+def test_chance_is_the_loss_of_equal_similarities(seed, videos, queue, per_video):
+    prediction, target, positives, keys = pixel_batch(seed, videos, queue=queue, per_video=per_video)
+    expected = losses.pixel_contrast(prediction * 0, target * 0, positives, keys * 0)
+    torch.testing.assert_close(losses.pixel_chance(positives, keys.shape[-2]).double(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_closed_forms_of_the_frame_losses():

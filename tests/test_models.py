@@ -398,6 +398,7 @@ def gather_process(rank: int, folder: str) -> None:
     processes.end_process()
 
 
+@pytest.mark.slow
 def test_processes_hold_the_same_queue_in_the_order_of_ranks(tmp_path):
     torch.multiprocessing.spawn(gather_process, (str(tmp_path),), nprocs=2)
     for rank in range(2):
@@ -446,6 +447,7 @@ def deal_process(rank: int, folder: str) -> None:
         processes.end_process()
 
 
+@pytest.mark.slow
 def test_rows_are_dealt_over_the_processes_like_cards_and_come_back(tmp_path):
     torch.multiprocessing.spawn(deal_process, (str(tmp_path),), nprocs=3)
     for world in (3, 2):

@@ -103,6 +103,7 @@ def test_each_option_makes_a_resumed_run_another_or_is_refused_or_is_one_that_de
                 assert f"--{field.name}" in str(error)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_reads_each_option_that_may_be_changed(run, videos, monkeypatch):
     """Those of the loop that make it another run are seen in the weights above, the others here where they are used."""
     used, read = set(), object.__getattribute__
@@ -143,6 +144,7 @@ def test_a_resumed_run_reads_each_option_that_may_be_changed(run, videos, monkey
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_changed_data_are_said_and_need_a_flag(run, videos):
     tree, away = run.path / "tree", run.path / "away"
     shutil.copytree(videos, tree)
@@ -241,6 +243,7 @@ def in_one_line(function):
         return "error"
 
 
+@pytest.mark.slow
 def test_ill_typed_values_in_a_checkpoint_change_nothing_or_are_one_clear_line(run, tmp_path, monkeypatch):
     flags = [*conftest.CONV4, "--epochs", 2, "--max_steps", 3, "--out", "run"]
     assert run(fima, *flags, dataset="folder")[0] == 0
@@ -290,6 +293,7 @@ ILL = [None, True, "x", [], {}, -1, 2.5, math.nan, 10**30, 10**400]  # as JSON h
 CUT = [b"", b"[", b"\xff", b"null", b"[" * 100_000, b'{"a": \xff}', b"1" * 5000]
 
 
+@pytest.mark.slow
 def test_ill_typed_values_in_records_change_nothing_or_are_one_clear_line(folder, monkeypatch):
     config = moco.MoCoConfig(**weights(folder / "checkpoint.pt")["config"])
     monkeypatch.setattr(visualize, "SECTIONS", {})

@@ -375,6 +375,7 @@ def test_moco_trains_with_the_same_command_line_and_the_largest_seed(run):
     assert shlex.split(command, comments=True)[-1] == "a run/checkpoint.pt"  # can be pasted
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_says_how_to_go_on(run, monkeypatch):
     rate = train.TrainConfig.learning_rate
 
@@ -412,6 +413,7 @@ def test_runs_that_start_together_have_folders_of_their_own(tmp_path):
     assert [runs.unused_folder(name) for _ in range(3)] == [name, f"{name}-2", f"{name}-3"]
 
 
+@pytest.mark.slow
 def test_resuming_with_other_batches_goes_on_at_the_same_part_of_the_schedule_and_forgets_no_line(run):
     flags = [*conftest.CONV4, "--epochs", 2, "--log_every", 3, "--max_steps", 4, "--out", "run"]  # 4 steps an epoch
     assert run(moco, *flags)[0] == 0
@@ -427,6 +429,7 @@ def test_resuming_with_other_batches_goes_on_at_the_same_part_of_the_schedule_an
     assert [line["step"] for line in lines(run.path / "run")] == [3, 4, 11, 6]
 
 
+@pytest.mark.slow
 def test_checkpoints_that_do_not_fit_are_refused(run):
     assert run(fima, "--max_steps", 1, "--out", "run")[0] == 0
     (run.path / "cut.pt").write_bytes((run.path / "run" / "checkpoint.pt").read_bytes()[:1000])
@@ -533,7 +536,7 @@ def test_too_many_unreadable_videos_stop_the_run_and_are_named(run, videos):
     flags = [*conftest.CONV4, "--dataset", "folder", "--data", tree, "--out", "run", "--epochs", 2]
     code, _, err = run(moco, *flags, dataset=None)
     assert code == 2
-    one_line(err, "--max_bad", "bad_videos.log names them", " by --exclude run/bad_videos.log")
+    one_line(err, "--max_bad", "run/bad_videos.log says why", " by --exclude run/bad_videos.log")
     (run.path / "other bad.txt").write_text("a/7.mp4\n")
     code, _, err = run(moco, *flags[:-3], "again", "--exclude", "other bad.txt", dataset=None)
     assert code == 2 and err.endswith("--exclude 'other bad.txt,again/bad_videos.log'\n"), err

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from encoding import encode, moving_texture, same_items
+from encoding import encode, moving_texture
+from helpers import same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -230,8 +231,8 @@ def test_a_sample_depends_on_seed_epoch_and_index_only(videos):
     keys = [(epoch, index) for epoch in (0, 1) for index in range(4)]
     samples = {key: views[key] for key in keys}
     for key in reversed(keys):
-        assert same_items(views[key], samples[key])
-        assert same_items(copy.deepcopy(views)[key], samples[key])
+        assert same(views[key], samples[key])
+        assert same(copy.deepcopy(views)[key], samples[key])
     for name in ("clip", "box", "color"):
         assert not torch.equal(samples[0, 0][name], samples[1, 0][name])  # another epoch, other draws
     other = PretrainingViews(videos, 28, frames=4, seed=1)[0, 0]
@@ -256,7 +257,7 @@ def test_bad_videos_are_replaced_and_named_in_pretraining(spoilt):
             assert sample["index"] >= 3
             assert sample["bad"][0][0] == spoilt.paths[index]
             assert all(path in spoilt.paths[:3] and reason for path, reason in sample["bad"])
-            assert same_items(views[epoch, index], sample)
+            assert same(views[epoch, index], sample)
     items = [views[0, index] for index in (0, 4, 1)]
     batch = collate(items)
     assert batch["bad"] == [entry for item in items for entry in item["bad"]] and batch["index"][1] == 4

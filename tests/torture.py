@@ -23,8 +23,9 @@ from random import Random
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from test_reliability import TINY, finish, log, start, start_two  # noqa: E402
-from test_train import same, weights  # noqa: E402
+from helpers import lines as log  # noqa: E402
+from helpers import same, weights  # noqa: E402
+from test_reliability import TINY, finish, start, start_two  # noqa: E402
 
 import synthetic  # noqa: E402
 

@@ -1,0 +1,133 @@
+"""What is the same for every method: settings of its paper, refused flags, resuming to the last bit, processes."""
+
+import conftest
+import numpy as np
+import pytest
+import simclr
+from helpers import ROOT, one_line, same, torchrun, weights
+
+import dclr
+import fame
+import fima
+import mcl
+import moco
+from cli import parse
+from train import UserError
+
+CONFIGS = {
+    dclr: dclr.DCLRConfig,
+    fame: fame.FAMEConfig,
+    fima: fima.FIMAConfig,
+    mcl: mcl.MCLConfig,
+    moco: moco.MoCoConfig,
+    simclr: simclr.SimCLRConfig,
+}
+
+OF_FIMA = dict(encoder="i3d", crop=224, momentum=0.999, losses="vv,pix,fra", threshold=0.7, foreground=0.5)
+OF_FAME = dict(encoder="i3d", crop=224, epochs=200, momentum=0.999, foreground=0.5, branches="single", mask="fame")
+OF_FAME |= dict(background="inter", jitter_p=0.8, gray_p=0.2, blur_p=0.5, min_scale=0.2)
+OF_DCLR = dict(encoder="r2plus1d_18", crop=112, losses="vs,vd,sd,ac", ac_weight=0.5, search="motion", retrieved=5)
+OF_DCLR |= dict(retrieved_weights="prior", decouple="both", same_view="off", gray_p=0.0, weight_decay=1e-4)
+OF_MCL = dict(encoder="s3d", crop=224, losses="vv,t,s,st", alignment="v3", bn="shuffle", momentum=0.999)
+OF_MCL |= dict(temporal_sampling="motion", spatial_sampling="motion")
+PAPERS = [
+    (fima, "ucf101", 24, 0.00375, OF_FIMA | dict(epochs=200, queue=2048, pixel_queue=0)),
+    (fima, "k400", 64, 0.01, OF_FIMA | dict(epochs=100, queue=65536, pixel_queue=31360)),
+    (fame, "ucf101", 64, 0.01, OF_FAME | dict(queue=2048)),
+    (fame, "k400", 64, 0.01, OF_FAME | dict(queue=65536)),
+    (dclr, "ucf101", 64, 0.01, OF_DCLR | dict(epochs=200, queue=2048, refresh=10)),
+    (dclr, "k400", 64, 0.01, OF_DCLR | dict(epochs=100, queue=16384, refresh=5)),
+    (mcl, "ucf101", 64, 0.01, OF_MCL | dict(epochs=200, queue=8192)),
+    (mcl, "k400", 64, 0.01, OF_MCL | dict(epochs=400, queue=131072)),
+]
+
+
+@pytest.mark.parametrize(("script", "dataset", "total", "rate", "expected"), PAPERS, ids=str)
+def test_presets_are_the_papers(script, dataset, total, rate, expected):
+    config = parse(CONFIGS[script], "", script.PRESETS, ["--dataset", dataset])
+    expected = expected | dict(frames=16, frame_stride=2, temperature=0.1)
+    assert {name: getattr(config, name) for name in expected} == expected
+    assert config.lr * total / 256 == pytest.approx(rate)
+
+
+REFUSED = [
+    (fima, ["--losses", "vv,pixel"], ["--losses vv,pixel", "pix"]),
+    (fima, ["--losses", ""], ["--losses"]),
+    (fima, ["--decoder", "none"], ["--decoder none", "fra"]),
+    (fima, ["--frame_loss", "l1"], ["--frame_loss", "triplet"]),
+    (fima, ["--threshold", "-1"], ["--threshold -1"]),
+    (fima, ["--fame", "single", "--batch_size", "1"], ["--fame", "--batch_size 2"]),
+    (fame, ["--mask", "box"], ["--mask", "grid"]),
+    (fame, ["--batch_size", "1"], ["--background inter", "--batch_size 2"]),
+    (dclr, ["--losses", "sd,ac"], ["--losses sd,ac", "vv, vs, vd"]),
+    (dclr, ["--batch_size", "1"], ["--batch_size 1", "2 or more"]),
+    (dclr, ["--retrieved", "9", "--queue", "8"], ["--retrieved 9", "--queue"]),
+    (dclr, ["--bn", "shuffle"], ["--bn", "local"]),
+    (mcl, ["--losses", "t,s"], ["--losses t,s", "vv"]),
+    (mcl, ["--alignment", "v4"], ["--alignment", "v3"]),
+    (mcl, ["--compile", "on"], ["--compile on"]),
+    (simclr, ["--temperature", "0"], ["--temperature 0"]),
+    (simclr, ["--queue", "9"], ["--queue"]),
+    (simclr, ["--momentum", "0.9"], ["--momentum"]),
+]
+
+
+@pytest.mark.parametrize(("script", "flags", "says"), REFUSED, ids=str)
+def test_flags_that_cannot_work_are_refused_by_name(script, flags, says):
+    with pytest.raises(UserError) as error:
+        parse(CONFIGS[script], "", script.PRESETS, flags)
+    assert "\n" not in str(error.value) and all(word in str(error.value) for word in says)
+
+
+@pytest.fixture
+def still(monkeypatch):
+    """MCL's maps in no time, and without scikit-image."""
+    monkeypatch.setattr(mcl.MotionMaps, "compute", lambda maps, path: np.ones((40, 6, 6), np.float32))
+
+
+RESUMED = {
+    fima: ["--fame", "single", "--pixel_queue", 64],
+    fame: ["--branches", "both"],
+    dclr: ["--refresh", 1, "--delay", 1, "--queue", 16],
+    mcl: ["--maps", "maps"],
+    simclr: ["--warmup", 1],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", RESUMED, ids=lambda script: script.__name__)
+def test_a_resumed_run_equals_a_whole_one_bit_for_bit(script, run, still):
+    """Across an epoch of 4 steps, with DCLR's refresh and delay, and the end of the warm-up."""
+    if script is mcl:
+        maps = mcl.MotionMaps(mcl.MapsConfig(data=str(run.videos), maps=str(run.path / "maps")))
+        for path in mcl.MapsConfig(dataset="folder", data=str(run.videos)).find_videos().paths:
+            maps.visit(path)
+    own = conftest.SMALL if script is not simclr else [flag for flag in conftest.SMALL if "queue" not in flag]
+    flags = [*own, *conftest.CONV4, "--epochs", 2, *RESUMED[script], "--max_steps"]
+    folder = dict(dataset="folder", small=False)
+    assert run(script, *flags, 6, "--out", "whole", **folder)[0] == 0
+    assert run(script, *flags, 3, "--out", "half", **folder)[0] == 0
+    code, _, err = run(script, "--resume", "half/checkpoint.pt", "--max_steps", 6, "--workers", 2, **folder)
+    assert code == 0, err
+    whole, half = (weights(run.path / name / "checkpoint.pt") for name in ("whole", "half"))
+    assert whole["method"] == CONFIGS[script].__name__.removesuffix("Config") and whole["step"] == half["step"] == 6
+    assert same(whole["model"], half["model"]) and same(whole["optimizer"], half["optimizer"])
+    if script is dclr:
+        assert int(whole["model"]["queues.d.keys"].any(1).sum()) == 8  # of the two steps since the refresh at step 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["dclr.py", "examples/simclr.py"])
+def test_two_processes_train_and_agree(script, videos, tmp_path):
+    flags = ["--dataset=folder", f"--data={videos}", "--epochs=2", "--max_steps=3", "--device=cpu", "--out=run"]
+    done = torchrun(ROOT / script, *flags, *conftest.CONV4, "--batch_size=4", "--workers=1", folder=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert weights(tmp_path / "run" / "checkpoint.pt")["step"] == 3  # which is saved if the processes agree
+    done = torchrun(ROOT / script, "--resume=run/checkpoint.pt", "--max_steps=4", folder=tmp_path)
+    assert done.returncode == 0 and "resumed after step 3" in done.stdout, done.stderr[-3000:]
+
+
+def test_what_no_folder_holds_is_one_line(run):
+    code, _, err = run(mcl, *conftest.CONV4, "--dataset", "folder", "--data", run.videos, dataset=None)
+    assert code == 2
+    one_line(err, "synthetic_maps", "18 of 18", "python mcl.py maps")
