@@ -106,3 +106,8 @@ def public_functions(name: str) -> list[ast.FunctionDef]:
 @pytest.mark.parametrize("function", public_functions("losses"), ids=lambda node: node.name)
 def test_every_loss_names_its_place_in_the_paper(function):
     assert any(place in (ast.get_docstring(function) or "") for place in ("Eq.", "Sec.", "Table"))
+
+
+@pytest.mark.parametrize("name", ["evaluate", "features"])
+def test_evaluation_imports_no_method(name):
+    assert not imports(name) & METHODS
