@@ -7,36 +7,35 @@ Letters: N clips, B videos, T frames, H, W height and width in pixels, P colour 
 """
 
 import math
+import sys
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+IDENTITY = (1.0, 1.0, 1.0, 0.0, 0.0, 0.0)  # what `draw_color` gives a clip that stays as it is
 MEAN, STD = (0.43216, 0.394666, 0.37645), (0.22803, 0.22145, 0.216989)
 
 
-def _grayscale(clips: Tensor) -> Tensor:
-    """(N, 3, ...) → (N, 1, ...): luma with the weights of ITU-R BT.601."""
-    red, green, blue = clips.split(1, dim=1)
-    return (red * 0.2989).add_(green, alpha=0.587).add_(blue, alpha=0.114)
+def _luma(red: Tensor, green: Tensor, blue: Tensor) -> Tensor:
+    """Gray, with the weights of ITU-R BT.601."""
+    return (red * 0.2989).add(green, alpha=0.587).add(blue, alpha=0.114)
 
 
-def _shift_hue_(clips: Tensor, shift: Tensor) -> None:
-    """Turns the hue of HSV in place by `shift` ∈ [−0.5, 0.5] turns, (N, 1, 1, 1); exact, without division.
+def _shift_hue(red: Tensor, green: Tensor, blue: Tensor, shift: Tensor) -> list[Tensor]:
+    """The colours with the hue of HSV turned by `shift` ∈ [−0.5, 0.5] turns; exact, without division.
 
-    Hue is kept multiplied by the chroma c (6c is a full turn). A channel is then the largest value minus
-    min(max(d − c, 0), c), where d is the distance on the circle from the hue to the channel's own (0, 2c, 4c).
+    Hue is kept multiplied by the chroma c (6c is a full turn). A channel is then the largest value plus c minus the
+    distance on the circle from the hue to the channel's own (0, 2c, 4c), but neither above the largest nor below the
+    smallest value.
     """
-    red, green, blue = (clips[:, channel] for channel in range(3))
-    high = torch.maximum(red, green).maximum(blue)
-    chroma = high - torch.minimum(red, green).minimum(blue)
-    hue = (red - green).add_(chroma, alpha=4)  # lerp chooses exactly by weights of 0 and 1, and is quicker than where
-    hue.lerp_((blue - red).add_(chroma, alpha=2), (green == high).to(hue.dtype))
-    hue.lerp_(green - blue, (red == high).to(hue.dtype)).addcmul_(chroma, shift, value=6)
-    half = chroma * 3
-    for channel, own in ((red, 0), (green, 2), (blue, 4)):
-        distance = hue.sub(chroma, alpha=own).abs_().sub_(half).abs_().sub_(half).abs_()
-        channel.copy_(high).sub_(distance.sub_(chroma).clamp_(min=0).clamp_(max=chroma))
+    high, low = torch.maximum(red, green).maximum(blue), torch.minimum(red, green).minimum(blue)
+    chroma = high - low
+    hue = (blue - red).add(chroma, alpha=2).lerp((red - green).add(chroma, alpha=4), (high - green).sign())
+    hue = (green - blue).lerp(hue, (high - red).sign()).addcmul(chroma, shift, value=6)  # exact: weights are 0 or 1
+    half, above = chroma * 3, high + chroma
+    distances = (((hue.sub(chroma, alpha=own).abs() - half).abs() - half).abs() for own in (0, 2, 4))
+    return [(above - distance).clamp(low, high) for distance in distances]
 
 
 def _blur(clips: Tensor, sigma: Tensor) -> Tensor:
@@ -45,13 +44,31 @@ def _blur(clips: Tensor, sigma: Tensor) -> Tensor:
     radius = max(int(0.1 * height) // 2, 1)
     distance = torch.arange(-radius, radius + 1, device=sigma.device, dtype=sigma.dtype)
     weights = torch.exp(-0.5 * (distance / sigma.clamp(min=1e-6)) ** 2)  # sigma 0: the identity
-    weights = weights / weights.sum(1, keepdim=True)
-    images = clips.reshape(1, -1, height, width)  # every frame and colour a channel with a kernel of its own
-    kernels = weights.repeat_interleave(images.shape[1] // len(clips), 0)[:, None, None]
+    weights = weights / weights.sum(1, keepdim=True)  # (N, taps)
+
+    def matrix(size: int) -> Tensor:
+        """(N, size, size): of which pixels of a line each of its pixels is made."""
+        lines = torch.eye(size, device=sigma.device, dtype=sigma.dtype)[None]
+        lines = F.pad(lines, (radius, radius), mode="reflect")[0].unfold(1, 2 * radius + 1, 1)
+        return (lines @ weights.mT).permute(2, 1, 0)
+
     with torch.autocast(clips.device.type, enabled=False):
-        images = F.conv2d(F.pad(images, (radius, radius, 0, 0), mode="reflect"), kernels, groups=len(kernels))
-        images = F.conv2d(F.pad(images, (0, 0, radius, radius), mode="reflect"), kernels.mT, groups=len(kernels))
-    return images.view_as(clips)
+        if (
+            _on_cpu(clips) and height > 48
+        ):  # every frame and colour a channel with a kernel of its own: fewer operations
+            images = clips.reshape(1, -1, height, width)
+            kernels = weights.repeat_interleave(images.shape[1] // len(clips), 0)[:, None, None]
+            images = F.conv2d(F.pad(images, (radius, radius, 0, 0), mode="reflect"), kernels, groups=len(kernels))
+            images = F.conv2d(F.pad(images, (0, 0, radius, radius), mode="reflect"), kernels.mT, groups=len(kernels))
+            return images.view_as(clips)
+        matrices = {size: matrix(size) for size in {height, width}}
+        lines = clips.reshape(len(clips), -1, width) @ matrices[width].mT
+        return matrices[height][:, None, None] @ lines.view(clips.shape)
+
+
+def _on_cpu(clips: Tensor) -> bool:
+    """Whether the host may look at values, to leave out what changes nothing; compiled, all is one graph."""
+    return clips.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def color_augment(clips: Tensor, params: Tensor) -> Tensor:
@@ -59,35 +76,47 @@ def color_augment(clips: Tensor, params: Tensor) -> Tensor:
 
     Values are those of torchvision's `adjust_*`, `rgb_to_grayscale` and `gaussian_blur`, except that contrast refers
     to the mean of the whole clip. The blur's kernel is a tenth of the height, made odd, at least 3. Works on the
-    clips' device and in their precision (also under autocast) and never makes the host wait for the device.
+    clips' device and in their precision (also under autocast), never makes the host wait for the device, and does
+    nothing in place, so that a compiler makes few kernels of it.
 
     Args:
-        clips: floating point (N, 3, T, H, W) in [0, 1], at least 2 × 2 pixels; left as they are.
+        clips: floating point (N, 3, T, H, W) in [0, 1], at least 2 × 2 pixels.
         params: (N, 6), one row of `draw_color` for each clip.
 
     Returns:
         (N, 3, T, H, W) in [0, 1].
     """
     params = params.to(clips.device, clips.dtype, non_blocking=True)
-    on_cpu = clips.device.type == "cpu" and not torch.compiler.is_compiling()  # compiled, it is one graph
-    if on_cpu and len(clips) > 1:  # one at a time, they stay in the processor's cache
+    if _on_cpu(clips) and len(clips) > 1:  # one at a time, they stay in the processor's cache
         return torch.cat([color_augment(*one) for one in zip(clips.split(1), params.split(1), strict=True)])
-    brightness, contrast, saturation, hue, gray, sigma = params[:, :, None, None, None, None].unbind(1)
+    brightness, contrast, saturation, hue, gray, sigma = params[:, :, None, None, None].unbind(1)
+    applied = [True] * 6  # on a GPU the host would have to wait for the answer
+    if _on_cpu(clips):
+        applied = (params != params.new_tensor(IDENTITY)).any(0).tolist()
+    jittered, grayed, blurred = any(applied[:4]), applied[4], applied[5]
+    if jittered:
+        means = [color.clamp(max=1 / brightness).mean((1, 2, 3), keepdim=True) for color in clips.unbind(1)]
+        middle, factor = _luma(*means) * brightness * (1 - contrast), brightness * contrast
+        white = contrast + middle  # to what brightness makes of 1 or more
 
-    def applied(values: Tensor, identity: float) -> bool:
-        """Whether a clip needs this; yes on a GPU, where the host would have to wait for the answer."""
-        return not on_cpu or bool((values != identity).any())
+    def recolor(frames: Tensor) -> Tensor:
+        """All that is done to a pixel alone, in one pass over three planes (N, T, H, W)."""
+        colors = frames.unbind(1)
+        if jittered:
+            colors = [(color * factor + middle).minimum(white).clamp(0, 1) for color in colors]
+            luma = _luma(*colors) * (1 - saturation)
+            colors = [torch.addcmul(luma, color, saturation).clamp(0, 1) for color in colors]
+            colors = _shift_hue(*colors, hue)
+        if grayed:
+            luma = _luma(*colors).clamp(0, 1)
+            colors = [color.lerp(luma, gray) for color in colors]
+        return torch.stack(colors, 1)
 
-    clips = (clips * brightness).clamp_(max=1)
-    if applied(params[:, :3], 1) or applied(hue, 0):
-        clips.lerp_(_grayscale(clips.mean((2, 3, 4), keepdim=True)), 1 - contrast).clamp_(0, 1)
-        clips.lerp_(_grayscale(clips), 1 - saturation).clamp_(0, 1)
-        _shift_hue_(clips, hue[:, 0])
-    if applied(gray, 0):
-        clips.lerp_(_grayscale(clips), gray)
-    if applied(sigma, 0):
-        clips = _blur(clips, params[:, 5:])
-    return clips.clamp_(0, 1)
+    if jittered or grayed:
+        few = max(2**16 // clips[0, 0, 0].numel(), 1) if _on_cpu(clips) else clips.shape[2]  # that a core's cache holds
+        parts = [recolor(frames) for frames in clips.split(few, 2)]
+        clips = torch.cat(parts, 2) if len(parts) > 1 else parts[0]
+    return _blur(clips, sigma.flatten(1)).clamp(0, 1) if blurred else clips
 
 
 def normalize(clips: Tensor) -> Tensor:
@@ -117,25 +146,59 @@ def frame_difference(clip: Tensor) -> Tensor:
     return torch.cat([difference, difference[:, :, -1:]], 2)
 
 
+def _encoder_input(clips: Tensor, color: Tensor | None, difference: bool, order: torch.memory_format) -> Tensor:
+    clips = clips.contiguous() / 255
+    if difference:
+        clips = frame_difference(clips)
+    clips = normalize(clips if color is None else color_augment(clips, color))
+    return clips.contiguous(memory_format=order)
+
+
+_on_gpu = None  # `_encoder_input` compiled, or as it is where that has failed
+
+
 def encoder_input(
     clips: Tensor,
     color: Tensor | None = None,
     difference: bool = False,
     memory_format: torch.memory_format = torch.channels_last_3d,
 ) -> Tensor:
-    """uint8 clips (N, 3, T, H, W) → V or, taken before the colours, D; then colours, if any, normalised: float32."""
-    on_cpu = clips.device.type == "cpu" and not torch.compiler.is_compiling()
-    if on_cpu and len(clips) > 1:  # one at a time, they stay in the cache and take less memory
-        made = torch.empty(clips.shape, memory_format=memory_format)
-        for i in range(len(clips)):
-            one = slice(i, i + 1)
-            made[one] = encoder_input(clips[one], None if color is None else color[one], difference, memory_format)
-        return made
-    clips = clips.contiguous() / 255
-    if difference:
-        clips = frame_difference(clips)
-    clips = normalize(clips if color is None else color_augment(clips, color))
-    return clips.contiguous(memory_format=memory_format)
+    """uint8 clips (N, 3, T, H, W) → V or, taken before the colours, D; then colours, if any, normalised: float32.
+
+    Colours on a GPU are compiled, as its memory would else be read and written some fifty times; where that fails, one
+    line on stderr says so.
+    """
+    global _on_gpu
+    if _on_cpu(clips):
+        return _on_host(clips, color, difference, memory_format)
+    arguments = clips, color, difference, memory_format
+    if color is None or torch.compiler.is_compiling():
+        return _encoder_input(*arguments)
+    _on_gpu = _on_gpu or torch.compile(_encoder_input, dynamic=False)
+    with torch.no_grad(), torch.autocast(clips.device.type, enabled=False):  # whatever they are, the same graphs
+        try:
+            return _on_gpu(*arguments)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            reason = str(error).strip().partition("\n")[0]
+            print(f"note: colours take longer, as torch can't compile them here: {reason}", file=sys.stderr)
+            _on_gpu = _encoder_input
+            return _on_gpu(*arguments)
+
+
+def _on_host(clips: Tensor, color: Tensor | None, difference: bool, order: torch.memory_format) -> Tensor:
+    """`encoder_input` on a CPU: clip by clip, as they then stay in its cache, without colours that change nothing."""
+    made = torch.empty(clips.shape, memory_format=order)
+    changed = [False] * len(clips) if color is None else (color != color.new_tensor(IDENTITY)).any(1).tolist()
+    pixels = made.movedim(1, -1)
+    mean, std = (torch.tensor(values).repeat(made.shape[-1]) for values in (MEAN, STD))  # of whole rows, as 3 are few
+    for i, colored in enumerate(changed):
+        clip = clips[i : i + 1] / 255
+        if difference:
+            clip = frame_difference(clip)
+        made[i] = color_augment(clip.contiguous(), color[i : i + 1])[0] if colored else clip[0]
+        if pixels.is_contiguous():
+            pixels[i].flatten(2).sub_(mean).div_(std)
+    return made if pixels.is_contiguous() else normalize(made)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -124,17 +124,15 @@ class MoCo(Method):
         if self.training:
             momentum_update(self.encoder, self.key_encoder, self.config.momentum)
             momentum_update(self.head, self.key_head, self.config.momentum)
-        rgb = self.encoder_input(clips, color[:, 0])
-        query = self.encoder(rgb)
-        dealt, dealt_color = self.deal(clips), self.deal(color)
-        with torch.no_grad():
+        rgb, dealt, dealt_color = self.encoder_input(clips, color[:, 0]), self.deal(clips), self.deal(color)
+        with torch.no_grad():  # before the query pass, whose graph takes memory
             key = self.key_encoder(rgb if dealt is clips else self.encoder_input(dealt, dealt_color[:, 0]))
             key, difference = self.deal(key, back=True), None
             if moving is not None:
                 dealt = dealt if moving is views["clip"] else self.deal(self.both(moving))
                 difference = self.key_encoder(self.encoder_input(dealt, dealt_color[:, 1], difference=True))
                 difference = self.deal(difference, back=True)
-        halves = (None if x is None else x.unflatten(0, (2, -1)) for x in (query, key, difference))
+        halves = (None if x is None else x.unflatten(0, (2, -1)) for x in (self.encoder(rgb), key, difference))
         return FeatureMaps(*halves)
 
     def deal(self, rows: Tensor, back: bool = False) -> Tensor:

@@ -69,9 +69,7 @@ class PretrainConfig(TrainConfig, VideosConfig):
     memory_format: str = option(
         "channels_last", "order of the encoder's input in memory, a matter of speed alone", tuple(MEMORY_FORMATS)
     )
-    compile: str = option(
-        "off", "torch.compile encoders and augmentation: minutes of waiting, then faster steps", ("off", "on")
-    )
+    compile: str = option("off", "torch.compile the encoders: minutes of waiting, then faster steps", ("off", "on"))
 
     FREE = TrainConfig.FREE | {"data", "list_file", "exclude", "memory_format", "compile"}
 
@@ -125,8 +123,6 @@ class Method(nn.Module):
             if not shutil.which(compiler):
                 raise UserError(f"--compile on needs a C++ compiler, there is no {compiler}: install one, or set CXX")
             self.encoder.compile(dynamic=False)  # there are no more than three batch sizes
-            if torch.cuda.is_available():  # on a CPU the augmentation goes by its parameters, clip by clip
-                self.encoder_input = torch.compile(self.encoder_input, dynamic=False)
 
     def make_views(
         self, videos: data.VideoList, kind: type[data.PretrainingViews] = data.PretrainingViews, **more: Any

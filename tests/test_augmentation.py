@@ -168,3 +168,35 @@ def test_normalize_takes_out_the_mean_and_deviation():
     noise = random_clips()  # each channel by numbers, bit for bit
     for channel, expected, m, s in zip(augment.normalize(noise)[0], noise[0], augment.MEAN, augment.STD, strict=True):
         assert torch.equal(channel, (expected - m) / s)
+
+
+def uint8_clips(n: int, height: int, width: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (n, 4, height, width, 3), dtype=torch.uint8, generator=generator).movedim(-1, 1)
+
+
+@pytest.mark.parametrize("difference", [False, True])
+@pytest.mark.parametrize("size", [(52, 60), (24, 24)])
+def test_all_clips_at_once_as_on_a_gpu_give_the_same_as_one_by_one_on_a_cpu(size, difference, monkeypatch):
+    rng, clips = np.random.default_rng(0), uint8_clips(6, *size)
+    color = torch.tensor(np.stack([data.draw_color(rng, gray_p=0.4) for _ in clips]))
+    color[0] = torch.tensor(IDENTITY)
+    expected = augment.encoder_input(clips, color, difference)
+    monkeypatch.setattr(augment, "_on_cpu", lambda clips: False)
+    monkeypatch.setattr(augment, "_on_gpu", augment._encoder_input)
+    torch.testing.assert_close(augment.encoder_input(clips, color, difference), expected, atol=1e-5, rtol=0)
+
+
+def test_colours_that_cannot_be_compiled_are_computed_all_the_same_and_one_line_says_so(monkeypatch, capsys):
+    def fails(*arguments):
+        raise torch._dynamo.exc.TorchDynamoException("there is no compiler\nand much more")
+
+    clips, color = uint8_clips(2, 16, 16), torch.tensor([(1.2, 0.9, 1.1, 0.05, 0, 1.0)] * 2)
+    expected = augment.encoder_input(clips, color)
+    monkeypatch.setattr(augment, "_on_cpu", lambda clips: False)
+    monkeypatch.setattr(augment, "_on_gpu", None)
+    monkeypatch.setattr(torch, "compile", lambda *arguments, **options: fails)
+    for _ in range(2):
+        torch.testing.assert_close(augment.encoder_input(clips, color), expected, atol=1e-5, rtol=0)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "there is no compiler" in line

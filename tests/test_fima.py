@@ -282,6 +282,14 @@ def test_what_compile_compiles_is_one_graph_and_gives_the_same(colors, differenc
     torch.testing.assert_close(compiled(clips, color), whole(clips, color), atol=1e-4, rtol=1e-4)
 
 
+def test_keys_of_the_clips_are_made_before_the_query_pass_whose_graph_takes_memory():
+    model, passes = build(), []
+    model.key_encoder.register_forward_hook(lambda *_: passes.append("key"))
+    model.encoder.register_forward_hook(lambda *_: passes.append("query"))
+    model(make_views())
+    assert passes == ["key", "key", "query", "key"]  # of RGB, of the frame difference; of the sub-clips
+
+
 def features_process(rank: int, folder: str) -> None:
     torch.set_num_threads(1)  # as in the parent, whose numbers are compared
     torch.distributed.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)
