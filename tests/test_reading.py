@@ -26,6 +26,7 @@ H264 = dict(crf="12", preset="fast")
 
 
 FILES = {  # beside those of MATRIX below: odd sizes, uneven times, one group of pictures, and streams hard to start in
+    "b_frames.avi": dict(codec="mpeg4", g="12", bf="2", b="4M"),
     "odd.avi": dict(codec="mpeg4", g="12", bf="2", b="4M"),
     "odd.webm": dict(codec="libvpx-vp9", g="16", deadline="realtime", cpu_used="8"),
     "uneven.mp4": dict(codec="libx264", times=np.cumsum(np.arange(60) % 4 + 1).tolist(), g="20", bf="2", **H264),
