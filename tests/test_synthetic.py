@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import av
 import numpy as np
 import pytest
 from helpers import one_line
+from tqdm import tqdm
 
 import cli
 import find
@@ -153,8 +155,12 @@ def test_what_a_kill_has_left_is_removed_and_two_at_once_take_turns(made, tmp_pa
         while not go_on.value:
             time.sleep(0.01)
 
+    def make() -> None:
+        tqdm.set_lock(threading.RLock())  # tqdm's own is shared with this process
+        synthetic.make_synthetic(root, **SMALL)
+
     monkeypatch.setattr(synthetic, "_write_video", slow)
-    processes = [fork.Process(target=synthetic.make_synthetic, args=(root,), kwargs=SMALL) for _ in range(3)]
+    processes = [fork.Process(target=make) for _ in range(3)]
     processes[0].start()
     while not log.exists():
         time.sleep(0.01)
