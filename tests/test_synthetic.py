@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import shutil
+import time
 from pathlib import Path
 
 import av
@@ -135,32 +136,32 @@ def test_files_of_others_below_a_set_are_left_alone(made, tmp_path, name, recipe
 
 def test_what_a_kill_has_left_is_removed_and_two_at_once_take_turns(made, tmp_path, monkeypatch):
     """Another process makes the set, is killed, and so on: that which waited for it begins when it is gone."""
-    fork, root = multiprocessing.get_context("fork"), tmp_path / "set"
-    write = data._write_video
-    begun, go_on, count = fork.Event(), fork.Event(), fork.Value("i", 0)
+    here, log, fork = tmp_path / "here", tmp_path / "log", multiprocessing.get_context("fork")
+    root, write, go_on = here / "set", data._write_video, fork.RawValue("b")  # no lock, as a kill would leave it held
 
     def slow(path: Path, video: np.ndarray) -> None:
         write(path, video)
-        with count.get_lock():
-            count.value += 1
-        begun.set()
-        go_on.wait(60)
+        with log.open("a") as file:
+            file.write(".")
+        while not go_on.value:
+            time.sleep(0.01)
 
     monkeypatch.setattr(data, "_write_video", slow)
     processes = [fork.Process(target=data.make_synthetic, args=(root,), kwargs=SMALL) for _ in range(3)]
     processes[0].start()
-    assert begun.wait(60)
+    while not log.exists():
+        time.sleep(0.01)
     processes[0].kill()
     processes[0].join()
-    assert [path.name for path in tmp_path.iterdir()] == [".set.partial"]
-    count.value = 0
-    go_on.set()
+    assert os.listdir(here) == [".set.partial"]
+    log.write_text("")
+    go_on.value = 1
     for process in processes[1:]:
         process.start()
     for process in processes[1:]:
         process.join()
         assert process.exitcode == 0
-    assert tree(root) == tree(made) and os.listdir(tmp_path) == ["set"] and count.value == 30  # by one of them
+    assert tree(root) == tree(made) and os.listdir(here) == ["set"] and len(log.read_text()) == 30  # by one of them
 
 
 @pytest.mark.parametrize("marked", [False, True])
