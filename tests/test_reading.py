@@ -84,7 +84,7 @@ def test_chosen_frames_equal_a_sequential_decode(file, choice):
     check_frames(file, choice)
 
 
-@pytest.mark.parametrize("path", CLIPS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", CLIPS, ids=[path.name for path in CLIPS])
 @settings(max_examples=6)
 @given(choice=st.data())
 def test_chosen_frames_of_real_clips_equal_a_sequential_decode(path, choice):
@@ -289,7 +289,7 @@ def test_pictures_that_are_never_shown_do_not_count(folder, name):
         assert digest(video.read([30])[0]) == expected[30]
 
 
-@pytest.mark.parametrize("file", CASES, ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", CASES, ids=[file.stem for file in CASES])
 def test_odd_files_look_as_the_ffmpeg_program_shows_them(file):
     """Each picture, area-averaged and gray, is nearer to the right one than to its neighbours."""
     shown = torch.from_numpy(np.load(file)).double()
