@@ -440,14 +440,14 @@ def one(config: BenchmarkConfig) -> None:
     def counted(name: str) -> Callable[..., Any]:
         call = getattr(dist, name)
 
-        def counting(output: Tensor, *arguments: Any, **options: Any) -> Any:
-            received[name] += output.nbytes
+        def counting(output: Tensor | list[Tensor], *arguments: Any, **options: Any) -> Any:
+            received[name] += sum(part.nbytes for part in (output if isinstance(output, list) else [output]))
             return call(output, *arguments, **options)
 
         return counting
 
     with contextlib.ExitStack() as patches:
-        for name in ("all_gather_into_tensor", "all_to_all_single", "all_reduce", "broadcast"):
+        for name in ("all_gather", "all_to_all_single", "all_reduce", "broadcast"):
             patches.enter_context(mock.patch.object(dist, name, counted(name)))
         training.step()
     if process.world_size > 1:

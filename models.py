@@ -495,11 +495,11 @@ class MomentumQueue(nn.Module):
     @torch.no_grad()
     def enqueue(self, keys: Tensor) -> None:
         """Replaces the oldest keys by (n, D) new ones, any n: wraps around, and of more than `length` the last stay."""
-        keys = keys.to(self.keys.dtype)
+        keys = keys.to(self.keys.dtype).contiguous()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            gathered = keys.new_empty(torch.distributed.get_world_size() * len(keys), keys.shape[1])
-            torch.distributed.all_gather_into_tensor(gathered, keys.contiguous())
-            keys = gathered
+            gathered = [torch.empty_like(keys) for _ in range(torch.distributed.get_world_size())]
+            torch.distributed.all_gather(gathered, keys)
+            keys = torch.cat(gathered)
         keys = keys[max(len(keys) - len(self.keys), 0) :]
         if len(keys):
             places = (self.pointer + torch.arange(len(keys), device=keys.device)) % len(self.keys)

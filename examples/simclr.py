@@ -26,9 +26,9 @@ class Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(_ctx, rows: Tensor) -> Tensor:
-        gathered = rows.new_empty(dist.get_world_size() * len(rows), *rows.shape[1:])
-        dist.all_gather_into_tensor(gathered, rows.contiguous())
-        return gathered
+        gathered = [torch.empty(rows.shape, device=rows.device) for _ in range(dist.get_world_size())]
+        dist.all_gather(gathered, rows.contiguous())
+        return torch.cat(gathered)
 
     @staticmethod
     def backward(_ctx, gradient: Tensor) -> Tensor:

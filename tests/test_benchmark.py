@@ -163,7 +163,7 @@ def test_processes_measure_a_step_and_count_what_they_exchange():
     assert found["received_bytes"].pop("gradients") == sum(
         4 * p.numel() for p in method.parameters() if p.requires_grad
     )
-    assert found["received_bytes"]["all_gather_into_tensor"] == 2 * 4 * 128 * (2 * 2 + 2 * 2 * 2)  # keys of both
+    assert found["received_bytes"]["all_gather"] == 2 * 4 * 128 * (2 * 2 + 2 * 2 * 2)  # keys of both
     clips = (2 * 2 + 2 * 2 * 2) * 3 * 16 * 32 * 32  # uint8 clips and sub-clips, dealt out for shuffled batch norm
     assert clips < found["received_bytes"]["all_to_all_single"] < 1.1 * clips  # and what comes back
     assert len(found["seconds"]) == 1 and 0.1 < found["peak_gb"] < 10
