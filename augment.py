@@ -1,7 +1,7 @@
 """From uint8 clips to an encoder's input: colours, frame difference, normalisation; and FAME's merging of videos.
 
-Can be copied alone into another project: it imports torch and numpy only. Colours are drawn for each clip on the host
-(`draw_color`), and applied in batch on the clips' device.
+Can be copied alone into another project: it imports torch only. Colours are drawn for each clip on the host
+(`data.draw_color`), and applied in batch on the clips' device.
 
 Letters: N clips, B videos, T frames, H, W height and width in pixels, P colour parameters.
 """
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IDENTITY = (1.0, 1.0, 1.0, 0.0, 0.0, 0.0)  # what `draw_color` gives a clip that stays as it is
+IDENTITY = (1.0, 1.0, 1.0, 0.0, 0.0, 0.0)  # what `data.draw_color` gives a clip that stays as it is
 MEAN, STD = (0.43216, 0.394666, 0.37645), (0.22803, 0.22145, 0.216989)
 
 
@@ -81,7 +81,8 @@ def color_augment(clips: Tensor, params: Tensor) -> Tensor:
 
     Args:
         clips: floating point (N, 3, T, H, W) in [0, 1], at least 2 × 2 pixels.
-        params: (N, 6), one row of `draw_color` for each clip.
+        params: (N, 6), one row of `data.draw_color` for each clip: factors of brightness, contrast and saturation, hue
+            shift in turns, 1 for grayscale, and the standard deviation of the blur in pixels.
 
     Returns:
         (N, 3, T, H, W) in [0, 1].

@@ -552,9 +552,18 @@ def draw_curves(config: FigureConfig, inputs: list[str]) -> Figure:
         for name, log, color in zip(names, logs, itertools.cycle(COLORS), strict=False):
             lines = [line for line in log if key in line]
             epochs = [line["epoch"] for line in lines]
-            ax.plot(epochs, [line[key] for line in lines], color=color, lw=1.2, label=plain(name))
+            alone = "o" if len(lines) == 1 else None  # a line of one point is none
+            ax.plot(epochs, [line[key] for line in lines], color=color, lw=1.2, ms=3, marker=alone, label=plain(name))
             if chance != key:
-                ax.plot(epochs, [line.get(chance, math.nan) for line in lines], color=color, lw=0.8, ls="--")
+                ax.plot(
+                    epochs,
+                    [line.get(chance, math.nan) for line in lines],
+                    color=color,
+                    lw=0.8,
+                    ls="--",
+                    ms=2,
+                    marker=alone,
+                )
         ax.set(title=MEASURES.get(key, f"loss {key.removeprefix('loss/')} (dashed: chance)"), xlabel="epoch")
         ax.grid(alpha=0.3)
     if len(inputs) > 1:

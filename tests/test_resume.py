@@ -12,7 +12,7 @@ import conftest
 import numpy as np
 import pytest
 import torch
-from helpers import ALONE, same, weights
+from helpers import ALONE, Bare, same, weights
 
 import cli
 import dclr
@@ -42,25 +42,13 @@ CONFIGS = {
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class Tiny(torch.nn.Module):
-    """A method of one linear layer, which is all that the loop and its options need."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.layer = torch.nn.Linear(3, 1)
-
-    def forward(self, batch):
-        return {"x": (self.layer(batch["x"]) - 1).square().mean()}
-
-
 def fit_tiny(config):
     def batches(start):
         while True:
             yield {"x": torch.randn(config.batch_size, 3, generator=torch.Generator().manual_seed(start))}
             start += 1
 
-    path = runs.fit_in_folder(Tiny(), config, ALONE, batches, 8 // config.batch_size, "", {})
+    path = runs.fit_in_folder(Bare(), config, ALONE, batches, 8 // config.batch_size, "", {})
     return weights(path)["model"]
 
 

@@ -16,7 +16,7 @@ import encoding
 import numpy as np
 import pytest
 import torch
-from helpers import ALONE, ROOT, lines, one_line, same, torchrun, weights
+from helpers import ALONE, ROOT, Bare, lines, one_line, same, torchrun, weights
 
 import benchmark  # noqa: F401  its options are tried, too
 import cli
@@ -37,18 +37,6 @@ CLIPS = ROOT.parent / "shared" / "clips"
 # ---------------------------------------------------------------------------------------------------------------------
 # What the loop asks of a method
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-class Bare(torch.nn.Module):
-    """All that a method must have."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.layer = torch.nn.Linear(3, 1)
-
-    def forward(self, batch):
-        return {"x": (self.layer(batch["x"]) - 1).square().mean()}
 
 
 def fit(method, folder, **options):
