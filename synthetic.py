@@ -299,7 +299,10 @@ def make_synthetic(
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # NumPy and FFmpeg run without the interpreter's lock
             for _ in tqdm(pool.map(make, names.items()), **show):
                 pass
-        (hidden / "made" / SYNTHETIC_MARKER).write_text(json.dumps(recipe))
+        try:
+            (hidden / "made" / SYNTHETIC_MARKER).write_text(json.dumps(recipe))
+        except OSError as error:  # a full disk's has no name
+            raise OSError(error.errno, error.strerror, str(marker)) from error
         _is_complete(root, recipe)  # nobody has put files there meanwhile
         if root.exists():
             root.rename(hidden / "before")
