@@ -302,7 +302,7 @@ def make_synthetic(
         try:
             (hidden / "made" / SYNTHETIC_MARKER).write_text(json.dumps(recipe))
         except OSError as error:  # a full disk's has no name
-            raise OSError(error.errno, error.strerror, str(marker)) from error
+            raise OSError(error.errno, error.strerror, str(root / SYNTHETIC_MARKER)) from error
         _is_complete(root, recipe)  # nobody has put files there meanwhile
         if root.exists():
             root.rename(hidden / "before")
