@@ -49,7 +49,6 @@ class BenchmarkConfig(Options):
     workers: int = option(2, "data: loader processes at most, tried are 0, 1, 2, 4 …", (0, 1024))
     encoder: str = option("i3d", "step: video encoder", tuple(ENCODERS))
     width: float = option(1.0, "step: factor on the encoder's numbers of channels", (0.01, 8))
-    losses: str = option("vv,pix,fra", "step: losses to sum, of vv, vd, pix and fra")
     queue: int = option(2048, "step: length of each queue of keys", (1, 2**24))
     crop: int = option(224, "height and width of a clip in pixels", (1, 1024))
     frames: int = option(16, "frames of a clip", (8, 4096))
@@ -58,9 +57,6 @@ class BenchmarkConfig(Options):
     device: str = option("auto", "auto takes a GPU if there is one", ("auto", "cpu", "cuda"))
     seed: int = option(0, "seed of weights, views and samples", (0, 2**31 - 1))
     out: str = option("results", "folder to write to")
-
-
-# ------------------------------------------------------------------------------------------------------------ timing
 
 
 def timed(work: Callable[[], Any], clock: Callable[[], float], repeats: int = 1) -> Callable[[], float]:
@@ -109,9 +105,6 @@ def write(config: BenchmarkConfig, command: str, device: torch.device, results: 
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, json.dumps(record, indent=1) + "\n")
     print(f"\nwritten to {path}")
-
-
-# -------------------------------------------------------------------------------------------------------------- data
 
 
 class PicturesDropped(Video):
@@ -167,15 +160,11 @@ def reading(config: BenchmarkConfig) -> None:
     write(config, "data", process.device, results)
 
 
-# -------------------------------------------------------------------------------------------------------------- step
-
-
 def plain_losses(method: fima.FIMA, views: dict[str, Tensor]) -> dict[str, Tensor]:
     """`FIMA.forward` at the paper's settings for UCF101, straight down: same losses, same keys in the queues."""
-    config, terms, color, both = method.config, method.config.terms, views["color"], (0, 1)
-    if method.training:
-        momentum_update(method.encoder, method.key_encoder, config.momentum)
-        momentum_update(method.head, method.key_head, config.momentum)
+    config, color, found = method.config, views["color"], {"vv": [], "pix": [], "fra": []}
+    momentum_update(method.encoder, method.key_encoder, config.momentum)
+    momentum_update(method.head, method.key_head, config.momentum)
 
     def key_maps(clips: Tensor, v: int, draw: int) -> Tensor:
         return method.key_encoder(method.encoder_input(clips, color[:, v, draw], difference=draw > 0))
@@ -187,39 +176,30 @@ def plain_losses(method: fima.FIMA, views: dict[str, Tensor]) -> dict[str, Tenso
         return maps[:, :, i].flatten(2).mT  # (B, HW, C)
 
     clips = views["clip"].unbind(1)
-    query = [method.encoder(method.encoder_input(clips[v], color[:, v, 0])) for v in both]
+    query = [method.encoder(method.encoder_input(clips[v], color[:, v, 0])) for v in (0, 1)]
     frames, grid = range(query[0].shape[2]), query[0].shape[3:]
-    keys = {}
     with torch.no_grad():
-        key = [key_maps(clips[v], v, 0) for v in both]
-        keys["vv"] = torch.cat([instance(method.key_head, maps) for maps in key])
-        if {"vd", "pix"} & {*terms}:
-            motion = [key_maps(clips[v], v, 1) for v in both]
-            keys["vd"] = torch.cat([instance(method.key_head, maps) for maps in motion])
-            m = [[method.project(method.key_head, pixels(motion[v], i)) for i in frames] for v in both]
-            masks = [losses.foreground_mask(sum(map(losses.activation_map, x))) for x in zip(key, motion, strict=True)]
-        if "fra" in terms:
-            parts = [(v, i, views["sub_clips"][:, v, i]) for v in both for i in frames]
-            local = [instance(method.key_head, key_maps(part, v, 2 + i)) for v, i, part in parts]
-            keys["fra"] = torch.stack(local).unflatten(0, (2, -1)).transpose(1, 2).flatten(0, 2)
-    found = {name: [] for name in terms}
+        key, motion = ([key_maps(clips[v], v, draw) for v in (0, 1)] for draw in (0, 1))
+        k = [instance(method.key_head, maps) for maps in key]
+        m = [[method.project(method.key_head, pixels(maps, i)) for i in frames] for maps in motion]
+        masks = [losses.foreground_mask(sum(map(losses.activation_map, x))) for x in zip(key, motion, strict=True)]
+        parts = [(v, i, views["sub_clips"][:, v, i]) for v in (0, 1) for i in frames]
+        local = [instance(method.key_head, key_maps(part, v, 2 + i)) for v, i, part in parts]
     for v, other in ((0, 1), (1, 0)):
-        for name in {"vv", "vd"} & {*terms}:
-            q, k = instance(method.head, query[v]), keys[name].chunk(2)[other]
-            found[name].append(losses.info_nce(q, k, method.queues[name].keys, config.temperature))
-        for i in frames if method.decoder else ():
-            y, y_cls = method.decoder(pixels(query[v], i), pixels(query[other], i))
-            if "pix" in terms:
-                pairs = losses.positive_pairs(views["box"][:, v], views["box"][:, other], grid)
-                pairs = pairs & masks[v].flatten(1)[:, :, None] & masks[other].flatten(1)[:, None]
-                prediction, everything = method.project(method.head, y), torch.stack(m[other]).flatten(0, 2)
-                found["pix"].append(losses.pixel_contrast(prediction, m[other][i], pairs, everything))
-            if "fra" in terms:
-                own = other * len(frames) + i
-                negatives = torch.cat([*local[:own], *local[own + 1 :], method.queues["fra"].keys])
-                prediction = method.project(method.head, y_cls)
-                found["fra"].append(losses.frame_info_nce(prediction, local[own], negatives))
-    method.enqueue(keys)
+        q, queues = instance(method.head, query[v]), method.queues
+        found["vv"].append(losses.info_nce(q, k[other], queues["vv"].keys, config.temperature))
+        for i in frames:
+            y, y_cls = (
+                method.project(method.head, x) for x in method.decoder(pixels(query[v], i), pixels(query[other], i))
+            )
+            pairs = losses.positive_pairs(views["box"][:, v], views["box"][:, other], grid)
+            pairs = pairs & masks[v].flatten(1)[:, :, None] & masks[other].flatten(1)[:, None]
+            found["pix"].append(losses.pixel_contrast(y, m[other][i], pairs, torch.stack(m[other]).flatten(0, 2)))
+            own = other * len(frames) + i
+            negatives = torch.cat([*local[:own], *local[own + 1 :], queues["fra"].keys])
+            found["fra"].append(losses.frame_info_nce(y_cls, local[own], negatives))
+    keys = torch.stack(local).unflatten(0, (2, -1)).transpose(1, 2).flatten(0, 2)
+    method.enqueue({"vv": torch.cat(k), "fra": keys})
     return {name: torch.stack(values).mean() for name, values in found.items()}
 
 
@@ -227,7 +207,7 @@ class Training:
     """Training steps of FIMA on one batch of noise, ours or plain; `flags` are options of `FIMAConfig`."""
 
     def __init__(self, config: BenchmarkConfig, process: Process, plain: bool = False, **flags: Any):
-        names = ("encoder", "width", "crop", "frames", "queue", "losses", "batch_size")
+        names = ("encoder", "width", "crop", "frames", "queue", "batch_size")
         torch.manual_seed(config.seed)
         with user_errors():
             options = fima.FIMAConfig(**{name: getattr(config, name) for name in names} | flags)
@@ -291,7 +271,7 @@ def step(config: BenchmarkConfig) -> None:
         repeats = 5 if on_gpu else 1
         return take_turns({k: timed(work, clock, repeats) for k, work in works.items()}, config.rounds, process)
 
-    title = f"a training step, {config.encoder}, {config.frames} × {config.crop}², {config.losses}"
+    title = f"a training step, {config.encoder}, {config.frames} × {config.crop}²"
     training = Training(config, process)
     floor = functools.partial(training.encoders_alone, *training.encoder_inputs())
     seconds = turns({"step": training.step, "encoders alone": floor})
