@@ -9,19 +9,15 @@
 
 From nothing to numbers on UCF101, and further:
 
-    python fima.py --dataset ucf101 --data /data/ucf101 --out runs/fima     # torchrun --nproc_per_node=3: the paper's
+    python fima.py --dataset ucf101 --data /data/ucf101 --out runs/fima
     python evaluate.py linear --checkpoint runs/fima/checkpoint.pt          # --cached 10: nearly the same, much faster
     python evaluate.py finetune --checkpoint runs/fima/checkpoint.pt
-    python evaluate.py finetune --resume runs/fima/finetune_ucf101/checkpoint.pt        # go on where it was stopped
     python evaluate.py knn --checkpoint runs/fima/checkpoint.pt --dataset hmdb51 --data /data/hmdb51
     python evaluate.py retrieve --dataset ucf101 --data /data/ucf101 --encoder i3d      # an untrained encoder
-    python evaluate.py knn --encoder i3d --dataset folder --data /videos --list_file train.txt --test_list test.txt
-    python evaluate.py linear --checkpoint r2plus1d_18-91a641e6.pth --dataset ucf101 --data /data/ucf101 --crop 112
     torchrun --nproc_per_node=8 evaluate.py linear --checkpoint runs/fima/checkpoint.pt --batch_size 2
 
-The last checkpoint but one is torchvision's: those of others are told by their names. Results lie beside a checkpoint.
-Every test video counts: one that cannot be read counts as wrong and is named. Processes share the videos batch by
-batch, so that the same batches are computed whatever their number.
+Results lie beside the checkpoint. Every test video counts: one that cannot be read counts as wrong and is named.
+Processes share the videos batch by batch, so that the same batches are computed whatever their number.
 """
 
 import dataclasses
@@ -30,7 +26,6 @@ import json
 import math
 import os
 import shlex
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,34 +37,14 @@ from torch import Tensor, nn
 import data
 import find
 from cli import command_line, dispatch, shown
-from features import (
-    Bad,
-    EncoderConfig,
-    clip_outputs,
-    load_encoder,
-    nearest,
-    pooled_features,
-    subset,
-    unit_features,
-    video_outputs,
-)
+from features import EncoderConfig, clip_outputs, load_encoder, nearest, pooled_features, unit_features, video_outputs
 from models import ENCODERS, EXPORTS, export_weights
 from processes import leave_signals, loader_workers, start_process
-from runs import (
-    check_replaceable,
-    claim_folder,
-    continued,
-    fit_in_folder,
-    load_checkpoint,
-    made_by,
-)
+from runs import check_replaceable, claim_folder, continued, fit_in_folder, load_checkpoint, made_by
 from train import Options, Process, TrainConfig, UserError, check_sums, option, user_errors, write_file
 
 RECALLS = (1, 5, 10, 20, 50)
-RECORD, PNG = b'{\n "protocol"', b"\x89PNG"  # how results and pictures begin
-
-
-# ---------------------------------------------------------------------------------------------------------- options
+PNG = b"\x89PNG"  # how pictures begin
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,54 +131,43 @@ class ExportConfig(Options):
     out: str = option("", "file to write (default: TO.pt beside the checkpoint)")
 
 
-# -------------------------------------------------------------------------------------------------------------- videos
-
-
-def find_labelled(
-    dataset: str, root: str, train: bool, split: int, list_file: str = "", exclude: str = ""
-) -> data.VideoList:
+def find_labelled(dataset: str, root: str, train: bool, split: int, listed="", exclude="") -> data.VideoList:
     """`find.find_videos`, for protocols that need to know the classes.
 
     Raises:
         ValueError: a video without a label, one that a list names twice, or a folder that may not be listed.
     """
-    videos = find.find_videos(dataset, root, train, split, list_file or None, exclude or None)
+    videos = find.find_videos(dataset, root, train, split, listed or None, exclude or None)
     if videos.closed:
         raise ValueError(f"{videos.report}: evaluation leaves none out, run `chmod -R u+rX {shlex.quote(root)}`")
-    twice = [path for path, count in Counter(videos.paths).items() if count > 1] if list_file else []
-    if twice:
-        raise ValueError(f"{list_file}: {twice[0]} is named more than once")
-    if -1 in videos.labels:
-        mend = f"name it in {list_file}" if list_file else "put each class in a folder, or name them in lists"
-        raise ValueError(f"{root}: {videos.labels.count(-1)} videos have no label, which this needs: {mend}")
+    if listed and len({*videos.paths}) < len(videos):
+        raise ValueError(f"{listed} names a video more than once")
+    if unknown := videos.labels.count(-1):
+        raise ValueError(f"{listed or root}: {unknown} videos have no label: put each class in a folder or a list")
     return videos
 
 
 def with_same_classes(train: data.VideoList, test: data.VideoList) -> tuple[data.VideoList, data.VideoList]:
-    """Both lists with one list of classes: a list file by itself knows those that it names.
-
-    The training videos' classes come first, in their order; those of test videos alone are named in their report.
+    """Both lists with one list of classes, as a list file by itself knows those that it names: first the training
+    videos', then those of test videos alone, which their report names.
 
     Raises:
         ValueError: they have no class in common.
     """
-    known = set(train.classes)
-    unseen = [name for name in test.classes if name not in known]
+    unseen = [name for name in test.classes if name not in train.classes]
     if len(unseen) == len(test.classes):
         raise ValueError(f"no class of the test videos ({unseen[0]}, …) has training videos ({train.classes[0]}, …)")
     classes = train.classes + unseen
-    index = {name: i for i, name in enumerate(classes)}
-    labels = [index[test.classes[label]] for label in test.labels]
+    places = [classes.index(name) for name in test.classes]
+    labels = [places[label] for label in test.labels]
     report = test.report + f"; without training videos: {', '.join(map(shown, unseen))}" * bool(unseen)
     train = dataclasses.replace(train, classes=classes)
     return train, dataclasses.replace(test, labels=labels, classes=classes, report=report)
 
 
-def prepare(
-    config: RetrieveConfig,
-) -> tuple[Process, RetrieveConfig, nn.Module, data.VideoList, data.VideoList, dict]:
-    """This process, the options filled in, the encoder, the data set's training and test videos, and on the first
-    process what of all this a run to resume must have seen."""
+def prepare(config: RetrieveConfig) -> tuple:
+    """This process, the options filled in, the encoder, training and test videos, and on the first process what of all
+    this a run to resume must have seen."""
     process = start_process(config.device, getattr(config, "timeout", 10), getattr(config, "deterministic", "") == "on")
     encoder, config = load_encoder(config, process.say)
     with user_errors(), process.first():
@@ -214,10 +178,8 @@ def prepare(
     if both := [*find.same_files(train.paths, test.paths), *train.shared]:
         raise UserError(
             f"{min(both)} is a training video and a test video, one of {len(both)} by name or link: divide them into "
-            f"train/ and test/ folders of {config.data}, or by --list_file and --test_list, or --exclude them"
+            "train/ and test/ folders, or by --list_file and --test_list, or --exclude them"
         )
-    if isinstance(config, SvmConfig) and len(set(train.labels)) < 2:
-        raise UserError(f"{config.data}: an SVM needs training videos of two classes or more")
     if getattr(config, "dropout", 0) < 0:
         config = dataclasses.replace(config, dropout=0.7 if config.dataset == "ucf101" else 0.5)
     seen = {}
@@ -238,48 +200,38 @@ def share_of(videos: data.VideoList, fraction: float, seed: int) -> data.VideoLi
     for label in range(len(videos.classes)):
         own = np.random.default_rng([seed, label]).permutation(np.flatnonzero(labels == label))
         kept += own[: max(round(fraction * len(own)), 1)].tolist()
-    return subset(videos, sorted(kept))
+    kept.sort()
+    return dataclasses.replace(videos, paths=[videos.paths[i] for i in kept], labels=labels[kept].tolist())
 
 
-def video_features(
-    encoder: nn.Module, config: RetrieveConfig, process: Process, train: data.VideoList, test: data.VideoList
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Bad]:
-    """Means of the clips' L2-normalised features: of the readable training videos (G, C) with their labels (G,), and
-    of the test videos (Q, C) with whether each could be read (Q,), and those that could not.
-    """
+def compared(config: RetrieveConfig) -> tuple:
+    """This process, options, test videos, and means of the clips' L2-normalised features: of the readable training
+    videos (G, C) with their labels (G,), of the test videos (Q, C) with which could be read (Q,), and the others."""
+    process, config, encoder, train, test, _ = prepare(config)
     function = unit_features(encoder)
     gallery, known, _ = video_outputs(function, train, config, process, "training videos")
     queries, good, bad = video_outputs(function, test, config, process, "test videos")
-    return gallery[known], torch.tensor(train.labels)[known], queries, good, bad
+    return process, config, test, gallery[known], torch.tensor(train.labels)[known], queries, good, bad
 
 
-# ---------------------------------------------------------------------------------------------- measures and results
-
-
-def recall_at_k(
-    queries: Tensor, labels: Tensor, gallery: Tensor, gallery_labels: Tensor, ks: tuple[int, ...] = RECALLS
-) -> dict[int, Tensor]:
+def recall_at_k(queries: Tensor, labels: Tensor, gallery: Tensor, known: Tensor, ks=RECALLS) -> dict[int, Tensor]:
     """For each k, whether any of the k nearest gallery videos has the query's label (R@k of Table 6 is the mean):
-    queries (Q, C), labels (Q,), gallery (G, C), gallery_labels (G,) → (Q,) bool; a k above G counts all the gallery.
-    """
-    same = gallery_labels[nearest(queries, gallery, max(ks))[1]] == labels[:, None]
+    queries (Q, C), labels (Q,), gallery (G, C), its labels (G,) → (Q,) bool; a k above G counts all the gallery."""
+    same = known[nearest(queries, gallery, max(ks))[1]] == labels[:, None]
     return {k: same[:, :k].any(1) for k in ks}
 
 
-def knn_scores(
-    queries: Tensor, gallery: Tensor, gallery_labels: Tensor, classes: int, k: int, temperature: float
-) -> Tensor:
+def knn_scores(queries: Tensor, gallery: Tensor, labels: Tensor, classes: int, k: int, temperature: float) -> Tensor:
     """Votes of the k nearest, weighing exp(cosine / temperature) (Wu et al., CVPR 2018, Sec. 3.4), as shares that sum
-    to 1: queries (Q, C), gallery (G, C), gallery_labels (G,) → (Q, classes).
-    """
+    to 1: queries (Q, C), gallery (G, C), its labels (G,) → (Q, classes)."""
     cosines, indices = nearest(queries, gallery, k)
     weights = (cosines / temperature).softmax(1)
-    return torch.zeros(len(queries), classes, dtype=weights.dtype).scatter_add_(1, gallery_labels[indices], weights)
+    return torch.zeros(len(queries), classes, dtype=weights.dtype).scatter_add_(1, labels[indices], weights)
 
 
-def svm_scores(queries: Tensor, gallery: Tensor, gallery_labels: Tensor, classes: int, cost: float) -> Tensor:
+def svm_scores(queries: Tensor, gallery: Tensor, labels: Tensor, classes: int, cost: float) -> Tensor:
     """w·x + b of linear SVMs, one class against the rest, trained on a gallery with the squared hinge loss:
-    queries (Q, C), gallery (G, C), gallery_labels (G,) → (Q, classes); −∞ for a class that is not in the gallery.
+    queries (Q, C), gallery (G, C), its labels (G,) → (Q, classes); −∞ for a class that is not in the gallery.
 
     Raises:
         ValueError: the gallery holds fewer than two classes.
@@ -287,7 +239,7 @@ def svm_scores(queries: Tensor, gallery: Tensor, gallery_labels: Tensor, classes
     from sklearn.svm import LinearSVC  # here, so that nothing else needs scikit-learn
 
     machine = LinearSVC(C=cost, dual="auto", random_state=0, max_iter=10_000)
-    machine.fit(gallery.numpy(), gallery_labels.numpy())
+    machine.fit(gallery.numpy(), labels.numpy())
     found = torch.from_numpy(machine.decision_function(queries.numpy())).float()
     found = torch.stack([-found, found], 1) if found.ndim == 1 else found  # of two classes there is one plane
     return torch.full((len(queries), classes), -math.inf).index_copy_(1, torch.from_numpy(machine.classes_), found)
@@ -302,71 +254,62 @@ def in_top_k(scores: Tensor, labels: Tensor, k: int) -> Tensor:
     return (~(scores < own)).sum(1) <= k
 
 
-def result_file(config: RetrieveConfig) -> Path:
+def result_files(config: RetrieveConfig) -> tuple[Path, Path]:
     """JSON file of the numbers: --out, or PROTOCOL_DATASET[_splitK][_FRACTION].json beside the checkpoint, or in a
-    folder of the untrained encoder; of linear and finetune, result.json in a run folder of this name.
-    """
+    folder of the untrained encoder; of linear and finetune, result.json in a run folder of this name. The picture of
+    a confusion matrix lies beside it."""
     folder = Path(config.checkpoint).parent if config.checkpoint else Path("runs", f"untrained_{config.encoder}")
     split, fraction = config.split, getattr(config, "fraction", 1)
     name = f"{config.protocol}_{config.dataset}" + f"_split{split}" * (split > 1) + f"_{fraction:g}" * (fraction < 1)
-    if isinstance(config, ClassifyConfig):
-        return Path(config.out or folder / name, "result.json")
-    return Path(config.out or folder / f"{name}.json")
-
-
-def confusion_file(config: RetrieveConfig) -> Path:
-    """The picture beside the JSON file."""
-    path = result_file(config)
-    return path.with_name(path.stem + "_confusion.png")
+    trains = isinstance(config, ClassifyConfig)
+    out = Path(config.out or folder / name, "result.json") if trains else Path(config.out or folder / f"{name}.json")
+    return out, out.parent / f"{out.stem}_confusion.png"
 
 
 def check_out(config: RetrieveConfig) -> None:
     """Raises UserError or OSError where the results can't be written: now, not after the work."""
-    out = result_file(config)
+    out, picture = result_files(config)
     if isinstance(config, ClassifyConfig):
         claim_folder(out.parent, config.resume)
-    check_replaceable(out, RECORD)
-    check_replaceable(confusion_file(config), PNG)
+    check_replaceable(out, b'{\n "protocol"')
+    check_replaceable(picture, PNG)
     out.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(out.parent, os.W_OK):
         raise PermissionError(f"{out.parent}: no permission to write the result there, name another --out")
 
 
-def save_result(process: Process, config: RetrieveConfig, result: dict) -> None:
-    """Writes the numbers, and all that is needed to get them again, as JSON, on the first process."""
-    if process.rank > 0:
-        return
-    record = {"protocol": config.protocol, **made_by(config), "processes": process.world_size, "result": result}
-    with user_errors((OSError,)):
-        write_file(result_file(config), json.dumps(record, indent=1) + "\n")
-    process.say(f"written to {result_file(config)}")
+def save_result(process: Process, config: RetrieveConfig, percent: dict[str, float], count: int, result: dict) -> None:
+    """Prints percentages of `count` test videos, and writes the result, and all that is needed to get it again."""
+    process.say("  ".join(f"{name} {value:.1f} %" for name, value in percent.items()) + f"  of {count} test videos")
+    if process.rank == 0:
+        out, record = result_files(config)[0], {"protocol": config.protocol, **made_by(config)}
+        with user_errors((OSError,)):
+            write_file(out, json.dumps(record | {"processes": process.world_size, "result": result}, indent=1) + "\n")
+        process.say(f"written to {out}")
 
 
 def save_accuracy(
-    process: Process, config: RetrieveConfig, test: data.VideoList, scores: Tensor, good: Tensor, bad: Bad, more: dict
+    process: Process, config: RetrieveConfig, test: data.VideoList, scores: Tensor, good: Tensor, bad: list, more: dict
 ) -> None:
-    """Prints the accuracies of scores (N, classes); writes them, those of each class, and a confusion matrix, of which
-    no picture is drawn beyond 1000 classes.
-    """
+    """Prints accuracies of scores (N, classes); writes them, those of each class, and up to 1000 classes' confusion."""
     labels = torch.tensor(test.labels)
     top1, top5 = ((in_top_k(scores, labels, k) & good).double() for k in (1, 5))
     counts = torch.bincount(labels, minlength=len(test.classes))
     per_class = torch.bincount(labels, top1, len(test.classes)) / counts  # nan for a class without test videos
     percent = {"top1": top1.mean(), "top5": top5.mean(), "mean_class": per_class.nanmean()}
     percent = {name: round(100 * value.item(), 2) for name, value in percent.items()}
-    process.say("  ".join(f"{name} {value:.1f} %" for name, value in percent.items()) + f"  of {len(test)} test videos")
     result = {f"{name}_percent": value for name, value in percent.items()}
-    result["per_class_percent"] = {
-        name: round(100 * value, 2) if count else None
-        for name, value, count in zip(test.classes, per_class.tolist(), counts.tolist(), strict=True)
-    }
-    save_result(process, config, result | {"test_videos": len(test), "unreadable": bad} | more)
+    values = (None if math.isnan(value) else round(100 * value, 2) for value in per_class.tolist())
+    result["per_class_percent"] = dict(zip(test.classes, values, strict=True))
+    result |= {"test_videos": len(test), "unreadable": bad} | more
+    save_result(process, config, percent, len(test), result)
     if process.rank == 0 and len(counts) <= 1000:
         confusion = torch.zeros(len(counts), len(counts))
         confusion.index_put_((labels[good], scores[good].argmax(1)), torch.ones(()), accumulate=True)
         title = f"{config.protocol} on {config.dataset}, top-1 {percent['top1']:.1f} %"
-        draw_confusion(confusion_file(config), 100 * confusion / counts.clamp(min=1)[:, None], test.classes, title)
-        process.say(f"written to {confusion_file(config)}")
+        picture = result_files(config)[1]
+        draw_confusion(picture, 100 * confusion / counts.clamp(min=1)[:, None], test.classes, title)
+        process.say(f"written to {picture}")
 
 
 def plain(name: str) -> str:
@@ -380,11 +323,10 @@ def draw_confusion(path: Path, percent: Tensor, classes: list[str], title: str) 
     from sklearn.metrics import ConfusionMatrixDisplay
 
     few = len(classes) <= 20
-    side = 3 + (0.5 if few else 0.16) * len(classes)  # inches
+    side = 3 + (0.5 if few else 0.16) * len(classes)
     axes = Figure((side, side), layout="constrained").subplots()
-    display = ConfusionMatrixDisplay(percent.numpy(), display_labels=[plain(name) for name in classes])
-    options = dict(include_values=few, values_format=".0f", xticks_rotation="vertical", cmap="cividis")
-    display.plot(ax=axes, im_kw=dict(vmin=0, vmax=100), **options)
+    options = dict(include_values=few, values_format=".0f", xticks_rotation="vertical", im_kw=dict(vmin=0, vmax=100))
+    ConfusionMatrixDisplay(percent.numpy(), display_labels=list(map(plain, classes))).plot(ax=axes, **options)
     axes.set_title(f"{title}, in % of each class")
     axes.tick_params(labelsize=7)
     memory = io.BytesIO()
@@ -407,17 +349,11 @@ class Classifier(nn.Module):
     def __init__(self, encoder: nn.Module, classes: int, frozen: bool, dropout: float = 0.0):
         super().__init__()
         self.encoder, self.frozen = encoder.requires_grad_(not frozen), frozen
-        self.dropout, self.fc = nn.Dropout(dropout), nn.Linear(encoder.out_channels, classes)
-        self.metrics: dict[str, Tensor | float] = {}
-
-    def train(self, mode: bool = True) -> "Classifier":
-        """As of every module, but a frozen encoder stays in eval mode."""
-        super().train(mode)
-        self.encoder.train(mode and not self.frozen)
-        return self
+        self.dropout, self.fc, self.metrics = nn.Dropout(dropout), nn.Linear(encoder.out_channels, classes), {}
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """A batch of one view a video as `data.PretrainingViews` makes it, or of "feature"s (B, C) → cross-entropy."""
+        self.encoder.train(self.training and not self.frozen)
         features = batch.get("feature")
         if features is None:
             color = None if self.frozen else batch["color"][:, 0, 0]
@@ -437,14 +373,15 @@ class Classifier(nn.Module):
         return scores.softmax(1).where(scores.isfinite().all(1, keepdim=True), math.nan)  # softmax makes 0 of −inf
 
 
-def training_views(config: ClassifyConfig, train: data.VideoList, **color: float) -> data.PretrainingViews:
-    """A random clip, cropped and flipped, of each of the training videos that --fraction leaves."""
-    few = share_of(train, config.fraction, config.seed)
-    shape = config.crop, config.frames, config.frame_stride
+def training_views(config: ClassifyConfig, train: data.VideoList) -> data.PretrainingViews:
+    """A random clip, cropped and flipped, of each of the training videos that --fraction leaves; colours are drawn for
+    fine-tuning alone."""
+    few, shape = share_of(train, config.fraction, config.seed), (config.crop, config.frames, config.frame_stride)
+    color = dict(jitter_p=getattr(config, "jitter_p", 0), gray_p=getattr(config, "gray_p", 0), blur_p=0)
     return data.PretrainingViews(few, *shape, 0, config.seed, config.min_scale, color=color, windows=1)
 
 
-class AugmentedClips(data.Items):
+class CachedViews(data.Items):
     """Each video's views of the epochs 0 … N − 1, for `clip_outputs`."""
 
     def __init__(self, views: data.PretrainingViews, count: int):
@@ -454,73 +391,52 @@ class AugmentedClips(data.Items):
         return len(self.views)
 
     def empty(self, *batch: int) -> dict[str, Tensor]:
-        """Memory for an item, or for `batch` of them."""
-        views = self.views
-        return {"clips": data.empty_clips(*batch, self.count, 3, views.frames, views.crop, views.crop)}
+        return {"clips": self.views.empty(*batch, self.count)["clip"].squeeze(-5)}
 
-    def write(self, index: int, item: dict[str, Tensor]) -> Bad:
-        """Make an item in memory of `empty`; returns its "bad"."""
+    def write(self, index: int, item: dict[str, Tensor]) -> list:
         rest, bad = self.views.empty(), []
         for epoch, clip in enumerate(item["clips"].split(1)):
             bad += self.views.write((epoch, index), rest | {"clip": clip})
         return bad
 
 
-def cached_features(
-    encoder: nn.Module, config: LinearConfig, process: Process, views: data.PretrainingViews
-) -> tuple[Tensor, Tensor]:
+def cached_features(encoder: nn.Module, config: LinearConfig, process: Process, views: data.PretrainingViews) -> tuple:
     """Features of --cached views of each video (videos, views, C), and labels (videos,), without unreadable videos."""
-    clips, workers = AugmentedClips(views, config.cached), loader_workers(config, process)
     batch_size = max(config.test_batch * config.clips // config.cached, 1)  # as many clips a forward as in testing
-    features, good, _ = clip_outputs(unit_features(encoder), clips, process, workers, batch_size, "training videos")
+    arguments = CachedViews(views, config.cached), process, loader_workers(config, process), batch_size
+    features, good, _ = clip_outputs(unit_features(encoder), *arguments, "training videos")
     return features[good], torch.tensor(views.videos.labels)[good]
 
 
-def cached_batches(features: Tensor, labels: Tensor, sampler: data.StepSampler) -> Iterator[dict[str, Tensor]]:
-    """A sampler's batches of cached features: epoch e takes view e mod views."""
-    for keys in sampler:
-        epochs, videos = torch.tensor(keys).unbind(1)
-        yield {"feature": features[videos, epochs % features.shape[1]], "label": labels[videos]}
-
-
-def train_and_test(
-    classifier: Classifier,
-    config: ClassifyConfig,
-    process: Process,
-    views: data.PretrainingViews,
-    test: data.VideoList,
-    seen: dict,
-    cached: tuple[Tensor, Tensor] | None = None,
-) -> None:
-    """Trains on views, or on cached features and labels, by the loop of pretraining, and tests what the last step
-    leaves: mean class probabilities of a video's clips. Writes result.json and result_confusion.png in the run folder,
-    and what was `seen` in the checkpoint.
-    """
+def classify(config: ClassifyConfig) -> None:
+    """Trains a classifier by the loop of pretraining, and tests what the last step leaves: mean class probabilities of
+    a video's clips."""
+    process, config, encoder, train, test, seen = prepare(config)
+    views, frozen = training_views(config, train), isinstance(config, LinearConfig)
+    classifier = Classifier(encoder, len(train.classes), frozen, 0 if frozen else config.dropout)
+    cached = cached_features(encoder, config, process, views) if frozen and config.cached else None
     videos, place = len(cached[1]) if cached else len(views), (process.rank, process.world_size)
     with user_errors():
         sampler = data.StepSampler(videos, config.batch_size, config.epochs, config.seed, *place)
 
     def make_loader(start: int) -> Iterator[dict]:
         sampler.start_step = start
-        if cached:
-            return cached_batches(*cached, sampler)
-        return data.load_batches(views, sampler, loader_workers(config, process), leave_signals)
+        if not cached:
+            return data.load_batches(views, sampler, loader_workers(config, process), leave_signals)
+        features, labels = cached
+        batches = (torch.tensor(keys).unbind(1) for keys in sampler)
+        return ({"feature": features[v, epoch % features.shape[1]], "label": labels[v]} for epoch, v in batches)
 
-    steps, paths, out = sampler.steps_per_epoch, views.videos.paths, str(result_file(config).parent)
-    threads = torch.get_num_threads()
+    steps, threads = sampler.steps_per_epoch, torch.get_num_threads()
     if cached:
         torch.set_num_threads(1)  # steps so small take longer where threads wait for each other
-    checkpoint = fit_in_folder(
-        classifier, config, process, make_loader, steps, out, seen, clips_per_video=1, paths=paths
-    )
+    options = dict(out=str(result_files(config)[0].parent), seen=seen, clips_per_video=1, paths=views.videos.paths)
+    checkpoint = fit_in_folder(classifier, config, process, make_loader, steps, **options)
     torch.set_num_threads(threads)
     probabilities, good, bad = video_outputs(classifier.eval().probabilities, test, config, process, "test videos")
-    trained = process.of_first(lambda: load_checkpoint(checkpoint)["step"])  # no other may have the folder
+    trained = process.of_first(lambda: load_checkpoint(checkpoint, whole=False)["step"])  # no other may have the folder
     more = {"training_videos": videos, "trained_epochs": trained / steps}
     save_accuracy(process, config, test, probabilities, good, bad, more)
-
-
-# --------------------------------------------------------------------------------------------------------- protocols
 
 
 def linear(config: LinearConfig) -> None:
@@ -533,11 +449,7 @@ def linear(config: LinearConfig) -> None:
     --cached N computes the features of N such clips of each video once and trains on them: with N = --epochs the
     same probe, with fewer nearly the same in a fraction of the time.
     """
-    process, config, encoder, train, test, seen = prepare(config)
-    classifier = Classifier(encoder, len(train.classes), frozen=True)
-    views = training_views(config, train, jitter_p=0, gray_p=0, blur_p=0)
-    cached = cached_features(encoder, config, process, views) if config.cached else None
-    train_and_test(classifier, config, process, views, test, seen, cached)
+    classify(config)
 
 
 def finetune(config: FinetuneConfig) -> None:
@@ -547,10 +459,7 @@ def finetune(config: FinetuneConfig) -> None:
     clips are augmented as in pretraining, without blur. SGD at 0.0033 for a total batch of 16, weight decay 1e-4,
     150 epochs, ÷10 at 60 and 120. The last checkpoint is tested: mean class probability of 10 clips a video.
     """
-    process, config, encoder, train, test, seen = prepare(config)
-    classifier = Classifier(encoder, len(train.classes), frozen=False, dropout=config.dropout)
-    views = training_views(config, train, jitter_p=config.jitter_p, gray_p=config.gray_p, blur_p=0)
-    train_and_test(classifier, config, process, views, test, seen)
+    classify(config)
 
 
 def retrieve(config: RetrieveConfig) -> None:
@@ -559,13 +468,11 @@ def retrieve(config: RetrieveConfig) -> None:
     A video's feature is the mean over 10 uniformly spaced clips of the L2-normalised pooled features; videos are
     compared by cosine.
     """
-    process, config, encoder, train, test, _ = prepare(config)
-    gallery, gallery_labels, queries, good, bad = video_features(encoder, config, process, train, test)
+    process, config, test, gallery, gallery_labels, queries, good, bad = compared(config)
     hits = recall_at_k(queries, torch.tensor(test.labels), gallery, gallery_labels)
     recalls = {f"R@{k}": round(100 * (hit & good).float().mean().item(), 2) for k, hit in hits.items()}
-    process.say("  ".join(f"{name} {value:.1f} %" for name, value in recalls.items()) + f"  of {len(test)} test videos")
-    numbers = {"recall_percent": recalls, "queries": len(queries), "gallery": len(gallery), "unreadable": bad}
-    save_result(process, config, numbers)
+    found = {"recall_percent": recalls, "queries": len(queries), "gallery": len(gallery), "unreadable": bad}
+    save_result(process, config, recalls, len(test), found)
 
 
 def knn(config: KnnConfig) -> None:
@@ -573,8 +480,7 @@ def knn(config: KnnConfig) -> None:
 
     Features and cosine as in `retrieve`; a vote weighs exp(cosine / 0.07) (Wu et al., CVPR 2018). Nothing is trained.
     """
-    process, config, encoder, train, test, _ = prepare(config)
-    gallery, gallery_labels, queries, good, bad = video_features(encoder, config, process, train, test)
+    process, config, test, gallery, gallery_labels, queries, good, bad = compared(config)
     scores = knn_scores(queries, gallery, gallery_labels, len(test.classes), config.k, config.temperature)
     save_accuracy(process, config, test, scores, good, bad, {"gallery": len(gallery)})
 
@@ -585,8 +491,7 @@ def svm(config: SvmConfig) -> None:
     A video's feature is the mean over 20 uniformly spaced clips (centre crop) of the L2-normalised pooled features, of
     training videos too, without augmentation (MCL, Sec. 4.2). scikit-learn's LinearSVC, C = 1.
     """
-    process, config, encoder, train, test, _ = prepare(config)
-    gallery, gallery_labels, queries, good, bad = video_features(encoder, config, process, train, test)
+    process, config, test, gallery, gallery_labels, queries, good, bad = compared(config)
     with user_errors():
         scores = svm_scores(queries, gallery, gallery_labels, len(test.classes), config.cost)
     save_accuracy(process, config, test, scores, good, bad, {"training_videos": len(gallery)})
@@ -599,17 +504,13 @@ def export(config: ExportConfig) -> None:
     RGB in [-1, 1]. For piergiaj, whose batch norm has eps 1e-3, that of an i3d gets factors with which its outputs in
     eval mode stay the same; to evaluate such a file here, say --encoder i3d.
     """
-    if not config.checkpoint:
-        raise UserError("export needs a --checkpoint")
-    out = Path(config.out or Path(config.checkpoint).with_name(f"{config.to}.pt"))
+    out = Path(config.out or Path(config.checkpoint).parent / f"{config.to}.pt")
     if out.exists():
         raise UserError(f"{out} is there already: name another --out")
     encoder, _ = load_encoder(EncoderConfig(config.checkpoint, encoder=config.encoder, width=config.width))
     memory = io.BytesIO()
     with user_errors():
         weights = export_weights(encoder, config.to)
-        if broken := [name for name, value in weights.items() if not torch.as_tensor(value).isfinite().all()]:
-            raise UserError(f"{config.checkpoint}: {len(broken)} tensors are not finite, the first of them {broken[0]}")
         torch.save(weights, memory)
         write_file(out, memory.getbuffer())
     print(f"{len(weights)} entries written to {out}")
@@ -618,48 +519,39 @@ def export(config: ExportConfig) -> None:
 class CroppedHalves(data.TestClips):
     """Two clips of a video, from its first and its last frames, each in a random crop and flip of its own."""
 
-    def write(self, index: int, item: dict[str, Tensor]) -> Bad:
-        """As of every clip."""
+    def write(self, index: int, item: dict[str, Tensor]) -> list:
         bad, rng = super().write(index, item), np.random.default_rng(index)
         for clip in item["clips"]:
-            region = data.draw_region(rng, self.crop, self.crop, (0.2, 1.0), (3 / 4, 4 / 3))
+            region = data.draw_region(rng, self.crop, self.crop)
             images = clip.permute(1, 2, 3, 0).numpy()  # (frames, crop, crop, 3)
             clip[:] = data.crop_resize(images, region, bool(rng.random() < 0.5), self.crop)[0]
         return bad
 
 
-def first_look(
-    encoders: dict[str, nn.Module], root: str, shape: tuple[int, int, int], process: Process, workers: int
-) -> None:
-    """Prints what encoders know of the held-out videos of `synthetic`, beside chance.
+def first_look(encoders: dict, root: str, shape: tuple[int, int, int], process: Process, workers: int) -> None:
+    """Prints what encoders, by name, know of the held-out videos of `synthetic`, beside chance; `shape` is crop, frames
+    and frame stride.
 
     "same motion": R@1 of the class among the training videos, two clips a video. "own other half": R@1 of the same
     video among the held-out ones, from one half to the other, under another crop and flip: what L_VV teaches.
-
-    Args:
-        encoders: name → encoder.
-        shape: crop, frames, frame stride.
     """
     train, test = (find_labelled("synthetic", root, part, 1) for part in (True, False))
-    labels, gallery_labels = torch.tensor(test.labels), torch.tensor(train.labels)
-    own = torch.arange(len(test))
-    rows = [("chance", 1 / len(test.classes), 1 / len(test))]
+    own, labels, known = torch.arange(len(test)), torch.tensor(test.labels), torch.tensor(train.labels)
+    process.say(f"\n{len(test)} held-out videos    same motion R@1    own other half R@1")
+    process.say(f"  {'chance':<20}{1 / len(test.classes):>15.1%}{1 / len(test):>22.1%}")
     for name, encoder in encoders.items():
         function = unit_features(encoder.to(process.device))
         gallery, queries, halves = (
-            clip_outputs(function, clips, process, workers, 8, f"{name}, {part}")[0]
-            for part, clips in (
-                ("training videos", data.TestClips(train, *shape, 2)),
-                ("held-out videos", data.TestClips(test, *shape, 2)),
-                ("their halves", CroppedHalves(test, *shape, 2)),
+            clip_outputs(function, kind(videos, *shape, 2), process, workers, 8, f"{name}, {title}")[0]
+            for kind, videos, title in (
+                (data.TestClips, train, "training videos"),
+                (data.TestClips, test, "held-out videos"),
+                (CroppedHalves, test, "their halves"),
             )
         )
-        motion = recall_at_k(queries.mean(1), labels, gallery.mean(1), gallery_labels, (1,))[1]
-        half = [recall_at_k(halves[:, i], own, halves[:, 1 - i], own, (1,))[1] for i in (0, 1)]
-        rows.append((name, motion.float().mean().item(), torch.cat(half).float().mean().item()))
-    process.say(f"\n{len(test)} held-out videos    same motion R@1    own other half R@1")
-    for name, motion, half in rows:
-        process.say(f"  {name:<20}{motion:>15.1%}{half:>22.1%}")
+        motion = recall_at_k(queries.mean(1), labels, gallery.mean(1), known, (1,))[1]
+        half = torch.cat([recall_at_k(halves[:, i], own, halves[:, 1 - i], own, (1,))[1] for i in (0, 1)])
+        process.say(f"  {name:<20}{motion.float().mean():>15.1%}{half.float().mean():>22.1%}")
 
 
 PROTOCOLS = {

@@ -22,8 +22,8 @@ from processes import leave_signals, loader_workers
 from runs import load_checkpoint, saved_options
 from train import Options, Process, UserError, option, progress, user_errors
 
+Function = Callable[[Tensor], Tensor]
 UNTRAINED = dict(dataset="synthetic", data="", split=1, encoder="i3d", width=1.0, frames=16, frame_stride=2, crop=224)
-Bad = list[tuple[str, str]]  # path and reason of videos that could not be read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +35,8 @@ class EncoderConfig(Options):
     dataset: str = option("", "what to evaluate on", ("", *find.DATASETS))
     data: str = option("", "folder of the data set (default: the checkpoint's, or datasets/DATASET)")
     split: int = option(0, "official split of the data set; 0: as trained, or 1", (0, 99))
-    list_file: str = option("", "with --dataset folder and --test_list: training videos, a file of lines 'path label'")
-    test_list: str = option("", "with --dataset folder and --list_file: test videos, a file of lines 'path label'")
+    list_file: str = option("", "with --dataset folder: training videos, a file of lines 'path label'")
+    test_list: str = option("", "with --dataset folder: test videos, a file of lines 'path label'")
     encoder: str = option("", "video encoder; as in the checkpoint, without one i3d", ("", *ENCODERS))
     width: float = option(0.0, "factor on the encoder's numbers of channels; 0: as trained, or 1", (0, 8))
     frames: int = option(0, "frames of a clip; 0: as trained, or 16", (0, 4096))
@@ -48,20 +48,10 @@ class EncoderConfig(Options):
     device: str = option("auto", "auto takes a GPU if there is one", ("auto", "cpu", "cuda"))
     seed: int = option(0, "seed of everything random", (0, 2**31 - 1))
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if bool(self.list_file) != bool(self.test_list):
-            raise UserError("lists come in pairs: --list_file names the training videos, --test_list the test videos")
 
-
-def load_encoder(
-    config: EncoderConfig, say: Callable[[str], None] = print, key: bool = False
-) -> tuple[nn.Module, EncoderConfig]:
-    """The encoder of the checkpoint, or of the run to resume, and the options with those that were left open filled in.
-
-    Args:
-        say: is told what was taken from another project's checkpoint.
-        key: take the key encoder, where the checkpoint has one.
+def load_encoder(config: EncoderConfig, say=print, key: bool = False) -> tuple[nn.Module, EncoderConfig]:
+    """The encoder of the checkpoint, or of the run to resume, its key encoder with `key` where there is one, and the
+    options with those that were left open filled in; `say` is told what was taken from another project's checkpoint.
 
     Raises:
         UserError: no such checkpoint, none of a known encoder, or one of another encoder; clips too small for it.
@@ -84,8 +74,8 @@ def load_encoder(
     encoder = build_encoder(config.encoder, config.width)
     frames, size, _ = encoder.strides
     if config.frames < frames or config.crop < size:
-        least = f"{config.encoder} needs {frames} and {size} or more"
-        raise UserError(f"--frames {config.frames} --crop {config.crop}: {least}")
+        given = f"--frames {config.frames} --crop {config.crop}"
+        raise UserError(f"{given}: {config.encoder} needs {frames} and {size} or more")
     if path:
         try:
             report = load_weights(encoder, weights)
@@ -107,7 +97,7 @@ def pooled_features(encoder: nn.Module, clips: Tensor, color: Tensor | None = No
     return encoder(encoder_input(clips, color)).float().mean((2, 3, 4))
 
 
-def unit_features(encoder: nn.Module) -> Callable[[Tensor], Tensor]:
+def unit_features(encoder: nn.Module) -> Function:
     """An encoder, set to eval mode, as a function: uint8 clips (N, 3, frames, H, W) → L2-normalised features (N, C)."""
     encoder.eval()
     return lambda clips: F.normalize(pooled_features(encoder, clips), dim=1)
@@ -115,15 +105,9 @@ def unit_features(encoder: nn.Module) -> Callable[[Tensor], Tensor]:
 
 @torch.no_grad()
 def clip_outputs(
-    function: Callable[[Tensor], Tensor],
-    clips: data.Items,
-    process: Process,
-    workers: int,
-    batch_size: int,
-    title: str,
-    average: bool = False,
-) -> tuple[Tensor, Tensor, Bad]:
-    """What a function gives for every clip of every video; the processes take turns in taking a batch of videos.
+    function: Function, clips: data.Items, process: Process, workers: int, size: int, title: str, average: bool = False
+) -> tuple[Tensor, Tensor, list]:
+    """What a function gives for every clip of every video; the processes take turns in taking `size` videos.
 
     Args:
         function: uint8 clips (n, 3, frames, crop, crop) on the device → (n, D).
@@ -131,16 +115,15 @@ def clip_outputs(
 
     Returns:
         (videos, clips, D) on the CPU, or with `average` the means over clips (videos, D); whether each video could be
-        read (videos,); those that could not. The same on every process.
+        read (videos,); path and reason of those that could not. The same on every process.
 
     Raises:
-        UserError: no video can be read, or the outputs of one that can are not all finite.
+        UserError: no video can be read, or the outputs of one are not all finite.
     """
-    batches = [range(i, min(i + batch_size, len(clips))) for i in range(0, len(clips), batch_size)]
+    batches = [range(i, min(i + size, len(clips))) for i in range(0, len(clips), size)]
     mine = batches[process.rank :: process.world_size]
-    sampler = BatchSampler([i for batch in mine for i in batch], batch_size, drop_last=False)
-    loader = data.load_batches(clips, sampler, workers, leave_signals)
-    found, bad = {}, []
+    sampler = BatchSampler([i for batch in mine for i in batch], size, drop_last=False)
+    loader, found, bad = data.load_batches(clips, sampler, workers, leave_signals), {}, []
     for videos in progress(process, mine, desc=title, unit="batch", leave=False):
         with user_errors((OSError,)):
             batch = next(loader)
@@ -156,23 +139,17 @@ def clip_outputs(
     if not good.any():
         raise UserError(f"{title}: none of {len(good)} can be read")
     outputs = torch.cat([found[batch.start] for batch in batches])
-    broken = (good & ~outputs.flatten(1).isfinite().all(1)).nonzero()[:, 0].tolist()
-    if broken:
+    if broken := (good & ~outputs.flatten(1).isfinite().all(1)).nonzero()[:, 0].tolist():
         raise UserError(
-            f"{title}: the network's outputs are not finite for {len(broken)} of {len(good)}, the first of them "
-            f"{clips.videos.paths[broken[0]]!r}: take a checkpoint from before (epoch_*.pt), or train with a lower --lr"
+            f"{title}: outputs are not finite for {len(broken)} of {len(good)}, as {clips.videos.paths[broken[0]]!r}: "
+            "take a checkpoint from before (epoch_*.pt), or train with a lower --lr"
         )
     return outputs, good, [*reasons.items()]
 
 
 def video_outputs(
-    function: Callable[[Tensor], Tensor],
-    videos: data.VideoList,
-    config: EncoderConfig,
-    process: Process,
-    title: str,
-    average: bool = True,
-) -> tuple[Tensor, Tensor, Bad]:
+    function: Function, videos: data.VideoList, config: EncoderConfig, process: Process, title: str, average=True
+) -> tuple[Tensor, Tensor, list]:
     """`clip_outputs` for the uniformly spaced clips that the options ask for."""
     clips = data.TestClips(videos, config.crop, config.frames, config.frame_stride, config.clips)
     return clip_outputs(function, clips, process, loader_workers(config, process), config.test_batch, title, average)

@@ -21,9 +21,10 @@ import html
 import inspect
 import io
 import itertools
+import json
 import math
-from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -55,11 +56,7 @@ MARKERS = "os^DvPX*"
 STYLE = {"font.size": 8, "axes.titlesize": 8, "figure.dpi": 200, "pdf.fonttype": 42, "savefig.pad_inches": 0.05}
 PAGE = 7.0  # inches
 PICTURES = {".png": PNG, ".pdf": b"%PDF", ".svg": b"<?xml"}  # how they begin
-MEASURES = {  # of log.jsonl, beside the losses
-    "feature_std": "spread of features",
-    "pixels_with_positive": "share of pixels with a positive",
-    "accuracy": "accuracy on the batch",
-}
+MEASURES = ("feature_std", "pixels_with_positive", "accuracy")  # of log.jsonl, drawn beside the losses
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,88 +64,59 @@ class FigureConfig(EncoderConfig):
     """Options of the figures. What is left open is as in the first checkpoint's training."""
 
     video: str = option("", "a video file to draw, instead of test videos of the data set")
-    names: str = option("", "names of checkpoints or runs, separated by commas (default: those of their folders)")
     count: int = option(0, "test videos, drawn by --seed; 0: 4, of affinity 50, of tsne 1000 at most", (0, 10**6))
     foreground: float = option(0.5, "masks: portion of the pixels that is foreground, beta of Eq. 6", (0.01, 1))
     classes: int = option(20, "tsne: classes at most, drawn by --seed", (1, 1000))
-    perplexity: float = option(30.0, "tsne: neighbours, about; at most a third of the videos", (1, 1e6))
     neighbours: int = option(5, "retrieval: neighbours of a query", (1, 100))
     gallery: int = option(1000, "retrieval: training videos to search, drawn by --seed; 0: all", (0, 10**7))
     out: str = option("", "file to write (default: FIGURE.png, of report report.html in the run folder)")
 
 
-# ------------------------------------------------------------------------------------------------ encoders and videos
-
-
-@dataclasses.dataclass
-class Model:
-    """An encoder on its device, in eval mode, with what the figures say of it and the options filled in."""
+class Model(NamedTuple):
+    """An encoder on its device, in eval mode, its name for a figure, and the options filled in."""
 
     name: str
-    path: str
     encoder: nn.Module
     config: FigureConfig
 
 
-def named(names: str, paths: list[str]) -> list[str]:
-    """The given names (separated by commas), or those of the folders in which the checkpoints lie."""
-    if not names:
-        return [Path(path).resolve().parent.name if path else "untrained" for path in paths]
-    if names.count(",") + 1 != len(paths):
-        raise UserError(f"--names {names}: {names.count(',') + 1} names for {len(paths)}")
-    return [name.strip() for name in names.split(",")]
+def run_name(path: str) -> str:
+    """The name of the folder in which a checkpoint or a log lies."""
+    return plain(Path(path).resolve().parent.name) if path else "untrained"
 
 
 def load_models(config: FigureConfig, inputs: list[str], key: bool = False) -> list[Model]:
-    """The encoders of checkpoints or run folders, else of --checkpoint, by `features.load_encoder`.
-
-    Args:
-        key: the key encoder's weights where a checkpoint has them: in pretraining, it is the one that meets frame
-            differences.
-    """
-    process = start_process(config.device)
-    if inputs and config.checkpoint:
-        raise UserError(f"{inputs[0]} and --checkpoint {config.checkpoint}: name encoders in one way")
-    paths = inputs or [config.checkpoint]
-    paths = [str(Path(path, "checkpoint.pt")) if path and Path(path).is_dir() else path for path in paths]
-    models = []
-    for name, path in zip(named(config.names, paths), paths, strict=True):
+    """The encoders of checkpoints or run folders, else of --checkpoint, by `features.load_encoder`; with `key` their
+    key encoders where they have such: in pretraining, it is the one that meets frame differences."""
+    process, models = start_process(config.device), []
+    for path in inputs or [config.checkpoint]:
+        path = str(Path(path, "checkpoint.pt")) if path and Path(path).is_dir() else path
         encoder, filled = load_encoder(dataclasses.replace(config, checkpoint=path), process.say, key)
-        models.append(Model(name, path, encoder.to(process.device).eval(), filled))
+        models.append(Model(run_name(path), encoder.to(process.device).eval(), filled))
     return models
 
 
-def load_one(config: FigureConfig, inputs: list[str], key: bool = False) -> Model:
-    """`load_models` for a figure of one encoder."""
-    model, *more = load_models(config, inputs, key)
-    if more:
-        raise UserError("this figure takes one checkpoint")
-    return model
-
-
 def load_decoder(config: FigureConfig, inputs: list[str]) -> tuple[Model, nn.Module]:
-    """The encoder and the motion decoder of one checkpoint of fima.py."""
-    model = load_one(config, inputs)
-    state = load_checkpoint(model.path, foreign=True) if model.path else {"method": ""}
+    """The encoder and the motion decoder of a checkpoint of fima.py."""
+    model = load_models(config, inputs)[0]
+    path = model.config.checkpoint
+    state = load_checkpoint(path, foreign=True) if path else {"method": ""}
     if state["method"] != "FIMA":
         raise UserError("attention needs a checkpoint of fima.py: visualize.py attention RUN")
-    options = saved_options(model.path, state, fima.FIMAConfig, ["bn"]) | {"bn": "local"}  # older ones may say "sync"
+    options = saved_options(path, state, fima.FIMAConfig, ["bn"]) | {"bn": "local"}  # older ones may say "sync"
     with user_errors():
         method = fima.FIMA(fima.FIMAConfig(**options))
     if method.decoder is None:
-        raise UserError(f"{model.path} was trained without a motion decoder (--losses, --decoder)")
-    load_model(model.path, method, state["model"])
+        raise UserError(f"{path} was trained without a motion decoder (--losses, --decoder)")
+    load_model(path, method, state["model"])
     return model, method.decoder.eval().to(next(model.encoder.parameters()).device)
 
 
 def find_part(config: FigureConfig, train: bool) -> data.VideoList:
     """`find.find_videos` by the options."""
+    list_file = config.list_file if train else config.test_list
     with user_errors():
-        list_file = config.list_file if train else config.test_list
-        videos = find.find_videos(config.dataset, config.data, train, config.split, list_file or None)
-    if videos.closed:
-        print(videos.report)
-    return videos
+        return find.find_videos(config.dataset, config.data, train, config.split, list_file or None)
 
 
 def draw_videos(config: FigureConfig, count: int) -> data.VideoList:
@@ -183,28 +151,15 @@ def feature_maps(encoder: nn.Module, clips: Tensor, difference: bool = False) ->
 
 
 def both_modalities(encoder: nn.Module, clips: Tensor) -> tuple[Tensor, Tensor]:
-    """Feature maps of the clips and of their frame differences, each batch-normalised by its own statistics.
-
-    As in pretraining: the running statistics of batch norm belong to no single modality, or to RGB alone.
-    """
+    """Feature maps of the clips and of their frame differences, each batch-normalised by its own statistics, as in
+    pretraining: the running statistics of batch norm belong to no single modality, or to RGB alone."""
     encoder.train()
     return feature_maps(encoder, clips), feature_maps(encoder, clips, difference=True)
 
 
-# -------------------------------------------------------------------------------------------- numbers behind figures
-
-
-def spatial_affinity(rgb: Tensor, motion: Tensor) -> Tensor:
-    """Cosines between RGB and motion feature pixels (Sec. 4.4, Fig. 5a), of maps averaged over time: (N, C, T, H, W)
-    twice → (N, HW, HW), RGB pixel × motion pixel.
-    """
-    rgb, motion = (F.normalize(maps.mean(2).flatten(2), dim=1) for maps in (rgb, motion))
-    return rgb.mT @ motion
-
-
-def temporal_similarity(rgb: Tensor, motion: Tensor) -> Tensor:
-    """Cosines of each RGB with each motion feature of a video's clips (Fig. 5b): (V, N, C) twice → (V, N, N)."""
-    return F.normalize(rgb, dim=2) @ F.normalize(motion, dim=2).mT
+def cosines(x: Tensor, y: Tensor) -> Tensor:
+    """Cosines of each with each feature of a sample: (N, A, C), (N, B, C) → (N, A, B)."""
+    return F.normalize(x, dim=2) @ F.normalize(y, dim=2).mT
 
 
 def foreground_masks(rgb: Tensor, motion: Tensor, ratio: float) -> Tensor:
@@ -213,14 +168,12 @@ def foreground_masks(rgb: Tensor, motion: Tensor, ratio: float) -> Tensor:
     return torch.stack([foreground_mask(activation, ratio) for activation in (*maps, sum(maps))])
 
 
-def neighbours_of(
-    queries: Tensor, query_paths: list[str], gallery: Tensor, gallery_paths: list[str], k: int
-) -> list[list[tuple[int, float]]]:
-    """The k nearest of a gallery (G, C) to each query (Q, C), other than the query's own file: (index, cosine)."""
-    cosines, indices = (x.tolist() for x in nearest(queries, gallery, k + 1))
+def neighbours_of(queries: Tensor, paths: list[str], gallery: Tensor, gallery_paths: list[str], k: int) -> list:
+    """(index, cosine) of the k nearest of a gallery (G, C) to each query (Q, C), other than the query's own file."""
+    closeness, indices = (x.tolist() for x in nearest(queries, gallery, k + 1))
     return [
         [(i, c) for i, c in zip(*found, strict=True) if gallery_paths[i] != path][:k]
-        for path, *found in zip(query_paths, indices, cosines, strict=True)
+        for path, *found in zip(paths, indices, closeness, strict=True)
     ]
 
 
@@ -229,34 +182,24 @@ def read_log(run: str) -> list[dict[str, float]]:
     path = Path(run, "log.jsonl")
     with user_errors():
         lines = read_lines(path)
-    if not lines or not any(name.startswith("loss/") for name in lines[-1]):
+    if not any(name.startswith("loss/") for line in lines[-1:] for name in line):
         raise UserError(f"{path} holds no line yet: wait for the first --log_every steps of the run")
     return lines
 
 
-def outputs_of(
-    model: Model, videos: data.VideoList, title: str, function: Callable[[Tensor], Tensor], average: bool
-) -> tuple[Tensor, data.VideoList]:
-    """`features.video_outputs` of the videos that can be read, and these videos."""
-    process = start_process(model.config.device)
-    found, good, _ = video_outputs(function, videos, model.config, process, f"{model.name}, {title}", average)
+def video_features(model: Model, videos: data.VideoList, title: str, function=None) -> tuple[Tensor, data.VideoList]:
+    """Means of the clips' L2-normalised pooled features (N, C), or what a function of clips gives for each of them
+    (N, clips, D), and the N videos: those that can be read."""
+    work, process = function or unit_features(model.encoder), start_process(model.config.device)
+    found, good, _ = video_outputs(work, videos, model.config, process, f"{model.name}, {title}", not function)
     return found[good], subset(videos, good.nonzero()[:, 0].tolist())
-
-
-def video_features(model: Model, videos: data.VideoList, title: str) -> tuple[Tensor, data.VideoList]:
-    """Means of the clips' L2-normalised pooled features, (N, C), and the N videos: those that can be read."""
-    return outputs_of(model, videos, title, unit_features(model.encoder), average=True)
-
-
-# ------------------------------------------------------------------------------------------------------ drawing parts
 
 
 def grid(rows: int, columns: int, cell: float, **options) -> tuple[Figure, np.ndarray]:
     """A figure of the page's width or less, with square cells (rows, columns) that show pictures."""
     side = min(cell, PAGE / columns)
     fig, axes = plt.subplots(rows, columns, figsize=(side * columns, side * rows), squeeze=False, **options)
-    for ax in axes.flat:
-        ax.set(xticks=[], yticks=[])
+    plt.setp(axes, xticks=[], yticks=[])
     return fig, axes
 
 
@@ -273,11 +216,9 @@ def show(ax: Axes, picture: Tensor, title: str = "", heat: Tensor | None = None)
     """Shows a picture (3, H, W) in [0, 1]; with a map (h, w), in the map's colours, from its least to its greatest."""
     pixels = picture.permute(1, 2, 0).numpy()
     if heat is not None:
-        heat = F.interpolate(heat[None, None].cpu(), size=picture.shape[1:], mode="bicubic")[0, 0]
-        heat = (heat - heat.min()) / (heat.max() - heat.min()).clamp(min=1e-12)
-        gray = pixels.mean(2, keepdims=True)
-        gray = (gray - gray.min()) / max(np.ptp(gray), 1e-12)
-        pixels = matplotlib.colormaps["viridis"](heat.numpy())[..., :3] * (0.3 + 0.7 * gray)
+        heat = F.interpolate(heat[None, None].cpu(), size=picture.shape[1:], mode="bicubic")[0, 0].numpy()
+        heat, gray = ((x - x.min()) / max(np.ptp(x), 1e-12) for x in (heat, pixels.mean(2, keepdims=True)))
+        pixels = matplotlib.colormaps["viridis"](heat)[..., :3] * (0.3 + 0.7 * gray)
     ax.imshow(pixels)
     ax.set_title(title)
 
@@ -307,11 +248,7 @@ def scale_bar(fig: Figure, axes: np.ndarray, label: str) -> None:
 def draw_boxes(ax: Axes, boxes: Tensor) -> None:
     """Boxes (2, 4) of source and target view, in pixels of the frame."""
     for (x0, y0, x1, y1), color in zip(boxes.tolist(), (BLUE, ORANGE), strict=True):
-        corner = min(x0, x1) - 0.5, y0 - 0.5
-        ax.add_patch(Rectangle(corner, abs(x1 - x0), y1 - y0, fill=False, color=color, lw=2))
-
-
-# ------------------------------------------------------------------------------------------------------------ figures
+        ax.add_patch(Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, fill=False, color=color, lw=2))
 
 
 def draw_activations(config: FigureConfig, inputs: list[str]) -> Figure:
@@ -322,14 +259,13 @@ def draw_activations(config: FigureConfig, inputs: list[str]) -> Figure:
     models = load_models(config, inputs)
     videos = draw_videos(models[0].config, config.count or 4)
     fig, axes = grid(len(videos), 2 + len(models), 1.5, layout="constrained")
-    for row, clip in enumerate(middle_clips(videos, models[0].config)):
-        show(axes[row, 0], middle(clip), class_name(videos, row))
-        show(axes[row, 1], middle(difference_of(clip) * 255), "" if row else "frame difference × 4")
     for column, model in enumerate(models, 2):
         for row, clip in enumerate(middle_clips(videos, model.config)):
-            heat = activation_map(feature_maps(model.encoder, clip[None]))
-            heat = on_clip(model.encoder, heat, model.config.crop)[0]
-            show(axes[row, column], middle(clip), "" if row else plain(model.name), heat)
+            if column == 2:
+                show(axes[row, 0], middle(clip), class_name(videos, row))
+                show(axes[row, 1], middle(difference_of(clip) * 255), "" if row else "frame difference × 4")
+            heat = on_clip(model.encoder, activation_map(feature_maps(model.encoder, clip[None])), clip.shape[-1])[0]
+            show(axes[row, column], middle(clip), "" if row else model.name, heat)
     scale_bar(fig, axes, "activation, in each map")
     return fig
 
@@ -343,32 +279,29 @@ def draw_affinity(config: FigureConfig, inputs: list[str]) -> Figure:
     """
     models = load_models(config, inputs, key=True)
     videos = draw_videos(models[0].config, config.count or 50)
-    matrices, cosines = [], []
+    matrices, in_time = [], []
     for model in models:
 
         def compared(clips: Tensor, encoder: nn.Module = model.encoder) -> Tensor:
             rgb, motion = both_modalities(encoder, clips)
             pooled = (maps.mean((2, 3, 4)) for maps in (rgb, motion))
-            return torch.cat([*pooled, spatial_affinity(rgb, motion).flatten(1)], 1)
+            pixels = (maps.mean(2).flatten(2).mT for maps in (rgb, motion))  # (n, HW, C)
+            return torch.cat([*pooled, cosines(*pixels).flatten(1)], 1)
 
-        found, _ = outputs_of(model, videos, "test videos", compared, average=False)
+        found, _ = video_features(model, videos, "test videos", compared)
         channels = model.encoder.out_channels
         rgb, motion, affinity = found.tensor_split([channels, 2 * channels], 2)
-        matrices.append(affinity.mean((0, 1)).unflatten(0, (round(affinity.shape[2] ** 0.5), -1)))
-        cosines.append(temporal_similarity(rgb, motion).flatten())
+        matrices.append(affinity.mean((0, 1)).unflatten(0, (round(affinity.shape[2] ** 0.5), -1)).numpy())
+        in_time.append(cosines(rgb, motion).flatten().numpy())
     panels = len(models) + 1
     fig, axes = plt.subplots(1, panels, figsize=(PAGE, PAGE / panels), layout="constrained")
-    least, most = min(m.min().item() for m in matrices), max(m.max().item() for m in matrices)
+    limits = dict(vmin=min(matrix.min() for matrix in matrices), vmax=max(matrix.max() for matrix in matrices))
     for ax, matrix, model in zip(axes, matrices, models, strict=False):
-        picture = ax.imshow(matrix.numpy(), cmap="viridis", vmin=least, vmax=most)
-        ax.set(title=plain(model.name), xlabel="motion pixel")
-        ax.locator_params(integer=True)
-    axes[0].set_ylabel("RGB pixel")
+        picture = ax.imshow(matrix, cmap="viridis", **limits)
+        ax.set(title=model.name, xlabel="motion pixel", ylabel="RGB pixel")
     fig.colorbar(picture, ax=axes[:-1], label="cosine", shrink=0.6)
-    violins = axes[-1].violinplot([c.numpy() for c in cosines], showmeans=True, widths=0.8)
-    for body, color in zip(violins["bodies"], itertools.cycle(COLORS), strict=False):
-        body.set(facecolor=color, alpha=0.6)
-    axes[-1].set_xticks(range(1, panels), [plain(model.name) for model in models])
+    axes[-1].violinplot(in_time, showmeans=True, widths=0.8)
+    axes[-1].set_xticks(range(1, panels), [model.name for model in models])
     axes[-1].set(ylabel="cosine", title="clips in time", box_aspect=1)
     return fig
 
@@ -380,32 +313,29 @@ def draw_attention(config: FigureConfig, inputs: list[str]) -> Figure:
     circled: the most and the least active one. Both views are augmented as in pretraining, without colours.
     """
     model, decoder = load_decoder(config, inputs)
-    options, videos = model.config, draw_videos(model.config, config.count or 4)
-    views = data.PretrainingViews(
-        videos, options.crop, options.frames, options.frame_stride, sub_clips=0, seed=config.seed, attempts=1
-    )
+    options, encoder = model.config, model.encoder
+    videos, shape = draw_videos(options, config.count or 4), (options.crop, options.frames, options.frame_stride)
+    views = data.PretrainingViews(videos, *shape, sub_clips=0, seed=config.seed, attempts=1)
     fig, axes = grid(len(videos), 4, 1.5, layout="constrained")
     for row in range(len(videos)):
         with user_errors():
             clips = views[0, row]["clip"]
-        maps = feature_maps(model.encoder, clips)
+        maps = feature_maps(encoder, clips)
         step = maps.shape[2] // 2  # one feature frame of the source asks the same of the target
         source, target = maps[:, :, step].flatten(2).mT.split(1)  # (1, HW, C)
         with torch.no_grad():
             weights = decoder(source, target, need_weights=True)[2][0].cpu()  # (HW, HW)
-        (stride, side, _), offsets = model.encoder.strides, model.encoder.offsets
-        seen = min(max(math.floor(stride * (step + 0.5) + offsets[0]), 0), options.frames - 1)
-        pictures = [clip[:, seen] / 255 for clip in clips]
+        seen = min(max(math.floor(encoder.strides[0] * (step + 0.5) + encoder.offsets[0]), 0), options.frames - 1)
         activity = activation_map(maps[:1])[0].flatten().cpu()
         whole = torch.tensor([[0.0, 0.0, options.crop, options.crop]])
-        spots = seen_box(whole, options.crop, maps.shape[4], side, offsets[1])
-        spots = bin_centers(spots, *maps.shape[3:])[0] - 0.5
+        whole = seen_box(whole, options.crop, maps.shape[4], encoder.strides[1], encoder.offsets[1])
+        spots = bin_centers(whole, *maps.shape[3:])[0] - 0.5
         for column, query, kind in ((0, activity.argmax(), "most"), (2, activity.argmin(), "least")):
-            show(axes[row, column], pictures[0], "" if row else f"source, {kind} active")
-            axes[row, column].plot(*spots[query], "o", ms=9, mfc="none", mec="white", mew=3)
-            axes[row, column].plot(*spots[query], "o", ms=9, mfc="none", mec=ORANGE, mew=1.5)
-            heat = on_clip(model.encoder, weights[query].view(1, *maps.shape[3:]), options.crop)[0]
-            show(axes[row, column + 1], pictures[1], "" if row else "target, attention", heat)
+            show(axes[row, column], clips[0, :, seen] / 255, "" if row else f"source, {kind} active")
+            for color, line in (("white", 3), (ORANGE, 1.5)):
+                axes[row, column].plot(*spots[query], "o", ms=9, mfc="none", mec=color, mew=line)
+            heat = on_clip(encoder, weights[query].view(1, *maps.shape[3:]), options.crop)[0]
+            show(axes[row, column + 1], clips[1, :, seen] / 255, "" if row else "target, attention", heat)
     scale_bar(fig, axes, "attention, in each picture")
     return fig
 
@@ -416,21 +346,19 @@ def draw_masks(config: FigureConfig, inputs: list[str]) -> Figure:
     Made by the key encoder, with batch norm by the statistics of the videos drawn, as in pretraining; background is
     darkened.
     """
-    model = load_one(config, inputs, key=True)
+    model = load_models(config, inputs, key=True)[0]
     videos = draw_videos(model.config, config.count or 4)
     clips = middle_clips(videos, model.config)
     masks = foreground_masks(*both_modalities(model.encoder, clips), config.foreground).float()
     masks = on_clip(model.encoder, masks.flatten(0, 1), model.config.crop, "nearest").unflatten(0, (3, -1))
     fig, axes = grid(len(videos), 5, 1.4, layout="constrained")
-    titles = ("frame difference × 4", "by RGB", "by frame difference", "by both")
+    titles = "", "frame difference × 4", "by RGB", "by frame difference", "by both"
     for row, clip in enumerate(clips):
-        darkened = [middle(clip) * (0.15 + 0.85 * mask) for mask in masks[:, row]]
-        show(axes[row, 0], middle(clip), class_name(videos, row))
-        show(axes[row, 1], middle(255 * difference_of(clip)))
-        for ax, picture in zip(axes[row, 2:], darkened, strict=True):
-            show(ax, picture)
-    for ax, title in zip(axes[0, 1:], titles, strict=True):
-        ax.set_title(title)
+        darkened = middle(clip) * (0.15 + 0.85 * masks[:, row, None])
+        pictures = middle(clip), middle(255 * difference_of(clip)), *darkened
+        for ax, picture, title in zip(axes[row], pictures, titles, strict=True):
+            show(ax, picture, "" if row else title)
+        axes[row, 0].set_title(class_name(videos, row))
     return fig
 
 
@@ -439,26 +367,22 @@ def draw_tsne(config: FigureConfig, inputs: list[str]) -> Figure:
     from sklearn.manifold import TSNE  # here, as its import takes a second that other figures need not wait
 
     models = load_models(config, inputs)
-    options = models[0].config
-    videos, rng = find_part(options, train=False), np.random.default_rng(config.seed)
-    chosen = rng.permutation(sorted(set(videos.labels)))[: config.classes].tolist()
+    videos, rng = find_part(models[0].config, train=False), np.random.default_rng(config.seed)
+    chosen = sorted(rng.permutation(sorted(set(videos.labels)))[: config.classes].tolist())
     found = [i for i in rng.permutation(len(videos)).tolist() if videos.labels[i] in chosen][: config.count or 1000]
-    videos = subset(videos, found)
-    width = (PAGE - 1.4) / max(2, len(models))
+    videos, width = subset(videos, found), (PAGE - 1.4) / max(2, len(models))
     size = width * len(models) + 1.4, width
     fig, axes = plt.subplots(1, len(models), figsize=size, squeeze=False, layout="constrained")
     for ax, model in zip(axes[0], models, strict=True):
         features, readable = video_features(model, videos, "test videos")
         if len(readable) < 4:
             raise UserError(f"{len(readable)} of {len(videos)} test videos can be read, t-SNE needs 4 or more")
-        perplexity = min(config.perplexity, (len(readable) - 1) / 3)
-        places = TSNE(perplexity=perplexity, init="pca", random_state=config.seed).fit_transform(features.numpy())
-        labels = np.array(readable.labels)
-        for n, label in enumerate(sorted(chosen)):
+        tsne = TSNE(perplexity=min(30, (len(readable) - 1) / 3), init="pca", random_state=config.seed)
+        places, labels = tsne.fit_transform(features.numpy()), np.array(readable.labels)
+        for label, marker, color in zip(chosen, itertools.cycle(MARKERS), itertools.cycle(COLORS), strict=False):
             name = plain(videos.classes[label]) if label >= 0 else "no label"
-            marker, color = MARKERS[n % len(MARKERS)], COLORS[n % len(COLORS)]
             ax.scatter(*places[labels == label].T, s=12, marker=marker, color=color, lw=0, alpha=0.8, label=name)
-        ax.set(title=plain(model.name), xticks=[], yticks=[])
+        ax.set(title=model.name, xticks=[], yticks=[])
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", fontsize=7, markerscale=1.5)
     return fig
 
@@ -468,27 +392,25 @@ def draw_retrieval(config: FigureConfig, inputs: list[str]) -> Figure:
 
     A neighbour of the query's class is a hit, ✓; else a miss, ✗; the number is the cosine of their features.
     """
-    model = load_one(config, inputs)
-    options = model.config
-    queries, gallery = draw_videos(options, config.count or 4), find_part(options, train=True)
+    model = load_models(config, inputs)[0]
+    queries, gallery = draw_videos(model.config, config.count or 4), find_part(model.config, train=True)
     order = np.random.default_rng(config.seed).permutation(len(gallery))
     gallery = subset(gallery, order[: config.gallery or None].tolist())
     features, queries = video_features(model, queries, "queries")
     keys, gallery = video_features(model, gallery, "training videos")
     neighbours = neighbours_of(features, queries.paths, keys, gallery.paths, config.neighbours)
-    rows = 1 + max(map(len, neighbours))
-    width = PAGE / max(len(queries), 3)
+    rows, width = 1 + max(map(len, neighbours)), PAGE / max(len(queries), 3)
     size = width * len(queries), rows * (width / 4 + 0.2)
     fig, axes = plt.subplots(rows, len(queries), figsize=size, squeeze=False, layout="constrained")
     for ax in axes.flat:
         ax.axis("off")
-    for column, (clip, found) in enumerate(zip(middle_clips(queries, options), neighbours, strict=True)):
+    for column, (clip, found) in enumerate(zip(middle_clips(queries, model.config), neighbours, strict=True)):
         label = queries.labels[column]
         show(axes[0, column], strip(clip / 255, 4), f"query: {class_name(queries, column)}")
         for row, (i, cosine) in enumerate(found, 1):
-            hit = gallery.labels[i] == label
-            sign, color = ("", GRAY) if label < 0 else ("✓ ", GREEN) if hit else ("✗ ", ORANGE)
-            show(axes[row, column], strip(middle_clips(subset(gallery, [i]), options)[0] / 255, 4))
+            sign, color = ("✓ ", GREEN) if gallery.labels[i] == label else ("✗ ", ORANGE)
+            sign, color = (sign, color) if label >= 0 else ("", GRAY)
+            show(axes[row, column], strip(middle_clips(subset(gallery, [i]), model.config)[0] / 255, 4))
             axes[row, column].set_title(f"{sign}{class_name(gallery, i)}  {cosine:.2f}", color=color)
     return fig
 
@@ -502,10 +424,9 @@ def draw_sample(config: FigureConfig, inputs: list[str]) -> Figure:
     model = load_models(config, inputs)[0]
     options, videos = model.config, draw_videos(model.config, 1)
     parts = max(options.frames // model.encoder.strides[0], 1)
+    shape = options.crop, options.frames, options.frame_stride
     with user_errors():
-        views = data.PretrainingViews(
-            videos, options.crop, options.frames, options.frame_stride, parts, config.seed, attempts=1
-        )[0, 0]
+        views = data.PretrainingViews(videos, *shape, parts, config.seed, attempts=1)[0, 0]
         with Video(videos.paths[0]) as video:
             frame = torch.from_numpy(video.read([len(video) // 2])[0].copy()).permute(2, 0, 1) / 255
     fig = plt.figure(figsize=(PAGE, 4.9), layout="constrained")
@@ -525,138 +446,90 @@ def draw_sample(config: FigureConfig, inputs: list[str]) -> Figure:
         }
         for ax, (title, frames) in zip(strips[:, view], rows.items(), strict=True):
             show(ax, strip(frames, 6), f"{name}: {title}")
-            ax.set(frame_on=False)
-    for ax in (*axes, *strips.flat):
-        ax.set(xticks=[], yticks=[])
+    plt.setp(strips, frame_on=False)
+    plt.setp([*axes, *strips.flat], xticks=[], yticks=[])
     return fig
 
 
 def draw_curves(config: FigureConfig, inputs: list[str]) -> Figure:
     """Training curves of runs from their log.jsonl: each loss beside its value at chance (dashed), and what else tells
-    how training goes: spread of the features, pixels with a positive, accuracy of a classifier.
-    """
-    if not inputs:
-        raise UserError("curves needs a run folder: visualize.py curves RUN [RUN …]")
-    names = named(config.names, [str(Path(run, "log.jsonl")) for run in inputs])
+    how training goes: spread of the features, pixels with a positive, accuracy of a classifier."""
     logs = [read_log(run) for run in inputs]
-    losses = dict.fromkeys(key for log in logs for key in log[-1] if key.startswith("loss/"))
-    shown = [*losses, *(key for key in MEASURES if any(key in log[-1] for log in logs))]
-    columns = min(3, len(shown))
-    rows = -(-len(shown) // columns)
+    names = {key for log in logs for key in log[-1] if key.startswith("loss/") or key in MEASURES}
+    names = sorted(names, key=lambda name: (name in MEASURES, name))
+    columns = min(3, len(names))
+    rows = math.ceil(len(names) / columns)
     size = PAGE * columns / 3, 1.9 * rows
     fig, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
-    for ax in axes.flat[len(shown) :]:
+    for ax in axes.flat[len(names) :]:
         ax.axis("off")
-    for ax, key in zip(axes.flat, shown, strict=False):
-        chance = key.replace("loss/", "chance/")
-        for name, log, color in zip(names, logs, itertools.cycle(COLORS), strict=False):
-            lines = [line for line in log if key in line]
-            epochs = [line["epoch"] for line in lines]
-            alone = "o" if len(lines) == 1 else None  # a line of one point is none
-            ax.plot(epochs, [line[key] for line in lines], color=color, lw=1.2, ms=3, marker=alone, label=plain(name))
-            if chance != key:
-                ax.plot(
-                    epochs,
-                    [line.get(chance, math.nan) for line in lines],
-                    color=color,
-                    lw=0.8,
-                    ls="--",
-                    ms=2,
-                    marker=alone,
-                )
-        ax.set(title=MEASURES.get(key, f"loss {key.removeprefix('loss/')} (dashed: chance)"), xlabel="epoch")
+    for ax, key in zip(axes.flat, names, strict=False):
+        for run, log, color in zip(inputs, logs, itertools.cycle(COLORS), strict=False):
+            name = run_name(str(Path(run, "log.jsonl")))
+            chance = f"chance/{key.removeprefix('loss/')}"
+            for part, width, line, label in ((key, 1.2, "-", name), (chance, 0.8, "--", None)):
+                points = [(entry["epoch"], entry[part]) for entry in log if part in entry] or [(math.nan, math.nan)]
+                alone = "o" if len(points) == 1 else None  # a line of one point is none
+                ax.plot(*zip(*points, strict=True), line, color=color, lw=width, ms=3, marker=alone, label=label)
+        ax.set(title=key + " (dashed: chance)" * key.startswith("loss/"), xlabel="epoch")
         ax.grid(alpha=0.3)
     if len(inputs) > 1:
         fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return fig
 
 
-# -------------------------------------------------------------------------------------------------------------- report
-
 SECTIONS = ("curves", "sample", "masks", "activations", "attention", "retrieval")  # figures of a report
-CSS = """
-:root { color-scheme: light dark }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: auto; padding: 1rem; overflow-wrap: anywhere }
-img { width: 100%; background: white }
-td, th { text-align: left; vertical-align: top; padding-right: 1rem }
-"""
+CSS = "body { max-width: 60rem; margin: auto; font-family: sans-serif } img { width: 100% } pre { text-wrap: wrap }"
 
 
 def escape(text: object) -> str:
     """A name, or what holds names, for a page."""
-    return html.escape(shown(str(text)))
-
-
-def html_table(rows: dict[str, object]) -> str:
-    """A table of two columns."""
-    cells = []
-    for name, value in rows.items():
-        text = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
-        cells.append(f"<tr><th>{escape(name)}</th><td>{escape(text)}</td></tr>")
-    return f"<table>{''.join(cells)}</table>"
-
-
-def html_figure(fig: Figure, description: str) -> str:
-    """A figure as an image that is part of the page."""
-    memory = io.BytesIO()
-    fig.savefig(memory, bbox_inches="tight", dpi=150)
-    plt.close(fig)
-    content = base64.b64encode(memory.getvalue()).decode()
-    return f'<img alt="{html.escape(description)}" src="data:image/png;base64,{content}">'
+    return html.escape(shown(str(text), "\n"))
 
 
 def write_report(config: FigureConfig, inputs: list[str]) -> str:
     """One HTML file on a run, which opens offline in any browser: curves, a sample, foreground masks, activation maps,
-    attention of the decoder, neighbours, results of evaluate.py beside the checkpoint, options and environment.
-    """
-    if len(inputs) != 1:
-        raise UserError("report needs one run folder: visualize.py report RUN")
+    attention of the decoder, neighbours, results of evaluate.py beside the checkpoint, options and environment."""
     run = Path(inputs[0])
     start, last = read_starts(run / "run.json")[-1], read_log(inputs[0])[-1]
     state = load_checkpoint(run / "checkpoint.pt")
     config = dataclasses.replace(config, gallery=min(config.gallery or 200, 200))  # a report is not to take long
-    body = []
+    title, body = escape(f"{state['method']} on {state['config'].get('dataset', 'videos')}"), []
     for name in SECTIONS:
         if name != "attention" or any(key.startswith("decoder.") for key in state["model"]):
-            draw, heading = FIGURES[name][0], name.capitalize()
-            picture = html_figure(draw(config, inputs), heading)
-            body.append(f"<h2>{heading}</h2>{picture}<p>{html.escape(inspect.getdoc(draw))}</p>")
+            draw, memory = FIGURES[name][0], io.BytesIO()
+            figure = draw(config, inputs)
+            figure.savefig(memory, bbox_inches="tight", dpi=150)
+            plt.close(figure)
+            picture = f'src="data:image/png;base64,{base64.b64encode(memory.getvalue()).decode()}"'
+            body.append(f'<h2>{name}</h2><img alt="{name}" {picture}><p>{html.escape(inspect.getdoc(draw))}</p>')
     for path in filter(Path.is_file, sorted(run.rglob("*.json"))):
-        record = read_json(path)
-        if isinstance(record, dict) and isinstance(record.get("result"), dict):  # of evaluate.py
-            body.append(f"<h2>{escape(path.relative_to(run))}</h2>{html_table(record['result'])}")
-    environment = {name: value for name, value in start.items() if name not in ("config", "versions")}
-    body.append(f"<h2>Options</h2>{html_table(start['config'])}")
-    body.append(f"<h2>Environment</h2>{html_table(environment | start['versions'])}")
-    title = escape(f"{state['method']} on {state['config'].get('dataset', 'videos')}")
+        record = {"result": start} if path == run / "run.json" else read_json(path)
+        if isinstance(record, dict) and "result" in record:  # of evaluate.py
+            text = escape(json.dumps(record["result"], indent=1))
+            body.append(f"<h2>{escape(path.relative_to(run))}</h2><pre>{text}</pre>")
     return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<link rel="icon" href="data:,"><title>{title}</title><style>{CSS}</style></head>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{CSS}</style></head>
 <body><h1>{title}</h1><p>{escape(run)}: {last["step"]} steps, {last["epoch"]:g} epochs</p>
 {"".join(body)}
 </body></html>
 """
 
 
-FIGURES = {
-    "sample": (draw_sample, FigureConfig),
-    "curves": (draw_curves, FigureConfig),
-    "activations": (draw_activations, FigureConfig),
-    "affinity": (draw_affinity, FigureConfig),
-    "attention": (draw_attention, FigureConfig),
-    "masks": (draw_masks, FigureConfig),
-    "tsne": (draw_tsne, FigureConfig),
-    "retrieval": (draw_retrieval, FigureConfig),
-    "report": (write_report, FigureConfig),
-}
+DRAWN = draw_sample, draw_curves, draw_activations, draw_affinity, draw_attention, draw_masks, draw_tsne, draw_retrieval
+FIGURES = {draw.__name__.removeprefix("draw_"): (draw, FigureConfig) for draw in DRAWN}
+FIGURES["report"] = write_report, FigureConfig
 
 
 def main() -> None:
     """`visualize.py FIGURE [CHECKPOINT or RUN …] --flag value …`"""
     name, draw, config, inputs = dispatch(FIGURES, __doc__, words=True)
+    if not inputs and name in ("curves", "report"):
+        raise UserError(f"{name} needs a run folder: visualize.py {name} RUN")
+    if len(inputs) > 1 and name not in ("curves", "activations", "affinity", "tsne"):
+        raise UserError(f"{name} takes one checkpoint or run folder")
     suffixes = {".html": b"<!doctype html>"} if name == "report" else PICTURES
-    default = Path(*inputs[:1], "report.html") if name == "report" else Path(f"{name}.png")
-    out = Path(config.out or default)
+    out = Path(config.out or (Path(inputs[0], "report.html") if name == "report" else f"{name}.png"))
     if out.suffix not in suffixes:
         raise UserError(f"--out {out}: end it in {' or '.join(suffixes)}")
     if not out.parent.is_dir():
