@@ -43,7 +43,7 @@ from augment import color_augment, encoder_input, frame_difference
 from cli import command_line, dispatch, shown
 from evaluate import PNG, plain
 from features import EncoderConfig, load_encoder, nearest, subset, unit_features, video_outputs
-from losses import activation_map, bin_centers, foreground_mask, seen_box
+from losses import activation_map, bin_centers, foreground_mask
 from processes import start_process
 from runs import check_replaceable, load_checkpoint, read_json, read_lines, read_starts, saved_options
 from train import UserError, load_model, option, user_errors, write_file
@@ -397,9 +397,8 @@ def draw_attention(config: FigureConfig, inputs: list[str]) -> Figure:
         seen = min(max(math.floor(stride * (step + 0.5) + offsets[0]), 0), options.frames - 1)
         pictures = [clip[:, seen] / 255 for clip in clips]
         activity = activation_map(maps[:1])[0].flatten().cpu()
-        whole = torch.tensor([[0.0, 0.0, options.crop, options.crop]])
-        spots = seen_box(whole, options.crop, maps.shape[4], side, offsets[1])
-        spots = bin_centers(spots, *maps.shape[3:])[0] - 0.5
+        box = torch.tensor([[0.0, 0.0, side * maps.shape[4], side * maps.shape[3]]])
+        spots = bin_centers(box, *maps.shape[3:])[0] + offsets[1] - 0.5
         for column, query, kind in ((0, activity.argmax(), "most"), (2, activity.argmin(), "least")):
             show(axes[row, column], pictures[0], "" if row else f"source, {kind} active")
             axes[row, column].plot(*spots[query], "o", ms=9, mfc="none", mec="white", mew=3)
