@@ -33,9 +33,7 @@ class MoCoConfig(PretrainConfig):
     momentum: float = option(0.999, "momentum of the key encoder; small data sets want 0.99", (0, 1))
     queue: int = option(2048, "length of each queue of keys; keep it below the number of videos", (1, 2**24))
     bn: str = option(
-        "shuffle",
-        "batch norm of keys: of clips dealt out over the processes, or each process's own",
-        ("shuffle", "local"),
+        "shuffle", "batch norm of keys: over clips dealt out to all processes, or its own", ("shuffle", "local")
     )
 
     KNOWN_LOSSES = ("vv", "vd")
