@@ -13,7 +13,6 @@ import augment
 import fima
 import moco
 import processes
-from models import momentum_update
 from train import UserError
 
 SMALL = dict(encoder="r3d_18", width=0.0625, crop=48, frames=16, queue=12, decoder_width=32, momentum=0.9, batch_size=3)
@@ -57,15 +56,17 @@ def oracle(model, views):
         z = (key[b, v].mean((0, 1)) + motion[b, v].mean((0, 1))).numpy()
         return z > np.quantile(z, 1 - config.foreground)
 
-    losses, tau = {"vv": [], "pix": [], "fra": []}, config.temperature
+    losses, tau = {"vv": [], "vd": [], "pix": [], "fra": []}, config.temperature
     old = {name: queue.keys.tolist() for name, queue in model.queues.items()}
     for v, other in ((0, 1), (1, 0)):
         by_video = []
         places = itertools.product(videos, frames, pixels)
         m = {(b, i, (r, c)): g(model.key_head, motion[b, other][:, i, r, c]) for b, i, (r, c) in places}
         for b in videos:
-            q, k = g(model.head, query[b, v].mean((1, 2, 3))), g(model.key_head, key[b, other].mean((1, 2, 3)))
-            losses["vv"].append(log_ratio(q, [k], [k, *old["vv"]], tau))
+            q = g(model.head, query[b, v].mean((1, 2, 3)))
+            for name, maps in (("vv", key), ("vd", motion)):
+                k = g(model.key_head, maps[b, other].mean((1, 2, 3)))
+                losses[name].append(log_ratio(q, [k], [k, *old[name]], tau))
             boxes = [views["box"][b, view].double() for view in (v, other)]
             places = torch.tensor([[c + 0.5, r + 0.5] for r, c in pixels]).double() / size  # x, y
             centers = [box[:2] + places * (box[2:] - box[:2]) for box in boxes]
@@ -89,35 +90,30 @@ def oracle(model, views):
 
 
 def test_losses_equal_the_plain_loop_oracle():
-    model, views = build().eval(), make_views()
+    model, views = build(losses="vv,vd,pix,fra").eval(), make_views()
     with torch.no_grad():
         expected, losses = oracle(model, views), model(views)
-    assert list(losses) == ["vv", "pix", "fra"]
+    assert list(losses) == ["vv", "vd", "pix", "fra"]
     for name, value in losses.items():
         assert float(value) == pytest.approx(expected[name], rel=2e-4), name
 
 
-SWITCHES = [
-    dict(losses="vv"),
-    dict(losses="vv,vd"),
-    dict(losses="vv,fra"),
-    dict(losses="vv,pix", decoder="none", mask_position="none"),
-    dict(threshold=2.8),
-    dict(decoder_depth=1),
-    dict(decoder_width=16),
-    dict(decoder_heads=8),
-    dict(foreground=0.3),
-    dict(mask_source="rgb"),
-    dict(mask_source="difference"),
-    dict(mask_position="prediction"),
-    dict(mask_position="target"),
-    dict(decoder="separate"),
-    dict(frame_loss="triplet"),
-    dict(frame_loss="mse"),
-    dict(pixel_negatives="video"),
-    dict(pixel_queue=40),
-    dict(encoder="i3d", crop=64),
-]
+SWITCHES = {
+    "losses": ["vv", "vv,vd", "vv,fra"],
+    "threshold": [2.8],
+    "decoder_depth": [1],
+    "decoder_width": [16],
+    "decoder_heads": [8],
+    "foreground": [0.3],
+    "mask_source": ["rgb", "difference"],
+    "mask_position": ["none", "prediction", "target"],
+    "decoder": ["separate"],
+    "frame_loss": ["triplet", "mse"],
+    "pixel_negatives": ["video"],
+    "pixel_queue": [40],
+}
+SWITCHES = [{name: value} for name, values in SWITCHES.items() for value in values]
+SWITCHES += [dict(losses="vv,pix", decoder="none"), dict(encoder="i3d", crop=64)]
 
 
 @pytest.mark.parametrize("flags", SWITCHES, ids=str)
@@ -161,6 +157,7 @@ def test_keys_follow_the_query_encoder_by_momentum():
         model.train(mode)(views)
         for (_, key), value in zip(pairs, expected, strict=True):
             torch.testing.assert_close(key, value)
+        assert model.queues["vv"].pointer == 6
 
 
 def test_queues_are_written_after_all_losses(monkeypatch):
@@ -172,6 +169,8 @@ def test_queues_are_written_after_all_losses(monkeypatch):
     for name, queue in model.queues.items():
         written = {"vv": 6, "vd": 6, "fra": 12, "pix": 50}[name]  # of 2 views × 3 videos (× 2 sub-clips)
         assert int((queue.keys != before[name]).any(1).sum()) == written
+    assert model.metrics["queue_age/vv"] == 12 / 6 and model.metrics["queue_age/fra"] == 12 / 12
+    assert float(model.metrics["foreground_share"]) == pytest.approx(4 / 9)  # ⌈0.5 · 8⌉ of 9 pixels
     torch.stack(list(losses.values())).sum().backward()  # the keys that losses have read are still there
     monkeypatch.setattr(moco.MomentumQueue, "enqueue", lambda queue, keys: None)
     torch.manual_seed(0)
@@ -217,62 +216,34 @@ def step(name, wrap=lambda model: model, part=slice(None)):
 
 def group_process(rank: int, folder: str) -> None:
     join_group(rank, folder)
-    for bn in ("shuffle", "local"):
-        model, views = build(bn=bn), make_views(seed=rank)
-        maps = model.encode(views, motion=True)
-        torch.save([maps.query, maps.key, maps.motion, model.sub_clip_features(views)], f"{folder}/{bn}{rank}.pt")
     for name in STEPS:
         wrap = functools.partial(torch.nn.parallel.DistributedDataParallel, broadcast_buffers=False)
         torch.save(step(name, wrap, slice(2 * rank, 2 * rank + 2)), f"{folder}/{name}{rank}.pt")
     processes.end_process()
 
 
-@pytest.fixture(scope="module")
-def of_processes(tmp_path_factory):
-    """What each of two processes has saved under a name."""
-    folder = tmp_path_factory.mktemp("processes")
-    torch.multiprocessing.spawn(group_process, (str(folder),), nprocs=2)
-    return lambda name: [torch.load(folder / f"{name}{rank}.pt") for rank in range(2)]
+def test_keys_are_made_of_clips_that_are_dealt_out_with_their_colours_and_put_back(monkeypatch):
+    model, local, views, calls = build().eval(), build(bn="local").eval(), make_views(), []
+
+    def deal(rows, back=False):
+        calls.append((len(rows), back))
+        return rows.roll(-1 if back else 1, 0)
+
+    monkeypatch.setattr(moco, "deal", deal)
+    expected = local(views)
+    assert not calls
+    for name, value in model(views).items():  # batch norm rests: it makes no difference who is in a batch
+        torch.testing.assert_close(value, expected[name])
+    clips, sub_clips = [(6, False), (6, False), (6, True), (6, True)], [(12, False), (12, False), (12, True)]
+    assert calls == clips + sub_clips  # clips and colours; keys of RGB and of the frame difference
 
 
 @pytest.mark.slow
-def test_shuffled_batch_norm_makes_keys_of_clips_of_all_processes(of_processes):
-    model, both = build(), [make_views(seed=rank) for rank in range(2)]
-    momentum_update(model.encoder, model.key_encoder, model.config.momentum)
-    momentum_update(model.head, model.key_head, model.config.momentum)
-    clips = [views["clip"].transpose(0, 1).flatten(0, 1) for views in both]
-    parts = [views["sub_clips"].transpose(0, 1).flatten(0, 2) for views in both]
-    colors = [views["color"].transpose(0, 1) for views in both]
-    of_clips = [[color.flatten(0, 1)[:, k] for color in colors] for k in range(2)]
-    of_parts = [color[:, :, 2:].flatten(0, 2) for color in colors]
-
-    @torch.no_grad()
-    def pass_keys(rows, color, bn, difference):
-        """Maps by the key encoder of the batches that the deal makes, back in their places: one list a process."""
-        made = [[None] * len(rows[0]) for _ in range(2)]
-        places = [(r, i) for r in range(2) for i in range(len(rows[r]))]
-        for receiver in range(2):
-            batch = [(r, i) for r, i in places if (r if bn == "local" else (r + i) % 2) == receiver]
-            x = model.encoder_input(*(torch.stack([x[r][i] for r, i in batch]) for x in (rows, color)), difference)
-            for (r, i), maps in zip(batch, model.key_encoder(x), strict=True):
-                made[r][i] = maps
-        return [torch.stack(maps) for maps in made]
-
-    for bn in ("shuffle", "local"):
-        local = [model.project(model.key_head, moco.pool(maps)) for maps in pass_keys(parts, of_parts, bn, True)]
-        expected = pass_keys(clips, of_clips[0], bn, False), pass_keys(clips, of_clips[1], bn, True), local
-        for rank, (_, key, motion, sub_clips) in enumerate(of_processes(bn)):
-            made = key.flatten(0, 1), motion.flatten(0, 1), sub_clips.flatten(0, 2)
-            for found, due in zip(made, expected, strict=True):
-                torch.testing.assert_close(found, due[rank])
-    for shuffled, local in zip(of_processes("shuffle"), of_processes("local"), strict=True):
-        assert torch.equal(shuffled[0], local[0])  # queries stay where they are
-
-
-@pytest.mark.slow
-def test_two_processes_do_what_one_does_with_the_same_batch(of_processes):
+def test_two_processes_do_what_one_does_with_the_same_batch(tmp_path):
     """L_VV and L_VD of a query depend on its own keys and the queue, which all share, L_Pix here on its own video."""
-    whole, (one, other) = step("instance"), of_processes("instance")
+    torch.multiprocessing.spawn(group_process, (str(tmp_path),), nprocs=2)
+    found = {name: [torch.load(tmp_path / f"{name}{rank}.pt") for rank in range(2)] for name in STEPS}
+    whole, (one, other) = step("instance"), found["instance"]
     for name, value in whole[0].items():
         torch.testing.assert_close((one[0][name] + other[0][name]) / 2, value)
     for name, gradient in one[1].items():
@@ -281,7 +252,7 @@ def test_two_processes_do_what_one_does_with_the_same_batch(of_processes):
     for name, keys in one[2].items():  # the same keys, process by process, not view by view
         assert torch.equal(keys, other[2][name])
         torch.testing.assert_close(keys, whole[2][name][[0, 1, 4, 5, 2, 3, *range(6, len(keys))]])
-    halves = [losses["pix"] for losses, _, _ in of_processes("video")]
+    halves = [losses["pix"] for losses, _, _ in found["video"]]
     torch.testing.assert_close(sum(halves) / 2, step("video")[0]["pix"])
 
 
@@ -294,16 +265,6 @@ def test_metrics_show_how_well_the_contrast_does():
     assert model.metrics["contrast_accuracy/vv"] == 0.5  # the second query's positive is at right angles
     assert float(model.metrics["positive_similarity/vv"]) == pytest.approx((1 / 1.01**0.5 + 0) / 2)
     assert float(model.metrics["negative_similarity/vv"]) == pytest.approx((0.8 + 1.4 / 2**0.5) / 6)
-
-
-def test_metrics_tell_the_queues_age_and_the_share_of_foreground():
-    model = build(foreground=0.3)
-    model(make_views())
-    assert model.metrics["queue_age/vv"] == 12 / 6  # keys of 2 views of 3 videos
-    assert model.metrics["queue_age/fra"] == 12 / 12
-    assert float(model.metrics["foreground_share"]) == pytest.approx(3 / 9)  # ⌈0.3 · 8⌉ of 9 pixels
-    model.eval()(make_views())
-    assert model.queues["vv"].pointer == 6  # an evaluation writes nothing
 
 
 @pytest.mark.parametrize(

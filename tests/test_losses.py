@@ -10,8 +10,6 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-import augment
-import data
 import losses
 
 seeds = st.integers(0, 2**32 - 1)
@@ -74,16 +72,6 @@ def distances_loop(source: tuple, target: tuple, height: int, width: int) -> Ten
     return torch.tensor([[math.dist(s, t) / diagonal for t in places[1]] for s in places[0]], dtype=torch.float64)
 
 
-def test_frame_difference_is_that_of_a_loop_and_repeats_the_last():
-    clip = torch.rand(2, 3, 4, 2, 2, generator=generator(0), dtype=torch.float64)
-    clip[0, 0, :, 0, 0] = torch.tensor([0, 1, 0, 0])
-    expected = torch.empty_like(clip)
-    for b, c, t, i, j in np.ndindex(*clip.shape):
-        t0 = min(t, 2)
-        expected[b, c, t, i, j] = (float(clip[b, c, t0 + 1, i, j]) - float(clip[b, c, t0, i, j]) + 1) / 2
-    torch.testing.assert_close(augment.frame_difference(clip), expected)
-
-
 @given(crops, sizes, sizes)
 def test_bin_centers_are_those_of_a_loop(crop, height, width):
     box = torch.tensor([box_of(crop), [0, 0, width, height]], dtype=torch.float64)
@@ -109,26 +97,6 @@ def test_positive_pairs_are_strictly_closer_than_the_threshold_and_batched():
     assert torch.equal(pairs[0], ~torch.eye(4, dtype=torch.bool).flip(1))  # all but the diagonal neighbours, at 5 of 5
     assert not pairs[1].any()
     assert losses.positive_pairs(box, box, (2, 2))[0].sum() == 8  # 3 / 5 is below the default 0.7, 4 / 5 is not
-
-
-@given(seeds, st.tuples(st.booleans(), st.booleans()))
-def test_positives_of_a_wide_frame_are_by_distance_in_its_pixels(seed, flips):
-    rng, frame = np.random.default_rng(seed), np.zeros((256, 455, 3), np.uint8)
-    regions = [data.draw_region(rng, 256, 455) for _ in flips]
-    boxes = [data.crop_resize([frame], *crop, 7)[1][None] for crop in zip(regions, flips, strict=True)]
-    crops = ((left, top, w, h, flip) for (top, left, h, w), flip in zip(regions, flips, strict=True))
-    distances = distances_loop(*crops, 7, 7)
-    clear = (distances - 0.7).abs() > 1e-4  # boxes are float32
-    assert torch.equal(losses.positive_pairs(*boxes, (7, 7))[0][clear], (distances < 0.7)[clear])
-
-
-def test_activation_map_is_the_mean_over_channels_and_time():
-    features = torch.randn(2, 3, 2, 4, 5, generator=generator(0), dtype=torch.float64)
-    activation = losses.activation_map(features)
-    assert activation.shape == (2, 4, 5)
-    for b, i, j in np.ndindex(2, 4, 5):
-        values = [float(features[b, c, t, i, j]) for c in range(3) for t in range(2)]
-        assert activation[b, i, j].item() == pytest.approx(mean(values), abs=1e-12)
 
 
 @given(seeds, st.integers(1, 7), st.integers(1, 7), st.integers(0, 100))
@@ -241,14 +209,3 @@ def test_chance_is_the_loss_of_equal_similarities(seed, videos, queue, per_video
     prediction, target, positives, keys = pixel_batch(seed, videos, queue=queue, per_video=per_video)
     expected = losses.pixel_contrast(prediction * 0, target * 0, positives, keys * 0)
     torch.testing.assert_close(losses.pixel_chance(positives, keys.shape[-2]).double(), expected, rtol=1e-5, atol=1e-6)
-
-
-def test_closed_forms_of_the_frame_losses():
-    one, other = torch.eye(2)[:, None]
-    none = torch.zeros(0, 2)
-    assert losses.frame_mse(one, one, none) == 0 and losses.frame_mse(one, -one, none) == 4
-    assert losses.frame_mse(one, other) == 2
-    assert losses.frame_triplet(one, one, one) == 1 and losses.frame_triplet(one, -one, one) == 5  # margin, 4 + margin
-    assert losses.frame_triplet(one, one, other) == 0 and losses.frame_triplet(one, one, other, margin=3.0) == 1
-    assert losses.frame_triplet(one, -one, none) == 0  # no negative, no pair
-    assert losses.frame_triplet(torch.eye(7), torch.eye(7), torch.zeros(0, 7), margin=0.7) == 0  # no rounding below 0

@@ -4,7 +4,7 @@ import conftest
 import numpy as np
 import pytest
 import simclr
-from helpers import ROOT, one_line, same, torchrun, weights
+from helpers import ROOT, same, torchrun, weights
 
 import dclr
 import fame
@@ -61,7 +61,7 @@ REFUSED = [
 def test_flags_that_cannot_work_are_refused_by_name(script, flags, says):
     with pytest.raises(UserError) as error:
         parse(CONFIGS[script], "", script.PRESETS, flags)
-    assert "\n" not in str(error.value) and all(word in str(error.value) for word in says)
+    assert all(word in str(error.value) for word in says)
 
 
 RESUMED = {
@@ -105,9 +105,3 @@ def test_two_processes_train_and_agree(script, videos, tmp_path):
     assert weights(tmp_path / "run" / "checkpoint.pt")["step"] == 3  # which is saved if the processes agree
     done = torchrun(ROOT / script, "--resume=run/checkpoint.pt", "--max_steps=4", folder=tmp_path)
     assert done.returncode == 0 and "resumed after step 3" in done.stdout, done.stderr[-3000:]
-
-
-def test_what_no_folder_holds_is_one_line(run):
-    code, _, err = run(mcl, *conftest.CONV4, "--dataset", "folder", "--data", run.videos, dataset=None)
-    assert code == 2
-    one_line(err, "synthetic_maps", "18 of 18", "python mcl.py maps")
