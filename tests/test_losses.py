@@ -193,15 +193,11 @@ def test_without_positives_pixel_contrast_is_zero_with_zero_gradients():
 
 
 def test_closed_forms_of_equal_similarities():
-    zeros = torch.zeros(2, 5, 3)
-    assert losses.info_nce(zeros[0], zeros[0], torch.zeros(7, 3)).item() == pytest.approx(math.log(8))
-    assert losses.frame_info_nce(zeros[0], zeros[0], torch.zeros(7, 3)).item() == pytest.approx(math.log(12))
-    positives = torch.zeros(2, 5, 5, dtype=torch.bool)
-    positives[0, 0, :3] = positives[0, 1, 0] = positives[1, 4] = True
-    video = (math.log(40) - math.log(3) + math.log(40)) / 2, math.log(40) - math.log(5)
-    value = losses.pixel_contrast(zeros, zeros, positives, torch.zeros(40, 3))
-    assert value.item() == pytest.approx(sum(video) / 2)  # first over the pixels of a video, then over the videos
-    assert losses.pixel_contrast(zeros, zeros, torch.ones_like(positives), zeros).item() == 0  # nothing but positives
+    zeros, queue = torch.zeros(5, 3), torch.zeros(7, 3)
+    assert losses.info_nce(zeros, zeros, queue).item() == pytest.approx(math.log(8))
+    assert losses.frame_info_nce(zeros, zeros, queue).item() == pytest.approx(math.log(12))
+    positives = torch.ones(1, 5, 5, dtype=torch.bool)
+    assert losses.pixel_contrast(zeros[None], zeros[None], positives, zeros).item() == 0  # nothing but positives
 
 
 @given(seed=seeds, videos=st.integers(2, 4), queue=st.integers(0, 5), per_video=st.booleans())

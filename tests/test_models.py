@@ -1,7 +1,4 @@
-"""Encoders, projection head, motion decoder and queue against plain reimplementations and their published sizes.
-
-The layers of I3D, r3d_18, r2plus1d_18 and s3d are compared in test_weights.py.
-"""
+"""Encoders, motion decoder and queue against plain reimplementations and their published sizes."""
 
 import copy
 import itertools

@@ -32,10 +32,10 @@ FIMA |= {"b1b": "branch_1.1", "b2a": "branch_2.0", "b2b": "branch_2.1", "b3b": "
 NARROW = ["--crop", 32, "--frames", 8, "--clips", 1, "--workers", 0, "--device", "cpu", "--width", WIDTH]
 
 
-def i3d_units(names: dict[str, str]) -> dict[str, tuple[int, int, int]]:
-    """Each unit of a narrow I3D by its name in someone's files: channels in, channels out, kernel."""
-    stem, wide = round(64 * WIDTH), round(192 * WIDTH)
-    units = {"1a_7x7": (3, stem, 7), "2b_1x1": (stem, stem, 1), "2c_3x3": (stem, wide, 3)}
+def i3d_file(names: dict[str, str], counters: bool = True) -> dict[str, Tensor]:
+    """A state dict of a narrow I3D by someone's names, with variances so small that the eps of batch norm matters."""
+    generator, file, stem, wide = torch.Generator().manual_seed(0), {}, round(64 * WIDTH), round(192 * WIDTH)
+    units = {"1a_7x7": (3, stem, 7), "2b_1x1": (stem, stem, 1), "2c_3x3": (stem, wide, 3)}  # channels in, out; kernel
     units = {names["stem"] + name: size for name, size in units.items()}
     for block, sizes in BLOCKS.items():
         b0, b1a, b1b, b2a, b2b, b3b = out = [round(size * WIDTH) for size in sizes]
@@ -43,16 +43,9 @@ def i3d_units(names: dict[str, str]) -> dict[str, tuple[int, int, int]]:
         for branch, size in zip(BRANCHES, zip(inputs, out, kernels, strict=True), strict=True):
             units[f"{names['block']}{block}.{names[branch]}"] = size
         wide = b0 + b1b + b2b + b3b
-    return units
-
-
-def i3d_file(names: dict[str, str], counters: bool = True) -> dict[str, Tensor]:
-    """A state dict of an I3D with variances so small that the eps of batch norm matters; some channels are dead."""
-    generator, file = torch.Generator().manual_seed(0), {}
-    for unit, (inputs, outputs, kernel) in i3d_units(names).items():
-        weight = torch.randn(outputs, inputs, *(kernel,) * 3, generator=generator)
+    for unit, (inputs, outputs, kernel) in units.items():
+        weight, bn = torch.randn(outputs, inputs, *(kernel,) * 3, generator=generator), f"{unit}.{names['bn']}"
         file[f"{unit}.conv3d.weight"] = weight * (2e-3 / (inputs * kernel**3)) ** 0.5
-        bn = f"{unit}.{names['bn']}"
         file[f"{bn}.weight"], file[f"{bn}.bias"] = torch.rand(2, outputs, generator=generator) + 0.5
         file[f"{bn}.running_mean"] = 0.01 * torch.randn(outputs, generator=generator)
         file[f"{bn}.running_var"] = 2e-3 * torch.rand(outputs, generator=generator) ** 4
@@ -62,7 +55,7 @@ def i3d_file(names: dict[str, str], counters: bool = True) -> dict[str, Tensor]:
 
 
 def i3d(file: dict[str, Tensor], x: Tensor, names: dict[str, str], eps: float) -> Tensor:
-    """The trunk as piergiaj's code runs it, zeros written out by the size of each input, and FIMA's at sizes of 16 n."""
+    """The trunk as piergiaj's code runs it, zeros written out by the size of each input, FIMA's at multiples of 16."""
 
     def padded(x: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
         both_sides = []
@@ -104,12 +97,6 @@ def pretraining(backbone: dict[str, Tensor], outer: str = "module.", inner: str 
     return {"epoch": 200, "state_dict": state | {outer + name: torch.zeros(4) for name in ("queue", "mlp.0.bias")}}
 
 
-def tuned(backbone: dict[str, Tensor]) -> dict:
-    """A checkpoint of FIMA's evaluation."""
-    state = {f"module.{name}": value for name, value in backbone.items()}
-    return {"state_dict": state | {"module.fc.weight": torch.zeros(5, 64), "module.fc.bias": torch.zeros(5)}}
-
-
 def loaded(checkpoint: object, width: float = WIDTH) -> tuple[str, nn.Module, str]:
     """The encoder of a checkpoint, in eval mode: what it is said to be, itself, and the report."""
     weights = models.encoder_weights(checkpoint)
@@ -118,6 +105,7 @@ def loaded(checkpoint: object, width: float = WIDTH) -> tuple[str, nn.Module, st
     return name, encoder, models.load_weights(encoder.eval(), weights)
 
 
+FC = {"fc.weight": torch.zeros(5, 64), "fc.bias": torch.zeros(5)}
 HEAD = {"id_head.2.weight": torch.zeros(4, 4), "id_head.4.bias": torch.zeros(4)}
 
 
@@ -125,7 +113,7 @@ HEAD = {"id_head.2.weight": torch.zeros(4, 4), "id_head.4.bias": torch.zeros(4)}
     "checkpoint, ignored",
     [
         (pretraining(i3d_file(FIMA)), "encoder_k (342), queue (1), mlp (1)"),
-        (tuned(i3d_file(FIMA)), "fc (2)"),
+        ({"state_dict": {f"module.{name}": value for name, value in (i3d_file(FIMA) | FC).items()}}, "fc (2)"),
         (pretraining(i3d_file(FIMA), "_orig_mod.module.", **HEAD), "id_head (2)"),
         (i3d_file(FIMA), "none"),
     ],
@@ -184,13 +172,9 @@ def test_wrappers_of_names_are_taken_off_in_any_order(outer, inner):
 
 @pytest.mark.parametrize("name", models.ENCODERS)
 def test_every_encoder_is_recognized_by_its_names_though_some_are_missing(name):
-    names = list(models.build_encoder(name).state_dict())
+    with torch.device("meta"):
+        names = list(models.build_encoder(name).state_dict())
     assert models.recognize(names)[0] == models.recognize(names[5:-5])[0] == name.removesuffix("_piergiaj")
-
-
-@pytest.mark.parametrize("checkpoint", [[], {}, {"epoch": 1}, {"state_dict": {"a": 1}}, {"a.b": torch.ones(1)}, None])
-def test_what_holds_no_encoder_is_not_recognized(checkpoint):
-    assert models.recognize(models.encoder_weights(checkpoint)) == ()
 
 
 @pytest.mark.parametrize("name", ["i3d", "i3d_piergiaj"])
