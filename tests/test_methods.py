@@ -53,7 +53,6 @@ REFUSED = [
     (dclr, ["--retrieved", "9", "--queue", "8"], ["--retrieved 9", "--queue"]),
     (mcl, ["--losses", "t,s"], ["--losses t,s", "vv"]),
     (mcl, ["--compile", "on"], ["--compile on"]),
-    (simclr, ["--queue", "9"], ["--queue"]),
 ]
 
 

@@ -103,11 +103,6 @@ def test_encoders_run_and_every_parameter_learns(name, width):
     assert all(p.grad.isfinite().all() and p.grad.any() for p in encoder.parameters())
 
 
-def test_s3d_comes_in_one_width():
-    with pytest.raises(ValueError, match="width 1"):
-        models.build_encoder("s3d", 0.5)
-
-
 def decoder_loop(
     decoder: models.MotionDecoder, source: np.ndarray, target: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
