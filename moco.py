@@ -145,8 +145,8 @@ class MoCo(Method):
 
     def warnings(self, line: dict[str, float]) -> list[str]:
         """Those of every method, and of a queue that holds keys of the batch's own videos."""
-        steps = line["step"] / line["epoch"]  # of an epoch, which gives two keys of each video
-        long = any(2 * line.get(f"queue_age/{name}", 0) > steps for name in MoCoConfig.KNOWN_LOSSES)
+        ages = [age for name, age in line.items() if name in ("queue_age/vv", "queue_age/vd")]
+        long = any(2 * age > line["step"] / line["epoch"] for age in ages)  # an epoch gives two keys of each video
         own = f"--queue {self.config.queue} exceeds the videos of an epoch, which then meet their own keys"
         return super().warnings(line) + [own] * long
 
