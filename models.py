@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.video import resnet, s3d
@@ -209,8 +210,8 @@ ENCODERS = {
     "conv4": Conv4,
     "i3d": I3D,
     "i3d_piergiaj": PiergiajI3D,
-    "r2plus1d_18": lambda width=1.0: VideoResNet(resnet.Conv2Plus1D, width),
-    "r3d_18": lambda width=1.0: VideoResNet(resnet.Conv3DSimple, width),
+    "r2plus1d_18": lambda width: VideoResNet(resnet.Conv2Plus1D, width),
+    "r3d_18": lambda width: VideoResNet(resnet.Conv3DSimple, width),
     "s3d": S3D,
 }
 
@@ -429,9 +430,9 @@ class MomentumQueue(nn.Module):
     def enqueue(self, keys: Tensor) -> None:
         """Replaces the oldest keys by (n, D) new ones, any n: wraps around, and of more than `length` the last stay."""
         keys = keys.to(self.keys.dtype).contiguous()
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            gathered = [torch.empty_like(keys) for _ in range(torch.distributed.get_world_size())]
-            torch.distributed.all_gather(gathered, keys)
+        if dist.is_initialized():
+            gathered = [torch.empty_like(keys) for _ in range(dist.get_world_size())]
+            dist.all_gather(gathered, keys)
             keys = torch.cat(gathered)
         keys = keys[max(len(keys) - len(self.keys), 0) :]
         places = (self.pointer + torch.arange(len(keys), device=keys.device)) % len(self.keys)
@@ -446,18 +447,17 @@ def deal(rows: Tensor, back: bool = False) -> Tensor:
     Row i of process r goes to process (r + i) mod the number of processes, N being the same on all; `back` returns what
     has been made of them to where they came from. As the sampler draws who is in a batch, the pattern needs no chance.
     """
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if not distributed or torch.distributed.get_world_size() == 1:
+    if not dist.is_initialized() or dist.get_world_size() == 1:
         return rows
-    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    rank, world = dist.get_rank(), dist.get_world_size()
     order = ((rank + torch.arange(len(rows), device=rows.device)) % world).argsort(stable=True)  # by where they go
     sent = [len(range((other - rank) % world, len(rows), world)) for other in range(world)]
     received = [len(range((rank - other) % world, len(rows), world)) for other in range(world)]
     moved = rows.new_empty(rows.shape)
     if back:
-        torch.distributed.all_to_all_single(moved, rows.contiguous(), sent, received)
+        dist.all_to_all_single(moved, rows.contiguous(), sent, received)
         return moved[order.argsort()]
-    torch.distributed.all_to_all_single(moved, rows[order].contiguous(), received, sent)
+    dist.all_to_all_single(moved, rows[order].contiguous(), received, sent)
     return moved
 
 
