@@ -178,6 +178,7 @@ def test_queues_are_written_after_all_losses(monkeypatch):
         assert torch.equal(losses[name], value), name
 
 
+@pytest.mark.slow
 def test_what_compile_compiles_is_one_graph_and_gives_the_same():
     model, views = build(encoder="conv4", width=0.25, crop=16), make_views(crop=16)
     clips, color = views["clip"].flatten(0, 1), views["color"].flatten(0, 1)[:, 0]
