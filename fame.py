@@ -13,12 +13,10 @@ Tables of the paper as flags: 1 --foreground 1, 0.7, 0.5, 0.3 and --branches; 3 
 
 import dataclasses
 
-from torch import Tensor
-
 from augment import ForegroundBackgroundMerging as Merging
 from cli import command_line
 from moco import PRESETS as MOCO_PRESETS
-from moco import FeatureMaps, MoCo, MoCoConfig
+from moco import MoCo, MoCoConfig
 from pretrain import main
 from train import UserError, option
 
@@ -59,11 +57,7 @@ class FAME(MoCo):
 
     def __init__(self, config: FAMEConfig):
         super().__init__(config)
-        self.merge = Merging(config.foreground, config.mask, config.background, config.branches)
-
-    def encode(self, views: dict[str, Tensor], moving: Tensor | None) -> FeatureMaps:
-        """As of MoCo, of clips merged by Eq. 2-4 before they get their colours."""
-        return super().encode(views | {"clip": self.merge(views["clip"])}, moving)
+        self.merge = Merging(config.foreground, config.mask, config.background, config.branches)  # Eq. 2-4
 
 
 if __name__ == "__main__":

@@ -22,15 +22,7 @@ from torch import Tensor
 
 from augment import ForegroundBackgroundMerging
 from cli import command_line
-from losses import (
-    FRAME_LOSSES,
-    activation_map,
-    foreground_mask,
-    pixel_chance,
-    pixel_contrast,
-    positive_pairs,
-    seen_box,
-)
+from losses import FRAME_LOSSES, activation_map, foreground_mask, pixel_chance, pixel_contrast, positive_pairs
 from moco import PRESETS as MOCO_PRESETS
 from moco import FeatureMaps, MoCo, MoCoConfig
 from models import MomentumQueue, MotionDecoder
@@ -44,40 +36,27 @@ class FIMAConfig(MoCoConfig):
 
     losses: str = option("vv,pix,fra", "losses to sum, of vv (Eq. 1), vd (Eq. 2), pix (Eq. 8) and fra (Eq. 10)")
     threshold: float = option(0.7, "distance below which pixels are positive, in bin diagonals (Table 3a)", (0.01, 100))
-    centres: str = option(
-        "nominal",
-        "where feature pixels look, of which distances are taken: nominal, in the middle of bins that tile the crop "
-        "(released code), or measured, as the encoder's padding has it",
-        ("nominal", "measured"),
-    )
     foreground: float = option(0.5, "portion of the pixels that is foreground, beta (Table 3d)", (0.01, 1))
     mask_source: str = option(
         "both", "activation maps that make the foreground mask (Table 3e)", ("rgb", "difference", "both")
     )
     mask_position: str = option(
-        "both",
-        "views whose background is left out (Table 3f); none: no foreground sampling",
-        ("none", "prediction", "target", "both"),
+        "both", "views whose background is left out (Table 3f)", ("none", "prediction", "target", "both")
     )
     decoder: str = option(
-        "shared",
-        "motion decoder shared by pix and fra, one each (Table 8), or none (pix alone)",
-        ("shared", "separate", "none"),
+        "shared", "motion decoder shared by pix and fra, or one each (Table 8)", ("shared", "separate", "none")
     )
     decoder_depth: int = option(2, "blocks of the motion decoder (Table 3b)", (1, 64))
     decoder_width: int = option(512, "channels of the motion decoder (Tables 3c, 7)", (1, 8192))
     decoder_heads: int = option(4, "attention heads of the motion decoder (Table 3c)", (1, 1024))
     frame_loss: str = option("infonce", "form of fra (Table 9)", tuple(FRAME_LOSSES))
     pixel_negatives: str = option(
-        "batch",
-        "motion pixels in the denominator of pix: the video's own, or the mini-batch's (Table 10)",
-        ("video", "batch"),
+        "batch", "whose motion pixels are in the denominator of pix, beside the queue's (Table 10)", ("video", "batch")
     )
     pixel_queue: int = option(0, "motion pixels of earlier batches added to the denominator (Table 10)", (0, 2**24))
     fame: str = option(
         "none",
-        "FAME's augmentation beside the method: the foreground of the first view, or of each, on another video; motion "
-        "stays that of the video itself",
+        "FAME's augmentation: the foreground of the first view, or of both, on another video; motion stays the video's",
         ("none", *ForegroundBackgroundMerging.BRANCHES),
     )
 
@@ -113,7 +92,8 @@ class FIMA(MoCo):
 
     def __init__(self, config: FIMAConfig):
         super().__init__(config)
-        self.merge = ForegroundBackgroundMerging(branches=config.fame) if config.fame != "none" else None
+        if config.fame != "none":
+            self.merge = ForegroundBackgroundMerging(branches=config.fame)
         self.decoder = self.cls_decoder = None
         wanted = {"pix", "fra"} & set(config.terms)
         size = self.encoder.out_channels, config.decoder_width, config.decoder_depth, config.decoder_heads
@@ -130,7 +110,7 @@ class FIMA(MoCo):
     def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
         """Views as `data.PretrainingViews` makes them, batched → the named losses; enqueues the keys at the end."""
         terms = self.config.terms
-        maps = self.encode(views, views["clip"] if {"vd", "pix"} & set(terms) else None)  # F^q, F^k, M^k of V and Ṽ
+        maps = self.encode(views, motion=bool({"vd", "pix"} & set(terms)))  # F^q, F^k, M^k of V and Ṽ
         losses, keys = self.instance_losses(maps)  # Eq. 1, Eq. 2
         y, y_cls = self.decode(maps.query)  # Eq. 7, Eq. 9
         if "pix" in terms:
@@ -140,11 +120,6 @@ class FIMA(MoCo):
             losses["fra"], keys["fra"] = self.frame_loss(y_cls, self.sub_clip_features(views))  # Eq. 10
         self.enqueue(keys)
         return losses
-
-    def encode(self, views: dict[str, Tensor], moving: Tensor | None) -> FeatureMaps:
-        """As of MoCo; with --fame, V is merged, and D stays that of the video itself."""
-        clips = views["clip"] if self.merge is None else self.merge(views["clip"])
-        return super().encode(views | {"clip": clips}, moving)
 
     def decode(self, maps: Tensor) -> tuple[Tensor, Tensor | None]:
         """F^q → y (2, B·T, HW, C) of Eq. 7 and y_cls (2, B·T, C) of Eq. 9, feature frame by feature frame.
@@ -162,15 +137,11 @@ class FIMA(MoCo):
     @torch.no_grad()
     def positive_pixels(self, boxes: Tensor, maps: FeatureMaps) -> Tensor:
         """φ_p of Eq. 3 from the boxes (B, 2, 4), less the background by Eq. 6: (2, B, HW, HW) bool, source × target."""
-        boxes, config, grid = boxes.transpose(0, 1), self.config, maps.key.shape[-2:]
-        if config.centres == "measured":
-            boxes = seen_box(boxes, config.crop, grid[1], self.encoder.strides[1], self.encoder.offsets[1])
+        config, grid, boxes = self.config, maps.key.shape[-2:], boxes.transpose(0, 1)
         pairs = positive_pairs(boxes.flatten(0, 1), boxes.flip(0).flatten(0, 1), grid, config.threshold)
         pairs = pairs.unflatten(0, (2, -1))
         if config.mask_position != "none":
-            sources = {"rgb": [maps.key], "difference": [maps.motion], "both": [maps.key, maps.motion]}[
-                config.mask_source
-            ]
+            sources = [maps.key] * (config.mask_source != "difference") + [maps.motion] * (config.mask_source != "rgb")
             fused = sum(activation_map(features.flatten(0, 1)) for features in sources)
             mask = foreground_mask(fused, config.foreground).flatten(1).unflatten(0, (2, -1))  # (2, B, HW)
             self.metrics["foreground_share"] = mask.float().mean()

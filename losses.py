@@ -1,20 +1,12 @@
-"""Losses, masks and geometry of FIMA, and at the end those of FAME, DCLR and MCL, as pure functions of tensors.
+"""Losses, masks and geometry of FIMA, and at the end those of DCLR and MCL, as pure functions of tensors.
 
-Can be copied alone into another project: it imports torch only. No function writes state, talks to other processes or
-waits for the device, and the shape of every result follows from the shapes of the arguments. Only FAME's augmentation
-draws, from torch's generator.
+Can be copied alone into another project: it imports torch only. No function writes state, draws, talks to other
+processes or waits for the device.
 
 Letters: B videos, C channels, D projected channels, T, H, W frames, rows and columns of a feature map, HW = H·W
-feature pixels in row-major order, N, K numbers of rows or keys. Up to FAME, "Eq." and "Sec." are those of FIMA (Zhu et
-al., ACM MM 2023). Feature vectors are L2-normalised by the caller, so that h(x, y) of Eq. 1 is exp(x·y / temperature).
-float64 in, float64 out; half precision is computed in float32, under autocast too.
-
-| paper | here |
-|---|---|
-| V, D; F, M; Z | clip, its frame difference; their feature maps; activation map |
-| y, y_cls (Eq. 7, 9) | prediction |
-| φ_p, A (Eq. 6, 8) | positives, foreground mask |
-| h, τ, 𝒯, β | exp of `similarity`, temperature, threshold, ratio |
+feature pixels in row-major order, N, K numbers of rows or keys. Up to DCLR, "Eq.", "Sec." and "Table" are those of FIMA
+(Zhu et al., ACM MM 2023). Feature vectors are L2-normalised by the caller, so that h(x, y) of Eq. 1 is
+exp(x·y / temperature). float64 in, float64 out; half precision is computed in float32, under autocast too.
 """
 
 import math
@@ -41,29 +33,9 @@ def bin_centers(box: Tensor, height: int, width: int) -> Tensor:
     Returns:
         (B, HW, 2): x, y of each bin's centre in the units of the box, row-major.
     """
-    x0, y0, x1, y1 = box.unbind(1)
-    columns = (torch.arange(width, device=box.device, dtype=box.dtype) + 0.5) / width
-    rows = (torch.arange(height, device=box.device, dtype=box.dtype) + 0.5) / height
-    x = x0[:, None] + columns * (x1 - x0)[:, None]  # (B, W)
-    y = y0[:, None] + rows * (y1 - y0)[:, None]  # (B, H)
-    return torch.stack([x[:, None].expand(-1, height, -1), y[:, :, None].expand(-1, -1, width)], 3).flatten(1, 2)
-
-
-def seen_box(box: Tensor, size: int, pixels: int, stride: int, offset: float) -> Tensor:
-    """The part of the frame whose bins have their centres where the feature pixels of a crop look (Sec. 3.1).
-
-    That is the crop itself where `stride * pixels` is `size` and `offset` is 0.
-
-    Args:
-        box: (..., 4), as in `bin_centers`.
-        size, pixels: rows, and columns, of the clip and of its feature map.
-        stride, offset: of the encoder, in pixels of the clip (`strides` and `offsets` in models.py).
-
-    Returns:
-        (..., 4), in the units of the box.
-    """
-    corner, sides = box[..., :2], box[..., 2:] - box[..., :2]
-    return torch.cat([corner + offset / size * sides, corner + (offset + stride * pixels) / size * sides], -1)
+    x, y = ((torch.arange(n, device=box.device, dtype=box.dtype) + 0.5) / n for n in (width, height))
+    places = torch.stack(torch.meshgrid(x, y, indexing="xy"), 2).flatten(0, 1)  # (HW, 2), in sides of the crop
+    return box[:, None, :2] + places * (box[:, 2:] - box[:, :2])[:, None]
 
 
 def positive_pairs(source_box: Tensor, target_box: Tensor, grid: tuple[int, int], threshold: float = 0.7) -> Tensor:
@@ -79,9 +51,8 @@ def positive_pairs(source_box: Tensor, target_box: Tensor, grid: tuple[int, int]
     Returns:
         (B, HW, HW) bool: entry (b, s, t) says that target pixel t is a positive of source pixel s.
     """
-    height, width = grid
-    corners = (box.unbind(1) for box in (source_box, target_box))
-    diagonals = [((x1 - x0) / width).hypot((y1 - y0) / height) for x0, y0, x1, y1 in corners]
+    sides = (box[:, 2:] - box[:, :2] for box in (source_box, target_box))
+    diagonals = [(x / grid[1]).hypot(y / grid[0]) for x, y in (side.unbind(1) for side in sides)]
     offset = bin_centers(source_box, *grid)[:, :, None] - bin_centers(target_box, *grid)[:, None]
     return offset.norm(dim=3) < threshold * torch.maximum(*diagonals)[:, None, None]
 
@@ -103,12 +74,7 @@ def foreground_mask(activation: Tensor, ratio: float = 0.5) -> Tensor:
 
     Returns:
         (B, H, W) bool; ⌈ratio · (HW − 1)⌉ pixels a map where values differ, none where a map is constant.
-
-    Raises:
-        ValueError: ratio outside [0, 1].
     """
-    if not 0 <= ratio <= 1:
-        raise ValueError(f"the foreground ratio is a portion in [0, 1], not {ratio}")
     pixels = activation.flatten(1)
     last = pixels.shape[1] - 1
     rank = last - math.ceil(ratio * last - 1e-9)  # the 1e-9 forgives products such as 0.28 · 25 = 7.000000000000001
@@ -133,16 +99,15 @@ def info_nce(query: Tensor, positive: Tensor, negatives: Tensor, temperature: fl
 def pixel_contrast(
     prediction: Tensor, target: Tensor, positives: Tensor, keys: Tensor, temperature: float = 0.1
 ) -> Tensor:
-    """L_Pix of Eq. 3, 5 and 8: −log Σ_{φ_p} h(y, m) / Σ_keys h(y, m), in log-sum-exp form.
-
-    Averaged over the source pixels that have a positive, video by video, then over the videos that have such a pixel.
+    """L_Pix of Eq. 3, 5 and 8: −log Σ_{φ_p} h(y, m) / Σ_keys h(y, m), in log-sum-exp form; mean over the source pixels
+    that have a positive, video by video, then over the videos that have such a pixel.
 
     Args:
         prediction: (B, HW, D), y of each source pixel.
         target: (B, HW, D), the motion pixels m that may be positives.
         positives: (B, HW, HW) bool, φ_p ∩ foreground: source pixel × target pixel.
         keys: (N, D), or (B, N, D) for keys of each video's own: the whole denominator, that is every motion pixel of
-            the batch, the target's own included, and the queue. Without the target's own, the loss means nothing.
+            the batch, the target's own included, and the queue.
 
     Returns:
         Scalar ≥ 0; exactly 0, with zero gradients, if nothing has a positive.
@@ -156,12 +121,7 @@ def pixel_contrast(
 
 
 def pixel_chance(positives: Tensor, keys: int) -> Tensor:
-    """L_Pix of Eq. 8 if all similarities are equal: the mean of log N − log n⁺, averaged as in `pixel_contrast`.
-
-    Args:
-        positives: (B, HW, HW) bool, n⁺ of them in a row.
-        keys: N, the number of keys in the denominator.
-    """
+    """L_Pix of Eq. 8 if all similarities are equal, log N − log n⁺: positives (B, HW, HW), number of keys N."""
     number = positives.sum(2)
     return _video_mean(math.log(keys) - number.clamp(min=1).log(), number > 0)
 
@@ -177,8 +137,8 @@ def frame_info_nce(prediction: Tensor, target: Tensor, negatives: Tensor, temper
 
     Args:
         prediction, target: (N, D) for all N sub-clips of the mini-batch (both views); row n belongs to row n, the other
-            rows are its negatives: the set L̃ of the same video and, of other videos, L̂.
-        negatives: (K, D), the queue, more of L̂.
+            rows are its negatives.
+        negatives: (K, D), the queue.
 
     Returns:
         Scalar ≥ 0; log(N + K) if all similarities are equal.
@@ -188,16 +148,13 @@ def frame_info_nce(prediction: Tensor, target: Tensor, negatives: Tensor, temper
 
 
 def frame_triplet(prediction: Tensor, target: Tensor, negatives: Tensor, margin: float = 1.0) -> Tensor:
-    """Triplet form of L_Fra (Table 9): max(0, ‖y − l‖² − ‖y − l⁻‖² + margin), mean over all pairs (y, l⁻).
-
-    Arguments as in `frame_info_nce`. Neither the paper nor its code has a margin; 1 is torch's default. Scalar in
-    [0, 4 + margin].
+    """Triplet form of L_Fra (Table 9): max(0, ‖y − l‖² − ‖y − l⁻‖² + margin), mean over all pairs (y, l⁻): a scalar in
+    [0, 4 + margin]. Neither the paper nor its code has a margin; 1 is torch's default.
     """
     cosine = torch.cat([similarity(prediction, keys, 1.0) for keys in (target, negatives)], 1)
     own = cosine.diagonal()[:, None]  # ‖y − l‖² = 2 − 2 y·l for unit vectors
     loss = (2 * (cosine - own) + margin).clamp(min=0)
-    positive = torch.eye(*loss.shape, dtype=torch.bool, device=loss.device)
-    return loss.masked_fill(positive, 0).sum() / max(loss.numel() - len(loss), 1)
+    return loss.fill_diagonal_(0).sum() / max(loss.numel() - len(loss), 1)
 
 
 def frame_mse(prediction: Tensor, target: Tensor, negatives: Tensor | None = None) -> Tensor:
@@ -208,10 +165,9 @@ def frame_mse(prediction: Tensor, target: Tensor, negatives: Tensor | None = Non
 FRAME_LOSSES = {"infonce": frame_info_nce, "triplet": frame_triplet, "mse": frame_mse}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# DCLR: "Eq.", "Sec." and "Table" below are those of Ding et al., ACM MM 2022. Letters: N videos, V = 2 views, R rows;
+# --------------------------------------------------------------------------------------------------------------- DCLR
+# "Eq.", "Sec." and "Table" below are those of Ding et al., ACM MM 2022. Letters: N videos, V = 2 views, R rows;
 # v, s, d: RGB clip, static frame, frame difference; i, j: the two views.
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def static_frame(clips: Tensor, frame: Tensor) -> Tensor:
@@ -237,10 +193,7 @@ def batch_contrast(query: Tensor, positive: Tensor, keys: Tensor, own: Tensor, t
 
 def dual_contrast(query: Tensor, key: Tensor, same_view: bool = False, temperature: float = 0.1) -> Tensor:
     """I(x_i; y_j) + I(x_j; y_i), L_VV, L_VS and L_VD of Eq. 1, 6 and 7, or of one view, I(x_i; y_i) + I(x_j; y_j), L_SD
-    of Eq. 8; mean over the videos.
-
-    Either way the negatives are the 2 (N − 1) features y of the other videos: of the pair's own video, the feature that
-    is not the positive counts for nothing.
+    of Eq. 8; mean over the videos. The negatives are the 2 (N − 1) features y of the other videos.
 
     Args:
         query, key: x and y, (V, N, D).
@@ -255,11 +208,9 @@ def dual_contrast(query: Tensor, key: Tensor, same_view: bool = False, temperatu
 
 
 def retrieve(query: Tensor, pool: Tensor, count: int, weights: str = "prior") -> tuple[Tensor, Tensor]:
-    """The `count` entries of a pool that are most similar to each query, and their p_i of Eq. 10.
+    """The `count` entries of a pool (L, D) that are most similar to each query (N, D), and their p_i of Eq. 10.
 
     Args:
-        query: (N, D).
-        pool: (L, D), L ≥ count.
         weights: "prior", proportional to the similarity, of which nothing below 1e-6 is taken, or "uniform" (Table 6).
 
     Returns:
@@ -298,14 +249,8 @@ def pixel_activation(features: Tensor) -> Tensor:
 
 
 def activation_alignment(activation: Tensor, reference: Tensor) -> Tensor:
-    """L_ac of Eq. 12: the mean distance of A_v from A_s + A_d, each map scaled to [0, 1] by its least and its greatest.
-
-    Args:
-        activation: A_v, (N, T, H, W), of one clip each.
-        reference: A_s + A_d, the same shape; gets no gradient.
-
-    Returns:
-        Scalar in [0, 1]. A constant map is scaled to 0.
+    """L_ac of Eq. 12: the mean distance, in [0, 1], of A_v (N, T, H, W) from A_s + A_d, which gets no gradient. Each
+    map is scaled to [0, 1] by its least and its greatest, a constant one to 0.
     """
 
     def scaled(maps: Tensor) -> Tensor:
@@ -316,50 +261,33 @@ def activation_alignment(activation: Tensor, reference: Tensor) -> Tensor:
 
 
 def activation_pool(features: Tensor, activation: Tensor) -> Tensor:
-    """f_d(v) of Eq. 13, and f_s(v): the mean of F(v) over time and space with the weights A, which get no gradient.
-
-    Args:
-        features: (..., C, T, H, W).
-        activation: (..., T, H, W), A_d or A_s, not negative.
-
-    Returns:
-        (..., C); 0 where a map of weights is 0 everywhere.
+    """f_d(v) of Eq. 13, and f_s(v): the mean of F(v), (..., C, T, H, W), over time and space with the weights A_d or
+    A_s ≥ 0, (..., T, H, W), which get no gradient: (..., C), 0 where all weights are.
     """
     weight = activation.detach().unsqueeze(-4)
     total = weight.sum((-3, -2, -1)).clamp(min=torch.finfo(weight.dtype).tiny)
     return (features * weight).sum((-3, -2, -1)) / total
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# MCL: "Eq.", "Sec." and "Table" below are those of Li et al., ICCV 2021. h: the output of the encoder's last
-# convolution; g: the gradient of the similarity of query and positive key with respect to h.
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------- MCL
+# "Eq.", "Sec." and "Table" below are those of Li et al., ICCV 2021. h: the output of the encoder's last convolution;
+# g: the gradient of the similarity of query and positive key with respect to h.
 
 
 def motion_map(flow: Tensor) -> Tensor:
     """m of Eq. 1, the magnitude of the derivatives of optical flow, which do not see a camera that moves evenly.
 
-    Differences are central, and one-sided at the border.
-
     Args:
         flow: (N, 2, H, W), how far each pixel moves to the right and down, in pixels; H, W ≥ 2.
 
     Returns:
-        (N, H, W) ≥ 0, in pixels per pixel.
+        (N, H, W) ≥ 0, in pixels per pixel; differences are central, and one-sided at the border.
     """
-    derivatives = torch.stack(torch.gradient(flow, dim=(2, 3)))
-    return derivatives.square().sum((0, 2)).sqrt()
+    return torch.stack(torch.gradient(flow, dim=(2, 3))).square().sum((0, 2)).sqrt()
 
 
 def pool_motion(maps: Tensor, part: str) -> Tensor:
-    """Of maps over time and space, "st" themselves, "s" their mean over time, "t" their mean over space (Eq. 2).
-
-    Args:
-        maps: m^ST, or a map to align with it, (..., T, H, W).
-
-    Returns:
-        (..., T, H, W), (..., H, W) or (..., T).
-    """
+    """Maps (..., T, H, W): "st" themselves, "s" their mean over time (..., H, W), "t" over space (..., T) (Eq. 2)."""
     return {"st": maps, "s": maps.mean(-3), "t": maps.mean((-2, -1))}[part]
 
 
@@ -415,8 +343,8 @@ def response_map(features: Tensor, gradient: Tensor | None = None, version: str 
 def motion_alignment(response: Tensor, motion: Tensor, part: str = "st") -> Tensor:
     """A term of L_MAL, ‖⟨pooled response⟩ − ⟨pooled motion⟩‖² (Eq. 4 to 7), ⟨·⟩ the L2 norm; mean over the clips.
 
-    Eq. 7 pools the response after it was normalised and not again; here it is normalised after pooling, as motion is,
-    without which the term would not be 0 for equal maps. Motion gets no gradient.
+    Eq. 7 normalises the response before pooling; here it is done after, as for motion, so that the term is 0 for equal
+    maps. Motion gets no gradient.
 
     Args:
         response, motion: (B, T, H, W).

@@ -314,7 +314,7 @@ class MCL(moco.MoCo):
     def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
         """Views as `MotionViews` makes them, batched → the named losses; enqueues the keys at the end."""
         with recorded_inputs(last_norms(self.encoder)) as features:  # h, in as many parts as there are branches
-            maps = self.encode(views, None)
+            maps = self.encode(views)
         losses, keys = self.instance_losses(maps)  # Eq. 3
         if self.aligned:
             response = self.response(maps.query, keys["vv"], features)  # Eq. 4-6

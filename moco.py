@@ -1,8 +1,7 @@
 """MoCo-v2 for video: the baseline of FIMA, and the frame that FIMA is built on.
 
 L_VV, instance discrimination between two clips of a video (Eq. 1 of FIMA), and with `--losses vv,vd` also L_VD, which
-aligns pooled RGB features with pooled frame-difference features (Eq. 2). MoCo: He et al., CVPR 2020; v2: Chen et al.,
-2020.
+aligns pooled RGB with pooled frame-difference features (Eq. 2). He et al., CVPR 2020; v2: Chen et al., 2020.
 
     python moco.py                                                          # small encoder, generated videos, on a CPU
     python moco.py --dataset ucf101 --data /data/ucf101                     # one GPU
@@ -12,13 +11,11 @@ aligns pooled RGB features with pooled frame-difference features (Eq. 2). MoCo: 
 import copy
 import dataclasses
 import math
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-import data
 import pretrain
 from cli import command_line
 from losses import info_nce, similarity
@@ -36,10 +33,7 @@ class MoCoConfig(PretrainConfig):
     momentum: float = option(0.999, "momentum of the key encoder; small data sets want 0.99", (0, 1))
     queue: int = option(2048, "length of each queue of keys; keep it below the number of videos", (1, 2**24))
     bn: str = option(
-        "shuffle",
-        "batch norm with several processes. shuffle: keys are made of clips dealt out over the processes, as in MoCo; "
-        "local: of each process's own clips",
-        ("shuffle", "local"),
+        "shuffle", "batch norm of keys: over clips dealt out to all processes, or its own", ("shuffle", "local")
     )
 
     KNOWN_LOSSES = ("vv", "vd")
@@ -48,7 +42,7 @@ class MoCoConfig(PretrainConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.terms or not set(self.terms) <= set(self.KNOWN_LOSSES):
-            raise UserError(f"--losses {self.losses}: name some of {','.join(self.KNOWN_LOSSES)}, separated by commas")
+            raise UserError(f"--losses {self.losses}: name some of {','.join(self.KNOWN_LOSSES)}")
 
     @property
     def terms(self) -> tuple[str, ...]:
@@ -72,19 +66,6 @@ class FeatureMaps:
     motion: Tensor | None  # M^k: frame difference, key encoder, no gradient
 
 
-@torch.no_grad()
-def contrast_metrics(query: Tensor, positive: Tensor, negatives: Tensor) -> dict[str, Tensor]:
-    """How well queries (B, D) tell their positives (B, D) from negatives (N, D): mean cosines of both in [-1, 1], and
-    the share of queries that are nearer to their positive than to any negative. Costs little beside an encoder pass.
-    """
-    own, others = (query * positive).sum(1), similarity(query, negatives, 1.0)
-    return {
-        "positive_similarity": own.mean(),
-        "negative_similarity": others.mean(),
-        "contrast_accuracy": (own > others.amax(1)).float().mean(),
-    }
-
-
 class MoCo(Method):
     """L = L_VV [+ L_VD]: query and key encoder, a projection head each, and a queue of keys for each loss.
 
@@ -96,30 +77,23 @@ class MoCo(Method):
         super().__init__(config)
         self.key_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
         self.key_head = copy.deepcopy(self.head).requires_grad_(False)
-        instance_losses = [name for name in config.terms if name in MoCoConfig.KNOWN_LOSSES]
-        self.queues = nn.ModuleDict({name: MomentumQueue(config.queue) for name in instance_losses})
-        self.videos: float = math.inf  # number of them, as far as known
+        names = [name for name in config.terms if name in MoCoConfig.KNOWN_LOSSES]
+        self.queues = nn.ModuleDict({name: MomentumQueue(config.queue) for name in names})
+        self.merge = None  # FAME's augmentation of V alone, not of D, for methods that take it
         if config.compile == "on":
             self.key_encoder.compile(dynamic=False)
 
-    def make_views(self, videos: data.VideoList, *arguments: Any, **options: Any) -> data.PretrainingViews:
-        """As of every method."""
-        self.videos = len(videos)
-        return super().make_views(videos, *arguments, **options)
-
     def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
         """Views as `data.PretrainingViews` makes them, batched → the named losses; enqueues the keys at the end."""
-        maps = self.encode(views, views["clip"] if "vd" in self.config.terms else None)
+        maps = self.encode(views, motion="vd" in self.config.terms)
         losses, keys = self.instance_losses(maps)
         self.enqueue(keys)
         return losses
 
-    def encode(self, views: dict[str, Tensor], moving: Tensor | None) -> FeatureMaps:
-        """Clips → feature maps, and of those in `moving` (B, 2, ...) the maps of frame differences.
-
-        The key encoder first follows the query encoder by one momentum step.
-        """
-        clips = self.both(views["clip"])  # (2B, 3, frames, crop, crop), uint8
+    def encode(self, views: dict[str, Tensor], motion: bool = False) -> FeatureMaps:
+        """Clips → feature maps, with `motion` those of frame differences too; the key encoder follows first."""
+        shown = self.merge(views["clip"]) if self.merge else views["clip"]
+        clips = self.both(shown)  # (2B, 3, frames, crop, crop), uint8
         color = self.both(views["color"])  # (2B, 2 + sub-clips, parameters)
         if self.training:
             momentum_update(self.encoder, self.key_encoder, self.config.momentum)
@@ -128,8 +102,8 @@ class MoCo(Method):
         with torch.no_grad():  # before the query pass, whose graph takes memory
             key = self.key_encoder(rgb if dealt is clips else self.encoder_input(dealt, dealt_color[:, 0]))
             key, difference = self.deal(key, back=True), None
-            if moving is not None:
-                dealt = dealt if moving is views["clip"] else self.deal(self.both(moving))
+            if motion:
+                dealt = dealt if shown is views["clip"] else self.deal(self.both(views["clip"]))
                 difference = self.key_encoder(self.encoder_input(dealt, dealt_color[:, 1], difference=True))
                 difference = self.deal(difference, back=True)
         halves = (None if x is None else x.unflatten(0, (2, -1)) for x in (self.encoder(rgb), key, difference))
@@ -142,19 +116,21 @@ class MoCo(Method):
     def instance_losses(self, maps: FeatureMaps) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """L_VV (Eq. 1) and L_VD (Eq. 2), as far as asked for, in both directions, and their keys (2B, D)."""
         losses, keys = {}, {}
-        v = self.project(self.head, pool(maps.query))  # (2, B, D)
-        spread = v.detach().flatten(0, 1).std(0).mean()  # 1/√D for features in all directions, 0 for collapsed ones
-        self.metrics["feature_std"] = spread
+        query = self.project(self.head, pool(maps.query)).flatten(0, 1)  # (2B, D)
+        self.metrics["feature_std"] = query.detach().std(0).mean()  # 1/√D in all directions, 0 for collapsed features
         for name, key_maps in (("vv", maps.key), ("vd", maps.motion)):
-            if name in self.config.terms:
-                with torch.no_grad():
-                    k = self.project(self.key_head, pool(key_maps))  # (2, B, D)
-                other = k.flip(0).flatten(0, 1)  # to each query, the key of the other view
-                losses[name] = info_nce(v.flatten(0, 1), other, self.queues[name].keys, self.config.temperature)
-                self.metrics[f"chance/{name}"] = math.log(1 + self.config.queue)
-                shown = contrast_metrics(v.flatten(0, 1), other, self.queues[name].keys)
-                self.metrics |= {f"{metric}/{name}": value for metric, value in shown.items()}
-                keys[name] = k.flatten(0, 1)
+            if name not in self.config.terms:
+                continue
+            with torch.no_grad():
+                k, negatives = self.project(self.key_head, pool(key_maps)), self.queues[name].keys
+                positive = k.flip(0).flatten(0, 1)  # to each query, the key of the other view
+                own, others = (query * positive).sum(1), similarity(query, negatives, 1.0)  # cosines
+            losses[name] = info_nce(query, positive, negatives, self.config.temperature)
+            self.metrics[f"chance/{name}"] = math.log(1 + self.config.queue)
+            self.metrics[f"positive_similarity/{name}"] = own.mean()
+            self.metrics[f"negative_similarity/{name}"] = others.mean()
+            self.metrics[f"contrast_accuracy/{name}"] = (own > others.amax(1)).float().mean()
+            keys[name] = k.flatten(0, 1)
         return losses, keys
 
     def enqueue(self, keys: dict[str, Tensor]) -> None:
@@ -169,8 +145,10 @@ class MoCo(Method):
 
     def warnings(self, line: dict[str, float]) -> list[str]:
         """Those of every method, and of a queue that holds keys of the batch's own videos."""
-        own = f"--queue {self.config.queue} exceeds the {self.videos} videos, which then meet their own keys"
-        return super().warnings(line) + [own] * (self.config.queue > self.videos)
+        ages = [age for name, age in line.items() if name in ("queue_age/vv", "queue_age/vd")]
+        long = any(2 * age > line["step"] / line["epoch"] for age in ages)  # an epoch gives two keys of each video
+        own = f"--queue {self.config.queue} exceeds the videos of an epoch, which then meet their own keys"
+        return super().warnings(line) + [own] * long
 
 
 if __name__ == "__main__":

@@ -1,13 +1,10 @@
 """Networks of FIMA and its relatives: video encoders, projection head, motion decoder, momentum queue; and weights of
-others' encoders, read and written.
-
-Can be copied alone into another project: it imports torch and torchvision only.
+others' encoders, read and written. Can be copied alone into another project: it imports torch and torchvision only.
 
 Letters: B videos, C channels, T, H, W frames, rows and columns of a feature map, D projected channels, N tokens.
-Every encoder maps clips (B, 3, frames, height, width) to feature maps (B, C, T, H, W), carries `out_channels`,
-`strides` (frames, rows, columns of the clip for each feature pixel) and `offsets` (by how many of them a feature pixel
-looks beside the middle of its bin: by arithmetic on the layers' padding, the middle of what pixel i looks at lies at
-stride · (i + ½) + offset, 0 being the clip's edge), and is built by `build_encoder(name, width)`.
+Every encoder maps normalised clips (B, 3, frames, height, width) to feature maps (B, C, T, H, W), and has
+`out_channels`, `strides` (frames, rows, columns of the clip for each feature pixel) and `offsets`: the middle of what
+pixel i looks at lies at stride · (i + ½) + offset from the clip's edge, by the layers' padding.
 """
 
 import contextlib
@@ -18,13 +15,14 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.video import resnet, s3d
 
 
 def _same_padding(size: torch.Size, kernel: tuple, stride: tuple) -> list[int]:
-    """Zeros to add in all along each dimension so that ⌈size / stride⌉ outputs come out (TensorFlow's "SAME")."""
+    """Zeros to add along each dimension so that ⌈size / stride⌉ outputs come out (TensorFlow's "SAME")."""
     return [max((math.ceil(n / s) - 1) * s + k - n, 0) for n, k, s in zip(size, kernel, stride, strict=True)]
 
 
@@ -72,14 +70,10 @@ class Inception(nn.Module):
 
 
 class I3D(nn.Module):
-    """Inception-I3D-22 trunk (Carreira and Zisserman 2017), 12 287 264 parameters at width 1.
+    """Inception-I3D-22 trunk (Carreira and Zisserman 2017): (B, 3, 16, 224, 224) → (B, 1024, 2, 7, 7).
 
     Names of modules are those of FIMA's and FAME's released checkpoints, whose code pads by kernel and stride alone,
     whatever the size: outputs are the same where frames are a multiple of 4, height and width of 16.
-    (B, 3, 16, 224, 224) → (B, 1024, 2, 7, 7).
-
-    Args:
-        width: factor on every number of channels; 1 is the published network.
     """
 
     strides = (8, 32, 32)
@@ -118,7 +112,6 @@ class I3D(nn.Module):
             self.out_channels = b0 + b1 + b2 + b3
 
     def forward(self, clip: Tensor) -> Tensor:
-        """(B, 3, frames, height, width), normalised → (B, C, T, H, W)."""
         for module in self.children():
             clip = module(clip)
         return clip
@@ -142,18 +135,12 @@ class PiergiajI3D(I3D):
         self.register_buffer("shift", 2 * mean - 1, persistent=False)
 
     def forward(self, clip: Tensor) -> Tensor:
-        """(B, 3, frames, height, width), normalised → (B, C, T, H, W)."""
         return super().forward(clip * self.scale + self.shift)
 
 
 class VideoResNet(resnet.VideoResNet):
-    """Trunk of torchvision's r3d_18 or r2plus1d_18 (Tran et al. 2018), with its names, and a width factor.
-
+    """Trunk of torchvision's r3d_18 or r2plus1d_18 (Tran et al. 2018), with its names, and a width factor:
     (B, 3, 16, 112, 112) → (B, 512, 2, 7, 7). The parent's constructor is passed over, as it fixes the widths.
-
-    Args:
-        conv: `torchvision.models.video.resnet.Conv3DSimple` (r3d_18) or `Conv2Plus1D` (r2plus1d_18).
-        width: factor on every number of channels; 1 is the published network.
     """
 
     strides = (8, 16, 16)
@@ -165,21 +152,18 @@ class VideoResNet(resnet.VideoResNet):
         if conv is resnet.Conv2Plus1D:
             mid = max(1, round(45 * width))
             stem = [nn.Conv3d(3, mid, (1, 7, 7), (1, 2, 2), (0, 3, 3), bias=False), nn.BatchNorm3d(mid), nn.ReLU(True)]
-            stem += [nn.Conv3d(mid, c, (3, 1, 1), 1, (1, 0, 0), bias=False)]
+            stem.append(nn.Conv3d(mid, c, (3, 1, 1), 1, (1, 0, 0), bias=False))
         else:
             stem = [nn.Conv3d(3, c, (3, 7, 7), (1, 2, 2), (1, 3, 3), bias=False)]
         self.stem = nn.Sequential(*stem, nn.BatchNorm3d(c), nn.ReLU(inplace=True))
-        self.layer1 = self._make_layer(resnet.BasicBlock, conv, c, 2, stride=1)
-        self.layer2 = self._make_layer(resnet.BasicBlock, conv, 2 * c, 2, stride=2)
-        self.layer3 = self._make_layer(resnet.BasicBlock, conv, 4 * c, 2, stride=2)
-        self.layer4 = self._make_layer(resnet.BasicBlock, conv, 8 * c, 2, stride=2)
+        for n in range(4):
+            self.add_module(f"layer{n + 1}", self._make_layer(resnet.BasicBlock, conv, c * 2**n, 2, stride=1 + (n > 0)))
         self.out_channels = 8 * c
         for module in self.modules():
             if isinstance(module, nn.Conv3d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, clip: Tensor) -> Tensor:
-        """(B, 3, frames, height, width), normalised → (B, C, T, H, W)."""
         return self.layer4(self.layer3(self.layer2(self.layer1(self.stem(clip)))))
 
 
@@ -193,23 +177,16 @@ class S3D(nn.Module):
     def __init__(self, width: float = 1.0):
         super().__init__()
         if width != 1:
-            raise ValueError("s3d comes in width 1 only; i3d, r3d_18 and r2plus1d_18 take a width")
+            raise ValueError("s3d comes in width 1 only")
         self.features = s3d().features
 
     def forward(self, clip: Tensor) -> Tensor:
-        """(B, 3, frames, height, width), normalised → (B, C, T, H, W)."""
         return self.features(clip)
 
 
 class Conv4(nn.Module):
-    """Four 3-D convolutions with batch norm and ReLU, for small pictures and machines without a GPU.
-
-    The first kernel is of 4×4×4, with two zeros before, the others of 3×3×3, the third with a zero behind: so feature
-    pixels look at the middle of their bins. With 3×3×3 alone they miss it by 0.06 bin.
-    238 496 parameters at width 1. (B, 3, 16, 32, 32) → (B, 96, 2, 4, 4).
-
-    Args:
-        width: factor on every number of channels.
+    """Four 3-D convolutions with batch norm and ReLU, for small pictures and machines without a GPU:
+    (B, 3, 16, 32, 32) → (B, 96, 2, 4, 4). Padded so that feature pixels look at the middle of their bins.
     """
 
     strides = (8, 8, 8)
@@ -226,7 +203,6 @@ class Conv4(nn.Module):
             self.layers.extend([nn.BatchNorm3d(self.out_channels), nn.ReLU(inplace=True)])
 
     def forward(self, clip: Tensor) -> Tensor:
-        """(B, 3, frames, height, width), normalised → (B, C, T, H, W)."""
         return self.layers(clip)
 
 
@@ -234,8 +210,8 @@ ENCODERS = {
     "conv4": Conv4,
     "i3d": I3D,
     "i3d_piergiaj": PiergiajI3D,
-    "r2plus1d_18": lambda width=1.0: VideoResNet(resnet.Conv2Plus1D, width),
-    "r3d_18": lambda width=1.0: VideoResNet(resnet.Conv3DSimple, width),
+    "r2plus1d_18": lambda width: VideoResNet(resnet.Conv2Plus1D, width),
+    "r3d_18": lambda width: VideoResNet(resnet.Conv3DSimple, width),
     "s3d": S3D,
 }
 
@@ -244,12 +220,8 @@ def build_encoder(name: str, width: float = 1.0) -> nn.Module:
     """The encoder `name` (a key of ENCODERS) with every number of channels times `width`, randomly initialised.
 
     Raises:
-        ValueError: unknown name, a width that is not positive, or a width for s3d.
+        ValueError: a width other than 1 for s3d.
     """
-    if name not in ENCODERS:
-        raise ValueError(f"unknown encoder {name!r}; choose from {', '.join(ENCODERS)}")
-    if not width > 0:
-        raise ValueError(f"width must be positive, not {width}")
     return ENCODERS[name](width)
 
 
@@ -267,13 +239,11 @@ def last_norms(encoder: nn.Module) -> list[nn.Module]:
 @contextlib.contextmanager
 def recorded_inputs(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
     """Notes what modules are given in the block, in the order of their calls."""
-    inputs: list[Tensor] = []
-    hooks = [module.register_forward_pre_hook(lambda _, given: inputs.append(given[0])) for module in modules]
-    try:
+    inputs = []
+    with contextlib.ExitStack() as hooks:
+        for module in modules:
+            hooks.enter_context(module.register_forward_pre_hook(lambda _, given: inputs.append(given[0])))
         yield inputs
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 EXPORTS = {"torchvision": (VideoResNet, S3D), "piergiaj": (I3D,)}  # whose names there are, and for which encoders
@@ -287,10 +257,7 @@ def _piergiaj_name(name: str) -> str:
 
 
 def _with_eps(weights: dict[str, Tensor], old: float, new: float) -> dict[str, Tensor]:
-    """Weights of an I3D that give in eval mode, with batch norm of eps `new`, what these give with `old`.
-
-    The factors of batch norm change; running statistics, and with `old` equal to `new` every bit, stay.
-    """
+    """Weights of an I3D that give in eval mode, with batch norm of eps `new`, what these give with `old`."""
     changed = dict(weights)
     for name, variance in weights.items():
         if name.endswith("running_var"):
@@ -301,20 +268,17 @@ def _with_eps(weights: dict[str, Tensor], old: float, new: float) -> dict[str, T
 
 
 def encoder_weights(checkpoint: Any, key: bool = False) -> dict[str, Tensor]:
-    """The tensors of a checkpoint, an encoder's under the names that they have in it, others' under their own.
-
-    Names lose `module.` and `_orig_mod.`, and the encoder's its prefix: `encoder_q.` (MoCo, FIMA, FAME) or `encoder.`
-    (this project).
+    """The tensors of a checkpoint: names lose `module.` and `_orig_mod.`, and the encoder's lose `encoder_q.` (MoCo,
+    FIMA, FAME) or `encoder.` (this project).
 
     Args:
         checkpoint: a state dict, or a dict that holds one under "state_dict" or "model"; of anything else, nothing.
         key: take the key encoder's weights, of `encoder_k.` or `key_encoder.`, where there are such.
     """
+    checkpoint = checkpoint if isinstance(checkpoint, dict) else {}
     for wrapper in ("state_dict", "model"):
-        if isinstance(checkpoint, dict) and isinstance(checkpoint.get(wrapper), dict):
+        if isinstance(checkpoint.get(wrapper), dict):
             checkpoint = checkpoint[wrapper]
-    if not isinstance(checkpoint, dict):
-        return {}
     tensors = {
         ".".join(part for part in name.split(".") if part not in ("module", "_orig_mod")): value
         for name, value in checkpoint.items()
@@ -322,15 +286,11 @@ def encoder_weights(checkpoint: Any, key: bool = False) -> dict[str, Tensor]:
     }
     prefixes = ("encoder_k.", "key_encoder.") * key + ("encoder_q.", "encoder.", "")
     prefix = next(prefix for prefix in prefixes if not prefix or any(name.startswith(prefix) for name in tensors))
-    own = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-    return {name: value for name, value in tensors.items() if not name.startswith(prefix)} | own
+    return {name.removeprefix(prefix): value for name, value in tensors.items()}
 
 
 def recognize(names: Collection[str]) -> tuple[str, ...]:
-    """Which encoder has entries of these names: keys of ENCODERS, the one they were trained in first; () for none.
-
-    Names of piergiaj's I3D are those of an `i3d_piergiaj`, but fit an `i3d` too, from which they may be exported.
-    """
+    """Which encoders have entries of these names: keys of ENCODERS, the one they were trained in first; () for none."""
     with torch.device("meta"):
         known = {(name,): set(build_encoder(name).state_dict()) for name in ENCODERS}
     known["i3d_piergiaj", "i3d"] = {_piergiaj_name(name) for name in known.pop(("i3d_piergiaj",))}
@@ -339,11 +299,10 @@ def recognize(names: Collection[str]) -> tuple[str, ...]:
 
 
 def load_weights(encoder: nn.Module, weights: dict[str, Tensor]) -> str:
-    """Loads what `encoder_weights` has found into an encoder; says what was matched, ignored and missing.
+    """Loads what `encoder_weights` has found into an encoder; says what was matched and ignored.
 
-    Names may be ours, which are FIMA's, FAME's and torchvision's, or those of piergiaj's I3D. Weights of the latter
-    are for eps 1e-3: in an `i3d_piergiaj` they stay as they are, in an `i3d` its batch norm gets factors to suit its
-    eps. Only counters of batches may be missing, which older files lack; they start at 0.
+    Names may be ours, which are FIMA's, FAME's and torchvision's, or those of piergiaj's I3D, of which factors of batch
+    norm are changed to suit the eps of an `i3d`. Only counters of batches may be missing; they start at 0.
 
     Raises:
         ValueError: an entry is missing, or has another shape.
@@ -351,52 +310,39 @@ def load_weights(encoder: nn.Module, weights: dict[str, Tensor]) -> str:
     piergiaj = isinstance(encoder, I3D) and any(name.startswith("Mixed_") for name in weights)
     ours = encoder.state_dict()
     names = {_piergiaj_name(name) if piergiaj else name: name for name in ours}
-    missing = [name for name in names if name not in weights]
-    counters = [name for name in missing if name.endswith("num_batches_tracked")]
-    if len(missing) > len(counters):
-        lost = [name for name in missing if name not in counters]
-        raise ValueError(f"it lacks {', '.join(lost[:5])}" + f" and {len(lost) - 5} more" * (len(lost) > 5))
-    found = {own: weights[name] for name, own in names.items() if name not in counters}
+    found = {own: weights[name] for name, own in names.items() if name in weights}
     for name, own in names.items():
-        if own in found and found[own].shape != ours[own].shape:
-            raise ValueError(f"{name} is {tuple(found[own].shape)} in it, and {tuple(ours[own].shape)} in the encoder")
-    how = ""
+        if found[own].shape != ours[own].shape if own in found else not own.endswith("num_batches_tracked"):
+            raise ValueError(f"{name} is missing or has another shape")
     if piergiaj:
-        eps = encoder.conv3d_1a_7x7.batch3d.eps
-        found, how = _with_eps(found, PiergiajI3D.EPS, eps), f" by piergiaj's names, for batch norm of eps {eps:g}"
+        found = _with_eps(found, PiergiajI3D.EPS, encoder.conv3d_1a_7x7.batch3d.eps)
     encoder.load_state_dict(found, strict=False)
     ignored = Counter(name.partition(".")[0] for name in weights if name not in names)
     others = ", ".join(f"{name} ({count})" for name, count in ignored.items()) or "none"
-    without = f"{len(counters)} num_batches_tracked, which start at 0" if counters else "none"
-    return f"{len(found)} of {len(ours)} entries matched{how}; ignored: {others}; missing: {without}"
+    return f"{len(found)} of {len(ours)} entries matched; ignored: {others}"
 
 
 def export_weights(encoder: nn.Module, to: str) -> dict[str, Tensor]:
     """An encoder's weights under the names of another project's network of the same width, without a classifier.
 
     Args:
-        to: "torchvision", for its r2plus1d_18, r3d_18 and s3d, or "piergiaj", for its I3D. That has batch norm with eps
-            1e-3: from an encoder with another, factors of batch norm are changed so that outputs in eval mode are the
-            same; in training mode they are nearly so. Either is to be given clips as the encoder here is, but
-            piergiaj's those of an `i3d_piergiaj` as RGB in [-1, 1].
+        to: "torchvision", for its r2plus1d_18, r3d_18 and s3d, or "piergiaj", for its I3D, which takes clips normalised
+            as here, of an `i3d_piergiaj` RGB in [-1, 1]. Factors of batch norm are changed to suit its eps, 1e-3.
 
     Raises:
         ValueError: the other project has no such network.
     """
     if not isinstance(encoder, EXPORTS[to]):
         raise ValueError(f"no {type(encoder).__name__} there: torchvision has r2plus1d_18, r3d_18, s3d, piergiaj I3D")
-    weights = dict(encoder.state_dict())
     if to == "torchvision":
-        return weights
-    weights = _with_eps(weights, encoder.conv3d_1a_7x7.batch3d.eps, PiergiajI3D.EPS)
+        return dict(encoder.state_dict())
+    weights = _with_eps(encoder.state_dict(), encoder.conv3d_1a_7x7.batch3d.eps, PiergiajI3D.EPS)
     return {_piergiaj_name(name): value for name, value in weights.items()}
 
 
 class ProjectionHead(nn.Module):
-    """The projection g of Eq. 1 and its 1×1 convolutions of Sec. 3.1: linear → ReLU → linear over channels.
-
-    A 1×1 convolution is a linear layer over channels; ours come last, so that one head serves pooled features
-    (B, C), tokens (B, N, C) and maps alike. Neither batch norm nor L2 normalisation.
+    """The projection g of Eq. 1 and its 1×1 convolutions of Sec. 3.1: linear → ReLU → linear over the last dimension,
+    of pooled features (B, C) and of pixels (B, N, C). Neither batch norm nor L2 normalisation.
     """
 
     def __init__(self, in_channels: int, hidden: int = 1024, out_channels: int = 128):
@@ -443,27 +389,19 @@ class MotionDecoder(nn.Module):
 
     Args:
         channels: C of the encoder's feature map.
-        dim, depth, heads, dropout: the paper's 512, 2, 4 and 0.1 (Sec. 4.1, A.2).
-
-    Raises:
-        ValueError: heads do not divide dim, or depth < 1.
+        dim, depth, heads, dropout: the paper's 512, 2, 4 and 0.1 (Sec. 4.1, A.2); heads divide dim.
     """
 
     def __init__(self, channels: int, dim: int = 512, depth: int = 2, heads: int = 4, dropout: float = 0.1):
         super().__init__()
-        if depth < 1 or heads < 1 or dim % heads:
-            raise ValueError(f"decoder needs depth ≥ 1 and heads that divide its width: depth {depth}, {heads}, {dim}")
         self.cls = nn.Parameter(torch.zeros(1, 1, dim))
         self.reduce = nn.Linear(channels, dim)
         self.blocks = nn.ModuleList(DecoderBlock(dim, heads, dropout) for _ in range(depth))
         self.expand = nn.Linear(dim, channels)
 
     def forward(self, source: Tensor, target: Tensor, need_weights: bool = False) -> tuple[Tensor, ...]:
-        """Pixels of feature frames: source (B, N, C), target (B, M, C).
-
-        Returns:
-            y (B, N, C) of Eq. 7, y_cls (B, C) of Eq. 9 and, on request, the last block's attention averaged over
-            heads (B, N, M): where each source pixel looks in the target (Fig. 7); rows sum to 1 in eval mode.
+        """Pixels of feature frames, source (B, N, C) and target (B, M, C) → y (B, N, C) of Eq. 7, y_cls (B, C) of Eq. 9
+        and, on request, the last block's attention averaged over heads (B, N, M) (Fig. 7).
         """
         source, target = (  # the positions' dtype follows the features', so that autocast stays in charge
             (x := self.reduce(pixels)) + sincos_positions(x.shape[1], x.shape[2], x.device).to(x.dtype)
@@ -481,10 +419,6 @@ class MomentumQueue(nn.Module):
 
     Starts with random unit vectors, as MoCo does. With several processes, the keys of all of them are enqueued in the
     order of the ranks, so that every process holds the same queue; each must give the same number of keys.
-
-    Args:
-        length: number of keys held; 0 gives a queue that is always empty.
-        dim: D.
     """
 
     def __init__(self, length: int, dim: int = 128):
@@ -496,46 +430,35 @@ class MomentumQueue(nn.Module):
     def enqueue(self, keys: Tensor) -> None:
         """Replaces the oldest keys by (n, D) new ones, any n: wraps around, and of more than `length` the last stay."""
         keys = keys.to(self.keys.dtype).contiguous()
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            gathered = [torch.empty_like(keys) for _ in range(torch.distributed.get_world_size())]
-            torch.distributed.all_gather(gathered, keys)
+        if dist.is_initialized():
+            gathered = [torch.empty_like(keys) for _ in range(dist.get_world_size())]
+            dist.all_gather(gathered, keys)
             keys = torch.cat(gathered)
         keys = keys[max(len(keys) - len(self.keys), 0) :]
-        if len(keys):
-            places = (self.pointer + torch.arange(len(keys), device=keys.device)) % len(self.keys)
-            self.keys = self.keys.index_copy(0, places, keys)  # not in place: the backward still needs what losses read
-            self.pointer = (self.pointer + len(keys)) % len(self.keys)
+        places = (self.pointer + torch.arange(len(keys), device=keys.device)) % len(self.keys)
+        self.keys = self.keys.index_copy(0, places, keys)  # not in place: the backward still needs what losses read
+        self.pointer = (self.pointer + len(keys)) % len(self.keys)
 
 
 @torch.no_grad()
 def deal(rows: Tensor, back: bool = False) -> Tensor:
-    """Deals rows out over the processes as one deals cards, for shuffled batch norm (MoCo, He et al. 2020, Sec. 3.3).
+    """Deals rows (N, ...) out over the processes as cards, for shuffled batch norm (MoCo, He et al. 2020, Sec. 3.3).
 
-    Row i of process r goes to process (r + i) mod the number of processes, so that every batch is made of rows of all
-    processes. Each process sends and receives as many rows as it has; `back` returns what has been made of them to
-    where they came from, in the old order. As the sampler draws who is in a batch, the pattern itself needs no chance.
-
-    Args:
-        rows: (N, ...), N the same on every process, in any order in memory; uint8 clips travel as such. One process
-            keeps them.
+    Row i of process r goes to process (r + i) mod the number of processes, N being the same on all; `back` returns what
+    has been made of them to where they came from. As the sampler draws who is in a batch, the pattern needs no chance.
     """
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if not distributed or torch.distributed.get_world_size() == 1:
+    if not dist.is_initialized() or dist.get_world_size() == 1:
         return rows
-    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    shares = [slice((other - rank) % world, None, world) for other in range(world)]  # what goes to each process
-    sent = [len(range(len(rows))[share]) for share in shares]
+    rank, world = dist.get_rank(), dist.get_world_size()
+    order = ((rank + torch.arange(len(rows), device=rows.device)) % world).argsort(stable=True)  # by where they go
+    sent = [len(range((other - rank) % world, len(rows), world)) for other in range(world)]
     received = [len(range((rank - other) % world, len(rows), world)) for other in range(world)]
-    if not back:
-        sorted_rows = torch.cat([rows[share] for share in shares]).contiguous()  # cat keeps the order in memory
-        dealt = rows.new_empty(rows.shape)
-        torch.distributed.all_to_all_single(dealt, sorted_rows, received, sent)
-        return dealt
-    sorted_rows, dealt = rows.new_empty(rows.shape), torch.empty_like(rows)
-    torch.distributed.all_to_all_single(sorted_rows, rows.contiguous(), sent, received)
-    for share, part in zip(shares, sorted_rows.split(sent), strict=True):
-        dealt[share] = part
-    return dealt
+    moved = rows.new_empty(rows.shape)
+    if back:
+        dist.all_to_all_single(moved, rows.contiguous(), sent, received)
+        return moved[order.argsort()]
+    dist.all_to_all_single(moved, rows[order].contiguous(), received, sent)
+    return moved
 
 
 @torch.no_grad()

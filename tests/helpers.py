@@ -64,6 +64,12 @@ def torchrun(script, *flags, processes=2, folder=None):
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
 
 
+def join_group(rank, folder, world=2):
+    """Makes this process one of a group that finds itself in a folder, with one thread, as its parent has."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"file://{folder}/rendezvous{world}", rank=rank, world_size=world)
+
+
 def generator(seed: int):
     return torch.Generator().manual_seed(seed)
 

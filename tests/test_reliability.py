@@ -405,14 +405,15 @@ def test_a_checkpoint_of_the_conv4_of_old_is_refused_wherever_one_is_taken(run):
     assert code == 0 and f"passes over a checkpoint: runs/old/{path.name} is of conv4 before" in out
 
 
-def test_a_run_from_before_there_were_centres_goes_on_with_nominal_ones(run):
+def test_a_run_from_before_there_was_an_option_goes_on_with_its_default(run):
     path = run.path / "run" / "checkpoint.pt"
     assert run(fima, "--max_steps", 2, "--out", "run")[0] == 0
     state = weights(path)
-    assert state["config"].pop("centres") == "nominal"
+    assert state["config"].pop("fame") == "none"
+    state["config"]["centres"] = "nominal"  # which is no option any more
     train.save_checkpoint(path, state)
     assert run(fima, "--resume", path, "--max_steps", 4, small=False)[0] == 0
-    assert weights(path)["config"]["centres"] == "nominal"
+    assert weights(path)["config"]["fame"] == "none"
 
 
 def test_a_checkpoint_with_code_in_it_is_refused_and_the_code_never_runs(tmp_path):

@@ -358,7 +358,7 @@ def test_a_checkpoint_of_synchronised_batch_norm_is_refused_in_one_line_and_goes
 def test_moco_trains_with_the_same_command_line_and_the_largest_seed(run):
     flags = [*conftest.CONV4, "--epochs", 1, "--losses", "vv,vd", "--max_steps", 2, "--seed", 2**31 - 1]
     code, out, _ = run(moco, *flags, "--queue", 99, "--out", "a run", dataset="folder")
-    assert code == 0 and "vd" in out and "--queue 99 exceeds the 18 videos" in out
+    assert code == 0 and "vd" in out and "--queue 99 exceeds" in out
     command = next(line for line in out.splitlines() if "evaluate.py retrieve" in line)
     assert shlex.split(command, comments=True)[-1] == "a run/checkpoint.pt"  # can be pasted
 
