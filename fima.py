@@ -22,7 +22,15 @@ from torch import Tensor
 
 from augment import ForegroundBackgroundMerging
 from cli import command_line
-from losses import FRAME_LOSSES, activation_map, foreground_mask, pixel_chance, pixel_contrast, positive_pairs
+from losses import (
+    FRAME_LOSSES,
+    activation_map,
+    foreground_mask,
+    pixel_chance,
+    pixel_contrast,
+    positive_pairs,
+    seen_box,
+)
 from moco import PRESETS as MOCO_PRESETS
 from moco import FeatureMaps, MoCo, MoCoConfig
 from models import MomentumQueue, MotionDecoder
@@ -36,6 +44,11 @@ class FIMAConfig(MoCoConfig):
 
     losses: str = option("vv,pix,fra", "losses to sum, of vv (Eq. 1), vd (Eq. 2), pix (Eq. 8) and fra (Eq. 10)")
     threshold: float = option(0.7, "distance below which pixels are positive, in bin diagonals (Table 3a)", (0.01, 100))
+    centres: str = option(
+        "nominal",
+        "where feature pixels look: in the middle of bins that tile the crop, or where the encoder's padding has them",
+        ("nominal", "measured"),
+    )
     foreground: float = option(0.5, "portion of the pixels that is foreground, beta (Table 3d)", (0.01, 1))
     mask_source: str = option(
         "both", "activation maps that make the foreground mask (Table 3e)", ("rgb", "difference", "both")
@@ -138,6 +151,8 @@ class FIMA(MoCo):
     def positive_pixels(self, boxes: Tensor, maps: FeatureMaps) -> Tensor:
         """φ_p of Eq. 3 from the boxes (B, 2, 4), less the background by Eq. 6: (2, B, HW, HW) bool, source × target."""
         config, grid, boxes = self.config, maps.key.shape[-2:], boxes.transpose(0, 1)
+        if config.centres == "measured":
+            boxes = seen_box(boxes, config.crop, grid[1], self.encoder.strides[1], self.encoder.offsets[1])
         pairs = positive_pairs(boxes.flatten(0, 1), boxes.flip(0).flatten(0, 1), grid, config.threshold)
         pairs = pairs.unflatten(0, (2, -1))
         if config.mask_position != "none":

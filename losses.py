@@ -38,6 +38,23 @@ def bin_centers(box: Tensor, height: int, width: int) -> Tensor:
     return box[:, None, :2] + places * (box[:, 2:] - box[:, :2])[:, None]
 
 
+def seen_box(box: Tensor, size: int, pixels: int, stride: int, offset: float) -> Tensor:
+    """The part of the frame whose bins have their centres where the feature pixels of a crop look (Sec. 3.1).
+
+    That is the crop itself where `stride * pixels` is `size` and `offset` is 0.
+
+    Args:
+        box: (..., 4), as in `bin_centers`.
+        size, pixels: rows, and columns, of the clip and of its feature map.
+        stride, offset: of the encoder, in pixels of the clip (`strides` and `offsets` in models.py).
+
+    Returns:
+        (..., 4), in the units of the box.
+    """
+    corner, sides = box[..., :2], box[..., 2:] - box[..., :2]
+    return torch.cat([corner + offset / size * sides, corner + (offset + stride * pixels) / size * sides], -1)
+
+
 def positive_pairs(source_box: Tensor, target_box: Tensor, grid: tuple[int, int], threshold: float = 0.7) -> Tensor:
     """φ_p by location (Sec. 3.1): pixels whose centres in the original frame lie closer than `threshold` bins.
 

@@ -44,7 +44,7 @@ from augment import color_augment, encoder_input, frame_difference
 from cli import command_line, dispatch, shown
 from evaluate import PNG, plain
 from features import EncoderConfig, load_encoder, nearest, subset, unit_features, video_outputs
-from losses import activation_map, bin_centers, foreground_mask
+from losses import activation_map, bin_centers, foreground_mask, seen_box
 from processes import start_process
 from runs import check_replaceable, load_checkpoint, read_json, read_lines, read_starts, saved_options
 from train import UserError, load_model, option, user_errors, write_file

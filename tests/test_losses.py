@@ -10,6 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
+import data
 import losses
 
 seeds = st.integers(0, 2**32 - 1)
@@ -81,6 +82,16 @@ def test_bin_centers_are_those_of_a_loop(crop, height, width):
     assert centers[1].tolist() == [[c + 0.5, r + 0.5] for r in range(height) for c in range(width)]
 
 
+@given(crops, st.integers(1, 5), st.integers(1, 40), st.integers(1, 16), st.floats(-9, 9))
+def test_bins_of_a_seen_box_are_centred_where_feature_pixels_look(crop, pixels, size, stride, offset):
+    x, y, w, h, flipped = crop
+    box = losses.seen_box(torch.tensor([box_of(crop)], dtype=torch.float64), size, pixels, stride, offset)
+    for n, center in enumerate(losses.bin_centers(box, pixels, pixels)[0].tolist()):
+        row, column = divmod(n, pixels)
+        down, along = ((stride * (i + 0.5) + offset) / size for i in (row, column))
+        assert center == pytest.approx([x + w * (1 - along if flipped else along), y + h * down], abs=1e-9)
+
+
 @given(crops, crops, sizes, sizes, st.floats(0.1, 3))
 def test_positive_pairs_are_those_of_a_loop(source, target, height, width, threshold):
     boxes = [torch.tensor([box_of(crop)], dtype=torch.float64) for crop in (source, target)]
@@ -97,6 +108,17 @@ def test_positive_pairs_are_strictly_closer_than_the_threshold_and_batched():
     assert torch.equal(pairs[0], ~torch.eye(4, dtype=torch.bool).flip(1))  # all but the diagonal neighbours, at 5 of 5
     assert not pairs[1].any()
     assert losses.positive_pairs(box, box, (2, 2))[0].sum() == 8  # 3 / 5 is below the default 0.7, 4 / 5 is not
+
+
+@given(seeds, st.tuples(st.booleans(), st.booleans()))
+def test_positives_of_a_wide_frame_are_by_distance_in_its_pixels(seed, flips):
+    rng, frame = np.random.default_rng(seed), np.zeros((256, 455, 3), np.uint8)
+    regions = [data.draw_region(rng, 256, 455) for _ in flips]
+    boxes = [data.crop_resize([frame], *crop, 7)[1][None] for crop in zip(regions, flips, strict=True)]
+    crops = ((left, top, w, h, flip) for (top, left, h, w), flip in zip(regions, flips, strict=True))
+    distances = distances_loop(*crops, 7, 7)
+    clear = (distances - 0.7).abs() > 1e-4  # boxes are float32
+    assert torch.equal(losses.positive_pairs(*boxes, (7, 7))[0][clear], (distances < 0.7)[clear])
 
 
 @given(seeds, st.integers(1, 7), st.integers(1, 7), st.integers(0, 100))

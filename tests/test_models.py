@@ -73,6 +73,18 @@ def test_offsets_are_where_feature_pixels_look(name, monkeypatch):
         assert center_of(seen, axis) == pytest.approx(stride * (pixel + 0.5) + offset, abs=1e-3), axis
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_feature_pixels_of_a_random_conv4_look_at_the_middle_of_their_bins(seed):
+    torch.manual_seed(seed)
+    encoder, clip = models.build_encoder("conv4"), torch.randn(1, 3, 64, 96, 96, requires_grad=True)
+    features, beside = encoder(clip), []
+    for place in ((3, 5, 5), (3, 6, 7), (4, 5, 6), (4, 6, 4), (3, 7, 6), (4, 7, 5)):
+        (seen,) = torch.autograd.grad(features[(0, slice(None), *place)].sum(), clip, retain_graph=True)
+        squares = seen[0].square().sum(0)
+        beside.append([center_of(squares, axis) / 8 - (i + 0.5) for axis, i in enumerate(place)])
+    assert torch.tensor(beside).mean(0).abs().max() < 0.07
+
+
 SHAPES = [
     ("i3d", (16, 224, 224), (1024, 2, 7, 7)),
     ("i3d", (16, 112, 112), (1024, 2, 4, 4)),
