@@ -50,7 +50,7 @@ import processes
 import train
 from cli import command_line, dispatch
 from models import ENCODERS, momentum_update
-from processes import leave_signals, start_process
+from processes import start_process
 from runs import check_replaceable, made_by
 from train import Options, Process, UserError, option, progress, user_errors
 from video import BadVideo, Video
@@ -240,7 +240,7 @@ def reading(config: BenchmarkConfig) -> None:
 
     def sample_time(count: int) -> float:
         batches, sampler = 8 * max(count, 1), data.StepSampler(len(views), batch, epochs=10**6)
-        with contextlib.closing(data.load_batches(views, sampler, count, leave_signals)) as loader:
+        with contextlib.closing(data.load_batches(views, sampler, count)) as loader:
             for _ in range(1 + data.PREFETCH * count):  # made ahead of the clock, while the workers started
                 next(loader)
             return timed(lambda: [next(loader) for _ in range(batches)], time.perf_counter)() / (batches * batch)

@@ -54,7 +54,7 @@ from features import (
     video_outputs,
 )
 from models import ENCODERS, EXPORTS, export_weights
-from processes import leave_signals, loader_workers, start_process
+from processes import loader_workers, start_process
 from runs import (
     check_replaceable,
     claim_folder,
@@ -504,7 +504,7 @@ def train_and_test(
         sampler.start_step = start
         if cached:
             return cached_batches(*cached, sampler)
-        return data.load_batches(views, sampler, loader_workers(config, process), leave_signals)
+        return data.load_batches(views, sampler, loader_workers(config, process))
 
     steps, paths, out = sampler.steps_per_epoch, views.videos.paths, str(result_file(config).parent)
     threads = torch.get_num_threads()
