@@ -17,17 +17,14 @@ import itertools
 import math
 import mmap
 import multiprocessing.connection
-import multiprocessing.reduction
 import os
 import signal
 import sys
-import tempfile
 import traceback
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -64,48 +61,37 @@ class VideoList:
         return [[path.removeprefix(above), label, classes[label], size] for path, label, size in videos]
 
 
-def draw_region(
-    rng: np.random.Generator,
-    height: int,
-    width: int,
-    scale: tuple[float, float] = (0.2, 1.0),
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
-) -> tuple[int, int, int, int]:
-    """Region (top, left, height, width) in pixels, as RandomResizedCrop draws it (Szegedy et al. 2015).
+Region = tuple[int, int, int, int]  # top, left, height, width, in pixels
+RATIO = 3 / 4, 4 / 3  # of a region's width to its height
+JITTER = [(0.6, 1.4)] * 3 + [(-0.1, 0.1)]  # of brightness, contrast, saturation (factors), and hue (shift in turns)
 
-    `scale` bounds its share of the frame's area (uniform), `ratio` its width / height (uniform in the logarithm).
+
+def draw_region(rng: np.random.Generator, height: int, width: int, scale: tuple[float, float] = (0.2, 1.0)) -> Region:
+    """Region of a frame, as RandomResizedCrop draws it (Szegedy et al. 2015).
+
+    `scale` bounds its share of the frame's area (uniform), `RATIO` its width / height (uniform in the logarithm).
     Falls back to the largest central region of an allowed ratio when ten draws don't fit in the frame.
     """
     for _ in range(10):
         area = height * width * rng.uniform(*scale)
-        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        aspect = math.exp(rng.uniform(math.log(RATIO[0]), math.log(RATIO[1])))
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
             return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
-    w, h = min(width, round(height * ratio[1])), min(height, round(width / ratio[0]))
+    w, h = min(width, round(height * RATIO[1])), min(height, round(width / RATIO[0]))
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def draw_color(
-    rng: np.random.Generator,
-    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1),
-    jitter_p: float = 0.8,
-    gray_p: float = 0.2,
-    blur_p: float = 0.5,
-) -> np.ndarray:
+def draw_color(rng: np.random.Generator, jitter_p: float = 0.8, gray_p: float = 0.2, blur_p: float = 0.5) -> np.ndarray:
     """Draws the colour augmentation of ONE clip: float32 (6,), to be stacked and given to `augment.color_augment`.
 
     The six numbers are the factors of brightness, contrast and saturation, the hue shift in turns, 1 for grayscale
     else 0, and the standard deviation of the blur in pixels, 0 for no blur. What isn't applied holds its identity.
-    The defaults are those of FAME's supplement, which FIMA (A.3) follows; the blur's deviation is uniform in [0.1, 2].
-
-    Args:
-        jitter: strength of brightness, contrast, saturation and hue, as in torchvision's ColorJitter.
-        jitter_p, gray_p, blur_p: probabilities of the jitter as a whole, of grayscale, of blur.
+    The values are those of FAME's supplement, which FIMA (A.3) follows; the blur's deviation is uniform in [0.1, 2].
+    `jitter_p`, `gray_p`, `blur_p` are probabilities of the jitter as a whole, of grayscale, of blur.
     """
     uniform = rng.random(8).tolist()  # all at once: NumPy's calls cost more than what they compute
-    ranges = [(max(1 - s, 0), 1 + s) for s in jitter[:3]] + [(-jitter[3], jitter[3])]
-    factors = [low + (high - low) * u for (low, high), u in zip(ranges, uniform, strict=False)]
+    factors = [low + (high - low) * u for (low, high), u in zip(JITTER, uniform, strict=False)]
     jittered, gray, blurred = (u < p for u, p in zip(uniform[5:], (jitter_p, gray_p, blur_p), strict=True))
     sigma = (0.1 + 1.9 * uniform[4]) * blurred
     return np.array([*(factors if jittered else (1, 1, 1, 0)), gray, sigma], dtype=np.float32)
@@ -118,13 +104,12 @@ def empty_clips(*shape: int) -> Tensor:
 
 
 def crop_resize(
-    images: Sequence[np.ndarray], region: tuple[int, int, int, int], flip: bool, size: int, out: Tensor | None = None
+    images: Sequence[np.ndarray], region: Region, flip: bool, size: int, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Crop images, flip the crop and resize it; the only place that makes a box, so that it is the box applied.
 
     Args:
         images: T images uint8 (H, W, 3).
-        region: (top, left, height, width) in pixels.
         out: memory of `empty_clips` for the clip; new if absent.
 
     Returns:
@@ -145,12 +130,7 @@ def crop_resize(
 
 
 def crop_frames(
-    images: dict[int, np.ndarray],
-    frames: Sequence[int],
-    region: tuple[int, int, int, int],
-    flip: bool,
-    out: Tensor,
-    box: Tensor | None = None,
+    images: dict[int, np.ndarray], frames: Sequence[int], region: Region, flip: bool, out: Tensor, box: Tensor | None
 ) -> None:
     """Puts those of a clip's frames that are among the images of `Video.stream` in their places in `out`, the clip's
     uint8 (3, T, size, size), and the crop's box in `box`, float32 (4,)."""
@@ -165,6 +145,8 @@ def crop_frames(
         place += len(part)
 
 
+# How processes start: forked on Linux, whatever Python's own choice.
+PROCESSES = torch.multiprocessing.get_context("fork" if sys.platform == "linux" else None)
 # In a process of `_in_processes`: what killed others before it, and how; and its end of the pipe to the parent.
 _killers: dict[Hashable, str] = {}
 _parent: multiprocessing.connection.Connection | None = None
@@ -297,11 +279,11 @@ class PretrainingViews(Items):
         """First frames that a window may have."""
         return np.arange(max(len(video) - self.frames * self.frame_stride, 0) + 1)
 
-    def draw_region(self, rng: np.random.Generator, height: int, width: int, start: int) -> tuple[int, int, int, int]:
+    def draw_region(self, rng: np.random.Generator, height: int, width: int, start: int) -> Region:
         """Region of a crop of the window that starts at frame `start`, of the video whose windows were drawn last."""
         return draw_region(rng, height, width, scale=(self.min_scale, 1.0))
 
-    def _draw_crop(self, rng: np.random.Generator, *place: int) -> tuple[tuple[int, int, int, int], bool]:
+    def _draw_crop(self, rng: np.random.Generator, *place: int) -> tuple[Region, bool]:
         return self.draw_region(rng, *place), bool(rng.random() < self.flip_p)
 
 
@@ -333,17 +315,19 @@ class TestClips(Items):
             with Video(self.videos.paths[index]) as video:
                 starts = np.linspace(0, max(len(video) - times[-1] - 1, 0), self.clips).round().astype(int)
                 frames = np.minimum(starts[:, None] + times, len(video) - 1).ravel().tolist()
+                out = item["clips"].transpose(0, 1).flatten(1, 2)
                 for images in video.stream(frames):
                     height, width = next(iter(images.values())).shape[:2]
                     side = max(round(min(height, width) * 7 / 8), 1)
                     region = ((height - side) // 2, (width - side) // 2, side, side)
-                    crop_frames(images, frames, region, False, item["clips"].transpose(0, 1).flatten(1, 2))
+                    crop_frames(images, frames, region, False, out, None)
         except BadVideo as error:
             item["clips"].zero_()
             return [(error.path, error.reason)]
         return []
 
 
+@dataclass(eq=False)
 class StepSampler(Sampler):
     """Batch sampler of a whole run: for each step from `start_step` on, this rank's list of (epoch, index).
 
@@ -353,22 +337,19 @@ class StepSampler(Sampler):
     Raises ValueError when the data set is smaller than one batch of all ranks.
     """
 
-    def __init__(
-        self,
-        length: int,
-        batch_size: int,
-        epochs: int,
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        start_step: int = 0,
-    ):
-        self.length, self.batch_size, self.epochs, self.seed = length, batch_size, epochs, seed
-        self.rank, self.world_size, self.start_step = rank, world_size, start_step
-        self.steps_per_epoch = length // (batch_size * world_size)
+    length: int
+    batch_size: int
+    epochs: int
+    seed: int = 0
+    rank: int = 0
+    world_size: int = 1
+    start_step: int = 0
+
+    def __post_init__(self):
+        self.steps_per_epoch = self.length // (self.batch_size * self.world_size)
         if self.steps_per_epoch == 0:
-            total = f"{batch_size} × {world_size} processes"
-            raise ValueError(f"{length} videos, fewer than one batch of {total}: lower --batch_size")
+            total = f"{self.batch_size} × {self.world_size} processes"
+            raise ValueError(f"{self.length} videos, fewer than one batch of {total}: lower --batch_size")
 
     def __len__(self) -> int:
         return self.epochs * self.steps_per_epoch - self.start_step
@@ -432,8 +413,8 @@ def _in_processes(function: Callable, count: int, tasks: Iterable, ahead: int) -
 
     def launch(i: int) -> None:
         try:
-            pipes[i], end = multiprocessing.Pipe()
-            process = torch.multiprocessing.Process(target=_serve, args=(end, function, killers), daemon=True)
+            pipes[i], end = PROCESSES.Pipe()
+            process = PROCESSES.Process(target=_serve, args=(end, function, killers), daemon=True)
             process.start()
         except OSError as error:
             advice = WANTS.get(error.errno, "raise `ulimit -u`, or take fewer --workers (0: none)")
@@ -496,48 +477,22 @@ def _in_processes(function: Callable, count: int, tasks: Iterable, ahead: int) -
 PREFETCH = 2  # batches that each worker makes ahead
 
 
-class _Ring:
-    """A ring of batches of `items`; called with (slot, keys), makes their batch there: (slot, its length, its "bad").
+def _shared(plan: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Memory like tensors without any, for processes to share: where they are forked not in /dev/shm, which containers
+    keep small and others fill. Raises OSError when there is too little."""
+    if PROCESSES.get_start_method() != "fork":
+        return {name: torch.empty_like(part, device="cpu").share_memory_() for name, part in plan.items()}
+    memory = {name: torch.frombuffer(mmap.mmap(-1, part.nbytes), dtype=part.dtype) for name, part in plan.items()}
+    return {name: memory[name].as_strided(part.shape, part.stride()) for name, part in plan.items()}
 
-    If `shared`, processes may share it, however they are started. It is not in /dev/shm, which containers keep small
-    and others fill: on Linux it is a file in memory alone, elsewhere one in TMPDIR.
 
-    Raises OSError when there is too little memory.
-    """
-
-    def __init__(self, items: Items, slots: int, batch_size: int, shared: bool, sent: Any = None):
-        self.items, self.shape = items, (slots, batch_size)
-        if not shared:
-            self.memory = items.empty(slots, batch_size)
-            return
-        with torch.device("meta"):
-            plan = items.empty(slots, batch_size)
-        *starts, size = itertools.accumulate((-(-part.nbytes // 64) * 64 for part in plan.values()), initial=0)
-        try:
-            if sent or hasattr(os, "memfd_create"):
-                self.file = open(sent.detach() if sent else os.memfd_create("batches"), "r+b")  # noqa: SIM115
-            else:
-                self.file = tempfile.TemporaryFile()  # noqa: SIM115
-            self.file.truncate(size)
-            memory = torch.frombuffer(mmap.mmap(self.file.fileno(), size), dtype=torch.uint8).untyped_storage()
-        except OSError as error:
-            what = f"no {size / 2**30:.2g} GiB of shared memory for {slots} batches ({error.strerror})"
-            raise OSError(f"{what}: {WANTS.get(error.errno, WANTS[errno.ENOMEM])}") from error
-        self.memory = {
-            name: torch.empty(0, dtype=part.dtype).set_(memory, start // part.itemsize, part.shape, part.stride())
-            for (name, part), start in zip(plan.items(), starts, strict=True)
-        }
-
-    def __reduce__(self) -> tuple:
-        """For processes that are not forked: they get the file, and map it again."""
-        return _Ring, (self.items, *self.shape, True, multiprocessing.reduction.DupFd(self.file.fileno()))
-
-    def __call__(self, task: tuple[int, Sequence]) -> tuple[int, int, list[tuple[str, str]]]:
-        slot, keys = task
-        bad = []
-        for place, key in enumerate(keys):
-            bad += self.items.write(key, {name: memory[slot, place] for name, memory in self.memory.items()})
-        return slot, len(keys), bad
+def _make_batch(items: Items, memory: dict[str, Tensor], task: tuple[int, Sequence]) -> tuple[int, int, list]:
+    """Makes a batch of (slot, keys) in its slot of the memory; returns the slot, the batch's length and its "bad"."""
+    slot, keys = task
+    bad = []
+    for place, key in enumerate(keys):
+        bad += items.write(key, {name: part[slot, place] for name, part in memory.items()})
+    return slot, len(keys), bad
 
 
 def load_batches(items: Items, batches: Sampler, workers: int = 0) -> Iterator[dict]:
@@ -551,11 +506,18 @@ def load_batches(items: Items, batches: Sampler, workers: int = 0) -> Iterator[d
     """
     workers = min(workers, len(batches))
     slots = min(PREFETCH * workers, len(batches)) + 1  # those the workers may have been asked for, and the one in use
-    ring = _Ring(items, slots, batches.batch_size, workers > 0)
+    with torch.device("meta" if workers else "cpu"):
+        memory = items.empty(slots, batches.batch_size)
+    try:
+        memory = _shared(memory) if workers else memory
+    except OSError as error:
+        size = sum(part.nbytes for part in memory.values()) / 2**30
+        advice = WANTS.get(error.errno, WANTS[errno.ENOMEM])
+        raise OSError(f"no {size:.2g} GiB of shared memory for batches ({error.strerror}): {advice}") from error
     tasks = ((step % slots, keys) for step, keys in enumerate(batches))
-    made = _in_processes(ring, workers, tasks, PREFETCH) if workers else map(ring, tasks)
-    for slot, length, bad in made:
-        yield {**{name: memory[slot][:length] for name, memory in ring.memory.items()}, "bad": bad}
+    make = functools.partial(_make_batch, items, memory)
+    for slot, length, bad in _in_processes(make, workers, tasks, PREFETCH) if workers else map(make, tasks):
+        yield {**{name: part[slot][:length] for name, part in memory.items()}, "bad": bad}
 
 
 def _visited(visit: Callable[[str], None], path: str) -> tuple[str, str]:

@@ -622,7 +622,7 @@ class CroppedHalves(data.TestClips):
         """As of every clip."""
         bad, rng = super().write(index, item), np.random.default_rng(index)
         for clip in item["clips"]:
-            region = data.draw_region(rng, self.crop, self.crop, (0.2, 1.0), (3 / 4, 4 / 3))
+            region = data.draw_region(rng, self.crop, self.crop)
             images = clip.permute(1, 2, 3, 0).numpy()  # (frames, crop, crop, 3)
             clip[:] = data.crop_resize(images, region, bool(rng.random() < 0.5), self.crop)[0]
         return bad
