@@ -1,9 +1,8 @@
 """From uint8 clips to an encoder's input: colours, frame difference, normalisation; and FAME's merging of videos.
 
-Can be copied alone into another project: it imports torch only. Colours are drawn for each clip on the host
-(`data.draw_color`), and applied in batch on the clips' device.
+Can be copied alone into another project: it imports torch only.
 
-Letters: N clips, B videos, T frames, H, W height and width in pixels, P colour parameters.
+Letters: N clips, B videos, T frames, H, W height and width in pixels.
 """
 
 import math
@@ -72,9 +71,6 @@ def color_augment(clips: Tensor, params: Tensor) -> Tensor:
     Args:
         clips: floating point (N, 3, T, H, W) in [0, 1], at least 2 × 2 pixels.
         params: (N, 6), one row of `data.draw_color` for each clip.
-
-    Returns:
-        (N, 3, T, H, W) in [0, 1].
     """
     params = params.to(clips.device, clips.dtype, non_blocking=True)
     brightness, contrast, saturation, hue, gray, sigma = params[:, :, None, None, None].unbind(1)
@@ -117,16 +113,9 @@ def normalize(clips: Tensor) -> Tensor:
 
 
 def frame_difference(clip: Tensor) -> Tensor:
-    """D_t = (V_{t+1} − V_t + 1) / 2 (Sec. 3.1); the last difference stands twice, so that D has as many frames as V.
+    """D_t = (V_{t+1} − V_t + 1) / 2 (Sec. 3.1): (B, 3, T, H, W) in [0, 1] → the same, 0.5 where nothing moves.
 
-    Args:
-        clip: (B, 3, T, H, W) in [0, 1], T ≥ 2.
-
-    Returns:
-        Same shape, in [0, 1]; 0.5 where nothing moves.
-
-    Raises:
-        ValueError: fewer than two frames.
+    The last difference stands twice, so that D has as many frames as V. Raises ValueError for fewer than two frames.
     """
     if clip.shape[2] < 2:
         raise ValueError(f"a frame difference needs at least 2 frames, the clip has {clip.shape[2]}")
@@ -146,10 +135,7 @@ _on_gpu = None  # `_encoder_input` compiled, or as it is where that has failed
 
 
 def encoder_input(
-    clips: Tensor,
-    color: Tensor | None = None,
-    difference: bool = False,
-    memory_format: torch.memory_format = torch.channels_last_3d,
+    clips: Tensor, color: Tensor | None = None, difference: bool = False, memory_format=torch.channels_last_3d
 ) -> Tensor:
     """uint8 clips (N, 3, T, H, W) → V or, taken before the colours, D; then colours, if any, normalised: float32.
 
@@ -231,29 +217,26 @@ class ForegroundBackgroundMerging:
         if self.background == "inter" and len(clips) < 2:
             raise ValueError("a background of another video needs a batch of two videos or more")
         views = 2 if self.branches == "both" else 1
-        front, behind = clips[:, :views], self.backgrounds(clips, views)
+        front, behind = clips[:, :views], clips.flip(1)[:, :views]
+        if self.background == "inter":  # Y of Eq. 4: the last and the next video in a random circle of the batch's
+            order = torch.randperm(len(clips), device=clips.device)
+            partner = torch.stack([order.roll(1), order.roll(-1)], 1)[order.argsort(), :views]  # (B, views)
+            behind = clips[partner, torch.arange(views, device=clips.device)]
         mask = self.foreground_of(front.flatten(0, 1)).unflatten(0, (-1, views))
         merged = torch.where(mask[..., None, None, :, :], front, behind)  # X ⊗ M̃ + Y ⊗ (1 − M̃), Eq. 4
         return torch.cat([merged, clips[:, views:]], 1)
 
-    def backgrounds(self, clips: Tensor, views: int) -> Tensor:
-        """Y of Eq. 4 for the first `views` views: the last and the next video in a random circle of the batch's."""
-        if self.background == "intra":
-            return clips.flip(1)[:, :views]
-        order = torch.randperm(len(clips), device=clips.device)
-        partner = torch.stack([order.roll(1), order.roll(-1)], 1)[order.argsort(), :views]  # (B, views)
-        return clips[partner, torch.arange(views, device=clips.device)]
-
     def foreground_of(self, clips: Tensor) -> Tensor:
         """M̃, (N, 3, T, H, W) → (N, H, W) bool, the same for all frames of a clip."""
-        seed = self.seed_region(clips)  # S, Eq. 2
+        soft = seed = self.seed_region(clips)  # S, Eq. 2
         if self.mask == "grid":
             return self.top_cells(seed, self.foreground, self.CELLS)
         if self.mask == "fame":
             seed = self.blur(seed)
             soft = self.blur(self.color_likelihood(clips, seed))
-        else:
-            soft = seed if self.mask == "seed" else self.center(seed)
+        if self.mask == "gauss":  # half a side wide, in the middle of the picture (Sec. 4.3)
+            rows, columns = (torch.linspace(-1, 1, n, device=seed.device, dtype=seed.dtype) for n in seed.shape[1:])
+            soft = torch.exp(-0.5 * (rows[:, None] ** 2 + columns**2)).expand_as(seed)
         return self.top_portion(soft, self.foreground, seed)  # Eq. 3
 
     @staticmethod
@@ -301,17 +284,10 @@ class ForegroundBackgroundMerging:
         return (front / (front + back)).gather(1, color).view_as(seed)
 
     @staticmethod
-    def center(seed: Tensor) -> Tensor:
-        """A 2-D Gaussian in the middle of the picture, half a side wide (Gauss, Sec. 4.3): (N, H, W) in [0, 1]."""
-        rows, columns = (torch.linspace(-1, 1, size, device=seed.device, dtype=seed.dtype) for size in seed.shape[1:])
-        return torch.exp(-0.5 * (rows[:, None] ** 2 + columns**2)).expand_as(seed)
-
-    @staticmethod
     def top_portion(soft: Tensor, portion: float, tie: Tensor) -> Tensor:
         """M̃ of Eq. 3: the ⌈portion · HW⌉ pixels of each map (N, H, W) with the greatest value, as bool.
 
-        Pixels whose values are within 1e-6 of each other, as those of one colour are, come in the order of `tie`,
-        (N, H, W), not negative; then from top to bottom.
+        Pixels whose values are within 1e-6 of each other come in the order of `tie`, (N, H, W), then from the top.
         """
         tie = tie.double() / tie.amax((1, 2), keepdim=True).clamp(min=1e-12)
         score = (soft.double() + 1e-6 * tie).flatten(1)

@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Sampler, default_collate
+from torch.utils.data import Sampler
 from tqdm import tqdm
 
 from video import WANTS, BadVideo, Video, blame_machine, is_memory_short
@@ -307,22 +307,21 @@ class TestClips(Items):
 
     def write(self, index: int, item: dict[str, Tensor]) -> list[tuple[str, str]]:
         """Make an item in memory of `empty`; returns its "bad"."""
+        path, times, out = self.videos.paths[index], np.arange(self.frames) * self.frame_stride, item["clips"]
         item["label"].fill_(self.videos.labels[index])
         item["index"].fill_(index)
-        times = np.arange(self.frames) * self.frame_stride
         try:
-            _begin(self.videos.paths[index], index)
-            with Video(self.videos.paths[index]) as video:
+            _begin(path, index)
+            with Video(path) as video:
                 starts = np.linspace(0, max(len(video) - times[-1] - 1, 0), self.clips).round().astype(int)
                 frames = np.minimum(starts[:, None] + times, len(video) - 1).ravel().tolist()
-                out = item["clips"].transpose(0, 1).flatten(1, 2)
                 for images in video.stream(frames):
                     height, width = next(iter(images.values())).shape[:2]
                     side = max(round(min(height, width) * 7 / 8), 1)
                     region = ((height - side) // 2, (width - side) // 2, side, side)
-                    crop_frames(images, frames, region, False, out, None)
+                    crop_frames(images, frames, region, False, out.transpose(0, 1).flatten(1, 2), None)
         except BadVideo as error:
-            item["clips"].zero_()
+            out.zero_()
             return [(error.path, error.reason)]
         return []
 
@@ -365,8 +364,8 @@ class StepSampler(Sampler):
 
 def collate(items: list[dict]) -> dict:
     """Stack the items' entries into a batch; the lists "bad" are joined into one."""
-    batch = {name: default_collate([item[name] for item in items]) for name in items[0] if name != "bad"}
-    return {**batch, "bad": [entry for item in items for entry in item["bad"]]}
+    batch = {name: torch.stack([item[name] for item in items]) for name in items[0] if name != "bad"}
+    return batch | {"bad": [entry for item in items for entry in item["bad"]]}
 
 
 def _serve(pipe: multiprocessing.connection.Connection, function: Callable, killers: dict) -> None:
@@ -517,7 +516,7 @@ def load_batches(items: Items, batches: Sampler, workers: int = 0) -> Iterator[d
     tasks = ((step % slots, keys) for step, keys in enumerate(batches))
     make = functools.partial(_make_batch, items, memory)
     for slot, length, bad in _in_processes(make, workers, tasks, PREFETCH) if workers else map(make, tasks):
-        yield {**{name: part[slot][:length] for name, part in memory.items()}, "bad": bad}
+        yield {name: part[slot][:length] for name, part in memory.items()} | {"bad": bad}
 
 
 def _visited(visit: Callable[[str], None], path: str) -> tuple[str, str]:
@@ -540,10 +539,8 @@ def visit_videos(
 
     Raises FileExistsError when `out` is a file of another kind.
     """
-    if os.path.isfile(out):
-        with open(out, "rb") as file:
-            if file.read(1) not in (b"", b"'", b'"'):
-                raise FileExistsError(f"{out} is no list of bad videos: name another file")
+    if os.path.isfile(out) and Path(out).read_bytes()[:1] not in (b"", b"'", b'"'):
+        raise FileExistsError(f"{out} is no list of bad videos: name another file")
     bad, pause = 0, 0.5 if sys.stderr.isatty() else 30  # seconds, as in training
     try:
         with (

@@ -48,7 +48,7 @@ WANTS = {  # of the machine, which no video is to blame for: by the number of th
     errno.EMFILE: "raise `ulimit -n`, or take fewer --workers",
     errno.ENFILE: "raise `sysctl fs.file-max`, or take fewer --workers",
     errno.ENOMEM: "take fewer --workers (0: none) or smaller batches",
-    errno.ENOSPC: "make room, or set TMPDIR to another disk",
+    errno.ENOSPC: "make room on the disk",
 } | dict.fromkeys((errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN), "mount the disk again")
 
 
