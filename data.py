@@ -393,8 +393,9 @@ def _serve(pipe: multiprocessing.connection.Connection, function: Callable, kill
 
 def _memory_kills() -> list[str]:
     """Linux's count of the processes that it has killed for want of memory."""
-    counts = Path("/proc/vmstat")
-    return [line for line in counts.read_text().split("\n") if line.startswith("oom_kill ")] if counts.exists() else []
+    with contextlib.suppress(OSError):
+        return [line for line in Path("/proc/vmstat").read_text().split("\n") if line.startswith("oom_kill ")]
+    return []
 
 
 def _in_processes(function: Callable, count: int, tasks: Iterable, ahead: int) -> Iterator:

@@ -71,13 +71,6 @@ def test_the_order_is_brightness_contrast_saturation_hue_gray_blur():
     close(augmented(clips, **params, gray=1), augmented(gray_first, sigma=1.2))
 
 
-@given(drawn)
-def test_a_still_clip_stays_still(params):
-    still = random_clips(frames=1).expand(-1, -1, 5, -1, -1)
-    out = augment.color_augment(still, torch.tensor(params)[None])
-    close(out, out[:, :, :1].expand_as(out), 1e-6)
-
-
 @given(st.lists(drawn, min_size=1, max_size=4))
 def test_a_batch_is_its_clips_one_by_one(rows):
     clips, params = random_clips(len(rows)), torch.tensor(np.stack(rows))

@@ -208,12 +208,6 @@ def test_bad_videos_are_replaced_and_named_in_pretraining(spoilt):
     assert batch["bad"] == [entry for item in items for entry in item["bad"]] and batch["index"][1] == 4
 
 
-def test_only_bad_videos_end_in_an_error_after_a_bound(spoilt):
-    views = PretrainingViews(VideoList(spoilt.paths[:3], [-1] * 3, [], ""), 28, attempts=4)
-    with pytest.raises(OSError, match="4 videos in a row"):
-        views[0, 0]
-
-
 def test_bad_videos_are_zeros_and_never_replaced_at_test(spoilt):
     clips = TestClips(spoilt, 28, frames=4, clips=3)
     for index in range(len(clips)):
