@@ -206,7 +206,7 @@ CONTAINERS = {
 }
 STAMPED = ("mp4", "mov", "mkv", "webm", "ts")  # containers that hold the stamps they are given
 MATRIX = [
-    (stream, container, stamps)
+    pytest.param(stream, container, stamps, marks=[pytest.mark.slow] * (stamps in ("shifted", "edit")))
     for stream in STREAMS
     for container in CONTAINERS[stream.partition("_")[0]].split()
     for stamps in ("right", "shifted", "decoding", "edit", "leftovers")
