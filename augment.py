@@ -105,11 +105,8 @@ def color_augment(clips: Tensor, params: Tensor) -> Tensor:
 
 def normalize(clips: Tensor) -> Tensor:
     """(..., 3, T, H, W) in [0, 1] → the same less the mean, by the deviation, of Kinetics-400."""
-    mean, std = (
-        torch.tensor(values, dtype=clips.dtype).to(clips.device, non_blocking=True)[:, None, None, None]
-        for values in (MEAN, STD)
-    )
-    return (clips - mean).div_(std)
+    mean, std = (torch.tensor(x, dtype=clips.dtype).to(clips.device, non_blocking=True) for x in (MEAN, STD))
+    return (clips - mean[:, None, None, None]).div_(std[:, None, None, None])
 
 
 def frame_difference(clip: Tensor) -> Tensor:
@@ -207,10 +204,9 @@ class ForegroundBackgroundMerging:
         self.foreground, self.mask, self.background, self.branches = foreground, mask, background, branches
 
     def __call__(self, clips: Tensor) -> Tensor:
-        """Both views of B ≥ 2 videos, (B, 2, 3, T, H, W) of uint8 or floating point in [0, 1] → the same, merged.
+        """Both views of B videos, (B, 2, 3, T, H, W) of uint8 or floating point in [0, 1] → the same, merged.
 
-        Raises:
-            ValueError: no other video in the batch to take a background from.
+        Raises ValueError when the batch has no other video to take a background from.
         """
         if self.background == "none":
             return clips

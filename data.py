@@ -69,8 +69,7 @@ JITTER = [(0.6, 1.4)] * 3 + [(-0.1, 0.1)]  # of brightness, contrast, saturation
 def draw_region(rng: np.random.Generator, height: int, width: int, scale: tuple[float, float] = (0.2, 1.0)) -> Region:
     """Region of a frame, as RandomResizedCrop draws it (Szegedy et al. 2015).
 
-    `scale` bounds its share of the frame's area (uniform), `RATIO` its width / height (uniform in the logarithm).
-    Falls back to the largest central region of an allowed ratio when ten draws don't fit in the frame.
+    `scale` bounds its share of the frame's area. When ten draws don't fit, it is the largest central one of a `RATIO`.
     """
     for _ in range(10):
         area = height * width * rng.uniform(*scale)
@@ -108,13 +107,9 @@ def crop_resize(
 ) -> tuple[Tensor, Tensor]:
     """Crop images, flip the crop and resize it; the only place that makes a box, so that it is the box applied.
 
-    Args:
-        images: T images uint8 (H, W, 3).
-        out: memory of `empty_clips` for the clip; new if absent.
-
-    Returns:
-        The clip, uint8 (3, T, size, size), and its box, float32 (x0, y0, x1, y1) in pixels of the images: the column at
-        x / size of the clip shows the image at x0 + (x / size)·(x1 − x0), so that a horizontal flip swaps x0 and x1.
+    Takes T images uint8 (H, W, 3), and perhaps memory of `empty_clips` for the clip. Returns the clip, uint8 (3, T,
+    size, size), and its box, float32 (x0, y0, x1, y1) in pixels of the images: the column at x / size of the clip shows
+    the image at x0 + (x / size)·(x1 − x0), so that a horizontal flip swaps x0 and x1.
     """
     clip = empty_clips(3, len(images), size, size) if out is None else out
     top, left, h, w = region
@@ -402,11 +397,9 @@ def _in_processes(function: Callable, count: int, tasks: Iterable, ahead: int) -
     """Yields what a function makes of the tasks in so many processes, in order; each has up to `ahead` tasks.
 
     torch's DataLoader ends the run when a process of its own dies. Here another process goes on with its tasks, and
-    what two processes died of, as the last thing that `_begin` was told, while memory was not short, is a BadVideo in
-    the next.
-
-    Raises what the function raises, and OSError when a process can't be started, or when processes die more than ten
-    times in a row of what is no video's fault.
+    what two died of while memory was not short, as the last thing that `_begin` was told, is a BadVideo in the next.
+    Raises what the function raises, and OSError when a process can't be started, or when eleven die in a row of what
+    is no video's fault.
     """
     tasks, deaths, kills, suspects, killers = iter(tasks), 0, _memory_kills(), set(), {}
     pending, processes, pipes, reading = [deque() for _ in range(count)], {}, {}, {}
@@ -535,10 +528,8 @@ def visit_videos(
 ) -> int:
     """Calls `visit`, which raises BadVideo, for videos in processes, and says how far it is; returns how many are bad.
 
-    Each bad video found is a line of the file `out`, which is written anew, or added to in `mode` "a": its path from
-    `root` in quotes, a tab, the reason; `find_videos` takes it as `exclude`.
-
-    Raises FileExistsError when `out` is a file of another kind.
+    Each bad video is a line of the file `out`, written anew or (`mode` "a") added to, for `find_videos` to exclude: its
+    path from `root` in quotes, a tab, the reason. Raises FileExistsError when `out` is a file of another kind.
     """
     if os.path.isfile(out) and Path(out).read_bytes()[:1] not in (b"", b"'", b'"'):
         raise FileExistsError(f"{out} is no list of bad videos: name another file")

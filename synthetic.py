@@ -10,9 +10,9 @@ import dataclasses
 import json
 import math
 import os
-import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -177,23 +177,6 @@ def _synthetic_names(train: int, test: int, shots: int = 1, **_: object) -> dict
     return names
 
 
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Makes an empty folder, for which other processes wait where files can be locked, and removes it at the end."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as lock:
-        with contextlib.suppress(OSError, ImportError):
-            import fcntl  # Windows has none
-
-            fcntl.lockf(lock, fcntl.LOCK_EX)
-        for left in ("made", "before"):  # by a process that was killed
-            shutil.rmtree(folder / left, ignore_errors=True)
-        try:
-            yield
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
 def _is_complete(root: Path, recipe: dict) -> bool:
     """Whether a folder holds the set; raises FileExistsError where it holds files that are of no set."""
     held = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_symlink() or not path.is_dir()}
@@ -222,8 +205,8 @@ def make_synthetic(
     """Writes the embedded data set once: root/{train,test}/<motion>/<motion>_0001.mp4, classes `MOTIONS` in turn.
 
     Everything but the motion is drawn for each video from (seed, part, number), whatever its class. The set is made in
-    a hidden folder beside `root` and moved at the end, so that `root` never holds half of it. A complete set of the
-    same arguments and version is kept; another is replaced, if it holds no other files.
+    a hidden folder beside `root`, which only a kill leaves there, and moved at the end, so that `root` never holds half
+    of it. A complete set of the same arguments and version is kept; another is replaced, if it holds no other files.
 
     Args:
         train, test: number of videos.
@@ -241,33 +224,32 @@ def make_synthetic(
     if min(seed, shake) < 0 or min(train, test, *size) < 1 or frames < 2 or not 1 <= shots <= len(MOTIONS):
         raise ValueError(f"no set of {recipe}: frames are 2 or more, shots 1 to {len(MOTIONS)}, other numbers positive")
     root = Path(root).resolve()
-    names, hidden = _synthetic_names(**recipe), root.with_name(f".{root.name}.partial")
-
-    def make(job: tuple[str, tuple[str, int]]) -> None:
-        name, (part, n) = job
-        rng = np.random.default_rng([seed, ["train", "test", UNLABELED].index(part), n])
-        motions = [MOTIONS[n % len(MOTIONS)]] if part != UNLABELED else rng.choice(MOTIONS, shots, replace=False)
-        path = hidden / "made" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _write_video(path, _draw_video(motions, rng, frames, *size, shake))
-
     if _is_complete(root, recipe):
         return
-    with _alone(hidden):
-        if _is_complete(root, recipe):  # by now
-            return
-        pause = 0.5 if sys.stderr.isatty() else 30  # seconds, as in training
+    names, pause = _synthetic_names(**recipe), 0.5 if sys.stderr.isatty() else 30  # seconds, as in training
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{root.name}.", dir=root.parent) as hidden:
+        made, before = Path(hidden, "made"), Path(hidden, "before")
+
+        def make(job: tuple[str, tuple[str, int]]) -> None:
+            name, (part, n) = job
+            rng = np.random.default_rng([seed, ["train", "test", UNLABELED].index(part), n])
+            motions = [MOTIONS[n % len(MOTIONS)]] if part != UNLABELED else rng.choice(MOTIONS, shots, replace=False)
+            (made / name).parent.mkdir(parents=True, exist_ok=True)
+            _write_video(made / name, _draw_video(motions, rng, frames, *size, shake))
+
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # NumPy and FFmpeg run without the interpreter's lock
-            made = pool.map(make, names.items())
-            [*tqdm(made, f"making {root}", len(names), dynamic_ncols=True, mininterval=pause)]
+            jobs = pool.map(make, names.items())
+            [*tqdm(jobs, f"making {root}", len(names), dynamic_ncols=True, mininterval=pause)]
         try:
-            (hidden / "made" / SYNTHETIC_MARKER).write_text(json.dumps(recipe))
+            (made / SYNTHETIC_MARKER).write_text(json.dumps(recipe))
         except OSError as error:  # a full disk's has no name
             raise OSError(error.errno, error.strerror, str(root / SYNTHETIC_MARKER)) from error
-        _is_complete(root, recipe)  # nobody has put files there meanwhile
+        if _is_complete(root, recipe):  # by now, as another process has made it
+            return
         if root.exists():
-            root.rename(hidden / "before")
-        (hidden / "made").rename(root)
+            root.rename(before)
+        made.rename(root)
 
 
 def command() -> tuple[Callable, type]:

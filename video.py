@@ -73,10 +73,7 @@ def blame_machine(error: Exception, path: str | None) -> None:
 
 
 def _file_state(path: str) -> os.stat_result:
-    """What the system knows of a file that holds something; raises BadVideo for anything else.
-
-    To open a pipe may wait for its other end, a device and a file of /proc (which says 0 bytes) may have no end.
-    """
+    """What the system knows of a file that holds something; raises BadVideo for others, which may have no end."""
     try:
         state = os.stat(path)
     except OSError as error:
@@ -89,7 +86,7 @@ def _file_state(path: str) -> os.stat_result:
     return state
 
 
-class Video:
+class Video(contextlib.AbstractContextManager):
     """Frame-exact reader of a video file's frames in display order, which decodes only what the chosen frames need.
 
     with Video(path) as video:
@@ -286,9 +283,6 @@ class Video:
     def __len__(self) -> int:
         """Number of frames."""
         return len(self._order)
-
-    def __enter__(self) -> "Video":
-        return self
 
     def __exit__(self, *_) -> None:
         self.close()
