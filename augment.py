@@ -165,9 +165,7 @@ def encoder_input(
             return _on_gpu(*arguments)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# FAME: "Eq.", "Sec." and "Table" below are those of Ding et al., CVPR 2022
-# ---------------------------------------------------------------------------------------------------------------------
+# FAME: "Eq.", "Sec." and "Table" below are those of Ding et al., CVPR 2022.
 
 
 class ForegroundBackgroundMerging:
