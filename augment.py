@@ -1,9 +1,8 @@
 """From uint8 clips to an encoder's input: colours, frame difference, normalisation; and FAME's merging of videos.
 
-Can be copied alone into another project: it imports torch only. Colours are drawn for each clip on the host
-(`data.draw_color`), and applied in batch on the clips' device.
+Can be copied alone into another project: it imports torch only.
 
-Letters: N clips, B videos, T frames, H, W height and width in pixels, P colour parameters.
+Letters: N clips, B videos, T frames, H, W height and width in pixels.
 """
 
 import math
@@ -38,32 +37,23 @@ def _shift_hue(red: Tensor, green: Tensor, blue: Tensor, shift: Tensor) -> list[
     return [(above - distance).clamp(low, high) for distance in distances]
 
 
+def _gaussian(size: int, radius: int, sigma: Tensor) -> Tensor:
+    """(N, size, size): of which pixels of a line, reflected at its ends, a blur by sigma (N, 1) makes each of them."""
+    distance = torch.arange(-radius, radius + 1, device=sigma.device, dtype=sigma.dtype)
+    weights = torch.exp(-0.5 * (distance / sigma.clamp(min=1e-6)) ** 2)  # (N, taps); sigma 0: the identity
+    lines = torch.eye(size, device=sigma.device, dtype=sigma.dtype)[None]
+    lines = F.pad(lines, (radius, radius), mode="reflect")[0].unfold(1, 2 * radius + 1, 1)
+    return (lines @ (weights / weights.sum(1, keepdim=True)).mT).permute(2, 1, 0)
+
+
 def _blur(clips: Tensor, sigma: Tensor) -> Tensor:
     """Gaussian blur of every frame, (N, 3, T, H, W), reflected at the border; sigma (N, 1), 0 for none."""
     height, width = clips.shape[-2:]
     radius = max(int(0.1 * height) // 2, 1)
-    distance = torch.arange(-radius, radius + 1, device=sigma.device, dtype=sigma.dtype)
-    weights = torch.exp(-0.5 * (distance / sigma.clamp(min=1e-6)) ** 2)  # sigma 0: the identity
-    weights = weights / weights.sum(1, keepdim=True)  # (N, taps)
-
-    def matrix(size: int) -> Tensor:
-        """(N, size, size): of which pixels of a line each of its pixels is made."""
-        lines = torch.eye(size, device=sigma.device, dtype=sigma.dtype)[None]
-        lines = F.pad(lines, (radius, radius), mode="reflect")[0].unfold(1, 2 * radius + 1, 1)
-        return (lines @ weights.mT).permute(2, 1, 0)
-
     with torch.autocast(clips.device.type, enabled=False):
-        if (
-            _on_cpu(clips) and height > 48
-        ):  # every frame and colour a channel with a kernel of its own: fewer operations
-            images = clips.reshape(1, -1, height, width)
-            kernels = weights.repeat_interleave(images.shape[1] // len(clips), 0)[:, None, None]
-            images = F.conv2d(F.pad(images, (radius, radius, 0, 0), mode="reflect"), kernels, groups=len(kernels))
-            images = F.conv2d(F.pad(images, (0, 0, radius, radius), mode="reflect"), kernels.mT, groups=len(kernels))
-            return images.view_as(clips)
-        matrices = {size: matrix(size) for size in {height, width}}
-        lines = clips.reshape(len(clips), -1, width) @ matrices[width].mT
-        return matrices[height][:, None, None] @ lines.view(clips.shape)
+        rows = _gaussian(height, radius, sigma)
+        columns = _gaussian(width, radius, sigma) if width != height else rows
+        return rows[:, None, None] @ (clips.reshape(len(clips), -1, width) @ columns.mT).view(clips.shape)
 
 
 def _on_cpu(clips: Tensor) -> bool:
@@ -76,20 +66,13 @@ def color_augment(clips: Tensor, params: Tensor) -> Tensor:
 
     Values are those of torchvision's `adjust_*`, `rgb_to_grayscale` and `gaussian_blur`, except that contrast refers
     to the mean of the whole clip. The blur's kernel is a tenth of the height, made odd, at least 3. Works on the
-    clips' device and in their precision (also under autocast), never makes the host wait for the device, and does
-    nothing in place, so that a compiler makes few kernels of it.
+    clips' device and in their precision, never makes the host wait for the device, and does nothing in place.
 
     Args:
         clips: floating point (N, 3, T, H, W) in [0, 1], at least 2 × 2 pixels.
-        params: (N, 6), one row of `data.draw_color` for each clip: factors of brightness, contrast and saturation, hue
-            shift in turns, 1 for grayscale, and the standard deviation of the blur in pixels.
-
-    Returns:
-        (N, 3, T, H, W) in [0, 1].
+        params: (N, 6), one row of `data.draw_color` for each clip.
     """
     params = params.to(clips.device, clips.dtype, non_blocking=True)
-    if _on_cpu(clips) and len(clips) > 1:  # one at a time, they stay in the processor's cache
-        return torch.cat([color_augment(*one) for one in zip(clips.split(1), params.split(1), strict=True)])
     brightness, contrast, saturation, hue, gray, sigma = params[:, :, None, None, None].unbind(1)
     applied = [True] * 6  # on a GPU the host would have to wait for the answer
     if _on_cpu(clips):
@@ -122,24 +105,14 @@ def color_augment(clips: Tensor, params: Tensor) -> Tensor:
 
 def normalize(clips: Tensor) -> Tensor:
     """(..., 3, T, H, W) in [0, 1] → the same less the mean, by the deviation, of Kinetics-400."""
-    mean, std = (
-        torch.tensor(values, dtype=clips.dtype).to(clips.device, non_blocking=True)[:, None, None, None]
-        for values in (MEAN, STD)
-    )
-    return (clips - mean).div_(std)
+    mean, std = (torch.tensor(x, dtype=clips.dtype).to(clips.device, non_blocking=True) for x in (MEAN, STD))
+    return (clips - mean[:, None, None, None]).div_(std[:, None, None, None])
 
 
 def frame_difference(clip: Tensor) -> Tensor:
-    """D_t = (V_{t+1} − V_t + 1) / 2 (Sec. 3.1); the last difference stands twice, so that D has as many frames as V.
+    """D_t = (V_{t+1} − V_t + 1) / 2 (Sec. 3.1): (B, 3, T, H, W) in [0, 1] → the same, 0.5 where nothing moves.
 
-    Args:
-        clip: (B, 3, T, H, W) in [0, 1], T ≥ 2.
-
-    Returns:
-        Same shape, in [0, 1]; 0.5 where nothing moves.
-
-    Raises:
-        ValueError: fewer than two frames.
+    The last difference stands twice, so that D has as many frames as V. Raises ValueError for fewer than two frames.
     """
     if clip.shape[2] < 2:
         raise ValueError(f"a frame difference needs at least 2 frames, the clip has {clip.shape[2]}")
@@ -159,10 +132,7 @@ _on_gpu = None  # `_encoder_input` compiled, or as it is where that has failed
 
 
 def encoder_input(
-    clips: Tensor,
-    color: Tensor | None = None,
-    difference: bool = False,
-    memory_format: torch.memory_format = torch.channels_last_3d,
+    clips: Tensor, color: Tensor | None = None, difference: bool = False, memory_format=torch.channels_last_3d
 ) -> Tensor:
     """uint8 clips (N, 3, T, H, W) → V or, taken before the colours, D; then colours, if any, normalised: float32.
 
@@ -170,8 +140,17 @@ def encoder_input(
     line on stderr says so.
     """
     global _on_gpu
-    if _on_cpu(clips):
-        return _on_host(clips, color, difference, memory_format)
+    if _on_cpu(clips):  # clip by clip, as they then stay in its cache
+        made = torch.empty(clips.shape, memory_format=memory_format)
+        for i, clip in enumerate(clips.split(1)):
+            clip = frame_difference(clip / 255) if difference else clip / 255
+            made[i] = (clip if color is None else color_augment(clip.contiguous(), color[i : i + 1]))[0]
+        rows = made.movedim(1, -1)
+        if not rows.is_contiguous():
+            return normalize(made)
+        mean, std = (torch.tensor(values).repeat(made.shape[-1]) for values in (MEAN, STD))  # fast, as 3 are few
+        rows.flatten(3).sub_(mean).div_(std)
+        return made
     arguments = clips, color, difference, memory_format
     if color is None or torch.compiler.is_compiling():
         return _encoder_input(*arguments)
@@ -186,37 +165,17 @@ def encoder_input(
             return _on_gpu(*arguments)
 
 
-def _on_host(clips: Tensor, color: Tensor | None, difference: bool, order: torch.memory_format) -> Tensor:
-    """`encoder_input` on a CPU: clip by clip, as they then stay in its cache, without colours that change nothing."""
-    made = torch.empty(clips.shape, memory_format=order)
-    changed = [False] * len(clips) if color is None else (color != color.new_tensor(IDENTITY)).any(1).tolist()
-    pixels = made.movedim(1, -1)
-    mean, std = (torch.tensor(values).repeat(made.shape[-1]) for values in (MEAN, STD))  # of whole rows, as 3 are few
-    for i, colored in enumerate(changed):
-        clip = clips[i : i + 1] / 255
-        if difference:
-            clip = frame_difference(clip)
-        made[i] = color_augment(clip.contiguous(), color[i : i + 1])[0] if colored else clip[0]
-        if pixels.is_contiguous():
-            pixels[i].flatten(2).sub_(mean).div_(std)
-    return made if pixels.is_contiguous() else normalize(made)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# FAME: "Eq.", "Sec." and "Table" below are those of Ding et al., CVPR 2022
-# ---------------------------------------------------------------------------------------------------------------------
+# FAME: "Eq.", "Sec." and "Table" below are those of Ding et al., CVPR 2022.
 
 
 class ForegroundBackgroundMerging:
     """FAME's augmentation (Sec. 3.2): the moving foreground of a clip on the background of another video of the batch.
 
-    Works on the clips' device, all clips at once, and never makes the host wait for the device. Which video lends its
-    background is drawn from torch's generator of that device: never the video itself, and for the two views of a video
-    two different ones wherever the batch has three. Can be copied alone, with this file's imports.
+    Works on the clips' device, all at once, and never makes the host wait for it. Which video lends its background is
+    drawn from torch's generator: never the video itself, for two views two different ones where the batch has three.
 
     Args:
-        foreground: β, the portion of the picture that is foreground (Table 1: 0.3, 0.5, 0.7; 1 leaves clips as they
-            are).
+        foreground: β, the portion of the picture that is foreground (Table 1: 0.3, 0.5, 0.7; 1 leaves clips alone).
         mask: how the foreground is found (Table 4). fame: colour statistics of the seed region, and blurs; seed: the
             seed region alone; grid: the cells of a 4 × 4 grid that move most; gauss: the middle of the picture.
         background: whose background it gets (Table 3). inter: another video's; intra: that of the video's other view;
@@ -243,38 +202,35 @@ class ForegroundBackgroundMerging:
         self.foreground, self.mask, self.background, self.branches = foreground, mask, background, branches
 
     def __call__(self, clips: Tensor) -> Tensor:
-        """Both views of B ≥ 2 videos, (B, 2, 3, T, H, W) of uint8 or floating point in [0, 1] → the same, merged.
+        """Both views of B videos, (B, 2, 3, T, H, W) of uint8 or floating point in [0, 1] → the same, merged.
 
-        Raises:
-            ValueError: no other video in the batch to take a background from.
+        Raises ValueError when the batch has no other video to take a background from.
         """
         if self.background == "none":
             return clips
         if self.background == "inter" and len(clips) < 2:
             raise ValueError("a background of another video needs a batch of two videos or more")
         views = 2 if self.branches == "both" else 1
-        front, behind = clips[:, :views], self.backgrounds(clips, views)
+        front, behind = clips[:, :views], clips.flip(1)[:, :views]
+        if self.background == "inter":  # Y of Eq. 4: the last and the next video in a random circle of the batch's
+            order = torch.randperm(len(clips), device=clips.device)
+            partner = torch.stack([order.roll(1), order.roll(-1)], 1)[order.argsort(), :views]  # (B, views)
+            behind = clips[partner, torch.arange(views, device=clips.device)]
         mask = self.foreground_of(front.flatten(0, 1)).unflatten(0, (-1, views))
-        return torch.cat([self.merge(front, behind, mask), clips[:, views:]], 1)
-
-    def backgrounds(self, clips: Tensor, views: int) -> Tensor:
-        """Y of Eq. 4 for the first `views` views: the last and the next video in a random circle of the batch's."""
-        if self.background == "intra":
-            return clips.flip(1)[:, :views]
-        order = torch.randperm(len(clips), device=clips.device)
-        partner = torch.stack([order.roll(1), order.roll(-1)], 1)[order.argsort(), :views]  # (B, views)
-        return clips[partner, torch.arange(views, device=clips.device)]
+        merged = torch.where(mask[..., None, None, :, :], front, behind)  # X ⊗ M̃ + Y ⊗ (1 − M̃), Eq. 4
+        return torch.cat([merged, clips[:, views:]], 1)
 
     def foreground_of(self, clips: Tensor) -> Tensor:
         """M̃, (N, 3, T, H, W) → (N, H, W) bool, the same for all frames of a clip."""
-        seed = self.seed_region(clips)  # S, Eq. 2
+        soft = seed = self.seed_region(clips)  # S, Eq. 2
         if self.mask == "grid":
             return self.top_cells(seed, self.foreground, self.CELLS)
         if self.mask == "fame":
             seed = self.blur(seed)
             soft = self.blur(self.color_likelihood(clips, seed))
-        else:
-            soft = seed if self.mask == "seed" else self.center(seed)
+        if self.mask == "gauss":  # half a side wide, in the middle of the picture (Sec. 4.3)
+            rows, columns = (torch.linspace(-1, 1, n, device=seed.device, dtype=seed.dtype) for n in seed.shape[1:])
+            soft = torch.exp(-0.5 * (rows[:, None] ** 2 + columns**2)).expand_as(seed)
         return self.top_portion(soft, self.foreground, seed)  # Eq. 3
 
     @staticmethod
@@ -290,21 +246,17 @@ class ForegroundBackgroundMerging:
         """Gaussian blur of maps (N, H, W) by a tenth of each side made odd, with σ a third of that, edges reflected."""
         maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
         with torch.autocast(maps.device.type, enabled=False):
-            for size in maps.shape[1:]:  # columns, then rows: each by a matrix of what its pixels are made of
+            for size in maps.shape[1:]:  # columns, then rows
                 radius = int(0.1 * size) // 2
-                distance = torch.arange(-radius, radius + 1, device=maps.device, dtype=maps.dtype)
-                weights = torch.exp(-0.5 * (distance * 3 / (2 * radius + 1)) ** 2)
-                lines = torch.eye(size, device=maps.device, dtype=maps.dtype)[None]
-                lines = F.pad(lines, (radius, radius), mode="reflect")[0].unfold(1, 2 * radius + 1, 1)
-                maps = maps.mT @ (lines @ (weights / weights.sum()))
+                maps = maps.mT @ _gaussian(size, radius, maps.new_full((1, 1), (2 * radius + 1) / 3)).mT
         return maps
 
     @classmethod
     def color_likelihood(cls, clips: Tensor, seed: Tensor) -> Tensor:
         """The soft mask M_ij = P(F | x_ij) = P(x | F) / (P(x | F) + P(x | B)) (Sec. 3.2): (N, H, W) in [0, 1].
 
-        x is the colour of the clip's mean over time. F is the top half of S, B its last tenth, with all pixels that
-        equal the last one in, and one pixel more of every colour.
+        x is the colour of the clip's mean over time. F is the top half of S, B its last tenth, ties included, and one
+        pixel more of every colour.
         """
         white = clips.shape[2] * (255 if clips.dtype == torch.uint8 else 1)  # summed over the frames
         levels = clips.sum(2, dtype=torch.promote_types(clips.dtype, torch.int32)) * (cls.LEVELS / white)
@@ -326,17 +278,10 @@ class ForegroundBackgroundMerging:
         return (front / (front + back)).gather(1, color).view_as(seed)
 
     @staticmethod
-    def center(seed: Tensor) -> Tensor:
-        """A 2-D Gaussian in the middle of the picture, half a side wide (Gauss, Sec. 4.3): (N, H, W) in [0, 1]."""
-        rows, columns = (torch.linspace(-1, 1, size, device=seed.device, dtype=seed.dtype) for size in seed.shape[1:])
-        return torch.exp(-0.5 * (rows[:, None] ** 2 + columns**2)).expand_as(seed)
-
-    @staticmethod
     def top_portion(soft: Tensor, portion: float, tie: Tensor) -> Tensor:
         """M̃ of Eq. 3: the ⌈portion · HW⌉ pixels of each map (N, H, W) with the greatest value, as bool.
 
-        Pixels whose values are within 1e-6 of each other, as those of one colour are, come in the order of `tie`,
-        (N, H, W), not negative; then from top to bottom.
+        Pixels whose values are within 1e-6 of each other come in the order of `tie`, (N, H, W), then from the top.
         """
         tie = tie.double() / tie.amax((1, 2), keepdim=True).clamp(min=1e-12)
         score = (soft.double() + 1e-6 * tie).flatten(1)
@@ -355,8 +300,3 @@ class ForegroundBackgroundMerging:
         with torch.autocast(seed.device.type, enabled=False):
             sums = by_row.mT @ seed @ by_column  # (N, cells, cells)
         return cls.top_portion(sums, portion, sums)[:, rows[:, None], columns]
-
-    @staticmethod
-    def merge(front: Tensor, behind: Tensor, mask: Tensor) -> Tensor:
-        """X_merge = X ⊗ M̃ + Y ⊗ (1 − M̃) of Eq. 4: clips (..., 3, T, H, W), mask (..., H, W) bool."""
-        return torch.where(mask[..., None, None, :, :], front, behind)

@@ -34,7 +34,7 @@ import losses
 import moco
 from cli import command_line, dispatch
 from models import ENCODERS, momentum_update
-from processes import leave_signals, start_process
+from processes import start_process
 from runs import check_replaceable, made_by
 from train import Options, Process, UserError, autocast_bf16, option, progress, user_errors, write_file
 from video import BadVideo, Video
@@ -148,7 +148,7 @@ def reading(config: BenchmarkConfig) -> None:
 
     def sample_time(workers: int) -> float:
         batches = 8 * max(workers, 1)
-        with contextlib.closing(data.load_batches(views, sampler, workers, leave_signals)) as loader:
+        with contextlib.closing(data.load_batches(views, sampler, workers)) as loader:
             for _ in range(1 + data.PREFETCH * workers):  # made ahead of the clock, while the workers started
                 next(loader)
             return timed(lambda: next(loader), time.perf_counter, batches)() / config.batch_size

@@ -2,37 +2,34 @@
 
 Can be copied with video.py into another project: the two import torch, numpy, av (PyAV) and tqdm only.
 
-`PretrainingViews` makes a source and a target view of a video, `TestClips` its clips for evaluation, `StepSampler` says
-which videos make which batch, `load_batches` makes these. Clips leave the loader as uint8; colours and normalisation
-run on the device, in batch (augment.py).
+`PretrainingViews` makes two views of a video, `TestClips` its clips for evaluation, `StepSampler` says which make which
+batch, `load_batches` makes these. Clips leave the loader as uint8; augment.py does the rest on the device.
 
-Letters: N clips, S sub-clips of a view, T frames of a clip, H, W height and width in pixels, P colour parameters.
+Letters: N clips, S sub-clips of a view, T frames of a clip, H, W height and width in pixels.
 """
 
 import contextlib
 import ctypes
 import errno
+import functools
 import inspect
 import itertools
 import math
 import mmap
 import multiprocessing.connection
-import multiprocessing.reduction
 import os
-import re
 import signal
 import sys
-import tempfile
 import traceback
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler, default_collate
+from torch.utils.data import Sampler
 from tqdm import tqdm
 
 from video import WANTS, BadVideo, Video, blame_machine, is_memory_short
@@ -58,61 +55,42 @@ class VideoList:
 
     def seen(self, root: str | Path) -> list[list]:
         """Of each video its path below `root`, label, class, and size in bytes (−1: no file): what a run goes by."""
-
         above, classes = os.path.join(os.path.abspath(root), ""), [*self.classes, ""]
         sizes = [os.path.getsize(path) if os.path.exists(path) else -1 for path in self.paths]
         videos = zip(self.paths, self.labels, sizes, strict=True)
         return [[path.removeprefix(above), label, classes[label], size] for path, label, size in videos]
 
 
-def draw_region(
-    rng: np.random.Generator,
-    height: int,
-    width: int,
-    scale: tuple[float, float] = (0.2, 1.0),
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
-) -> tuple[int, int, int, int]:
-    """Region (top, left, height, width) in pixels, as RandomResizedCrop draws it (Szegedy et al. 2015).
+Region = tuple[int, int, int, int]  # top, left, height, width, in pixels
+RATIO = 3 / 4, 4 / 3  # of a region's width to its height
+JITTER = [(0.6, 1.4)] * 3 + [(-0.1, 0.1)]  # of brightness, contrast, saturation (factors), and hue (shift in turns)
 
-    `scale` bounds its share of the frame's area (uniform), `ratio` its width / height (uniform in the logarithm).
-    Falls back to the largest central region of an allowed ratio when ten draws don't fit in the frame.
+
+def draw_region(rng: np.random.Generator, height: int, width: int, scale: tuple[float, float] = (0.2, 1.0)) -> Region:
+    """Region of a frame, as RandomResizedCrop draws it (Szegedy et al. 2015).
+
+    `scale` bounds its share of the frame's area. When ten draws don't fit, it is the largest central one of a `RATIO`.
     """
     for _ in range(10):
         area = height * width * rng.uniform(*scale)
-        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        aspect = math.exp(rng.uniform(math.log(RATIO[0]), math.log(RATIO[1])))
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
             return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
-    w, h = min(width, round(height * ratio[1])), min(height, round(width / ratio[0]))
+    w, h = min(width, round(height * RATIO[1])), min(height, round(width / RATIO[0]))
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def draw_color(
-    rng: np.random.Generator,
-    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1),
-    jitter_p: float = 0.8,
-    gray_p: float = 0.2,
-    blur_p: float = 0.5,
-) -> np.ndarray:
-    """Draws the colour augmentation of ONE clip: float32 (6,), to be stacked and given to `color_augment`.
+def draw_color(rng: np.random.Generator, jitter_p: float = 0.8, gray_p: float = 0.2, blur_p: float = 0.5) -> np.ndarray:
+    """Draws the colour augmentation of ONE clip: float32 (6,), to be stacked and given to `augment.color_augment`.
 
     The six numbers are the factors of brightness, contrast and saturation, the hue shift in turns, 1 for grayscale
     else 0, and the standard deviation of the blur in pixels, 0 for no blur. What isn't applied holds its identity.
-    The defaults are those of FAME's supplement, which FIMA (A.3) follows; the blur's deviation is uniform in [0.1, 2].
-
-    Args:
-        jitter: strength of brightness, contrast and saturation (factors in [max(0, 1 − s), 1 + s]) and of hue
-            (shift in [−s, s], s ≤ 0.5), as in torchvision's ColorJitter.
-        jitter_p, gray_p, blur_p: probabilities of the jitter as a whole, of grayscale, of blur.
-
-    Raises:
-        ValueError: a strength is negative or that of hue is above 0.5.
+    The values are those of FAME's supplement, which FIMA (A.3) follows; the blur's deviation is uniform in [0.1, 2].
+    `jitter_p`, `gray_p`, `blur_p` are probabilities of the jitter as a whole, of grayscale, of blur.
     """
-    if min(jitter) < 0 or jitter[3] > 0.5:
-        raise ValueError(f"colour jitter {tuple(jitter)}: strengths must be ≥ 0, and that of hue (the last) ≤ 0.5")
     uniform = rng.random(8).tolist()  # all at once: NumPy's calls cost more than what they compute
-    ranges = [(max(1 - s, 0), 1 + s) for s in jitter[:3]] + [(-jitter[3], jitter[3])]
-    factors = [low + (high - low) * u for (low, high), u in zip(ranges, uniform, strict=False)]
+    factors = [low + (high - low) * u for (low, high), u in zip(JITTER, uniform, strict=False)]
     jittered, gray, blurred = (u < p for u, p in zip(uniform[5:], (jitter_p, gray_p, blur_p), strict=True))
     sigma = (0.1 + 1.9 * uniform[4]) * blurred
     return np.array([*(factors if jittered else (1, 1, 1, 0)), gray, sigma], dtype=np.float32)
@@ -125,18 +103,13 @@ def empty_clips(*shape: int) -> Tensor:
 
 
 def crop_resize(
-    images: Sequence[np.ndarray], region: tuple[int, int, int, int], flip: bool, size: int, out: Tensor | None = None
+    images: Sequence[np.ndarray], region: Region, flip: bool, size: int, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Crop images, flip the crop and resize it; the only place that makes a box, so that it is the box applied.
 
-    Args:
-        images: T images uint8 (H, W, 3).
-        region: (top, left, height, width) in pixels.
-        out: memory of `empty_clips` for the clip; new if absent.
-
-    Returns:
-        The clip, uint8 (3, T, size, size), and its box, float32 (x0, y0, x1, y1) in pixels of the images: the column at
-        x / size of the clip shows the image at x0 + (x / size)·(x1 − x0), so that a horizontal flip swaps x0 and x1.
+    Takes T images uint8 (H, W, 3), and perhaps memory of `empty_clips` for the clip. Returns the clip, uint8 (3, T,
+    size, size), and its box, float32 (x0, y0, x1, y1) in pixels of the images: the column at x / size of the clip shows
+    the image at x0 + (x / size)·(x1 − x0), so that a horizontal flip swaps x0 and x1.
     """
     clip = empty_clips(3, len(images), size, size) if out is None else out
     top, left, h, w = region
@@ -152,20 +125,10 @@ def crop_resize(
 
 
 def crop_frames(
-    images: dict[int, np.ndarray],
-    frames: Sequence[int],
-    region: tuple[int, int, int, int],
-    flip: bool,
-    out: Tensor,
-    box: Tensor | None = None,
+    images: dict[int, np.ndarray], frames: Sequence[int], region: Region, flip: bool, out: Tensor, box: Tensor | None
 ) -> None:
-    """Put those of a clip's frames that are among the images of `Video.stream` in their places.
-
-    Args:
-        frames: the frame that each of the T images of the clip shows.
-        out: the clip, uint8 (3, T, size, size).
-        box: where its box goes, float32 (4,).
-    """
+    """Puts those of a clip's frames that are among the images of `Video.stream` in their places in `out`, the clip's
+    uint8 (3, T, size, size), and the crop's box in `box`, float32 (4,)."""
     place = 0
     for there, part in itertools.groupby(frames, images.__contains__):
         part = list(part)
@@ -177,6 +140,8 @@ def crop_frames(
         place += len(part)
 
 
+# How processes start: forked on Linux, whatever Python's own choice.
+PROCESSES = torch.multiprocessing.get_context("fork" if sys.platform == "linux" else None)
 # In a process of `_in_processes`: what killed others before it, and how; and its end of the pipe to the parent.
 _killers: dict[Hashable, str] = {}
 _parent: multiprocessing.connection.Connection | None = None
@@ -190,32 +155,37 @@ def _begin(path: str, draw: Hashable) -> None:
         _parent.send(("reads", draw))
 
 
-class Items(Dataset):
+class Items:
     """Items that are made in memory that is given, for `load_batches`.
 
-    A subclass has `empty(*batch)`, which gives a dict of memory for an item or for a batch of them, and
+    A subclass has `videos`, `empty(*batch)`, which gives a dict of memory for an item or for a batch of them, and
     `write(key, memory)`, which makes an item there and returns (path, reason) of the videos that could not be read.
     """
+
+    videos: VideoList
+
+    def __len__(self) -> int:
+        return len(self.videos)
 
     def __getitem__(self, key: Hashable) -> dict:
         item = self.empty()
         return {**item, "bad": self.write(key, item)}
 
 
+@dataclass(eq=False, repr=False)
 class PretrainingViews(Items):
     """Two views of a video, source and target, from windows at two random times (FIMA, sections 3.1 and 4.1).
 
     A window spans `frames × frame_stride` frames and starts anywhere in the video with equal chance, no two at the same
     frame as far as the video has others; a shorter video is continued with its last frame. Crops take from `min_scale`
-    to all of the frame's area; `color` holds settings of `draw_color`. With another number of `windows`, 1 to train a
-    classifier, there are as many views instead of 2. An item is asked for by (epoch, index) and depends on nothing but
-    these and the seed:
+    to all of the frame's area; `color` holds settings of `draw_color`. `windows`, 1 to train a classifier, is the
+    number of views. An item is asked for by (epoch, index) and depends on nothing but these and the seed:
 
     - "clip": uint8 (2, 3, frames, crop, crop), every `frame_stride`-th frame of each window.
     - "sub_clips": uint8 (2, S, 3, window // S, crop, crop), each window cut in S parts at stride 1, each with a crop
       and a flip of its own; absent for S = 0.
     - "box": float32 (2, 4), where the clips lie in the frame, in its pixels (see `crop_resize`).
-    - "color": float32 (2, 2 + S, P), colour parameters of the clip, its frame difference, and each sub-clip's.
+    - "color": float32 (2, 2 + S, 6), colour parameters of the clip, its frame difference, and each sub-clip's.
     - "overlap": float32 (), the share of a window's frames that another one shows, too; absent for one window.
     - "index", "label": int64 (), the video's place in the list and its class (-1: unknown).
     - "bad": list of (path, reason) of the unreadable videos drawn before it.
@@ -223,42 +193,30 @@ class PretrainingViews(Items):
     Raises OSError when `attempts` videos drawn for one item are all unreadable.
     """
 
-    def __init__(
-        self,
-        videos: VideoList,
-        crop: int,
-        frames: int = 16,
-        frame_stride: int = 2,
-        sub_clips: int = 2,
-        seed: int = 0,
-        min_scale: float = 0.2,
-        flip_p: float = 0.5,
-        color: dict | None = None,
-        attempts: int = 10,
-        windows: int = 2,
-    ):
-        self.videos, self.crop, self.frames, self.frame_stride = videos, crop, frames, frame_stride
-        self.sub_clips, self.seed, self.min_scale, self.flip_p = sub_clips, seed, min_scale, flip_p
-        self.color, self.attempts, self.windows = color or {}, attempts, windows
-
-    def __len__(self) -> int:
-        return len(self.videos)
+    videos: VideoList
+    crop: int
+    frames: int = 16
+    frame_stride: int = 2
+    sub_clips: int = 2
+    seed: int = 0
+    min_scale: float = 0.2
+    flip_p: float = 0.5
+    color: dict = field(default_factory=dict)
+    attempts: int = 10
+    windows: int = 2
 
     def empty(self, *batch: int) -> dict[str, Tensor]:
         """Memory for an item, or for `batch` of them."""
-        views, parts, length = self.windows, self.sub_clips, self.frames * self.frame_stride // max(self.sub_clips, 1)
-        colors = len(draw_color(np.random.default_rng(), **self.color))
-        memory = {
-            "clip": empty_clips(*batch, views, 3, self.frames, self.crop, self.crop),
-            "sub_clips": empty_clips(*batch, views, parts, 3, length, self.crop, self.crop),
-            "box": torch.empty(*batch, views, 4),
-            "color": torch.empty(*batch, views, 2 + parts, colors),
-            "overlap": torch.empty(batch),
-            "index": torch.empty(batch, dtype=torch.int64),
-            "label": torch.empty(batch, dtype=torch.int64),
-        }
-        absent = {"sub_clips": not parts, "overlap": views < 2}
-        return {name: tensor for name, tensor in memory.items() if not absent.get(name)}
+        views, parts, size = self.windows, self.sub_clips, (self.crop, self.crop)
+        memory = {name: torch.empty(batch, dtype=torch.int64) for name in ("index", "label")}
+        memory["clip"] = empty_clips(*batch, views, 3, self.frames, *size)
+        memory["box"] = torch.empty(*batch, views, 4)
+        memory["color"] = torch.empty(*batch, views, 2 + parts, 6)
+        if parts:
+            memory["sub_clips"] = empty_clips(*batch, views, parts, 3, self.frames * self.frame_stride // parts, *size)
+        if views > 1:
+            memory["overlap"] = torch.empty(batch)
+        return memory
 
     def write(self, key: tuple[int, int], item: dict[str, Tensor]) -> list[tuple[str, str]]:
         """Make an item in memory of `empty`; returns its "bad"."""
@@ -316,31 +274,26 @@ class PretrainingViews(Items):
         """First frames that a window may have."""
         return np.arange(max(len(video) - self.frames * self.frame_stride, 0) + 1)
 
-    def draw_region(self, rng: np.random.Generator, height: int, width: int, start: int) -> tuple[int, int, int, int]:
+    def draw_region(self, rng: np.random.Generator, height: int, width: int, start: int) -> Region:
         """Region of a crop of the window that starts at frame `start`, of the video whose windows were drawn last."""
         return draw_region(rng, height, width, scale=(self.min_scale, 1.0))
 
-    def _draw_crop(self, rng: np.random.Generator, *place: int) -> tuple[tuple[int, int, int, int], bool]:
+    def _draw_crop(self, rng: np.random.Generator, *place: int) -> tuple[Region, bool]:
         return self.draw_region(rng, *place), bool(rng.random() < self.flip_p)
 
 
 class TestClips(Items):
     """Clips for evaluation, N of each video at uniformly spaced times; short videos are continued by their last frame.
 
-    The crop is the central square of 7/8 of the shorter side: what resizing the shorter side to 8/7 of `crop` and then
-    cropping the centre gives. An item is a dict: "clips" uint8 (N, 3, frames, crop, crop), "label" int64 ()
-    (-1: unknown), "index" int64 (), and "bad", empty or [(path, reason)]: an unreadable video gives zeros and is never
-    replaced, so that it can be counted as wrong.
+    The crop is the central square of 7/8 of the shorter side. An item is a dict: "clips" uint8 (N, 3, frames, crop,
+    crop), "label" int64 () (-1: unknown), "index" int64 (), and "bad", empty or [(path, reason)]: an unreadable video
+    gives zeros and is never replaced, so that it can be counted as wrong.
     """
 
     __test__ = False  # not a test case, whatever its name makes pytest think
 
     def __init__(self, videos: VideoList, crop: int, frames: int = 16, frame_stride: int = 2, clips: int = 10):
-        self.videos, self.crop, self.frames = videos, crop, frames
-        self.frame_stride, self.clips = frame_stride, clips
-
-    def __len__(self) -> int:
-        return len(self.videos)
+        self.videos, self.crop, self.frames, self.frame_stride, self.clips = videos, crop, frames, frame_stride, clips
 
     def empty(self, *batch: int) -> dict[str, Tensor]:
         """Memory for an item, or for `batch` of them."""
@@ -349,25 +302,26 @@ class TestClips(Items):
 
     def write(self, index: int, item: dict[str, Tensor]) -> list[tuple[str, str]]:
         """Make an item in memory of `empty`; returns its "bad"."""
+        path, times, out = self.videos.paths[index], np.arange(self.frames) * self.frame_stride, item["clips"]
         item["label"].fill_(self.videos.labels[index])
         item["index"].fill_(index)
-        times = np.arange(self.frames) * self.frame_stride
         try:
-            _begin(self.videos.paths[index], index)
-            with Video(self.videos.paths[index]) as video:
+            _begin(path, index)
+            with Video(path) as video:
                 starts = np.linspace(0, max(len(video) - times[-1] - 1, 0), self.clips).round().astype(int)
                 frames = np.minimum(starts[:, None] + times, len(video) - 1).ravel().tolist()
                 for images in video.stream(frames):
                     height, width = next(iter(images.values())).shape[:2]
                     side = max(round(min(height, width) * 7 / 8), 1)
                     region = ((height - side) // 2, (width - side) // 2, side, side)
-                    crop_frames(images, frames, region, False, item["clips"].transpose(0, 1).flatten(1, 2))
+                    crop_frames(images, frames, region, False, out.transpose(0, 1).flatten(1, 2), None)
         except BadVideo as error:
-            item["clips"].zero_()
+            out.zero_()
             return [(error.path, error.reason)]
         return []
 
 
+@dataclass(eq=False)
 class StepSampler(Sampler):
     """Batch sampler of a whole run: for each step from `start_step` on, this rank's list of (epoch, index).
 
@@ -377,23 +331,19 @@ class StepSampler(Sampler):
     Raises ValueError when the data set is smaller than one batch of all ranks.
     """
 
-    def __init__(
-        self,
-        length: int,
-        batch_size: int,
-        epochs: int,
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        start_step: int = 0,
-    ):
-        self.length, self.batch_size, self.epochs, self.seed = length, batch_size, epochs, seed
-        self.rank, self.world_size, self.start_step = rank, world_size, start_step
-        self.steps_per_epoch = length // (batch_size * world_size)
+    length: int
+    batch_size: int
+    epochs: int
+    seed: int = 0
+    rank: int = 0
+    world_size: int = 1
+    start_step: int = 0
+
+    def __post_init__(self):
+        self.steps_per_epoch = self.length // (self.batch_size * self.world_size)
         if self.steps_per_epoch == 0:
-            raise ValueError(
-                f"{length} videos, fewer than one batch of {batch_size} × {world_size} processes: lower --batch_size"
-            )
+            total = f"{self.batch_size} × {self.world_size} processes"
+            raise ValueError(f"{self.length} videos, fewer than one batch of {total}: lower --batch_size")
 
     def __len__(self) -> int:
         return self.epochs * self.steps_per_epoch - self.start_step
@@ -409,31 +359,22 @@ class StepSampler(Sampler):
 
 def collate(items: list[dict]) -> dict:
     """Stack the items' entries into a batch; the lists "bad" are joined into one."""
-    batch = {name: default_collate([item[name] for item in items]) for name in items[0] if name != "bad"}
-    return {**batch, "bad": [entry for item in items for entry in item["bad"]]}
+    batch = {name: torch.stack([item[name] for item in items]) for name in items[0] if name != "bad"}
+    return batch | {"bad": [entry for item in items for entry in item["bad"]]}
 
 
-CRASHES = (-4, -5, -6, -8, -9, -11)  # of a fault in FFmpeg: SIGILL, SIGTRAP, SIGABRT, SIGFPE, SIGKILL, SIGSEGV
-
-
-def _serve(
-    pipe: multiprocessing.connection.Connection, function: Callable, start: Callable | None, i: int, killers: dict
-) -> None:
-    """What process i of `_in_processes` does, until its parent ends it or is gone."""
+def _serve(pipe: multiprocessing.connection.Connection, function: Callable, killers: dict) -> None:
+    """What a process of `_in_processes` does, until its parent ends it or is gone."""
     global _parent
-    for name in ("SIGINT", "SIGHUP"):  # a Ctrl-C, or the terminal's end, reaches the parent, which decides
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the parent's handler
+    if hasattr(os, "setpgid"):  # a terminal's Ctrl-C and a launcher's SIGTERM reach the parent, which decides
+        os.setpgid(0, 0)
     torch.set_num_threads(1)
-    if sys.platform == "linux":  # glibc: keep freed memory, but give blocks of 8 MB and more, as of 4K frames, back
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: None)  # other C libraries may lack it
+    if sys.platform == "linux":  # keep freed memory, but give blocks of 8 MB and more, as of 4K frames, back
         for parameter, value in ((-1, 2**28), (-4, 2**16), (-3, 2**23)):  # M_TRIM_THRESHOLD, M_MMAP_MAX, …_THRESHOLD
-            mallopt(parameter, value)
+            ctypes.CDLL(None).mallopt(parameter, value)
     _killers.update(killers)
     _parent = pipe
-    if start:
-        start(i)
     parent = multiprocessing.parent_process().sentinel
     with contextlib.suppress(BrokenPipeError):  # the parent is gone
         while parent not in multiprocessing.connection.wait([pipe, parent]):
@@ -445,56 +386,50 @@ def _serve(
             pipe.send(answer)
 
 
-def _memory_kills() -> str:
-    """Linux's count of the processes that it has killed for want of memory; "" elsewhere."""
+def _memory_kills() -> list[str]:
+    """Linux's count of the processes that it has killed for want of memory."""
     with contextlib.suppress(OSError):
-        return "".join(re.findall(r"^oom_kill \d+", Path("/proc/vmstat").read_text(), re.MULTILINE))
-    return ""
+        return [line for line in Path("/proc/vmstat").read_text().split("\n") if line.startswith("oom_kill ")]
+    return []
 
 
-def _in_processes(functions: Sequence, tasks: Iterable, ahead: int, start: Callable | None = None) -> Iterator:
-    """Yield what the functions, each in a process of its own, make of the tasks, in turn and in order.
+def _in_processes(function: Callable, count: int, tasks: Iterable, ahead: int) -> Iterator:
+    """Yields what a function makes of the tasks in so many processes, in order; each has up to `ahead` tasks.
 
-    torch's DataLoader ends the run when a process of its own dies. Here another process goes on with its tasks. What
-    killed two processes by a fault in FFmpeg (`CRASHES`), as the last thing that `_begin` was told, is a BadVideo in
-    the next. Whatever else a process dies of, such as want of memory, is no video's fault.
-    Each process has up to `ahead` tasks and calls `start`, given its number, at first.
-
-    Raises what the functions raise, and OSError when a process can't be started, or when processes die more than ten
-    times in a row of what is no video's fault.
+    torch's DataLoader ends the run when a process of its own dies. Here another process goes on with its tasks, and
+    what two died of while memory was not short, as the last thing that `_begin` was told, is a BadVideo in the next.
+    Raises what the function raises, and OSError when a process can't be started, or when eleven die in a row of what
+    is no video's fault.
     """
     tasks, deaths, kills, suspects, killers = iter(tasks), 0, _memory_kills(), set(), {}
-    pending, processes, pipes = [deque() for _ in functions], [None] * len(functions), [None] * len(functions)
-    reading = [None] * len(functions)
+    pending, processes, pipes, reading = [deque() for _ in range(count)], {}, {}, {}
 
     def launch(i: int) -> None:
         try:
-            pipes[i], end = multiprocessing.Pipe()
-            given = (end, functions[i], start, i, killers)
-            process = torch.multiprocessing.Process(target=_serve, args=given, daemon=True)
+            pipes[i], end = PROCESSES.Pipe()
+            process = PROCESSES.Process(target=_serve, args=(end, function, killers), daemon=True)
             process.start()
         except OSError as error:
             advice = WANTS.get(error.errno, "raise `ulimit -u`, or take fewer --workers (0: none)")
-            advice = "set TMPDIR to a shorter path, or take --workers 0" if "AF_UNIX" in str(error) else advice
             raise OSError(f"a loader process can't be started: {error.strerror or error}: {advice}") from error
         processes[i], reading[i] = process, None
         end.close()  # the process has the only one, so that its death is the end of the pipe
-        send(i, pending[i])
+        send(i, *pending[i])
 
-    def send(i: int, tasks: Iterable) -> None:
+    def send(i: int, *tasks: object) -> None:
         with contextlib.suppress(BrokenPipeError):  # it died, which the wait for its answer will find
             for task in tasks:
                 pipes[i].send(task)
 
     def hand_out(i: int) -> None:
-        new = list(itertools.islice(tasks, 1))
-        pending[i].extend(new)
-        send(i, new)
+        for task in itertools.islice(tasks, 1):
+            pending[i].append(task)
+            send(i, task)
 
     try:
-        for i in range(len(functions)):
+        for i in range(count):
             launch(i)
-        for i in list(range(len(functions))) * ahead:
+        for i in [*range(count)] * ahead:
             hand_out(i)
         i = 0
         while pending[i]:
@@ -502,10 +437,10 @@ def _in_processes(functions: Sequence, tasks: Iterable, ahead: int, start: Calla
                 kind, value = pipes[i].recv()
             except (EOFError, OSError):
                 processes[i].join()
-                code, draw, deaths = processes[i].exitcode, reading[i], deaths + 1
-                how = f"the process that read it died (exit code {code})"
+                draw, deaths = reading[i], deaths + 1
+                how = f"the process that read it died (exit code {processes[i].exitcode})"
                 kills, before = _memory_kills(), kills
-                if draw is not None and code in CRASHES and kills == before and not is_memory_short():
+                if draw is not None and kills == before and not is_memory_short():
                     if draw in suspects:
                         killers[draw], deaths = how, 0
                     suspects.add(draw)
@@ -524,72 +459,36 @@ def _in_processes(functions: Sequence, tasks: Iterable, ahead: int, start: Calla
             pending[i].popleft()
             hand_out(i)
             yield value
-            i = (i + 1) % len(functions)
+            i = (i + 1) % count
     finally:
-        for process, pipe in zip(processes, pipes, strict=True):
-            if process is not None:
-                process.kill()
-                process.join()
-                pipe.close()
+        for i, process in processes.items():
+            process.kill()
+            process.join()
+            pipes[i].close()
 
 
 PREFETCH = 2  # batches that each worker makes ahead
 
 
-class _Ring:
-    """A ring of batches of `items`; called with (slot, keys), makes their batch there: (slot, its length, its "bad").
-
-    If `shared`, processes may share it, however they are started. It is not in /dev/shm, which containers keep small
-    and others fill: on Linux it is a file in memory alone, elsewhere one in TMPDIR.
-
-    Raises OSError when there is too little memory.
-    """
-
-    def __init__(self, items: Items, slots: int, batch_size: int, shared: bool, fd: int | None = None):
-        self.items, self.shape = items, (slots, batch_size)
-        if not shared:
-            self.memory = items.empty(slots, batch_size)
-            return
-        with torch.device("meta"):
-            plan = items.empty(slots, batch_size)
-        *starts, size = itertools.accumulate((-(-part.nbytes // 64) * 64 for part in plan.values()), initial=0)
-        try:
-            if fd is None and hasattr(os, "memfd_create"):
-                fd = os.memfd_create("batches")
-            self.file = tempfile.TemporaryFile() if fd is None else open(fd, "r+b")  # noqa: SIM115
-            self.file.truncate(size)
-            buffer = mmap.mmap(self.file.fileno(), size)
-        except OSError as error:
-            raise OSError(
-                f"no {size / 2**30:.2g} GiB of shared memory for {slots} batches ({error.strerror}): "
-                f"{WANTS.get(error.errno, WANTS[errno.ENOMEM])}"
-            ) from error
-        self.memory = {
-            name: torch.frombuffer(buffer, dtype=part.dtype, count=part.numel(), offset=start).as_strided(
-                part.shape, part.stride()
-            )
-            for (name, part), start in zip(plan.items(), starts, strict=True)
-        }
-
-    def __reduce__(self) -> tuple:
-        """For processes that are not forked: they get the file, and map it again."""
-        return _open_ring, (self.items, *self.shape, multiprocessing.reduction.DupFd(self.file.fileno()))
-
-    def __call__(self, task: tuple[int, Sequence]) -> tuple[int, int, list[tuple[str, str]]]:
-        slot, keys = task
-        bad = []
-        for place, key in enumerate(keys):
-            bad += self.items.write(key, {name: memory[slot, place] for name, memory in self.memory.items()})
-        return slot, len(keys), bad
+def _shared(plan: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Memory like tensors without any, for processes to share: where they are forked not in /dev/shm, which containers
+    keep small and others fill. Raises OSError when there is too little."""
+    if PROCESSES.get_start_method() != "fork":
+        return {name: torch.empty_like(part, device="cpu").share_memory_() for name, part in plan.items()}
+    memory = {name: torch.frombuffer(mmap.mmap(-1, part.nbytes), dtype=part.dtype) for name, part in plan.items()}
+    return {name: memory[name].as_strided(part.shape, part.stride()) for name, part in plan.items()}
 
 
-def _open_ring(items: Items, slots: int, batch_size: int, fd: multiprocessing.reduction.DupFd) -> _Ring:
-    return _Ring(items, slots, batch_size, True, fd.detach())
+def _make_batch(items: Items, memory: dict[str, Tensor], task: tuple[int, Sequence]) -> tuple[int, int, list]:
+    """Makes a batch of (slot, keys) in its slot of the memory; returns the slot, the batch's length and its "bad"."""
+    slot, keys = task
+    bad = []
+    for place, key in enumerate(keys):
+        bad += items.write(key, {name: part[slot, place] for name, part in memory.items()})
+    return slot, len(keys), bad
 
 
-def load_batches(
-    items: Items, batches: Sampler, workers: int = 0, worker_init_fn: Callable[[int], None] | None = None
-) -> Iterator[dict]:
+def load_batches(items: Items, batches: Sampler, workers: int = 0) -> Iterator[dict]:
     """Yield batches: dicts of the items' entries, stacked, and the joined lists "bad".
 
     `batches` is a batch sampler, with a `batch_size` and a length. A batch is valid until the next one is asked for:
@@ -600,48 +499,45 @@ def load_batches(
     """
     workers = min(workers, len(batches))
     slots = min(PREFETCH * workers, len(batches)) + 1  # those the workers may have been asked for, and the one in use
-    ring = _Ring(items, slots, batches.batch_size, workers > 0)
+    with torch.device("meta" if workers else "cpu"):
+        memory = items.empty(slots, batches.batch_size)
+    try:
+        memory = _shared(memory) if workers else memory
+    except OSError as error:
+        size = sum(part.nbytes for part in memory.values()) / 2**30
+        advice = WANTS.get(error.errno, WANTS[errno.ENOMEM])
+        raise OSError(f"no {size:.2g} GiB of shared memory for batches ({error.strerror}): {advice}") from error
     tasks = ((step % slots, keys) for step, keys in enumerate(batches))
-    made = _in_processes([ring] * workers, tasks, PREFETCH, worker_init_fn) if workers else map(ring, tasks)
-    for slot, length, bad in made:
-        yield {**{name: memory[slot][:length] for name, memory in ring.memory.items()}, "bad": bad}
+    make = functools.partial(_make_batch, items, memory)
+    for slot, length, bad in _in_processes(make, workers, tasks, PREFETCH) if workers else map(make, tasks):
+        yield {name: part[slot][:length] for name, part in memory.items()} | {"bad": bad}
 
 
-class VideoVisitor:
-    """What is done to videos one by one, in processes: `visit` does it, and raises BadVideo for those it can't read."""
-
-    def visit(self, path: str) -> None:
-        raise NotImplementedError
-
-    def __call__(self, path: str) -> tuple[str, str]:
-        """Gives (path, why the video can't be read, or "")."""
-        try:
-            _begin(path, path)
-            self.visit(path)
-        except BadVideo as error:
-            return path, error.reason
-        return path, ""
+def _visited(visit: Callable[[str], None], path: str) -> tuple[str, str]:
+    """(path, why the video can't be read, or "")."""
+    try:
+        _begin(path, path)
+        visit(path)
+    except BadVideo as error:
+        return path, error.reason
+    return path, ""
 
 
 def visit_videos(
-    visitor: VideoVisitor, paths: Sequence[str], root: str, out: str | Path, workers: int, what: str, mode: str = "w"
+    visit: Callable[[str], None], paths: Sequence[str], root: str, out: str | Path, workers: int, what: str, mode="w"
 ) -> int:
-    """Visits videos in processes, and says how far it is; returns how many are bad.
+    """Calls `visit`, which raises BadVideo, for videos in processes, and says how far it is; returns how many are bad.
 
-    Each bad video found is a line of the file `out`, which is written anew, or added to in `mode` "a": its path from
-    `root` in quotes, a tab, the reason; `find_videos` takes it as `exclude`.
-
-    Raises FileExistsError when `out` is a file of another kind.
+    Each bad video is a line of the file `out`, written anew or (`mode` "a") added to, for `find_videos` to exclude: its
+    path from `root` in quotes, a tab, the reason. Raises FileExistsError when `out` is a file of another kind.
     """
-    if os.path.isfile(out):
-        with open(out, "rb") as file:
-            if file.read(1) not in (b"", b"'", b'"'):
-                raise FileExistsError(f"{out} is no list of bad videos: name another file")
+    if os.path.isfile(out) and Path(out).read_bytes()[:1] not in (b"", b"'", b'"'):
+        raise FileExistsError(f"{out} is no list of bad videos: name another file")
     bad, pause = 0, 0.5 if sys.stderr.isatty() else 30  # seconds, as in training
     try:
         with (
             open(out, mode, encoding="utf-8", buffering=1) as file,  # by lines: an interrupt loses none
-            contextlib.closing(_in_processes([visitor] * workers, paths, ahead=8)) as visited,
+            contextlib.closing(_in_processes(functools.partial(_visited, visit), workers, paths, 8)) as visited,
         ):
             for path, reason in tqdm(visited, what, len(paths), dynamic_ncols=True, mininterval=pause):
                 if reason:
@@ -655,7 +551,7 @@ def visit_videos(
 
 
 def main() -> None:
-    """`data.py check ROOT` finds videos that can't be read, `data.py synthetic ROOT` is `synthetic.py ROOT`."""
+    """`data.py check ROOT` finds videos that can't be read, `data.py synthetic ROOT` makes videos to train on."""
     import find
     import synthetic
     from cli import dispatch

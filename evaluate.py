@@ -39,7 +39,7 @@ import find
 from cli import command_line, dispatch, shown
 from features import EncoderConfig, clip_outputs, load_encoder, nearest, pooled_features, unit_features, video_outputs
 from models import ENCODERS, EXPORTS, export_weights
-from processes import leave_signals, loader_workers, start_process
+from processes import loader_workers, start_process
 from runs import check_replaceable, claim_folder, continued, fit_in_folder, load_checkpoint, made_by
 from train import Options, Process, TrainConfig, UserError, check_sums, option, user_errors, write_file
 
@@ -422,7 +422,7 @@ def classify(config: ClassifyConfig) -> None:
     def make_loader(start: int) -> Iterator[dict]:
         sampler.start_step = start
         if not cached:
-            return data.load_batches(views, sampler, loader_workers(config, process), leave_signals)
+            return data.load_batches(views, sampler, loader_workers(config, process))
         features, labels = cached
         batches = (torch.tensor(keys).unbind(1) for keys in sampler)
         return ({"feature": features[v, epoch % features.shape[1]], "label": labels[v]} for epoch, v in batches)

@@ -18,7 +18,7 @@ import data
 import find
 from augment import encoder_input
 from models import ENCODERS, build_encoder, encoder_weights, load_weights, recognize
-from processes import leave_signals, loader_workers
+from processes import loader_workers
 from runs import load_checkpoint, saved_options
 from train import Options, Process, UserError, option, progress, user_errors
 
@@ -123,7 +123,7 @@ def clip_outputs(
     batches = [range(i, min(i + size, len(clips))) for i in range(0, len(clips), size)]
     mine = batches[process.rank :: process.world_size]
     sampler = BatchSampler([i for batch in mine for i in batch], size, drop_last=False)
-    loader, found, bad = data.load_batches(clips, sampler, workers, leave_signals), {}, []
+    loader, found, bad = data.load_batches(clips, sampler, workers), {}, []
     for videos in progress(process, mine, desc=title, unit="batch", leave=False):
         with user_errors((OSError,)):
             batch = next(loader)

@@ -20,7 +20,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from data import VideoList, VideoVisitor, visit_videos
+from data import VideoList, visit_videos
 from synthetic import SYNTHETIC_MARKER, SYNTHETIC_VERSION, UNLABELED, make_synthetic
 from train import SWITCH, Options, UserError, option, user_errors
 from video import Video
@@ -539,7 +539,7 @@ def _read_bad(root: str, file: str | Path) -> set[str]:
     return paths
 
 
-class _Checker(VideoVisitor):
+class _Checker:
     """Reads the first, middle and last 32 frames of a video, or all."""
 
     def __init__(self, full: bool):
@@ -569,7 +569,7 @@ def check_videos(root: str | Path, out: str | Path, workers: int, full: bool = F
         raise PermissionError(f"{closed[0]}: no permission to list this folder, one of {len(closed)} such folders")
     if not paths:
         raise FileNotFoundError(f"{root}: no videos (.{', .'.join(SUFFIXES)}) below it")
-    return len(paths), visit_videos(_Checker(full), paths, root, out, workers, f"checking {root}")
+    return len(paths), visit_videos(_Checker(full).visit, paths, root, out, workers, f"checking {root}")
 
 
 @dataclass(frozen=True)

@@ -111,7 +111,7 @@ def tvl1_flow(images: Sequence[np.ndarray], side: int, warps: int = 5) -> Tensor
     return torch.from_numpy(np.stack(flow)).flip(1)  # it gives rows first
 
 
-class MotionMaps(data.VideoVisitor):
+class MotionMaps:
     """m of Eq. 1 for each frame of each video, averaged over cells, made once: that of ROOT/a/b.mp4 is kept in
     FOLDER/a/b.mp4.npz.
 
@@ -220,7 +220,7 @@ class MotionMaps(data.VideoVisitor):
                 return report
             self.folder.mkdir(parents=True, exist_ok=True)
             bad = self.folder / "bad_videos.txt"
-            count = data.visit_videos(self, todo, self.root, bad, workers, f"making {self.folder}", "a")
+            count = data.visit_videos(self.visit, todo, self.root, bad, workers, f"making {self.folder}", "a")
         exclude = shlex.quote(",".join(filter(None, [self.config.exclude, str(bad)])))
         advice = f", {count} videos can't be read: leave them out with --exclude {exclude}" if count else ""
         return f"{report}, {len(todo) - count} made{advice}"

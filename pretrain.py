@@ -23,7 +23,7 @@ import find
 from augment import encoder_input
 from cli import parse, program
 from models import ENCODERS, ProjectionHead, build_encoder
-from processes import leave_signals, loader_workers, start_process
+from processes import loader_workers, start_process
 from runs import continued, fit_in_folder, unused_folder
 from train import Options, Process, TrainConfig, UserError, method_name, option, sgd, user_errors
 
@@ -175,7 +175,7 @@ def batches(items: data.Items, config: TrainConfig, process: Process) -> tuple[C
         return data.StepSampler(len(items), config.batch_size, config.epochs, config.seed, *place, start)
 
     def make_loader(start: int) -> Iterator[dict]:
-        return data.load_batches(items, sampler(start), loader_workers(config, process), leave_signals)
+        return data.load_batches(items, sampler(start), loader_workers(config, process))
 
     with user_errors((ValueError,)):
         return make_loader, sampler(0).steps_per_epoch

@@ -2,7 +2,6 @@
 
 import ctypes
 import os
-import signal
 import sys
 import threading
 from datetime import timedelta
@@ -130,13 +129,3 @@ def loader_workers(config: TrainConfig, process: Process) -> int:
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return config.workers if config.workers >= 0 else min(8, max(1, cores // local))
-
-
-def leave_signals(_worker: int) -> None:
-    """Takes a loader's worker out of the process group, which a terminal's Ctrl-C and a launcher's SIGTERM reach whole.
-
-    The training process decides, and needs its workers until it has saved; what it tells them itself, they obey.
-    """
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a forked worker has inherited its parent's handler
-    if hasattr(os, "setpgid"):
-        os.setpgid(0, 0)

@@ -1,20 +1,18 @@
 """The embedded data set: real video files in which the class is the motion and nothing else.
 
-    python synthetic.py ROOT --shots 4
+    python data.py synthetic ROOT --shots 4
 
 Can be copied alone into another project, for `make_synthetic`: it imports av (PyAV), numpy and tqdm only.
 """
 
 import contextlib
 import dataclasses
-import inspect
-import itertools
 import json
 import math
 import os
-import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -24,7 +22,6 @@ from av.video.reformatter import VideoReformatter
 from tqdm import tqdm
 
 MOTIONS = ("bounce", "fall", "grow", "orbit", "pulse", "rise", "shrink", "spin", "sway", "sway_then_bounce")
-SHAPES = ("disc", "ring", "square", "triangle", "star", "cross")
 SYNTHETIC_VERSION = 2  # to be raised with every change of what is drawn, so that older copies are made anew
 SYNTHETIC_MARKER = "synthetic.json"  # says how the set was made
 UNLABELED = "unlabeled"  # folder of videos for pretraining alone, in each of which the motion changes
@@ -35,8 +32,7 @@ SPRITE = 64  # pixels of an object's picture, in each direction; objects are dra
 def _motion(name: str, rng: np.random.Generator, frames: int) -> tuple[np.ndarray, ...]:
     """One course of a motion: moves to the right and down (in sides of the frame), size (log2), turns; each (frames,).
 
-    Any half of the video shows the motion, and a horizontal flip leaves it what it is: what moves sideways or turns
-    does so both ways. The draws are the same for all motions; what a motion leaves alone stays where it was drawn.
+    Any half of the video shows the motion, and a horizontal flip leaves it what it is.
     """
     travel, amplitude, doublings, period, phase, direction, size, turns = rng.uniform(
         (0.5, 0.17, 1.2, 11, 0, -1, -0.5, 0), (0.6, 0.28, 1.6, 17, 2, 1, 0.5, 1)
@@ -47,32 +43,22 @@ def _motion(name: str, rng: np.random.Generator, frames: int) -> tuple[np.ndarra
     cycle = np.arange(frames) / period + phase
     wave = np.sin(2 * np.pi * cycle)
     bounce = 1 - 8 * (cycle % 1) * (1 - cycle % 1)  # parabolas, in [-1, 1]
-    right, down, size, turns = (np.full(frames, start) for start in (0, 0, size * doublings, turns))
-    match name:
-        case "rise":
-            down = -travel * progress
-        case "fall":
-            down = travel * progress
-        case "sway":
-            right = amplitude * wave
-        case "bounce":
-            down = amplitude * bounce
-        case "sway_then_bounce":
-            swaying = cycle % 2 < 1
-            right = np.where(swaying, amplitude * wave, 0)
-            down = np.where(swaying, amplitude, amplitude * bounce)
-        case "orbit":
-            right = amplitude * wave
-            down = amplitude * np.cos(2 * np.pi * cycle) * np.sign(direction)
-        case "grow":
-            size = doublings * progress
-        case "shrink":
-            size = -doublings * progress
-        case "pulse":
-            size = doublings / 2 * wave
-        case "spin":
-            turns = turns + np.sign(direction) * cycle / 1.5
-    return right, down, size, turns
+    still, turn, swaying = np.zeros(frames), np.sign(direction), cycle % 2 < 1
+    right = {
+        "sway": amplitude * wave,
+        "sway_then_bounce": np.where(swaying, amplitude * wave, 0),
+        "orbit": amplitude * wave,
+    }
+    down = {
+        "rise": -travel * progress,
+        "fall": travel * progress,
+        "bounce": amplitude * bounce,
+        "sway_then_bounce": np.where(swaying, amplitude, amplitude * bounce),
+        "orbit": amplitude * np.cos(2 * np.pi * cycle) * turn,
+    }
+    sizes = {"grow": doublings * progress, "shrink": -doublings * progress, "pulse": doublings / 2 * wave}
+    turns = turns + (turn * cycle / 1.5 if name == "spin" else still)
+    return right.get(name, still), down.get(name, still), sizes.get(name, still + size * doublings), turns
 
 
 def _texture(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
@@ -99,19 +85,16 @@ def _sprite(rng: np.random.Generator) -> np.ndarray:
     """A textured shape with a soft edge: float32 (SPRITE, SPRITE, 4), colour and opacity, transparent at the border."""
     y, x = np.ogrid[-1 : 1 : SPRITE * 1j, -1 : 1 : SPRITE * 1j]
     radius, angle = np.hypot(x, y), np.arctan2(y, x)
-    match rng.choice(SHAPES):
-        case "disc":
-            depth = 0.85 - radius
-        case "ring":
-            depth = 0.25 - np.abs(radius - 0.62)
-        case "square":
-            depth = 0.7 - np.maximum(np.abs(x), np.abs(y))
-        case "triangle":
-            depth = 0.4 - np.max([radius * np.cos(angle - 2 * np.pi * k / 3) for k in range(3)], axis=0)
-        case "star":
-            depth = 0.65 + 0.25 * np.cos(5 * angle) - radius
-        case "cross":
-            depth = np.minimum(0.8 - np.maximum(np.abs(x), np.abs(y)), 0.28 - np.minimum(np.abs(x), np.abs(y)))
+    far, near = np.maximum(np.abs(x), np.abs(y)), np.minimum(np.abs(x), np.abs(y))
+    depths = {
+        "disc": 0.85 - radius,
+        "ring": 0.25 - np.abs(radius - 0.62),
+        "square": 0.7 - far,
+        "triangle": 0.4 - np.max([radius * np.cos(angle - 2 * np.pi * k / 3) for k in range(3)], axis=0),
+        "star": 0.65 + 0.25 * np.cos(5 * angle) - radius,
+        "cross": np.minimum(0.8 - far, 0.28 - near),
+    }
+    depth = depths[rng.choice([*depths])]
     opacity = np.clip(0.5 + depth / rng.uniform(0.1, 0.2), 0, 1)
     return np.concatenate([_texture(rng, SPRITE, SPRITE), opacity[..., None]], axis=2, dtype=np.float32)
 
@@ -194,46 +177,14 @@ def _synthetic_names(train: int, test: int, shots: int = 1, **_: object) -> dict
     return names
 
 
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Makes an empty folder for this process alone, for which others wait, and removes it at the end.
-
-    One that a killed process left is emptied. Where files can't be locked, nobody waits.
-    """
-    while True:
-        with contextlib.suppress(FileNotFoundError):  # whoever had it has just removed it
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = open(folder / "lock", "w")  # noqa: SIM115, as it is to be held
-            with contextlib.suppress(OSError, ImportError):
-                import fcntl  # Windows has none
-
-                fcntl.lockf(lock, fcntl.LOCK_EX)
-            if os.path.samestat(os.fstat(lock.fileno()), os.stat(lock.name)):
-                break
-    with lock:
-        for left in folder.iterdir():
-            if left.name != "lock":
-                shutil.rmtree(left)
-        try:
-            yield
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
 def _is_complete(root: Path, recipe: dict) -> bool:
     """Whether a folder holds the set; raises FileExistsError where it holds files that are of no set."""
-
-    def stop(error: OSError) -> None:
-        raise error  # what can't be listed may hold anything
-
-    held, own = set(), set()
-    for folder, folders, files in os.walk(root, onerror=stop if root.exists() else None):
-        links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
-        held |= {Path(folder, name).relative_to(root).as_posix() for name in (*files, *links)}
+    held = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_symlink() or not path.is_dir()}
     text = (root / SYNTHETIC_MARKER).read_text() if SYNTHETIC_MARKER in held else "{}"
     videos = {name for name in held if name.endswith(".mp4")}
     if text == json.dumps(recipe) and videos == _synthetic_names(**recipe).keys():
         return True
+    own = set()
     with contextlib.suppress(ValueError, TypeError):
         own = {SYNTHETIC_MARKER, *_synthetic_names(**json.loads(text))}
     if others := sorted(held - own):
@@ -253,11 +204,9 @@ def make_synthetic(
 ) -> None:
     """Writes the embedded data set once: root/{train,test}/<motion>/<motion>_0001.mp4, classes `MOTIONS` in turn.
 
-    The class is the motion alone. Shape, texture, colours, size, background, speed, phase, place and the camera's
-    shake are drawn for each video from (seed, part, number), whatever its class. The set is made in a hidden folder
-    beside `root` and moved at the end, so that `root` never holds half of it; what was left there by a kill is removed,
-    and another process that makes it too is waited for. A complete set of the same arguments and version is kept as it
-    is; another is replaced, if all files in it are those of the set that its marker describes.
+    Everything but the motion is drawn for each video from (seed, part, number), whatever its class. The set is made in
+    a hidden folder beside `root`, which only a kill leaves there, and moved at the end, so that `root` never holds half
+    of it. A complete set of the same arguments and version is kept; another is replaced, if it holds no other files.
 
     Args:
         train, test: number of videos.
@@ -267,50 +216,44 @@ def make_synthetic(
             of so many shots of the same objects before the same background, each in another motion.
 
     Raises:
-        ValueError: a part without videos, fewer than two frames, no pixel, a negative or infinite number, or more
-            shots than motions.
+        ValueError: a part without videos, fewer than two frames, no pixel, a negative number, more shots than motions.
         FileExistsError: `root` holds other files than those of a synthetic set; it is left alone.
     """
-    if seed < 0 or not 0 <= shake < math.inf or min(train, test, *size) < 1 or frames < 2:
-        given = f"train {train}, test {test}, seed {seed}, shake {shake}, frames {frames}, size {size}"
-        raise ValueError(f"a set needs a video of each part, two frames and a pixel, nothing below 0: not {given}")
-    if not 1 <= shots <= len(MOTIONS):
-        raise ValueError(f"a video has 1 to {len(MOTIONS)} shots, each in another motion: not shots {shots}")
-    root = Path(root).resolve()
     recipe = {"version": SYNTHETIC_VERSION, "train": train, "test": test, "seed": seed, "frames": frames, "size": size}
     recipe |= {"shake": shake, "shots": shots}
-    names, hidden = _synthetic_names(**recipe), root.with_name(f".{root.name}.partial")
-
-    def make(job: tuple[str, tuple[str, int]]) -> None:
-        name, (part, n) = job
-        rng = np.random.default_rng([seed, ["train", "test", UNLABELED].index(part), n])
-        motions = [MOTIONS[n % len(MOTIONS)]] if part != UNLABELED else rng.choice(MOTIONS, shots, replace=False)
-        path = hidden / "made" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _write_video(path, _draw_video(motions, rng, frames, *size, shake))
-
+    if min(seed, shake) < 0 or min(train, test, *size) < 1 or frames < 2 or not 1 <= shots <= len(MOTIONS):
+        raise ValueError(f"no set of {recipe}: frames are 2 or more, shots 1 to {len(MOTIONS)}, other numbers positive")
+    root = Path(root).resolve()
     if _is_complete(root, recipe):
         return
-    with _alone(hidden):
-        if _is_complete(root, recipe):  # by now
-            return
-        pause = 0.5 if sys.stderr.isatty() else 30  # seconds, as in training
-        show = dict(desc=f"making {root}", total=len(names), dynamic_ncols=True, mininterval=pause)
+    names, pause = _synthetic_names(**recipe), 0.5 if sys.stderr.isatty() else 30  # seconds, as in training
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{root.name}.", dir=root.parent) as hidden:
+        made, before = Path(hidden, "made"), Path(hidden, "before")
+
+        def make(job: tuple[str, tuple[str, int]]) -> None:
+            name, (part, n) = job
+            rng = np.random.default_rng([seed, ["train", "test", UNLABELED].index(part), n])
+            motions = [MOTIONS[n % len(MOTIONS)]] if part != UNLABELED else rng.choice(MOTIONS, shots, replace=False)
+            (made / name).parent.mkdir(parents=True, exist_ok=True)
+            _write_video(made / name, _draw_video(motions, rng, frames, *size, shake))
+
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # NumPy and FFmpeg run without the interpreter's lock
-            for _ in tqdm(pool.map(make, names.items()), **show):
-                pass
+            jobs = pool.map(make, names.items())
+            [*tqdm(jobs, f"making {root}", len(names), dynamic_ncols=True, mininterval=pause)]
         try:
-            (hidden / "made" / SYNTHETIC_MARKER).write_text(json.dumps(recipe))
+            (made / SYNTHETIC_MARKER).write_text(json.dumps(recipe))
         except OSError as error:  # a full disk's has no name
             raise OSError(error.errno, error.strerror, str(root / SYNTHETIC_MARKER)) from error
-        _is_complete(root, recipe)  # nobody has put files there meanwhile
+        if _is_complete(root, recipe):  # by now, as another process has made it
+            return
         if root.exists():
-            root.rename(hidden / "before")
-        (hidden / "made").rename(root)
+            root.rename(before)
+        made.rename(root)
 
 
 def command() -> tuple[Callable, type]:
-    """What `synthetic.py ROOT --flag value …` does, and the class of its options, as `cli.dispatch` takes them."""
+    """What `data.py synthetic ROOT --flag value …` does, and the class of its options, as `cli.dispatch` takes them."""
     from train import Options, UserError, option, user_errors  # here, so that this file can be copied alone
 
     @dataclasses.dataclass(frozen=True)
@@ -333,18 +276,3 @@ def command() -> tuple[Callable, type]:
             make_synthetic(*words, **dataclasses.asdict(config) | {"size": (config.size, config.size)})
 
     return make, SyntheticConfig
-
-
-def main() -> None:
-    """`synthetic.py ROOT --flag value …`"""
-    from cli import parse
-
-    make, config_class = command()
-    words = list(itertools.takewhile(lambda word: not word.startswith("-"), sys.argv[1:]))
-    make(parse(config_class, inspect.getdoc(make), argv=sys.argv[1 + len(words) :]), words)
-
-
-if __name__ == "__main__":
-    from cli import command_line
-
-    command_line(main)

@@ -5,7 +5,6 @@ Can be copied alone into another project: it imports av (PyAV) and numpy only.
 
 import contextlib
 import errno
-import itertools
 import mmap
 import os
 import re
@@ -22,10 +21,10 @@ from av.video.reformatter import VideoReformatter
 
 SKIPPING_CODECS = ("h264", "hevc", "mpeg4", "mpeg1video", "mpeg2video")  # others lose frames when told to skip some
 ONE_BY_ONE = {"mpeg4": b"\0\0\1\xb6", "mpeg1video": b"\0\0\1\0", "mpeg2video": b"\0\0\1\0"}  # and their pictures' mark
+PROGRESSIVE = 1  # AV_FIELD_PROGRESSIVE of FFmpeg
 TINY = 19  # bytes of a packet of MPEG-4 that may stand for a picture which came in a packet before
-CONTAINERS = (  # no playlists: they open other files
-    "avi,mov,matroska,webm,mpeg,mpegts,mpegvideo,m4v,h264,hevc,flv,asf,ogg,mxf,dv,ivf,mjpeg,jpeg_pipe"
-)
+# No playlists: they open other files.
+CONTAINERS = "avi,mov,matroska,webm,mpeg,mpegts,mpegvideo,m4v,h264,hevc,flv,asf,ogg,mxf,dv,ivf,mjpeg,jpeg_pipe"
 DEADLINE = 60.0  # seconds that opening a video may take, and one reading of frames
 MAX_FRAMES = 1_000_000  # of a video
 MAX_PIXELS = 8192 * 4320  # of a frame
@@ -49,7 +48,7 @@ WANTS = {  # of the machine, which no video is to blame for: by the number of th
     errno.EMFILE: "raise `ulimit -n`, or take fewer --workers",
     errno.ENFILE: "raise `sysctl fs.file-max`, or take fewer --workers",
     errno.ENOMEM: "take fewer --workers (0: none) or smaller batches",
-    errno.ENOSPC: "make room, or set TMPDIR to another disk",
+    errno.ENOSPC: "make room on the disk",
 } | dict.fromkeys((errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN), "mount the disk again")
 
 
@@ -74,10 +73,7 @@ def blame_machine(error: Exception, path: str | None) -> None:
 
 
 def _file_state(path: str) -> os.stat_result:
-    """What the system knows of a file that holds something; raises BadVideo for anything else.
-
-    To open a pipe may wait for its other end, a device and a file of /proc (which says 0 bytes) may have no end.
-    """
+    """What the system knows of a file that holds something; raises BadVideo for others, which may have no end."""
     try:
         state = os.stat(path)
     except OSError as error:
@@ -90,7 +86,7 @@ def _file_state(path: str) -> os.stat_result:
     return state
 
 
-class Video:
+class Video(contextlib.AbstractContextManager):
     """Frame-exact reader of a video file's frames in display order, which decodes only what the chosen frames need.
 
     with Video(path) as video:
@@ -102,10 +98,8 @@ class Video:
     - from the time stamps, where they reorder pictures as far as the decoder says that it does;
     - from the packets' order, where each is a picture (as of MJPEG), or makes one come out (MPEG-1, 2, 4): in AVI
       (UCF101, HMDB51) there are no stamps, and those that others make up for packed B-frames are 1, 2, 4, 3, 5, …;
-    - else from decoding the whole video once, when it is opened: other codecs without stamps (in AVI, or raw) or with
-      stamps that rise although pictures are reordered; interlaced H.264, of which a packet may be half a frame; videos
-      with losses, or that begin between key frames: what can't be decoded is no frame. The process remembers what came
-      out for the next time that it opens the file.
+    - else (as of raw or interlaced H.264, or where something is lost) from decoding the whole video when it is opened,
+      once in a process.
 
     Raises BadVideo when the file can't be opened, is none of `CONTAINERS`, holds fewer than two frames of video, or
     more than `MAX_FRAMES`, `MAX_PIXELS` or `MAX_BYTES`, or when that is not known after `DEADLINE` seconds.
@@ -173,8 +167,8 @@ class Video:
                 self._packets.append(packet)
                 size += packet.size
             if len(self._packets) > MAX_FRAMES or size > MAX_BYTES:
-                limits = f"{MAX_FRAMES} frames or {MAX_BYTES / 2**30:g} GiB"
-                raise BadVideo(self.path, f"more than {limits} of video: cut it into clips")
+                most = f"{MAX_FRAMES} frames or {MAX_BYTES / 2**30:g} GiB of video"
+                raise BadVideo(self.path, f"more than {most}: cut it into clips")
 
     def _find_order(self) -> None:
         """Fill `_order`, each frame's ticket, and `_starts`, pairs of a frame and the packet from which to decode it.
@@ -204,7 +198,8 @@ class Video:
                 self._clock, self._order, keys = self._watch()
                 self._near, self._skip = (0, len(packets) if self._clock == "count" else 1), False
         if self._clock == "fed":
-            safe = [(max(i + 4 + lag, self._next_anchor(i)), i) for i in keys if self._is_intra(packets[i])]
+            keys = [i for i in keys if packets[i].size > 32 and self._type(packets[i]) == 0]  # no empty pictures
+            safe = [(max(i + 4 + lag, self._next_anchor(i)), i) for i in keys]
             self._starts = [(bisect_left(self._order, ticket), i) for ticket, i in safe]
         else:
             keys = set(keys)
@@ -233,12 +228,12 @@ class Video:
         steps = np.diff([stamps[packet] for packet in self._order])
         if self._container.format.name == "mpegts" and steps.max() > 3 * np.median(steps):
             return False  # something is lost in between
-        return self._codec.name != "h264" or (_is_progressive(self._codec.extradata) and self._starts_anew())
+        return self._codec.name != "h264" or (self._codec.field_order == PROGRESSIVE and self._starts_anew())
 
     def _starts_anew(self) -> bool:
         """Whether the first packet of H.264 holds an IDR picture (NAL unit type 5; ISO/IEC 14496-10, 7.4.1.2.4)."""
-        packet, header = bytes(self._packets[0]), self._codec.extradata
-        if header[0] != 1:
+        packet, header = bytes(self._packets[0]), self._codec.extradata or b""
+        if len(header) < 5 or header[0] != 1:
             return re.search(rb"\0\0\x01[%\x05Ee]", packet) is not None
         size, at = (header[4] & 3) + 1, 0  # of the lengths before the units
         while at + size < len(packet):
@@ -255,15 +250,10 @@ class Video:
             return -1
         return picture[0] >> 6 if self._codec.name == "mpeg4" else (picture[1] >> 3 & 7) - 1
 
-    def _is_intra(self, packet: av.Packet) -> bool:
-        return packet.size > 32 and self._type(packet) == 0  # a tiny one may be an empty picture
-
     def _next_anchor(self, i: int) -> int:
         """The packet with the next picture after packet i that later ones refer to: then those before i are through."""
-        later = range(i + 1, len(self._packets))
-        return next(
-            (j for j in later if self._packets[j].size > 32 and self._type(self._packets[j]) != 2), len(self._packets)
-        )
+        later = enumerate(self._packets[i + 1 :], i + 1)
+        return next((j for j, packet in later if packet.size > 32 and self._type(packet) != 2), len(self._packets))
 
     def _is_one_by_one(self) -> bool:
         """Whether each packet makes a picture come out: the first needs none before it, and for each empty one of
@@ -294,9 +284,6 @@ class Video:
         """Number of frames."""
         return len(self._order)
 
-    def __enter__(self) -> "Video":
-        return self
-
     def __exit__(self, *_) -> None:
         self.close()
 
@@ -310,13 +297,13 @@ class Video:
 
         Returns one uint8 array (H, W, 3) of RGB for each index, turned upright; repeats share one array. A frame that
         can't be decoded is replaced by its nearest neighbour in time. Raises BadVideo when that befalls more than a
-        quarter of the different frames asked for, when these take more than `MAX_BYTES`, or after `DEADLINE` seconds;
-        IndexError when an index is out of range.
+        quarter of the frames, when they take more than `MAX_BYTES`, or after `DEADLINE` seconds; IndexError when an
+        index is out of range.
         """
         count, (width, height) = len(set(frames)), self._size
         if 3 * width * height * count > MAX_BYTES:
-            limit = f"{MAX_BYTES / 2**30:g} GiB"
-            raise BadVideo(self.path, f"{count} frames of {width} × {height} pixels take more than {limit}")
+            asked = f"{count} frames of {width} × {height} pixels"
+            raise BadVideo(self.path, f"{asked} take more than {MAX_BYTES / 2**30:g} GiB")
         found = {}
         for images in self.stream(frames):
             found |= images
@@ -411,39 +398,3 @@ class Video:
         if a < 0 or d < 0:
             pixels = pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1].copy()
         return pixels
-
-
-def _is_progressive(extradata: bytes | None) -> bool:
-    """Whether a sequence parameter set of H.264 is known to allow whole frames only (ISO/IEC 14496-10, 7.3.2.1.1)."""
-    found = re.match(rb"\x01.{7}", extradata or b"", re.DOTALL) or re.search(
-        rb"\0\0\x01(?=[\x07'Gg])", extradata or b""
-    )
-    if found is None:
-        return False
-    content = extradata[found.end() : found.end() + 256].replace(b"\0\0\3", b"\0\0")
-    bits = iter("".join(f"{byte:08b}" for byte in content))
-
-    def number(length: int) -> int:
-        return int("0" + "".join(itertools.islice(bits, length)), 2)
-
-    def code() -> int:  # Exp-Golomb, 9.1
-        zeros = sum(1 for _ in itertools.takewhile("0".__eq__, bits))
-        return 2**zeros - 1 + number(zeros)
-
-    number(8)
-    profile = number(8)
-    number(16), code()
-    if profile not in (66, 77, 88):
-        number(code() == 3), code(), code(), number(1)  # chroma, depths
-        if number(1):
-            return False  # scaling lists: rare, and long to read
-    code()
-    kind = code()  # of the order count
-    if kind == 0:
-        code()
-    elif kind == 1:
-        number(1), code(), code()
-        for _ in range(code()):
-            code()
-    code(), number(1), code(), code()
-    return number(1) == 1

@@ -30,8 +30,7 @@ def encode(
     with av.open(str(path), "w", options={"movflags": "faststart"} if index_first else {}) as container:
         stream = container.add_stream(codec, rate=25, options=options)
         stream.height, stream.width = images[0].shape[:2]
-        stream.pix_fmt = pix_fmt
-        stream.codec_context.thread_count = 1
+        stream.pix_fmt, stream.codec_context.thread_count = pix_fmt, 1
         for image, time in zip(images, times if times is not None else range(len(images)), strict=True):
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
             frame.pts, frame.time_base = time, Fraction(1, 25)

@@ -343,19 +343,26 @@ def next_file() -> int:
         return file.fileno()
 
 
-def no_more_files(_worker: int = 0) -> None:
+def no_more_files() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (next_file(), resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
 
 
 HELD = []
 
 
-def no_more_memory(megabytes: int, _worker: int) -> None:
+def no_more_memory(megabytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (2**20, 2**20))
     with contextlib.suppress(MemoryError):
         while True:
             HELD.append(bytearray(2**18))
     del HELD[: 4 * megabytes]
+
+
+def lacking(items: data.Items, limit) -> data.Items:
+    """The same items, made in a process that first sets itself a limit."""
+    write = items.write
+    items.write = lambda *item: (limit(), write(*item))[1]
+    return items
 
 
 def test_too_few_open_files_are_no_videos_fault(folder):
@@ -371,7 +378,7 @@ def test_too_few_open_files_are_no_videos_fault(folder):
             next(load_batches(views_of([path]), Keys([[(0, 0)]]), workers=1))
     for items, key in ((views_of([path]), (0, 0)), (data.TestClips(views_of([path]).videos, 16, 4), 0)):
         with pytest.raises(OSError, match=says):
-            next(load_batches(items, Keys([[key]]), 1, no_more_files))
+            next(load_batches(lacking(items, no_more_files), Keys([[key]]), 1))
 
 
 def test_too_few_open_files_stop_the_checker(folder, check, monkeypatch):
@@ -390,7 +397,7 @@ def test_too_little_memory_is_no_videos_fault(tmp_path, megabytes):
     for items, key in ((views, (0, 0)), (clips, 0)):
         assert next(load_batches(items, Keys([[key]]), 1))["bad"] == []
         with pytest.raises((OSError, MemoryError, RuntimeError), match=r"emory|^$"):
-            next(load_batches(items, Keys([[key]]), 1, functools.partial(no_more_memory, megabytes)))
+            next(load_batches(lacking(items, functools.partial(no_more_memory, megabytes)), Keys([[key]]), 1))
 
 
 def test_a_disk_that_does_not_answer_is_no_videos_fault(folder, monkeypatch):

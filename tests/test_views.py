@@ -1,6 +1,7 @@
 """Views, their boxes, test clips and the order of samples."""
 
 import copy
+import itertools
 
 import numpy as np
 import pytest
@@ -11,10 +12,12 @@ from helpers import same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import data
 from data import PretrainingViews, StepSampler, TestClips, VideoList, collate, crop_resize, draw_region, empty_clips
 from losses import bin_centers
 from video import Video
+
+seeds = st.integers(0, 2**32 - 1)
+NOTHING = VideoList([""], [0], [], "")
 
 
 def coordinates(height: int, width: int) -> np.ndarray:
@@ -34,7 +37,7 @@ def assert_shows_box(clip: torch.Tensor, box: torch.Tensor, noise: float) -> Non
         assert (seen[axis] - said[..., axis]).abs().max() <= min(bin_size / 2, pixel / 2 + noise)
 
 
-@given(height=st.integers(24, 120), width=st.integers(24, 120), seed=st.integers(0, 2**32 - 1), flip=st.booleans())
+@given(height=st.integers(24, 120), width=st.integers(24, 120), seed=seeds, flip=st.booleans())
 def test_a_box_says_what_its_crop_shows(height, width, seed, flip):
     region = draw_region(np.random.default_rng(seed), height, width)
     top, left, h, w = region
@@ -44,7 +47,7 @@ def test_a_box_says_what_its_crop_shows(height, width, seed, flip):
     assert_shows_box(clip, box, noise=0.5)
 
 
-@given(height=st.integers(1, 90), width=st.integers(1, 90), seed=st.integers(0, 2**32 - 1), flip=st.booleans())
+@given(height=st.integers(1, 90), width=st.integers(1, 90), seed=seeds, flip=st.booleans())
 def test_a_crop_is_pytorchs_bilinear_image_written_where_it_is_told(height, width, seed, flip):
     rng = np.random.default_rng(seed)
     images = list(rng.integers(0, 256, (rng.integers(1, 10), height, width, 3), dtype=np.uint8))
@@ -53,13 +56,11 @@ def test_a_crop_is_pytorchs_bilinear_image_written_where_it_is_told(height, widt
     expected = F.interpolate(cropped.contiguous(), (24, 24), mode="bilinear").transpose(0, 1)
     batch = empty_clips(2, 3, len(images), 24, 24).zero_()
     clip, _ = crop_resize(images, region, flip, 24, out=batch[1])
-    assert clip.data_ptr() == batch[1].data_ptr()
+    assert clip.data_ptr() == batch[1].data_ptr() and not batch[0].any()
     assert torch.equal(batch[1], expected.flip(-1) if flip else expected)
-    assert not batch[0].any()
-    assert torch.equal(crop_resize(images, region, flip, 24)[0], clip)
 
 
-@given(seed=st.integers(0, 2**32 - 1), height=st.integers(1, 400), width=st.integers(1, 400), least=st.floats(0.05, 1))
+@given(seed=seeds, height=st.integers(1, 400), width=st.integers(1, 400), least=st.floats(0.05, 1))
 def test_regions_lie_in_the_frame_and_have_the_share_and_ratio_asked_for(seed, height, width, least):
     top, left, h, w = draw_region(np.random.default_rng(seed), height, width, scale=(least, 1.0))
     assert 0 <= top < top + h <= height and 0 <= left < left + w <= width
@@ -71,9 +72,8 @@ def test_regions_lie_in_the_frame_and_have_the_share_and_ratio_asked_for(seed, h
 def test_regions_vary_over_the_frame():
     rng = np.random.default_rng(0)
     regions = np.array([draw_region(rng, 100, 120) for _ in range(500)])
-    share = regions[:, 2] * regions[:, 3] / 12_000
+    share, ratio = regions[:, 2] * regions[:, 3] / 12_000, regions[:, 3] / regions[:, 2]
     assert share.min() < 0.25 and 0.5 < share.mean() < 0.65  # 0.6 if every draw fitted
-    ratio = regions[:, 3] / regions[:, 2]
     assert ratio.min() < 0.8 and ratio.max() > 1.25
     assert np.allclose((regions[:, :2] + regions[:, 2:] / 2).mean(0), (50, 60), atol=2)
 
@@ -90,11 +90,11 @@ def videos(tmp_path_factory):
 
 def test_a_sample_is_what_it_says(videos):
     sample = PretrainingViews(videos, 28)[0, 2]
-    assert {name: (value.shape, value.dtype) for name, value in sample.items() if isinstance(value, torch.Tensor)} == {
+    assert {name: (value.shape, value.dtype) for name, value in sample.items() if name != "bad"} == {
         "clip": ((2, 3, 16, 28, 28), torch.uint8),
         "sub_clips": ((2, 2, 3, 16, 28, 28), torch.uint8),
         "box": ((2, 4), torch.float32),
-        "color": ((2, 4, sample["color"].shape[-1]), torch.float32),
+        "color": ((2, 4, 6), torch.float32),
         "overlap": ((), torch.float32),
         "index": ((), torch.int64),
         "label": ((), torch.int64),
@@ -107,12 +107,7 @@ def test_a_sample_is_what_it_says(videos):
 def requested(monkeypatch):
     """The frames asked for by each call of Video.stream, as they come."""
     calls, stream = [], Video.stream
-
-    def record(video, frames):
-        calls.append(np.array(list(frames)))
-        return stream(video, calls[-1].tolist())
-
-    monkeypatch.setattr(Video, "stream", record)
+    monkeypatch.setattr(Video, "stream", lambda video, frames: stream(video, calls.append([*frames]) or calls[-1]))
     return calls
 
 
@@ -120,7 +115,7 @@ def test_without_sub_clips_a_view_needs_only_its_own_frames(videos, requested):
     sample = PretrainingViews(videos, 28, frames=4, frame_stride=3, sub_clips=0)[0, 2]
     assert "sub_clips" not in sample and sample["color"].shape[1] == 2
     assert sample["clip"].shape == (2, 3, 4, 28, 28) and len(requested) == 1
-    assert [np.diff(part).tolist() for part in np.split(requested[0], 2)] == [[3, 3, 3]] * 2
+    assert (np.diff(np.reshape(requested[0], (2, 4))) == 3).all()
 
 
 @given(epoch=st.integers(0, 5))
@@ -140,82 +135,38 @@ def test_clip_and_sub_clips_show_the_same_window_and_short_videos_repeat_their_l
             window = (first + torch.arange(32)).clamp(max=frames - 1)
             assert (lightness[window[::4]] - shown[view]).abs().max() < 2
             assert (lightness[window] - parts[view]).abs().max() < 3
-            if frames < 32:
-                assert first == 0
+            assert first == 0 or frames > 32
 
 
-class Length:
-    """Stands for a video of so many gray frames."""
-
-    path = ""
-
-    def __init__(self, frames: int):
-        self.frames = frames
-
-    def __len__(self) -> int:
-        return self.frames
-
-    def __enter__(self) -> "Length":
-        return self
-
-    def __exit__(self, *_) -> None:
-        pass
-
-    def stream(self, frames):
-        yield dict.fromkeys(frames, np.zeros((8, 8, 3), np.uint8))
-
-
-@given(length=st.integers(1, 40), windows=st.integers(1, 4), stride=st.integers(1, 3), seed=st.integers(0, 2**32 - 1))
+@given(length=st.integers(1, 40), windows=st.integers(1, 4), stride=st.integers(1, 3), seed=seeds)
 def test_windows_differ_as_far_as_the_video_has_others(length, windows, stride, seed):
-    views = PretrainingViews(VideoList([""], [0], [], ""), 8, 4, stride, 0, windows=windows)
-    starts = views.draw_starts(np.random.default_rng(seed), Length(length))
+    views = PretrainingViews(NOTHING, 8, 4, stride, 0, windows=windows)
+    starts = views.draw_starts(np.random.default_rng(seed), range(length))
     possible = max(length - 4 * stride, 0) + 1
     assert starts.shape == (windows,) and set(starts) <= set(range(possible))
     assert len(set(starts)) == min(windows, possible)
-    assert np.array_equal(starts, views.draw_starts(np.random.default_rng(seed), Length(length)))
 
 
 def test_all_pairs_of_different_windows_are_equally_likely():
-    views = PretrainingViews(VideoList([""], [0], [], ""), 8, frames=2, frame_stride=18)  # of 40 frames: starts 0 to 4
-    drawn = [views.draw_starts(np.random.default_rng(epoch), Length(40)) for epoch in range(400)]
+    views = PretrainingViews(NOTHING, 8, frames=2, frame_stride=18)  # of 40 frames: starts 0 to 4
+    drawn = [views.draw_starts(np.random.default_rng(epoch), range(40)) for epoch in range(400)]
     pairs, counts = np.unique(drawn, axis=0, return_counts=True)
     assert pairs.tolist() == [[a, b] for a in range(5) for b in range(5) if a != b]
     assert np.abs(counts - 20).max() < 4 * 20**0.5
 
 
-@pytest.mark.parametrize(("frames", "stride", "sub_clips"), [(16, 2, 2), (16, 2, 0), (4, 3, 0)])
-@pytest.mark.parametrize("length", [3, 12, 32, 33, 34, 48, 64, 150])
-def test_the_overlap_of_the_windows_is_the_share_of_frames_that_both_show(
-    length, frames, stride, sub_clips, monkeypatch
-):
-    monkeypatch.setattr(data, "Video", lambda path: Length(length))
-    views = PretrainingViews(VideoList([""], [0], [], ""), 4, frames, stride, sub_clips)
-    drawn, draw = [], views.draw_starts
-    monkeypatch.setattr(views, "draw_starts", lambda *arguments: drawn.append(draw(*arguments)) or drawn[-1])
-    window, found = frames * stride, []
-    for epoch in range(60):
-        found.append(views[epoch, 0]["overlap"].item())
-        shown = [set(range(start, min(start + window, length))) for start in drawn[-1].tolist()]
-        assert found[-1] == pytest.approx(len(shown[0] & shown[1]) / len(shown[0]))
-    n = max(length - window, 0) + 1
-    chances = {d: 2 * (n - d) / (n * (n - 1)) for d in range(1, n)} or {0: 1}  # of starts d frames apart
-    overlaps = {d: max(1 - d / window, 0) for d in chances}
-    mean = sum(chances[d] * overlaps[d] for d in chances)
-    if n - 1 <= window:
-        assert mean == pytest.approx(1 - (n + 1) / (3 * window) if n > 1 else 1)
-    deviation = sum(chances[d] * (overlaps[d] - mean) ** 2 for d in chances) ** 0.5
-    assert abs(np.mean(found) - mean) <= 4 * deviation / 60**0.5 + 1e-6
-
-
-def test_one_window_overlaps_with_none_and_of_several_all_pairs_count(monkeypatch):
-    monkeypatch.setattr(data, "Video", lambda path: Length(14))  # three windows of 12 frames
-    one, three = (PretrainingViews(VideoList([""], [0], [], ""), 4, 6, 2, 0, windows=n)[0, 0] for n in (1, 3))
-    assert "overlap" not in one and three["overlap"].item() == pytest.approx((11 + 11 + 10) / 36)
+@given(starts=st.lists(st.integers(0, 60), min_size=1, max_size=4), frames=st.integers(1, 8), stride=st.integers(1, 4))
+def test_the_overlap_is_the_share_of_frames_that_pairs_of_windows_have_in_common(starts, frames, stride):
+    views = PretrainingViews(NOTHING, 8, frames, stride, 0, windows=len(starts))
+    views.write_views = lambda *_: np.array(starts)
+    shown = [set(range(start, start + frames * stride)) for start in starts]
+    shares = [len(one & other) / len(one) for one, other in itertools.combinations(shown, 2)]
+    item = views[0, 0]
+    assert item["overlap"].item() == pytest.approx(np.mean(shares)) if shares else "overlap" not in item
 
 
 def test_boxes_hold_through_files_and_the_whole_sampling(tmp_path):
-    height, width = 96, 120
-    path = encode(tmp_path / "coordinates.mp4", [coordinates(height, width)] * 34, "libx264", crf="1")
+    path = encode(tmp_path / "coordinates.mp4", [coordinates(96, 120)] * 34, "libx264", crf="1")
     views = PretrainingViews(VideoList([str(path)], [-1], [], ""), 56)
     flips = set()
     for epoch in range(12):
@@ -228,45 +179,33 @@ def test_boxes_hold_through_files_and_the_whole_sampling(tmp_path):
 
 def test_a_sample_depends_on_seed_epoch_and_index_only(videos):
     views = PretrainingViews(videos, 28, frames=4)
-    keys = [(epoch, index) for epoch in (0, 1) for index in range(4)]
-    samples = {key: views[key] for key in keys}
-    for key in reversed(keys):
-        assert same(views[key], samples[key])
-        assert same(copy.deepcopy(views)[key], samples[key])
+    samples = {key: views[key] for key in itertools.product((0, 1), range(4))}
+    for key in reversed(samples):
+        assert same(views[key], samples[key]) and same(copy.deepcopy(views)[key], samples[key])
     for name in ("clip", "box", "color"):
         assert not torch.equal(samples[0, 0][name], samples[1, 0][name])  # another epoch, other draws
-    other = PretrainingViews(videos, 28, frames=4, seed=1)[0, 0]
-    assert not torch.equal(samples[0, 0]["clip"], other["clip"])
+    assert not torch.equal(samples[0, 0]["clip"], PretrainingViews(videos, 28, frames=4, seed=1)[0, 0]["clip"])
 
 
 @pytest.fixture
 def spoilt(videos, tmp_path):
     """The same videos, with three bad ones: empty, noise, absent."""
-    empty, noise = tmp_path / "empty.mp4", tmp_path / "noise.mp4"
-    empty.write_bytes(b"")
-    noise.write_bytes(np.random.default_rng(0).bytes(5000))
-    paths = [str(empty), str(noise), str(tmp_path / "absent.mp4"), *videos.paths]
+    (tmp_path / "empty.mp4").write_bytes(b"")
+    (tmp_path / "noise.mp4").write_bytes(np.random.default_rng(0).bytes(5000))
+    paths = [*(str(tmp_path / f"{name}.mp4") for name in ("empty", "noise", "absent")), *videos.paths]
     return VideoList(paths, [0, 1, 2, *videos.labels], videos.classes, "")
 
 
 def test_bad_videos_are_replaced_and_named_in_pretraining(spoilt):
     views = PretrainingViews(spoilt, 28, frames=4)
-    for epoch in range(5):
-        for index in range(3):
-            sample = views[epoch, index]
-            assert sample["index"] >= 3
-            assert sample["bad"][0][0] == spoilt.paths[index]
-            assert all(path in spoilt.paths[:3] and reason for path, reason in sample["bad"])
-            assert same(views[epoch, index], sample)
+    for epoch, index in itertools.product(range(5), range(3)):
+        sample = views[epoch, index]
+        assert sample["index"] >= 3 and sample["bad"][0][0] == spoilt.paths[index]
+        assert all(path in spoilt.paths[:3] and reason for path, reason in sample["bad"])
+        assert same(views[epoch, index], sample)
     items = [views[0, index] for index in (0, 4, 1)]
     batch = collate(items)
     assert batch["bad"] == [entry for item in items for entry in item["bad"]] and batch["index"][1] == 4
-
-
-def test_only_bad_videos_end_in_an_error_after_a_bound(spoilt):
-    views = PretrainingViews(VideoList(spoilt.paths[:3], [-1] * 3, [], ""), 28, attempts=4)
-    with pytest.raises(OSError, match="4 videos in a row can't be read; the last: "):
-        views[0, 0]
 
 
 def test_bad_videos_are_zeros_and_never_replaced_at_test(spoilt):
@@ -280,36 +219,28 @@ def test_bad_videos_are_zeros_and_never_replaced_at_test(spoilt):
 
 def test_test_clips_are_uniformly_spaced_and_cover_the_video(videos, requested):
     TestClips(videos, 28, frames=8, frame_stride=2, clips=5)[2]  # 70 frames: 56 starts
-    frames = np.split(requested[0], 5)
-    assert [part[0] for part in frames] == [0, 14, 28, 41, 55] or [part[0] for part in frames] == [0, 14, 28, 42, 55]
-    assert all((np.diff(part) == 2).all() for part in frames)
+    frames = np.reshape(requested[0], (5, 8))
+    assert np.abs(frames[:, 0] - np.linspace(0, 55, 5)).max() <= 0.5 and (np.diff(frames) == 2).all()
     TestClips(videos, 28, frames=16, frame_stride=2, clips=3)[1]  # 20 frames
-    assert requested[1].reshape(3, 16).tolist() == [[min(2 * k, 19) for k in range(16)]] * 3
+    assert requested[1] == [min(2 * k, 19) for k in range(16)] * 3
 
 
 def test_test_crops_are_the_centre_of_the_resized_frame(tmp_path):
     """Shorter side to 8/7 of the crop, then the centre: the first column shown is 1/16 of the shorter side in."""
-    height, width = 64, 112
-    path = encode(tmp_path / "coordinates.mp4", [coordinates(height, width)] * 20, "libx264", crf="1")
-    clips = TestClips(VideoList([str(path)], [-1], [], ""), 56, frames=4, clips=2)[0]["clips"]
-    box = torch.tensor([56 - 28, 4, 56 + 28, 60])
-    for clip in clips:
-        assert_shows_box(clip, box, noise=2.5)
+    path = encode(tmp_path / "coordinates.mp4", [coordinates(64, 112)] * 20, "libx264", crf="1")
+    for clip in TestClips(VideoList([str(path)], [-1], [], ""), 56, frames=4, clips=2)[0]["clips"]:
+        assert_shows_box(clip, torch.tensor([56 - 28, 4, 56 + 28, 60]), noise=2.5)
 
 
-run_shapes = dict(
-    length=st.integers(1, 60),
-    batch=st.integers(1, 5),
-    ranks=st.integers(1, 3),
-    epochs=st.integers(1, 3),
-    seed=st.integers(0, 9),
-)
+shapes = dict(length=st.integers(1, 60), batch=st.integers(1, 5), ranks=st.integers(1, 3), epochs=st.integers(1, 3))
 
 
-@given(**run_shapes)
-def test_an_epoch_deals_every_video_out_at_most_once(length, batch, ranks, epochs, seed):
+@given(**shapes, seed=st.integers(0, 9), start=st.integers(0, 100))
+def test_an_epoch_deals_every_video_out_at_most_once_and_a_resumed_run_goes_on(
+    length, batch, ranks, epochs, seed, start
+):
     if length < batch * ranks:
-        with pytest.raises(ValueError, match=f"fewer than one batch of {batch} × {ranks} processes: lower"):
+        with pytest.raises(ValueError, match=f"fewer than one batch of {batch} × {ranks}"):
             StepSampler(length, batch, epochs, seed, 0, ranks)
         return
     samplers = [StepSampler(length, batch, epochs, seed, rank, ranks) for rank in range(ranks)]
@@ -322,19 +253,11 @@ def test_an_epoch_deals_every_video_out_at_most_once(length, batch, ranks, epoch
         assert {key[0] for key in keys} == {epoch}
         assert len({index for _, index in keys}) == len(keys) == steps * batch * ranks
         assert all(0 <= index < length for _, index in keys)
-
-
-@given(**run_shapes, start=st.integers(0, 100))
-def test_a_resumed_run_goes_on_exactly(length, batch, ranks, epochs, seed, start):
-    if length < batch * ranks:
-        return
-    whole = list(StepSampler(length, batch, epochs, seed, ranks - 1, ranks))
-    start = min(start, len(whole))
+    start = min(start, steps * epochs)
     rest = StepSampler(length, batch, epochs, seed, ranks - 1, ranks, start)
-    assert list(rest) == whole[start:]
-    assert len(rest) == len(whole) - start
+    assert list(rest) == runs[-1][start:] and len(rest) == steps * epochs - start
 
 
 def test_epochs_and_seeds_differ_in_their_order():
     orders = [[index for keys in StepSampler(50, 5, 2, seed) for _, index in keys] for seed in (0, 1)]
-    assert len({tuple(order) for order in (orders[0][:50], orders[0][50:], orders[1][:50], orders[1][50:])}) == 4
+    assert len({tuple(half) for order in orders for half in (order[:50], order[50:])}) == 4
