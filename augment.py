@@ -37,13 +37,19 @@ def _shift_hue(red: Tensor, green: Tensor, blue: Tensor, shift: Tensor) -> list[
     return [(above - distance).clamp(low, high) for distance in distances]
 
 
-def _gaussian(size: int, radius: int, sigma: Tensor) -> Tensor:
-    """(N, size, size): of which pixels of a line, reflected at its ends, a blur by sigma (N, 1) makes each of them."""
+def _taps(radius: int, sigma: Tensor) -> Tensor:
+    """Weights (N, 2 · radius + 1) of a Gaussian of each deviation (N, 1), the identity for 0."""
     distance = torch.arange(-radius, radius + 1, device=sigma.device, dtype=sigma.dtype)
-    weights = torch.exp(-0.5 * (distance / sigma.clamp(min=1e-6)) ** 2)  # (N, taps); sigma 0: the identity
-    lines = torch.eye(size, device=sigma.device, dtype=sigma.dtype)[None]
+    weights = torch.exp(-0.5 * (distance / sigma.clamp(min=1e-6)) ** 2)
+    return weights / weights.sum(1, keepdim=True)
+
+
+def _filter(size: int, taps: Tensor) -> Tensor:
+    """(N, size, size): of which pixels of a line, reflected at its ends, a filter (N, taps) makes each of them."""
+    radius = taps.shape[1] // 2
+    lines = torch.eye(size, device=taps.device, dtype=taps.dtype)[None]
     lines = F.pad(lines, (radius, radius), mode="reflect")[0].unfold(1, 2 * radius + 1, 1)
-    return (lines @ (weights / weights.sum(1, keepdim=True)).mT).permute(2, 1, 0)
+    return (lines @ taps.mT).permute(2, 1, 0)
 
 
 def _blur(clips: Tensor, sigma: Tensor) -> Tensor:
@@ -51,8 +57,15 @@ def _blur(clips: Tensor, sigma: Tensor) -> Tensor:
     height, width = clips.shape[-2:]
     radius = max(int(0.1 * height) // 2, 1)
     with torch.autocast(clips.device.type, enabled=False):
-        rows = _gaussian(height, radius, sigma)
-        columns = _gaussian(width, radius, sigma) if width != height else rows
+        taps = _taps(radius, sigma)
+        if _on_cpu(clips) and height > 48:  # fewer operations: every frame and colour a channel with its own kernel
+            images = clips.reshape(1, -1, height, width)
+            kernels = taps.repeat_interleave(images.shape[1] // len(clips), 0)[:, None, None]
+            images = F.conv2d(F.pad(images, (radius, radius, 0, 0), mode="reflect"), kernels, groups=len(kernels))
+            images = F.conv2d(F.pad(images, (0, 0, radius, radius), mode="reflect"), kernels.mT, groups=len(kernels))
+            return images.view_as(clips)
+        rows = _filter(height, taps)
+        columns = _filter(width, taps) if width != height else rows
         return rows[:, None, None] @ (clips.reshape(len(clips), -1, width) @ columns.mT).view(clips.shape)
 
 
@@ -248,7 +261,7 @@ class ForegroundBackgroundMerging:
         with torch.autocast(maps.device.type, enabled=False):
             for size in maps.shape[1:]:  # columns, then rows
                 radius = int(0.1 * size) // 2
-                maps = maps.mT @ _gaussian(size, radius, maps.new_full((1, 1), (2 * radius + 1) / 3)).mT
+                maps = maps.mT @ _filter(size, _taps(radius, maps.new_full((1, 1), (2 * radius + 1) / 3))).mT
         return maps
 
     @classmethod

@@ -393,13 +393,16 @@ def _memory_kills() -> list[str]:
     return []
 
 
+CRASHES = (-4, -5, -6, -8, -9, -11)  # of a fault in FFmpeg: SIGILL, SIGTRAP, SIGABRT, SIGFPE, SIGKILL, SIGSEGV
+
+
 def _in_processes(function: Callable, count: int, tasks: Iterable, ahead: int) -> Iterator:
     """Yields what a function makes of the tasks in so many processes, in order; each has up to `ahead` tasks.
 
     torch's DataLoader ends the run when a process of its own dies. Here another process goes on with its tasks, and
-    what two died of while memory was not short, as the last thing that `_begin` was told, is a BadVideo in the next.
-    Raises what the function raises, and OSError when a process can't be started, or when eleven die in a row of what
-    is no video's fault.
+    what killed two by a fault while memory was not short, as the last thing that `_begin` was told, is a BadVideo in
+    the next. Raises what the function raises, and OSError when a process can't be started, or when eleven die in a row
+    of what is no video's fault.
     """
     tasks, deaths, kills, suspects, killers = iter(tasks), 0, _memory_kills(), set(), {}
     pending, processes, pipes, reading = [deque() for _ in range(count)], {}, {}, {}
@@ -437,10 +440,10 @@ def _in_processes(function: Callable, count: int, tasks: Iterable, ahead: int) -
                 kind, value = pipes[i].recv()
             except (EOFError, OSError):
                 processes[i].join()
-                draw, deaths = reading[i], deaths + 1
-                how = f"the process that read it died (exit code {processes[i].exitcode})"
+                code, draw, deaths = processes[i].exitcode, reading[i], deaths + 1
+                how = f"the process that read it died (exit code {code})"
                 kills, before = _memory_kills(), kills
-                if draw is not None and kills == before and not is_memory_short():
+                if draw is not None and code in CRASHES and kills == before and not is_memory_short():
                     if draw in suspects:
                         killers[draw], deaths = how, 0
                     suspects.add(draw)

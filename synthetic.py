@@ -10,9 +10,9 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import sys
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -177,14 +177,46 @@ def _synthetic_names(train: int, test: int, shots: int = 1, **_: object) -> dict
     return names
 
 
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Makes an empty folder for this process alone, for which others wait, and removes it at the end.
+
+    One that a killed process left is emptied. Where files can't be locked, nobody waits.
+    """
+    while True:
+        with contextlib.suppress(FileNotFoundError):  # whoever had it has just removed it
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = open(folder / "lock", "w")  # noqa: SIM115, as it is to be held
+            with contextlib.suppress(OSError, ImportError):
+                import fcntl  # Windows has none
+
+                fcntl.lockf(lock, fcntl.LOCK_EX)
+            if os.path.samestat(os.fstat(lock.fileno()), os.stat(lock.name)):
+                break
+    with lock:
+        for left in folder.iterdir():
+            if left.name != "lock":
+                shutil.rmtree(left)
+        try:
+            yield
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 def _is_complete(root: Path, recipe: dict) -> bool:
     """Whether a folder holds the set; raises FileExistsError where it holds files that are of no set."""
-    held = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_symlink() or not path.is_dir()}
+
+    def stop(error: OSError) -> None:
+        raise error  # what can't be listed may hold anything
+
+    held, own = set(), set()
+    for folder, folders, files in os.walk(root, onerror=stop if root.exists() else None):
+        links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
+        held |= {Path(folder, name).relative_to(root).as_posix() for name in (*files, *links)}
     text = (root / SYNTHETIC_MARKER).read_text() if SYNTHETIC_MARKER in held else "{}"
     videos = {name for name in held if name.endswith(".mp4")}
     if text == json.dumps(recipe) and videos == _synthetic_names(**recipe).keys():
         return True
-    own = set()
     with contextlib.suppress(ValueError, TypeError):
         own = {SYNTHETIC_MARKER, *_synthetic_names(**json.loads(text))}
     if others := sorted(held - own):
@@ -205,8 +237,9 @@ def make_synthetic(
     """Writes the embedded data set once: root/{train,test}/<motion>/<motion>_0001.mp4, classes `MOTIONS` in turn.
 
     Everything but the motion is drawn for each video from (seed, part, number), whatever its class. The set is made in
-    a hidden folder beside `root`, which only a kill leaves there, and moved at the end, so that `root` never holds half
-    of it. A complete set of the same arguments and version is kept; another is replaced, if it holds no other files.
+    a hidden folder beside `root` and moved at the end, so that `root` never holds half of it; what a kill left there is
+    removed, and another process that makes it is waited for. A complete set of the same arguments and version is kept;
+    another is replaced, if it holds no other files.
 
     Args:
         train, test: number of videos.
@@ -226,30 +259,31 @@ def make_synthetic(
     root = Path(root).resolve()
     if _is_complete(root, recipe):
         return
-    names, pause = _synthetic_names(**recipe), 0.5 if sys.stderr.isatty() else 30  # seconds, as in training
-    root.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{root.name}.", dir=root.parent) as hidden:
-        made, before = Path(hidden, "made"), Path(hidden, "before")
+    names, hidden = _synthetic_names(**recipe), root.with_name(f".{root.name}.partial")
 
-        def make(job: tuple[str, tuple[str, int]]) -> None:
-            name, (part, n) = job
-            rng = np.random.default_rng([seed, ["train", "test", UNLABELED].index(part), n])
-            motions = [MOTIONS[n % len(MOTIONS)]] if part != UNLABELED else rng.choice(MOTIONS, shots, replace=False)
-            (made / name).parent.mkdir(parents=True, exist_ok=True)
-            _write_video(made / name, _draw_video(motions, rng, frames, *size, shake))
+    def make(job: tuple[str, tuple[str, int]]) -> None:
+        name, (part, n) = job
+        rng = np.random.default_rng([seed, ["train", "test", UNLABELED].index(part), n])
+        motions = [MOTIONS[n % len(MOTIONS)]] if part != UNLABELED else rng.choice(MOTIONS, shots, replace=False)
+        path = hidden / "made" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write_video(path, _draw_video(motions, rng, frames, *size, shake))
 
+    with _alone(hidden):
+        if _is_complete(root, recipe):  # by now
+            return
+        pause = 0.5 if sys.stderr.isatty() else 30  # seconds, as in training
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # NumPy and FFmpeg run without the interpreter's lock
             jobs = pool.map(make, names.items())
             [*tqdm(jobs, f"making {root}", len(names), dynamic_ncols=True, mininterval=pause)]
         try:
-            (made / SYNTHETIC_MARKER).write_text(json.dumps(recipe))
+            (hidden / "made" / SYNTHETIC_MARKER).write_text(json.dumps(recipe))
         except OSError as error:  # a full disk's has no name
             raise OSError(error.errno, error.strerror, str(root / SYNTHETIC_MARKER)) from error
-        if _is_complete(root, recipe):  # by now, as another process has made it
-            return
+        _is_complete(root, recipe)  # nobody has put files there meanwhile
         if root.exists():
-            root.rename(before)
-        made.rename(root)
+            root.rename(hidden / "before")
+        (hidden / "made").rename(root)
 
 
 def command() -> tuple[Callable, type]:

@@ -1,15 +1,19 @@
 """The embedded data set: real files, the same from the same seed, made once, and no class without its motion."""
 
 import itertools
+import multiprocessing
 import os
 import shutil
 import sys
+import threading
+import time
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 from helpers import one_line
+from tqdm import tqdm
 
 import cli
 import data
@@ -111,19 +115,40 @@ def test_files_of_others_below_a_set_are_left_alone(made, tmp_path, name, recipe
     assert tree(root) == before and (mine.is_symlink() or mine.read_text() == "years of work")
 
 
-def test_a_set_that_another_process_has_made_meanwhile_is_kept_as_it_is(made, tmp_path, monkeypatch):
-    root, write = tmp_path / "set", synthetic._write_video
+@pytest.mark.slow
+def test_what_a_kill_has_left_is_removed_and_two_at_once_take_turns(made, tmp_path, monkeypatch):
+    """Another process makes the set, is killed, and so on: that which waited for it begins when it is gone."""
+    here, log, fork = tmp_path / "here", tmp_path / "log", multiprocessing.get_context("fork")
+    root, write = here / "set", synthetic._write_video
+    go_on = fork.RawValue("b")  # no lock, as a kill would leave it held
 
     def slow(path: Path, video: np.ndarray) -> None:
-        if path.name == "sway_0002.mp4":
-            shutil.copytree(made, root)
-            before.update((path, path.stat().st_ino) for path in root.rglob("*"))
         write(path, video)
+        with log.open("a") as file:
+            file.write(".")
+        while not go_on.value:
+            time.sleep(0.01)
 
-    before = {}
+    def make() -> None:
+        tqdm.set_lock(threading.RLock())  # tqdm's own is shared with this process
+        synthetic.make_synthetic(root, **SMALL)
+
     monkeypatch.setattr(synthetic, "_write_video", slow)
-    synthetic.make_synthetic(root, **SMALL)
-    assert before == {path: path.stat().st_ino for path in root.rglob("*")} and os.listdir(tmp_path) == ["set"]
+    processes = [fork.Process(target=make) for _ in range(3)]
+    processes[0].start()
+    while not log.exists():
+        time.sleep(0.01)
+    processes[0].kill()
+    processes[0].join()
+    assert os.listdir(here) == [".set.partial"]
+    log.write_text("")
+    go_on.value = 1
+    for process in processes[1:]:
+        process.start()
+    for process in processes[1:]:
+        process.join()
+        assert process.exitcode == 0
+    assert tree(root) == tree(made) and os.listdir(here) == ["set"] and len(log.read_text()) == 30  # by one of them
 
 
 @pytest.mark.slow
