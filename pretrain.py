@@ -7,11 +7,9 @@ examples/simclr.py.
 import copy
 import dataclasses
 import math
-import os
 import shlex
-import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,11 +19,11 @@ from torch import Tensor, nn
 import data
 import find
 from augment import encoder_input
-from cli import parse, program
+from cli import parse
 from models import ENCODERS, ProjectionHead, build_encoder
 from processes import leave_signals, loader_workers, start_process
 from runs import continued, fit_in_folder, unused_folder
-from train import Options, Process, TrainConfig, UserError, method_name, option, sgd, user_errors
+from train import Options, TrainConfig, UserError, method_name, option, sgd, user_errors
 
 MEMORY_FORMATS = {"channels_last": torch.channels_last_3d, "contiguous": torch.contiguous_format}
 
@@ -98,7 +96,7 @@ class Method(nn.Module):
     that takes sub-clips says in `sub_clips` how many of each view.
 
     Raises:
-        UserError: the crop or number of frames does not suit the encoder's strides; no compiler for --compile on.
+        UserError: the crop or number of frames does not suit the encoder's strides.
     """
 
     sub_clips = 0
@@ -119,9 +117,6 @@ class Method(nn.Module):
         self.head = ProjectionHead(self.encoder.out_channels)
         self.metrics: dict[str, Tensor | float] = {}
         if config.compile == "on":
-            compiler = os.environ.get("CXX", "g++")
-            if not shutil.which(compiler):
-                raise UserError(f"--compile on needs a C++ compiler, there is no {compiler}: install one, or set CXX")
             self.encoder.compile(dynamic=False)  # there are no more than three batch sizes
 
     def make_views(
@@ -156,29 +151,15 @@ class Method(nn.Module):
         return sgd(self, config)
 
     def warnings(self, line: dict[str, float]) -> list[str]:
-        """What a line of the log, after the first epoch, shows to be wrong: features that have collapsed, where the
-        method logs "feature_std", the standard deviation of L2-normalised features of D channels (1/√D at best)."""
-        least = 0.1 * self.head.net[-1].out_features ** -0.5
-        collapsed = line["epoch"] > 1 and line.get("feature_std", math.inf) < least
-        return ["the features of all clips are nearly the same (feature_std): try a lower --lr"] * collapsed
-
-
-def batches(items: data.Items, config: TrainConfig, process: Process) -> tuple[Callable[[int], Iterator[dict]], int]:
-    """For `fit`: step to start from → the batches of this process from there on, and the number of steps in an epoch.
-
-    Raises:
-        UserError: there are fewer items than in a batch of all processes.
-    """
-    place = process.rank, process.world_size
-
-    def sampler(start: int) -> data.StepSampler:
-        return data.StepSampler(len(items), config.batch_size, config.epochs, config.seed, *place, start)
-
-    def make_loader(start: int) -> Iterator[dict]:
-        return data.load_batches(items, sampler(start), loader_workers(config, process), leave_signals)
-
-    with user_errors((ValueError,)):
-        return make_loader, sampler(0).steps_per_epoch
+        """What a line of the log shows to be wrong: windows of a video that hardly differ, and after the first epoch
+        features that have collapsed, where the method logs "feature_std", the standard deviation of L2-normalised
+        features of D channels (1/√D at best)."""
+        found, least = [], 0.1 * self.head.net[-1].out_features ** -0.5
+        if line.get("overlap", 0) > 0.8:
+            found.append("the two windows of a video share more than 80 % of their frames: take a smaller --frames")
+        if line["epoch"] > 1 and line.get("feature_std", math.inf) < least:
+            found.append("the features of all clips are nearly the same (feature_std): try a lower --lr")
+        return found
 
 
 def pretrain(method_class: type[Method], config: PretrainConfig) -> None:
@@ -194,27 +175,28 @@ def pretrain(method_class: type[Method], config: PretrainConfig) -> None:
     config = continued(config, process, seen)
     with process.first():
         views = method.make_views(videos)
-    make_loader, steps = batches(views, config, process)
+    with user_errors((ValueError,)):  # fewer videos than in a batch of all processes
+        place = process.rank, process.world_size
+        sampler = data.StepSampler(len(views), config.batch_size, config.epochs, config.seed, *place)
+
+    def make_loader(start: int) -> Iterator[dict]:
+        sampler.start_step = start
+        return data.load_batches(views, sampler, loader_workers(config, process), leave_signals)
+
     name = method_name(type(config)).lower()
     unused = f"runs/{name}-{config.dataset}-{time.strftime('%Y%m%d-%H%M%S')}"
     with user_errors((OSError,)):
         out = config.out or process.of_first(lambda: unused_folder(unused))
-    paths = views.videos.paths
-    checkpoint = fit_in_folder(method, config, process, make_loader, steps, out, seen, paths=paths)
+    checkpoint = fit_in_folder(
+        method, config, process, make_loader, sampler.steps_per_epoch, out, seen, paths=views.videos.paths
+    )
     if config.dataset == "synthetic":
         import evaluate  # here, as it is a command, not a part of any method
 
         shape = config.crop, config.frames, config.frame_stride
         encoders = {"untrained": untrained, name: method.encoder}
         evaluate.first_look(encoders, config.root, shape, process, loader_workers(config, process))
-    quoted = shlex.quote(str(checkpoint))
-    process.say(
-        f"\nnext:\n  python evaluate.py retrieve --checkpoint {quoted}    # R@k, 10 clips a video\n"
-        f"  python evaluate.py linear --checkpoint {quoted} --cached 10    # accuracy of a linear classifier\n"
-        f"  python {shlex.join(program())} --dataset folder --data YOUR_VIDEOS --encoder {config.encoder} --width "
-        f"{config.width} --crop {config.crop}    # your own videos\n"
-        f"  python {shlex.join(program())} --help    # every option, and what each data set's preset sets"
-    )
+    process.say(f"\nnext:\n  python evaluate.py retrieve --checkpoint {shlex.quote(str(checkpoint))}")
 
 
 def main(method_class: type[Method], config_class: type[PretrainConfig], presets: dict[str, dict], doc: str) -> None:

@@ -4,7 +4,6 @@ import ctypes
 import os
 import signal
 import sys
-import threading
 from datetime import timedelta
 
 import torch
@@ -57,9 +56,7 @@ def start_process(device: str = "auto", timeout: float = 10, deterministic: bool
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read by cuBLAS when it starts
         torch.use_deterministic_algorithms(True, warn_only=True)  # the backward of max_pool3d has no such form
     if device == "cuda" and not torch.cuda.is_available():
-        raise UserError(
-            "--device cuda: torch finds no CUDA GPU here; use --device cpu, or install a CUDA build of torch"
-        )
+        raise UserError("--device cuda: torch finds no CUDA GPU here")
     if device == "cpu" or not torch.cuda.is_available():
         place = torch.device("cpu")
         keep_freed_memory()
@@ -71,55 +68,22 @@ def start_process(device: str = "auto", timeout: float = 10, deterministic: bool
     else:
         raise UserError(f"process {local_rank} has no GPU: {torch.cuda.device_count()} here; lower --nproc_per_node")
     if world_size > 1 and not dist.is_initialized():
+        own = {"device_id": place} if place.type == "cuda" else {}
         try:
-            meet(place, timeout)
-        except (RuntimeError, ValueError, TimeoutError) as error:
-            at = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            dist.init_process_group("nccl" if own else "gloo", timeout=timedelta(minutes=timeout), **own)
+        except (RuntimeError, ValueError) as error:
             raise UserError(
-                f"process {rank} of {world_size} does not meet the others at {at} ({str(error).splitlines()[0]}): "
-                "start all of them, with torchrun, and with a port that is free"
+                f"process {rank} of {world_size} does not meet the others at {os.environ['MASTER_ADDR']}:"
+                f"{os.environ['MASTER_PORT']} ({str(error).splitlines()[0]}): start all of them, with torchrun"
             ) from error
     return Process(rank, world_size, place)
-
-
-def meet(place: torch.device, timeout: float) -> None:
-    """Meets the other processes, or raises what torch does, or TimeoutError: torch by itself tries for longer than its
-    time-out, and without end where something else answers, and tells each try in lines of its own."""
-    outcome = []
-
-    def join() -> None:
-        try:
-            if own:
-                torch.cuda.set_device(place)  # each thread has its own
-            dist.init_process_group("nccl" if own else "gloo", timeout=timedelta(minutes=timeout), **own)
-            outcome.append(None)
-        except Exception as error:
-            outcome.append(error)
-
-    own = {"device_id": place} if place.type == "cuda" else {}
-    thread = threading.Thread(target=join, name=meet.__name__, daemon=True)
-    held, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    os.close(nowhere)
-    try:
-        thread.start()
-        thread.join(min(60 * timeout, threading.TIMEOUT_MAX))
-    finally:
-        if thread.is_alive():  # and may tell more
-            sys.stderr = os.fdopen(held, "w", buffering=1, errors="backslashreplace")
-        else:
-            os.dup2(held, 2)
-            os.close(held)
-    error = outcome[0] if outcome else TimeoutError(f"not all are there after --timeout {timeout:g} minutes")
-    if error is not None:
-        raise error
 
 
 def end_process() -> None:
     """Leaves the run that `start_process` joined, if there is one."""
     if dist.is_initialized():
-        # Until torch 2.7 a group ends with Python's lock held, and waits for gloo's threads, which may need that lock
-        # to let their last tensors go. A backend ends without holding it: keep gloo's until the group is gone.
+        # Until torch 2.7 a group ends with Python's lock held, and waits for gloo's threads, which may need that lock.
+        # A backend ends without it: keep gloo's until the group is gone.
         if torch.__version__ < (2, 8) and dist.get_backend() == "gloo":
             _last = dist.group.WORLD._get_backend(torch.device("cpu"))
         dist.destroy_process_group()
@@ -133,10 +97,8 @@ def loader_workers(config: TrainConfig, process: Process) -> int:
 
 
 def leave_signals(_worker: int) -> None:
-    """Takes a loader's worker out of the process group, which a terminal's Ctrl-C and a launcher's SIGTERM reach whole.
-
-    The training process decides, and needs its workers until it has saved; what it tells them itself, they obey.
-    """
+    """Takes a loader's worker out of the process group, which a terminal's Ctrl-C and a launcher's SIGTERM reach whole:
+    the training process needs its workers until it has saved."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a forked worker has inherited its parent's handler
     if hasattr(os, "setpgid"):
         os.setpgid(0, 0)

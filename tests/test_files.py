@@ -10,13 +10,12 @@ import signal
 import subprocess
 import sys
 import time
-import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import ALONE, FORK
+from helpers import ALONE, FORK, Bare
 
 import benchmark
 import cli
@@ -345,15 +344,16 @@ def full_disk():
 
 
 def log_of(folder):
-    log = runs.FolderLog.__new__(runs.FolderLog)
-    log.folder, log.board, log.starts, log.run = folder, None, [{}], types.SimpleNamespace(process=ALONE, done=1)
+    log = train.Log.__new__(train.Log)
+    log.run, log.folder, log.board = train.Run(Bare(), train.TrainConfig(), ALONE, 1), folder, None
+    log.clips, log.lines, log.waited, log.since = 1, [], 0, 0
+    log.steps = [train.Step(1, {"loss": 1.0, "grad_norm": 1.0}, [])]
     return log
 
 
 WRITERS = {
     "o.json": lambda folder: train.write_file(folder / "o.json", "new" * 99),
-    "run.json": lambda folder: log_of(folder).note(fact="new" * 99),
-    "log.jsonl": lambda folder: log_of(folder).write({"step": "new" * 99}),
+    "log.jsonl": lambda folder: log_of(folder).line(),
     "bad_videos.log": lambda folder: log_of(folder).add_bad([("new" * 99, "reason")]),
     "a.mp4.npz": lambda folder: Kept(folder).visit(str(folder / "a.mp4")),
     "bad.txt": lambda folder: find.check_videos(folder, folder / "bad.txt", 1),
@@ -372,7 +372,7 @@ def test_a_full_disk_names_the_file_and_leaves_nothing_half(name, tmp_path, caps
     with full_disk(), pytest.raises((OSError, train.UserError), match=rf"File too large: '.*{name}'"):
         WRITERS[name](tmp_path)
     assert sorted(os.listdir(tmp_path)) == before
-    if name in ("o.json", "run.json", "a.mp4.npz"):
+    if name in ("o.json", "a.mp4.npz"):
         assert (tmp_path / name).read_bytes() == old
 
 
