@@ -6,6 +6,7 @@ import sys
 os.environ["OMP_NUM_THREADS"] = "1"  # operators so small take longer where threads wait for each other
 
 import pytest
+from helpers import one_line
 from hypothesis import settings
 
 import cli
@@ -55,7 +56,8 @@ def videos(tmp_path_factory):
 
 @pytest.fixture
 def run(videos, tmp_path, monkeypatch, capsys):
-    """Runs a script in this process as its command line would; gives exit code, output and errors."""
+    """Runs a script in this process as its command line would; gives exit code, output and errors. `run.ok` gives the
+    output of what ends well, `run.refused` checks that it ends with one line that says these words."""
 
     def call(script, *flags, dataset="synthetic", small=True):
         where = ["--dataset", dataset, "--data", str(videos)] if dataset else []
@@ -70,5 +72,15 @@ def run(videos, tmp_path, monkeypatch, capsys):
         out, err = capsys.readouterr()
         return stop.value.code, out, err
 
-    call.path, call.videos = tmp_path, videos
+    def ok(*arguments, **options):
+        code, out, err = call(*arguments, **options)
+        assert code == 0, err
+        return out
+
+    def refused(*arguments, says, **options):
+        code, _, err = call(*arguments, **options)
+        assert code == 2, err
+        one_line(err, *says)
+
+    call.path, call.videos, call.ok, call.refused = tmp_path, videos, ok, refused
     return call

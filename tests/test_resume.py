@@ -73,22 +73,20 @@ def test_each_option_makes_a_resumed_run_another_or_is_refused_or_is_one_that_de
 
     undisturbed = fit_tiny(resumed())
     for field in dataclasses.fields(config_class):
-        value = another(field, getattr(config, field.name))
-        if value is None or field.name == "resume":
+        name, value = field.name, another(field, getattr(config, field.name))
+        if value is None or name == "resume":
             continue
         shutil.rmtree(tmp_path / "resumed", ignore_errors=True)
-        if field.name not in config_class.FREE | config_class.TUNED:
-            with pytest.raises(train.UserError, match=rf"with --{field.name} .*, not {value}: start anew") as error:
-                resumed(f"--{field.name}={value}")
-            assert "\n" not in str(error.value)
-        elif field.name in train.TrainConfig.TUNED:
-            ended = fit_tiny(resumed(f"--{field.name}={value}"))
-            assert not same(ended, undisturbed), field.name
+        if name not in config_class.FREE | config_class.TUNED:
+            with pytest.raises(train.UserError, match=rf"with --{name} .*, not {value}: start anew"):
+                resumed(f"--{name}={value}")
+        elif name in train.TrainConfig.TUNED:
+            assert not same(fit_tiny(resumed(f"--{name}={value}")), undisturbed), name
         else:
             try:
-                assert getattr(resumed(f"--{field.name}={value}"), field.name) == value
+                assert getattr(resumed(f"--{name}={value}"), name) == value
             except train.UserError as error:  # as lists that go in pairs
-                assert f"--{field.name}" in str(error)
+                assert f"--{name}" in str(error)
 
 
 @pytest.mark.slow
@@ -104,25 +102,19 @@ def test_a_resumed_run_reads_each_option_that_may_be_changed(run, videos, monkey
 
     shutil.copytree(videos, run.path / "fewer")
     next((run.path / "fewer" / "train").glob("*/*.mp4")).unlink()
-    begin = ["--epochs", 3, "--max_steps", 1, "--out"]
-    pretrain, probe = [*conftest.CONV4, *begin], ["--clips", 1, "--batch_size", 6, "--device", "cpu", *begin]
     monkeypatch.setattr(evaluate, "first_look", lambda *_: None)
-    assert run(fima, *pretrain, "fima")[0] == 0
     monkeypatch.setattr(mcl.MotionMaps, "compute", lambda maps, path: np.ones((40, 6, 6), np.float32))  # in no time
     monkeypatch.setattr(mcl.MotionMaps, "make", lambda maps, paths, _: [maps.visit(path) for path in paths])
-    assert run(mcl, *pretrain, "mcl")[0] == 0
-    checkpoint = ["--checkpoint", "fima/checkpoint.pt"]
-    assert run(evaluate, "linear", *checkpoint, *probe, "linear")[0] == 0
-    assert run(evaluate, "finetune", *checkpoint, *probe, "finetune")[0] == 0
+    probe = ["--checkpoint", "fima/checkpoint.pt", "--clips", 1, "--batch_size", 6, "--device", "cpu"]
+    kinds = {"fima": (fima, conftest.CONV4), "mcl": (mcl, conftest.CONV4)}
+    kinds |= {name: (evaluate, [name, *probe]) for name in ("linear", "finetune")}
+    for name, (script, flags) in kinds.items():
+        run.ok(script, *flags, "--epochs", 3, "--max_steps", 1, "--out", name)
     monkeypatch.setattr(train.Options, "__getattribute__", spy)
-    for name, script, words in (
-        ("fima", fima, []),
-        ("mcl", mcl, []),
-        *((n, evaluate, [n]) for n in ("linear", "finetune")),
-    ):
+    for name, (script, _) in kinds.items():
+        words = [name] if script is evaluate else []
         flags = ["--resume", f"{name}/checkpoint.pt", "--data", "fewer", "--changed_data", "--max_steps", 3]
-        code, out, err = run(script, *words, *flags, small=False, dataset=None)
-        assert code == 0 and "goes on with other data" in out, err
+        assert "goes on with other data" in run.ok(script, *words, *flags, small=False, dataset=None)
     for config_class in CONFIGS:
         assert used | train.TrainConfig.TUNED >= config_class.FREE | config_class.TUNED
 
@@ -139,61 +131,53 @@ def test_changed_data_are_said_and_need_a_flag(run, videos):
     lists = {}
     for part in ("train", "test"):
         paths = sorted(tree.glob(f"{part}/*/*.mp4"))
-        lists[part] = "".join(f"{path.relative_to(tree)} {path.parent.name}\n" for path in paths)
-        (run.path / f"{part}.txt").write_text(lists[part])
-    small = ["--encoder", "conv4", "--width", 0.25, "--crop", 32, "--device", "cpu", "--max_steps", 1]
+        lists[part] = [f"{path.relative_to(tree)} {path.parent.name}\n" for path in paths]
+        (run.path / f"{part}.txt").write_text("".join(lists[part]))
+    small = [*conftest.CONV4, "--device", "cpu", "--max_steps", 1, "--dataset", "folder", "--data", tree]
     probe = ["--list_file", "train.txt", "--test_list", "test.txt", "--epochs", 2, "--batch_size", 6, "--clips", 1]
-    where = ["--dataset", "folder", "--data", tree]
-    assert run(moco, *small, *where, "--batch_size", 4, "--out", "moco", dataset=None)[0] == 0
-    assert run(evaluate, "linear", *small, *where, *probe, "--out", "linear", dataset=None)[0] == 0
+    run.ok(moco, *small, "--batch_size", 4, "--out", "moco", dataset=None)
+    run.ok(evaluate, "linear", *small, *probe, "--out", "linear", dataset=None)
     tree = tree.rename(run.path / "moved")
 
-    def resume(script, *flags):
-        name = ["linear"] if script is evaluate else []
-        checkpoint = f"{script.__name__ if script is moco else 'linear'}/checkpoint.pt"
-        flags = [*name, "--resume", checkpoint, "--data", tree, *flags]
-        return run(script, *flags, small=False, dataset=None)
+    def words(script, *flags):
+        name = "moco" if script is moco else "linear"
+        checkpoint = ["--resume", f"{name}/checkpoint.pt", "--data", tree]
+        return script, *["linear"] * (script is evaluate), *checkpoint, *flags
 
-    for script in (moco, evaluate):  # which move with their folder
-        code, out, err = resume(script, "--max_steps", 2)
-        assert code == 0 and "resumed after step 1" in out and "other data" not in out, err
+    def resume(script, *flags):
+        return run.ok(*words(script, *flags), small=False, dataset=None)
 
     def refused(script, says):
-        code, out, err = resume(script, "--max_steps", 3)
-        assert code == 2 and says in err and "--changed_data" in err and err.count("\n") == 1, (out, err)
+        run.refused(*words(script, "--max_steps", 3), small=False, dataset=None, says=[says, "--changed_data"])
 
+    for script in (moco, evaluate):  # which move with their folder
+        out = resume(script, "--max_steps", 2)
+        assert "resumed after step 1" in out and "other data" not in out
     first, second, *_ = sorted(tree.glob("train/*/*.mp4"))
-    name, content = str(first.relative_to(tree)), first.read_bytes()
+    name, new, content = str(first.relative_to(tree)), first.with_name("new.mp4"), first.read_bytes()
     first.rename(away)
     refused(moco, f"videos: 1 fewer ({name!r})")
-    shutil.copy(away, first.with_name("new.mp4"))
-    refused(moco, f"1 more ({str(first.with_name('new.mp4').relative_to(tree))!r}), 1 fewer ({name!r})")
-    first.with_name("new.mp4").rename(first)
+    shutil.copy(away, new)
+    refused(moco, f"1 more ({str(new.relative_to(tree))!r}), 1 fewer ({name!r})")
+    new.rename(first)
     first.write_bytes(content + b"\0")
     refused(moco, f"videos: 1 of another size ({name!r})")
     refused(evaluate, f"training videos: 1 of another size ({name!r})")
     first.write_bytes(content)
     for part, title in (("train", "training videos"), ("test", "test videos")):
-        words = lists[part].split()
-        classes = sorted(set(words[1::2]))
+        paths, labels = zip(*(line.split() for line in lists[part]), strict=True)
+        classes = sorted(set(labels))
         turned = dict(zip(classes, classes[1:] + classes[:1], strict=True))
-        lines = [f"{path} {turned[label]}\n" for path, label in zip(words[::2], words[1::2], strict=True)]
-        (run.path / f"{part}.txt").write_text("".join(lines))
-        refused(evaluate, f"{title}: {len(lines)} with another label ({words[0]!r})")
-        (run.path / f"{part}.txt").write_text("".join(reversed(lists[part].splitlines(keepends=True))))
+        changed = [f"{path} {turned[label]}\n" for path, label in zip(paths, labels, strict=True)]
+        (run.path / f"{part}.txt").write_text("".join(changed))
+        refused(evaluate, f"{title}: {len(labels)} with another label ({paths[0]!r})")
+        (run.path / f"{part}.txt").write_text("".join(reversed(lists[part])))
         refused(evaluate, f"{title}: in another order")
-        (run.path / f"{part}.txt").write_text(lists[part])
+        (run.path / f"{part}.txt").write_text("".join(lists[part]))
     second.write_bytes(second.read_bytes() + b"\0")
-    code, out, _ = resume(moco, "--max_steps", 3, "--changed_data")
-    assert code == 0 and "note: goes on with other data" in out and "1 of another size" in out
-    code, out, _ = resume(moco, "--max_steps", 4)  # it has seen these now
-    assert code == 0 and "other data" not in out
-    path = run.path / "moco" / "checkpoint.pt"
-    state = weights(path)
-    del state["seen"]  # as older code left it
-    torch.save(state, path)
-    code, out, _ = resume(moco, "--max_steps", 5)
-    assert code == 0 and "does not say which videos" in out
+    out = resume(moco, "--max_steps", 3, "--changed_data")
+    assert "note: goes on with other data" in out and "1 of another size" in out
+    assert "other data" not in resume(moco, "--max_steps", 4)  # it has seen these now
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -233,8 +217,7 @@ def in_one_line(function):
 
 @pytest.mark.slow
 def test_ill_typed_values_in_a_checkpoint_change_nothing_or_are_one_clear_line(run, tmp_path, monkeypatch):
-    flags = [*conftest.CONV4, "--epochs", 2, "--max_steps", 3, "--out", "run"]
-    assert run(fima, *flags, dataset="folder")[0] == 0
+    run.ok(fima, *conftest.CONV4, "--epochs", 2, "--max_steps", 3, "--out", "run", dataset="folder")
     path, seen = tmp_path / "run" / "checkpoint.pt", {"videos": [["a", 0, "b", 1]]}
     state = weights(path) | {"seen": runs.pack(seen)}
     train.save_checkpoint(path, state)
@@ -272,7 +255,7 @@ def test_ill_typed_values_in_a_checkpoint_change_nothing_or_are_one_clear_line(r
 def folder(run):
     """A run folder with three lines in its log, and the result of an evaluation."""
     flags = [*conftest.CONV4, "--epochs", 2, "--max_steps", 3, "--log_every", 1, "--out", "run"]
-    assert run(moco, *flags, dataset="folder")[0] == 0
+    run.ok(moco, *flags, dataset="folder")
     (run.path / "run" / "knn.json").write_text(json.dumps({"protocol": "knn", "result": {"top1_percent": 50.0}}))
     return run.path / "run"
 
@@ -294,7 +277,7 @@ def test_ill_typed_values_in_records_change_nothing_or_are_one_clear_line(folder
         for text in (*spoiled, *CUT):
             (folder / name).write_bytes(text)
             in_one_line(lambda: visualize.write_report(visualize.FigureConfig(device="cpu"), [str(folder)]))
-            in_one_line(lambda: runs.FolderLog(started, folder, 8).close())
+            in_one_line(lambda: runs.open_record(started, folder))
         (folder / name).write_bytes(content)
     (folder / "run.json").chmod(0)
     assert in_one_line(lambda: runs.read_starts(folder / "run.json")) == "error" or os.geteuid() == 0
@@ -313,8 +296,7 @@ def test_damaged_lines_of_a_log_are_left_out_and_the_run_goes_on(run, folder):
     path.write_bytes(b"\n".join([lines[0], *damaged, *lines[1:]]))
     (folder / "bad_videos.log").write_bytes(b"step 1\t'a\xff.mp4'\tcut\nstep 2\t'b")
     assert len(visualize.read_log(str(folder))) == 3
-    code, _, err = run(moco, "--resume", folder / "checkpoint.pt", "--max_steps", 4, small=False, dataset=None)
-    assert code == 0, err
+    run.ok(moco, "--resume", folder / "checkpoint.pt", "--max_steps", 4, small=False, dataset=None)
     assert (folder / "bad_videos.log").read_bytes() == b"step 1\t'a\xff.mp4'\tcut\n"
     assert path.read_bytes().splitlines()[:3] == lines and len(path.read_bytes().splitlines()) == 4
 
