@@ -62,12 +62,9 @@ def _follow(parent: int) -> None:
 
 
 def command_line(main: Callable[[], None]) -> NoReturn:
-    """Runs a script: a UserError is one line and exit code 2, an interrupt 128 + its signal.
-
-    So is the loss of another process of the run (exit code 1), whose own message says more. The end of the terminal is
-    an interrupt, unless SIGHUP is ignored, as under nohup; with streams that are closed, or that nobody reads, it goes
-    on. The end of torchrun, which a SIGKILL keeps from ending its processes, is an interrupt, too.
-    """
+    """Runs a script: a UserError is one line and exit code 2, the loss of another process of the run one and 1, an
+    interrupt 128 + its signal. The end of the terminal is an interrupt, unless SIGHUP is ignored, as under nohup; with
+    streams that are closed, or that nobody reads, it goes on. The end of torchrun, even by SIGKILL, is one, too."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         threading.Thread(target=_follow, args=(os.getppid(),), daemon=True).start()
     while (number := os.open(os.devnull, os.O_RDWR)) < 3:  # a stream that is closed: its number is not for other files

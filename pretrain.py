@@ -71,11 +71,6 @@ class PretrainConfig(TrainConfig, VideosConfig):
 
     FREE = TrainConfig.FREE | {"data", "list_file", "exclude", "memory_format", "compile"}
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.encoder == "s3d" and self.width != 1:
-            raise UserError(f"--width {self.width:g}: s3d comes in width 1 only")
-
 
 PRESETS = {  # what is the same for every method
     "synthetic": dict(encoder="conv4", crop=32, epochs=12, batch_size=32, min_scale=0.5, jitter_p=0.2, blur_p=0.2),
@@ -96,7 +91,7 @@ class Method(nn.Module):
     that takes sub-clips says in `sub_clips` how many of each view.
 
     Raises:
-        UserError: the crop or number of frames does not suit the encoder's strides.
+        UserError: width, crop or number of frames do not suit the encoder.
     """
 
     sub_clips = 0
@@ -104,16 +99,13 @@ class Method(nn.Module):
     def __init__(self, config: PretrainConfig):
         super().__init__()
         self.config = config
+        if config.encoder == "s3d" and config.width != 1:
+            raise UserError(f"--width {config.width:g}: s3d comes in width 1 only")
         self.encoder = build_encoder(config.encoder, config.width)
         steps, stride, _ = self.encoder.strides
-        if config.crop < 2 * stride:
-            raise UserError(
-                f"--crop {config.crop} is too small: {config.encoder} has stride {stride}, take {2 * stride} or more"
-            )
-        if config.frames % steps or config.frames < steps:
-            raise UserError(
-                f"--frames {config.frames} is no multiple of {steps}, the stride of {config.encoder} in time"
-            )
+        if config.crop < 2 * stride or config.frames % steps:
+            need = f"{config.encoder} needs a crop of {2 * stride} or more, and a multiple of {steps} frames"
+            raise UserError(f"--crop {config.crop} --frames {config.frames}: {need}")
         self.head = ProjectionHead(self.encoder.out_channels)
         self.metrics: dict[str, Tensor | float] = {}
         if config.compile == "on":

@@ -37,9 +37,8 @@ _locks: dict[str, TextIO] = {}  # of the run folders that this process has
 def claim_folder(path: Path, resume: str = "") -> None:
     """Makes a run folder this process's own, until `free_folders` or the process's end, also by a kill.
 
-    The lock is the system's, on the file `lock`, of a kind (POSIX record) that children do not inherit. Over NFS it
-    holds between machines where the server's lock service runs. Where there is none, and on Windows, a line says that
-    nothing keeps a second run away. What a killed run left half-written is deleted.
+    The lock is the system's, on the file `lock`, of a kind (POSIX record) that children do not inherit. Where there is
+    none, a line says that nothing keeps a second run away. What a killed run left half-written is deleted.
 
     Raises:
         UserError: another process has the folder, or it holds another run than that of the checkpoint to resume, if
@@ -67,10 +66,8 @@ def claim_folder(path: Path, resume: str = "") -> None:
     if not resume or Path(resume).parent.resolve() != path.resolve():
         for saved in (path / "checkpoint.pt", *sorted(path.glob("epoch_*.pt"))):
             if saved.exists():
-                raise UserError(
-                    f"{path} holds a run already: continue it with --resume {shlex.quote(str(saved))}, or name "
-                    "another --out"
-                )
+                again = f"continue it with --resume {shlex.quote(str(saved))}, or name another --out"
+                raise UserError(f"{path} holds a run already: {again}")
         for log in (path / "log.jsonl", path / "bad_videos.log"):
             if log.exists() and not (path / "run.json").exists():
                 raise UserError(f"{log} is of no run, as there is no run.json beside it: name another --out")
@@ -89,13 +86,12 @@ def free_folders() -> None:
 
 def check_replaceable(path: str | Path, *beginnings: bytes) -> None:
     """Raises UserError where `path` is there, is not empty, and does not begin like what is to be written there."""
-    begin = None
+    begin = b"a folder" if os.path.exists(path) else b""
     if os.path.isfile(path):
         with open(path, "rb") as file:
             begin = file.read(64)
-    if os.path.exists(path) and begin != b"" and not (begin and begin.startswith(beginnings)):
-        what = "a folder" if os.path.isdir(path) else "something else than what would be written there"
-        raise UserError(f"{path} is {what}: name another --out")
+    if begin and not begin.startswith(beginnings):
+        raise UserError(f"{path} is something else than what would be written there: name another --out")
 
 
 # ---------------------------------------------------------------------------------------------------------- records
@@ -411,4 +407,4 @@ def fit_in_folder(
     process.say(described(run))
     process.of_first(lambda: open_record(run, folder))
     process.say(f"run folder {folder}" + (f", resumed after step {run.done}" if path else ""))
-    return fit(run, make_loader, folder, extra={"seen": pack(seen), "versions": versions()}, **options)
+    return fit(run, make_loader, folder, extra={"seen": pack(seen)}, **options)

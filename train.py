@@ -318,21 +318,15 @@ class Step:
 
 
 class Log:
-    """What a run says and keeps in its folder: a line an epoch, warnings, each once, log.jsonl, bad_videos.log and,
-    where TensorBoard is installed, its events. Only the first process writes. `clips` are those of a step, of all
-    processes. Raises UserError where a file cannot be written."""
+    """What a run says and keeps in its folder: a line an epoch, warnings, each once, log.jsonl and bad_videos.log. Only
+    the first process writes, and raises UserError where it can't. `clips` are those of a step, of all processes."""
 
     def __init__(self, run: "Run", folder: Path, clips: int):
-        self.run, self.folder, self.clips, self.board = run, folder, clips, None
+        self.run, self.folder, self.clips = run, folder, clips
         self.steps: list[Step] = []  # since the last line, until when nobody waits for the device
         self.lines: list[tuple[int, dict[str, float]]] = []  # since the last summary: number of steps, means
         self.waited, self.since, self.warned = 0.0, time.perf_counter(), set()
         self.bar = progress(run.process, total=run.config.epochs * run.steps_per_epoch, initial=run.done, unit="step")
-        if run.process.rank == 0:
-            with contextlib.suppress(ImportError), user_errors((OSError,), folder):
-                from torch.utils.tensorboard import SummaryWriter
-
-                self.board = SummaryWriter(str(folder), purge_step=run.done + 1)
 
     def add(self, step: Step | None, waited: float) -> None:
         """Counts a step, unless it was left out, and the seconds it waited for data."""
@@ -380,8 +374,6 @@ class Log:
             path = self.folder / "log.jsonl"
             with user_errors((OSError,), path), open(path, "a") as file:
                 file.write(json.dumps(line) + "\n")
-                for name, value in line.items() if self.board else ():
-                    self.board.add_scalar(name, value, run.done)
         self.bar.set_postfix_str(
             f"loss {line['loss']:.2f}, {line['clips_per_s']:.0f} clips/s, data wait {line['data_wait']:.0%}",
             refresh=False,  # by the next step that is due, not at every line
@@ -402,13 +394,6 @@ class Log:
                 f"clips/s  data wait {means['data_wait']:.0%}{unreadable}{skipped}"
             )
         self.lines = []
-
-    def close(self) -> None:
-        """Ends the progress bar, and writes what TensorBoard still holds back."""
-        self.bar.close()
-        if self.board is not None:
-            with user_errors((OSError,), self.folder):
-                self.board.close()
 
 
 # -------------------------------------------------------------------------------------------------------------- fit
@@ -473,18 +458,18 @@ def sgd(method: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
 
 
 class Run:
-    """A method in training: its optimiser, its place in the schedule, and what moves it on, saves and restores it."""
+    """A method in training: its optimiser and place in the schedule, which moves on, is saved and restored.
+
+    Args:
+        steps_per_epoch: batches in an epoch.
+        state: of the checkpoint `config.resume`, to go on from (see `runs.load_checkpoint`).
+    """
 
     MOST_LEFT_OUT = 10  # steps in a row; with more, --on_nan skip stops the run, too
 
     def __init__(
         self, method: nn.Module, config: Config, process: Process, steps_per_epoch: int, state: dict | None = None
     ):
-        """
-        Args:
-            steps_per_epoch: batches in an epoch.
-            state: of the checkpoint `config.resume`, to go on from (see `runs.load_checkpoint`).
-        """
         self.method, self.config, self.process = method.to(process.device).train(), config, process
         self.steps_per_epoch, self.total_batch = steps_per_epoch, config.batch_size * process.world_size
         self.optimizer = method.optimizer(config) if hasattr(method, "optimizer") else sgd(method, config)
@@ -514,8 +499,8 @@ class Run:
             self.done = round(self.done * self.steps_per_epoch / before)
             process.say(
                 f"note: {path} was saved by {state['world_size']} processes with {before} steps an epoch, now it is "
-                f"{process.world_size} with {self.steps_per_epoch}: goes on at the same part of the schedule, but with "
-                "other batches, so the result will be another one"
+                f"{process.world_size} with {self.steps_per_epoch}: goes on at the same part of the schedule with "
+                "other batches"
             )
         elif self.done % before:
             self.skipped, self.bad_videos = state["skipped_steps"], state["bad_videos"]
@@ -632,7 +617,7 @@ def fit(
     """
     config, process, saved, bad = run.config, run.process, time.monotonic(), []
     log = Log(run, out, clips_per_video * run.total_batch)
-    with noted_signals(process) as caught, contextlib.closing(log):
+    with noted_signals(process) as caught, contextlib.closing(log.bar):
         batches = iter(make_loader(run.done))
         while run.done < run.stop:
             waiting = time.perf_counter()

@@ -345,7 +345,7 @@ def full_disk():
 
 def log_of(folder):
     log = train.Log.__new__(train.Log)
-    log.run, log.folder, log.board = train.Run(Bare(), train.TrainConfig(), ALONE, 1), folder, None
+    log.run, log.folder = train.Run(Bare(), train.TrainConfig(), ALONE, 1), folder
     log.clips, log.lines, log.waited, log.since = 1, [], 0, 0
     log.steps = [train.Step(1, {"loss": 1.0, "grad_norm": 1.0}, [])]
     return log

@@ -99,7 +99,7 @@ def start(folder, *flags, environment=None, kill=(), file_size=0, at_step_6="", 
     """
     output = output or f"out{(environment or {}).get('RANK', 0)}.txt"
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_reliability", "torch.utils.tensorboard"])
+    context.set_forkserver_preload(["test_reliability"])
     arguments = environment or {}, kill, file_size, at_step_6, output, closed
     process = context.Process(target=live, args=(str(folder), [str(flag) for flag in flags], *arguments))
     process.start()
