@@ -5,11 +5,9 @@ import json
 import math
 import os
 import shutil
-import sys
 from random import Random
 
 import conftest
-import numpy as np
 import pytest
 import torch
 from helpers import ALONE, Bare, same, weights
@@ -35,11 +33,6 @@ CONFIGS = {
     evaluate.LinearConfig: {},
     evaluate.FinetuneConfig: {},
 }
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Options
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def fit_tiny(config):
@@ -87,41 +80,6 @@ def test_each_option_makes_a_resumed_run_another_or_is_refused_or_is_one_that_de
                 assert getattr(resumed(f"--{name}={value}"), name) == value
             except train.UserError as error:  # as lists that go in pairs
                 assert f"--{name}" in str(error)
-
-
-@pytest.mark.slow
-def test_a_resumed_run_reads_each_option_that_may_be_changed(run, videos, monkeypatch):
-    """Those of the loop that make it another run are seen in the weights above, the others here where they are used."""
-    used, read = set(), object.__getattribute__
-
-    def spy(config, name):
-        code = sys._getframe(1).f_code
-        if not code.co_filename.endswith("dataclasses.py") and code.co_name not in ("__post_init__", "__str__"):
-            used.add(name)
-        return read(config, name)
-
-    shutil.copytree(videos, run.path / "fewer")
-    next((run.path / "fewer" / "train").glob("*/*.mp4")).unlink()
-    monkeypatch.setattr(evaluate, "first_look", lambda *_: None)
-    monkeypatch.setattr(mcl.MotionMaps, "compute", lambda maps, path: np.ones((40, 6, 6), np.float32))  # in no time
-    monkeypatch.setattr(mcl.MotionMaps, "make", lambda maps, paths, _: [maps.visit(path) for path in paths])
-    probe = ["--checkpoint", "fima/checkpoint.pt", "--clips", 1, "--batch_size", 6, "--device", "cpu"]
-    kinds = {"fima": (fima, conftest.CONV4), "mcl": (mcl, conftest.CONV4)}
-    kinds |= {name: (evaluate, [name, *probe]) for name in ("linear", "finetune")}
-    for name, (script, flags) in kinds.items():
-        run.ok(script, *flags, "--epochs", 3, "--max_steps", 1, "--out", name)
-    monkeypatch.setattr(train.Options, "__getattribute__", spy)
-    for name, (script, _) in kinds.items():
-        words = [name] if script is evaluate else []
-        flags = ["--resume", f"{name}/checkpoint.pt", "--data", "fewer", "--changed_data", "--max_steps", 3]
-        assert "goes on with other data" in run.ok(script, *words, *flags, small=False, dataset=None)
-    for config_class in CONFIGS:
-        assert used | train.TrainConfig.TUNED >= config_class.FREE | config_class.TUNED
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Data
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -178,11 +136,6 @@ def test_changed_data_are_said_and_need_a_flag(run, videos):
     out = resume(moco, "--max_steps", 3, "--changed_data")
     assert "note: goes on with other data" in out and "1 of another size" in out
     assert "other data" not in resume(moco, "--max_steps", 4)  # it has seen these now
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Files
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 BAD = [None, True, "x", [], {}, -1, 2.5, math.nan, 10**30, torch.ones(2), torch.ones(2).to_sparse()]

@@ -3,11 +3,8 @@
 import dataclasses
 import json
 import math
-import os
 import shlex
 import shutil
-import signal
-import subprocess
 import sys
 import types
 
@@ -15,7 +12,7 @@ import conftest
 import numpy as np
 import pytest
 import torch
-from helpers import ALONE, ROOT, Bare, lines, same, torchrun, weights
+from helpers import ALONE, Bare, lines, same, weights
 
 import benchmark  # noqa: F401  its options are tried, too
 import cli
@@ -31,20 +28,17 @@ import train
 SMALL = [*conftest.SMALL, *conftest.DECODER]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What the loop asks of a method
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def fit(method, folder, kind=train.TrainConfig, **options):
     """Trains on numbers that follow from the step, 4 steps an epoch; gives the checkpoint."""
     config = kind(**dict(epochs=2, log_every=1, batch_size=4, lr=3.0) | options)
 
     def batches(start):
         for step in range(start, 8):
-            yield {"x": torch.randn(4, 3, generator=torch.Generator().manual_seed(step))}
+            x = torch.randn(4, 3, generator=torch.Generator().manual_seed(step))
+            yield {"x": x, "index": torch.tensor([step])}
 
-    return weights(runs.fit_in_folder(method, config, ALONE, batches, 4, str(folder), {}))
+    paths = [f"{step}.mp4" for step in range(8)]
+    return weights(runs.fit_in_folder(method, config, ALONE, batches, 4, str(folder), {}, paths=paths))
 
 
 def test_a_method_needs_no_more_than_a_forward(tmp_path, capsys):
@@ -97,6 +91,43 @@ def test_any_optimiser_is_restored_exactly(method, tmp_path):
     state["state"][0]["exp_avg"] = torch.ones(5)
     with pytest.raises(train.UserError, match="no valid optimizer"):
         train.load_optimizer("it", Adam().optimizer(config) if method is Adam else train.sgd(Bare(), config), state)
+
+
+class Broken(Bare):
+    """Its loss, or only the gradient of it, is not finite in some steps."""
+
+    def __init__(self, how, steps):
+        super().__init__()
+        self.how, self.steps, self.states = how, steps, []
+
+    def forward(self, batch):
+        self.states.append({name: value.clone() for name, value in self.state_dict().items()})
+        zero, broken = (self.layer.weight * 0).sum(), len(self.states) in self.steps
+        more = {"loss": zero * math.nan, "gradient": zero.abs().sqrt()}[self.how] if broken else 0
+        return {"x": super().forward(batch)["x"] + more}
+
+
+@pytest.mark.parametrize("how", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_stops_the_run_and_is_named(how, tmp_path):
+    with pytest.raises(train.UserError, match=r"not finite, step 6: x .*norm of the gradient nan.*5\.mp4") as error:
+        fit(Broken(how, {6}), tmp_path, log_every=2)
+    assert ("x nan" in str(error.value)) == (how == "loss")
+    assert weights(tmp_path / "checkpoint.pt")["step"] == 4 and [line["step"] for line in lines(tmp_path)] == [2, 4]
+
+
+@pytest.mark.parametrize("how", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_can_be_left_out(how, tmp_path, capsys, monkeypatch):
+    state = fit(method := Broken(how, {3}), tmp_path, on_nan="skip")
+    out = capsys.readouterr().out
+    assert "left out: step 3: x" in out and "1 steps left out" in out
+    assert same(method.states[2], method.states[3]) and not same(method.states[1], method.states[2])
+    counts = [(line["step"], line["skipped_steps"]) for line in lines(tmp_path)]
+    assert counts == [(1, 0), (2, 0), (4, 1), (5, 0), (6, 0), (7, 0), (8, 0)]
+    assert all(value.isfinite().all() for value in state["model"].values())
+    monkeypatch.setattr(train.Run, "MOST_LEFT_OUT", 2)
+    with pytest.raises(train.UserError, match="2 steps in a row were left out, and now step 8: x nan"):
+        fit(Broken("loss", {6, 7, 8}), tmp_path / "row", on_nan="skip")
+    assert weights(tmp_path / "row" / "checkpoint.pt")["step"] == 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,19 +286,6 @@ def test_too_little_memory_is_one_line(error, capsys):
 
 
 @pytest.mark.slow
-def test_a_script_runs_from_any_folder_and_help_teaches(tmp_path):
-    help = [sys.executable, ROOT / "fima.py", "--help"]
-    done = subprocess.run(help, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and "torchrun --nproc_per_node=8 fima.py --dataset k400" in done.stdout
-    assert "k400:" in done.stdout and all(f"--{name}" in done.stdout for name in fima.FIMAConfig.__dataclass_fields__)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Runs
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
 def test_run_folder_holds_config_command_versions_and_every_loss_with_its_chance(run):
     out = run.ok(fima, "--epochs", 1, "--log_every", 2, "--out", "run", "--lr", 0.1)
     (start,) = json.loads((run.path / "run" / "run.json").read_text())
@@ -324,23 +342,6 @@ def test_moco_trains_with_the_same_command_line_and_the_largest_seed(run):
     assert shlex.split(command, comments=True)[-1] == "a run/checkpoint.pt"  # can be pasted
 
 
-@pytest.mark.slow
-def test_ctrl_c_saves_and_says_how_to_go_on(run, monkeypatch):
-    rate = train.TrainConfig.learning_rate
-
-    def press(config, total_batch, epoch):
-        if epoch == 1.25:
-            os.kill(os.getpid(), signal.SIGINT)
-        return rate(config, total_batch, epoch)
-
-    monkeypatch.setattr(train.TrainConfig, "learning_rate", press)
-    code, out, _ = run(moco, *conftest.CONV4, "--epochs", 1000, "--out", "run")  # of 4 steps
-    monkeypatch.undo()
-    assert code == 130 and "--resume run/checkpoint.pt" in out
-    assert weights(run.path / "run" / "checkpoint.pt")["step"] == 6
-    assert "resumed after step 6" in run.ok(moco, "--resume", "run/checkpoint.pt", "--max_steps", 7, small=False)
-
-
 def test_a_run_is_not_overwritten(run):
     run.ok(moco, *conftest.CONV4, "--max_steps", 1, "--out", "run")
     before = (run.path / "run" / "log.jsonl").read_text()
@@ -390,47 +391,6 @@ def test_checkpoints_that_do_not_fit_are_refused(run):
     del state["model"]["head.net.2.bias"]
     with pytest.raises(train.UserError, match=r"1 tensors differ, as head\.net\.2\.bias"):
         train.load_model("it", fima.FIMA(fima.FIMAConfig(**state["config"])), state["model"])
-
-
-@pytest.mark.slow
-def test_a_signal_to_all_processes_of_two_saves_once_for_all(videos, tmp_path):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", ROOT / "fima.py"]
-    flags = ["--dataset=synthetic", f"--data={videos}", "--epochs=9999", "--workers=1", "--out=run", "--log_every=2"]
-    running = subprocess.Popen(
-        [*launch, *flags, *SMALL],
-        cwd=tmp_path,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        start_new_session=True,
-    )
-    out = ""
-    while "epoch 1/" not in out:
-        out += (line := running.stdout.readline())
-        assert line, out
-    os.killpg(running.pid, signal.SIGTERM)
-    out += running.communicate(timeout=120)[0]
-    assert "torchrun --nproc_per_node=2" in out and "--resume run/checkpoint.pt" in out
-    assert weights(tmp_path / "run" / "checkpoint.pt")["step"] % 2 == 0
-
-
-@pytest.mark.slow
-def test_two_processes_end_with_identical_weights(videos, tmp_path):
-    (tmp_path / "two.py").write_text(
-        "import sys, torch, torch.distributed as dist, cli, fima, pretrain\n"
-        "def fit(method, *rest, **options):\n"
-        "    path = original(method, *rest, **options)\n"
-        "    torch.save(method.state_dict(), f'weights.{dist.get_rank()}')\n"
-        "    return path\n"
-        "original, pretrain.fit_in_folder = pretrain.fit_in_folder, fit\n"
-        "cli.command_line(lambda: pretrain.main(fima.FIMA, fima.FIMAConfig, fima.PRESETS, ''))\n"
-    )
-    flags = ["--dataset", "synthetic", "--data", videos, "--epochs", 2, "--workers", 1, "--out", "run", *SMALL]
-    done = torchrun("two.py", *flags, folder=tmp_path)
-    assert done.returncode == 0 and "4 × 2 = 8" in done.stdout, done.stderr[-3000:]
-    first, second = (weights(tmp_path / f"weights.{rank}") for rank in range(2))
-    assert same(first, second) and same(first, weights(tmp_path / "run" / "checkpoint.pt")["model"])
 
 
 @pytest.mark.slow
