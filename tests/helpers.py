@@ -64,6 +64,19 @@ def torchrun(script, *flags, processes=2, folder=None):
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
 
 
+def alive(pids):
+    """Those of these processes that do more than wait to be buried."""
+    states = {pid: Path(f"/proc/{pid}/stat") for pid in pids}
+    return [pid for pid, state in states.items() if state.exists() and " Z " not in state.read_text()]
+
+
+def descendants(pid):
+    """Processes that a process has started, and theirs."""
+    found = Path(f"/proc/{pid}/task/{pid}/children")
+    children = found.read_text().split() if found.exists() else []
+    return [int(child) for child in children] + [found for child in children for found in descendants(child)]
+
+
 def generator(seed: int):
     return torch.Generator().manual_seed(seed)
 

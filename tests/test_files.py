@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import ALONE, FORK, Bare
+from helpers import ALONE, FORK, Bare, alive, descendants
 
 import benchmark
 import cli
@@ -198,17 +198,6 @@ def test_a_run_goes_on_from_a_checkpoint_that_is_a_link(run):
     path.symlink_to("../elsewhere.pt")
     assert run(fima, "--max_steps=2", "--resume=run/checkpoint.pt", *QUICK)[0] == 0
     assert path.is_symlink() and runs.load_checkpoint(run.path / "elsewhere.pt")["step"] == 2
-
-
-def alive(pids):
-    return [
-        pid for pid in pids if Path(f"/proc/{pid}/stat").exists() and " Z " not in Path(f"/proc/{pid}/stat").read_text()
-    ]
-
-
-def descendants(pid):
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [int(child) for child in children] + [found for child in children for found in descendants(child)]
 
 
 @pytest.mark.slow

@@ -82,60 +82,118 @@ def test_each_option_makes_a_resumed_run_another_or_is_refused_or_is_one_that_de
                 assert f"--{name}" in str(error)
 
 
+def test_changed_data_are_named():
+    a, b = ["a", 0, "x", 1], ["b", 1, "y", 2]
+    for now, says in (
+        ([a, b], ""),
+        ([a], "videos: 1 fewer ('b')"),
+        ([a, b, ["c", 0, "x", 3]], "videos: 1 more ('c')"),
+        ([["a", 0, "x", 9], b], "videos: 1 of another size ('a')"),
+        ([["a", 1, "x", 1], b], "videos: 1 with another label ('a')"),
+        ([["a", 0, "z", 9], b], "videos: 1 with another label ('a'), 1 of another size ('a')"),
+        ([b, a], "videos: in another order"),
+    ):
+        assert runs.differences({"videos": [a, b]}, {"videos": now, "new": 1}) == says
+    assert runs.differences({"encoder": {"w": 1}}, {"encoder": {"w": 2}}) == "another encoder"
+
+
 @pytest.mark.slow
 def test_changed_data_are_said_and_need_a_flag(run, videos):
-    tree, away = run.path / "tree", run.path / "away"
+    tree = run.path / "tree"
     shutil.copytree(videos, tree)
-    lists = {}
-    for part in ("train", "test"):
-        paths = sorted(tree.glob(f"{part}/*/*.mp4"))
-        lists[part] = [f"{path.relative_to(tree)} {path.parent.name}\n" for path in paths]
-        (run.path / f"{part}.txt").write_text("".join(lists[part]))
+    lists = {
+        part: sorted(path.relative_to(tree) for path in tree.glob(f"{part}/*/*.mp4")) for part in ("train", "test")
+    }
+    for part, paths in lists.items():
+        (run.path / f"{part}.txt").write_text("".join(f"{path} {path.parent.name}\n" for path in paths))
     small = [*conftest.CONV4, "--device", "cpu", "--max_steps", 1, "--dataset", "folder", "--data", tree]
     probe = ["--list_file", "train.txt", "--test_list", "test.txt", "--epochs", 2, "--batch_size", 6, "--clips", 1]
     run.ok(moco, *small, "--batch_size", 4, "--out", "moco", dataset=None)
     run.ok(evaluate, "linear", *small, *probe, "--out", "linear", dataset=None)
     tree = tree.rename(run.path / "moved")
-
-    def words(script, *flags):
-        name = "moco" if script is moco else "linear"
-        checkpoint = ["--resume", f"{name}/checkpoint.pt", "--data", tree]
-        return script, *["linear"] * (script is evaluate), *checkpoint, *flags
-
-    def resume(script, *flags):
-        return run.ok(*words(script, *flags), small=False, dataset=None)
-
-    def refused(script, says):
-        run.refused(*words(script, "--max_steps", 3), small=False, dataset=None, says=[says, "--changed_data"])
-
-    for script in (moco, evaluate):  # which move with their folder
-        out = resume(script, "--max_steps", 2)
+    kinds = {"moco": [moco], "linear": [evaluate, "linear"]}
+    resume = {name: [*words, "--resume", f"{name}/checkpoint.pt", "--data", tree] for name, words in kinds.items()}
+    options = dict(small=False, dataset=None)
+    for words in resume.values():  # which move with their folder
+        out = run.ok(*words, "--max_steps", 2, **options)
         assert "resumed after step 1" in out and "other data" not in out
-    first, second, *_ = sorted(tree.glob("train/*/*.mp4"))
-    name, new, content = str(first.relative_to(tree)), first.with_name("new.mp4"), first.read_bytes()
-    first.rename(away)
-    refused(moco, f"videos: 1 fewer ({name!r})")
-    shutil.copy(away, new)
-    refused(moco, f"1 more ({str(new.relative_to(tree))!r}), 1 fewer ({name!r})")
-    new.rename(first)
-    first.write_bytes(content + b"\0")
-    refused(moco, f"videos: 1 of another size ({name!r})")
-    refused(evaluate, f"training videos: 1 of another size ({name!r})")
-    first.write_bytes(content)
-    for part, title in (("train", "training videos"), ("test", "test videos")):
-        paths, labels = zip(*(line.split() for line in lists[part]), strict=True)
-        classes = sorted(set(labels))
-        turned = dict(zip(classes, classes[1:] + classes[:1], strict=True))
-        changed = [f"{path} {turned[label]}\n" for path, label in zip(paths, labels, strict=True)]
-        (run.path / f"{part}.txt").write_text("".join(changed))
-        refused(evaluate, f"{title}: {len(labels)} with another label ({paths[0]!r})")
-        (run.path / f"{part}.txt").write_text("".join(reversed(lists[part])))
-        refused(evaluate, f"{title}: in another order")
-        (run.path / f"{part}.txt").write_text("".join(lists[part]))
-    second.write_bytes(second.read_bytes() + b"\0")
-    out = resume(moco, "--max_steps", 3, "--changed_data")
+    with open(tree / lists["train"][0], "ab") as file:
+        file.write(b"\0")
+    for name, title in (("moco", "videos"), ("linear", "training videos")):
+        says = [f"{title}: 1 of another size ({str(lists['train'][0])!r})", "--changed_data"]
+        run.refused(*resume[name], "--max_steps", 3, says=says, **options)
+    (run.path / "test.txt").write_text("".join(f"{path} {path.parent.name}\n" for path in reversed(lists["test"])))
+    run.refused(*resume["linear"], "--max_steps", 3, says=["test videos: in another order"], **options)
+    out = run.ok(*resume["moco"], "--max_steps", 3, "--changed_data", **options)
     assert "note: goes on with other data" in out and "1 of another size" in out
-    assert "other data" not in resume(moco, "--max_steps", 4)  # it has seen these now
+    assert "other data" not in run.ok(*resume["moco"], "--max_steps", 4, **options)  # it has seen these now
+
+
+def save(path, step, was=None, method="MoCo", **options):
+    """A checkpoint of MoCo at a step, 4 of them an epoch, which has seen one video, or what `was` there."""
+    config = dataclasses.asdict(moco.MoCoConfig(**options))
+    del config["bn"]  # as of before there was this option
+    state = dict(method=method, config=config, model={"w": torch.zeros(9999)}, optimizer={}, world_size=1)
+    seen = {"videos": [["a", 0, "x", 1]]} if was is None else was
+    path.parent.mkdir(parents=True, exist_ok=True)
+    train.save_checkpoint(path, state | {"step": step, "steps_per_epoch": 4, "seen": runs.pack(seen)})
+
+
+def auto(**options):
+    """What --resume auto finds, and what it says."""
+    said = []
+    found = runs.find_run(moco.MoCoConfig(resume="auto", **options), {"videos": [["a", 0, "x", 1]]}, said.append)
+    return found, "\n".join(said)
+
+
+def test_resume_auto_takes_the_furthest_readable_checkpoint_of_the_run_that_is_asked_for(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "starts anew" in auto()[1]
+    for name, step, method in (("b/checkpoint", 7, "MoCo"), ("a/checkpoint", 1, "MoCo"), ("c/checkpoint", 8, "FIMA")):
+        save(tmp_path / "runs" / f"{name}.pt", step, method=method)
+    path = tmp_path / "runs" / "b" / "checkpoint.pt"
+    save(path.with_name("epoch_0001.pt"), 4)  # newer, as of a copy
+    path.with_name("epoch_0002.pt").symlink_to("nowhere")
+    found, said = auto()
+    assert found == "runs/b/checkpoint.pt" and "found runs/b/checkpoint.pt, step 7" in said
+    assert auto(out="runs/a", device="cpu", log_every=3)[0] == "runs/a/checkpoint.pt"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1  # among the weights: torch alone would not notice
+    path.write_bytes(content)
+    found, said = auto()
+    assert found == "runs/b/epoch_0001.pt" and "passes over a checkpoint: runs/b/checkpoint.pt is damaged" in said
+
+
+def test_resume_auto_passes_over_another_run_and_says_what_differs(tmp_path, monkeypatch):
+    """By options that define a result, given or by default, and by videos."""
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "runs" / "a" / "checkpoint.pt"
+    save(path, 2, seed=5, data="here")
+    assert auto(seed=5, data="moved", workers=2)[0] == "runs/a/checkpoint.pt"  # what defines nothing may be other
+    for options, says in (
+        ({}, "another run is in runs/a: --seed 5, not 0"),
+        (dict(seed=5, losses="vd", width=0.5), "--width 1.0, not 0.5, --losses vv, not vd"),
+        (dict(seed=5, lr=1), "--lr 0.04, not 1"),
+    ):
+        found, said = auto(**options)
+        assert not found and says in said and "starts anew" in said
+    save(path, 2, {"videos": []}, seed=5)
+    assert "another run is in runs/a: videos: 1 more ('a')" in auto(seed=5)[1]
+    save(path, 2, {}, seed=5, data="here")  # as older code left it
+    assert "--data here, not moved" in auto(seed=5, data="moved")[1]
+    save(path, 4, seed=5, lr=1)
+    save(path.with_name("epoch_0001.pt"), 2, seed=5)
+    assert not auto(seed=5)[0]  # what went on from there is not written over
+
+
+def test_an_option_of_before_is_refused_in_one_line_or_given_anew(tmp_path):
+    save(path := tmp_path / "checkpoint.pt", 2)
+    state = weights(path)
+    state["config"]["bn"] = "sync"  # which there was
+    train.save_checkpoint(path, state)
+    with pytest.raises(train.UserError, match="was made with --bn sync"):
+        cli.parse(moco.MoCoConfig, "", argv=["--resume", str(path)])
+    assert cli.parse(moco.MoCoConfig, "", argv=["--resume", str(path), "--bn", "local"]).bn == "local"
 
 
 BAD = [None, True, "x", [], {}, -1, 2.5, math.nan, 10**30, torch.ones(2), torch.ones(2).to_sparse()]

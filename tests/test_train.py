@@ -9,7 +9,6 @@ import sys
 import types
 
 import conftest
-import numpy as np
 import pytest
 import torch
 from helpers import ALONE, Bare, lines, same, weights
@@ -19,7 +18,6 @@ import cli
 import data
 import evaluate
 import fima
-import find
 import moco
 import pretrain
 import runs
@@ -35,7 +33,7 @@ def fit(method, folder, kind=train.TrainConfig, **options):
     def batches(start):
         for step in range(start, 8):
             x = torch.randn(4, 3, generator=torch.Generator().manual_seed(step))
-            yield {"x": x, "index": torch.tensor([step])}
+            yield {"x": x, "index": torch.tensor([step]), "overlap": torch.tensor([0.1 * step, 0.2])}
 
     paths = [f"{step}.mp4" for step in range(8)]
     return weights(runs.fit_in_folder(method, config, ALONE, batches, 4, str(folder), {}, paths=paths))
@@ -73,6 +71,7 @@ def test_metrics_may_come_in_some_steps_chance_is_shown_and_warnings_are_said_on
     assert three["loss"] == pytest.approx(sum(line["loss"] for line in found[:3]) / 3)
     assert three["odd"] == pytest.approx(found[1]["odd"])  # the one of three steps that has it
     assert f"x {sum(line['loss'] for line in found[:4]) / 4:.3f} " in capsys.readouterr().out  # 3 steps and 1
+    assert three["overlap"] == pytest.approx(0.15)
 
 
 class Adam(Bare):
@@ -301,37 +300,11 @@ def test_run_folder_holds_config_command_versions_and_every_loss_with_its_chance
     assert "chance" in out and "own other half" in out and "evaluate.py retrieve" in out
 
 
-@pytest.mark.slow
-def test_the_overlap_of_windows_is_in_the_log_and_too_much_is_warned_of(run, videos):
-    """The videos have 40 frames: of windows of 32, the two of a video share 7/8 or more of them."""
-    out = run.ok(moco, *conftest.CONV4, "--epochs", 2, "--log_every", 3, "--out", "run", dataset="folder")
-    assert out.count("share more than 80 % of their frames") == 1
-    listed = find.find_videos("folder", videos, True)
-    views = data.PretrainingViews(listed, 32)
-    keys = [key for keys in data.StepSampler(len(listed), 4, 2) for key in keys]
-    means = [float(np.mean([views[key]["overlap"] for key in keys if key[0] == epoch])) for epoch in (0, 1)]
-    found = lines(run.path / "run")
-    assert [line["step"] for line in found] == [3, 4, 6, 8]
-    assert (3 * found[0]["overlap"] + found[1]["overlap"]) / 4 == pytest.approx(means[0])
-    assert (found[2]["overlap"] + found[3]["overlap"]) / 2 == pytest.approx(means[1])
-
-
 def test_a_base_method_warns_of_collapse_where_it_logs_the_spread_of_features_and_of_windows_that_overlap():
     method = pretrain.Method(pretrain.PretrainConfig(encoder="conv4", width=0.25, crop=32))
     said = [{"epoch": 2, "feature_std": 0.005}, {"epoch": 1, "overlap": 0.9}]
     silent = [{"epoch": 2, "feature_std": 0.05}, {"epoch": 2}, {"epoch": 1, "feature_std": 0, "overlap": 0.7}]
     assert [len(method.warnings(line)) for line in said + silent] == [1, 1, 0, 0, 0]
-
-
-def test_a_checkpoint_of_synchronised_batch_norm_is_refused_in_one_line_and_goes_on_with_another(run):
-    run.ok(fima, *conftest.CONV4, "--epochs", 2, "--out", "run", "--max_steps", 2, dataset="folder")
-    path = run.path / "run" / "checkpoint.pt"
-    state = weights(path)
-    state["config"]["bn"] = "sync"  # which there was
-    torch.save(state, path)
-    run.refused(fima, "--resume", path, small=False, dataset=None, says=[path, "--bn sync"])
-    out = run.ok(fima, "--resume", path, "--bn", "shuffle", "--max_steps", 3, small=False, dataset="folder")
-    assert "--bn shuffle (was sync)" in out
 
 
 def test_moco_trains_with_the_same_command_line_and_the_largest_seed(run):

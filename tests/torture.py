@@ -24,6 +24,7 @@ from random import Random
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from helpers import alive, descendants  # noqa: E402
 from helpers import lines as log  # noqa: E402
 from test_reliability import TINY, equal_ends, finish, start, start_two  # noqa: E402
 
@@ -38,20 +39,7 @@ def digests(*places: Path) -> dict[str, str]:
     return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def children(process: int) -> list[int]:
-    found = Path(f"/proc/{process}/task/{process}/children")
-    return [int(child) for child in found.read_text().split()] if found.exists() else []
-
-
-def lives(process: int) -> bool:
-    """Whether there is such a process that does more than wait to be buried."""
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-def alive(word: str) -> list[int]:
+def of_run(word: str) -> list[int]:
     """Processes that have a word in their environment, as all of a run have."""
     found = []
     for path in Path("/proc").glob("[0-9]*/environ"):
@@ -116,13 +104,13 @@ class Torture:
         for _ in range(chance.randint(1, 3)):
             process = start(folder, *self.flags, "--resume", "auto")
             time.sleep(chance.uniform(0, self.seconds))
-            workers, victim = children(process.pid), chance.choice(("process", "worker", "both"))
+            workers, victim = descendants(process.pid), chance.choice(("process", "worker", "both"))
             for one in [*workers * (victim != "process"), *[process.pid] * (victim != "worker")]:
                 if process.is_alive():
                     os.kill(one, signal.SIGKILL)
             process.join(120)
             assert process.exitcode in ((0, -signal.SIGKILL) if victim != "worker" else (0,)), process.exitcode
-            left = wait(lambda workers=workers: [worker for worker in workers if lives(worker)], 10)
+            left = wait(lambda workers=workers: alive(workers), 10)
             assert not left, f"workers {left} outlive their process"
         self.ends_as_if_nothing_had_been(folder)
 
@@ -147,11 +135,11 @@ class Torture:
             running = subprocess.Popen(command, **options)
         wait(lambda: [] if (folder / "run" / "run.json").exists() else ["the start"], 60)
         time.sleep(chance.uniform(0, self.seconds))
-        victim = chance.choice([-running.pid, running.pid, *children(running.pid)])  # −: its group
+        victim = chance.choice([-running.pid, running.pid, *descendants(running.pid)])  # −: its group
         if running.poll() is None:
             os.kill(victim, signal.SIGKILL)
         running.wait(120)
-        left = wait(lambda: alive(word), 30)
+        left = wait(lambda: of_run(word), 30)
         assert not left, f"processes {left} outlive torchrun"
         self.ends_as_if_nothing_had_been(folder, processes=2, stopped=True)
 
