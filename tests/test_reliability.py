@@ -210,7 +210,7 @@ def test_a_full_disk_stops_the_run_and_spoils_nothing(undisturbed, tmp_path):
     resume = [*flags, "--resume", saved]
     code, out = finish(start(tmp_path, *resume, file_size=saved.stat().st_size // 2), tmp_path)
     assert code == 2
-    one_line(out, "File too large", saved)
+    one_line(out, "File too large", "run/checkpoint.pt")
     assert weights(saved)["step"] == 9 and not list(saved.parent.glob("*.partial"))
     end_well(tmp_path, *resume)
     assert equal_ends(expected, tmp_path / "run")
