@@ -23,7 +23,7 @@ from cli import parse
 from models import ENCODERS, ProjectionHead, build_encoder
 from processes import leave_signals, loader_workers, start_process
 from runs import continued, fit_in_folder, unused_folder
-from train import Options, TrainConfig, UserError, method_name, option, sgd, user_errors
+from train import Options, TrainConfig, UserError, method_name, option, user_errors
 
 MEMORY_FORMATS = {"channels_last": torch.channels_last_3d, "contiguous": torch.contiguous_format}
 
@@ -87,8 +87,9 @@ def pool(maps: Tensor) -> Tensor:
 class Method(nn.Module):
     """Base of the methods: a video encoder f, a projection head g, and the views of videos that they are trained on.
 
-    A subclass has a `forward`. What else the loop asks of a method, and what `metrics` are, says train.py. A method
-    that takes sub-clips says in `sub_clips` how many of each view.
+    A subclass has a `forward`: views as `data.PretrainingViews` makes them, batched, and "epoch", how many have passed →
+    named losses. What else the loop asks of a method, and what `metrics` are, says train.py. A method that takes
+    sub-clips says in `sub_clips` how many of each view.
 
     Raises:
         UserError: width, crop or number of frames do not suit the encoder.
@@ -120,10 +121,6 @@ class Method(nn.Module):
         shape = config.crop, config.frames, config.frame_stride, self.sub_clips
         return kind(videos, *shape, config.seed, min_scale=config.min_scale, color=color, **more)
 
-    def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Views as `data.PretrainingViews` makes them, batched, and "epoch", how many have passed → named losses."""
-        raise NotImplementedError
-
     @staticmethod
     def both(entry: Tensor) -> Tensor:
         """An entry of the views, (B, 2, ...) → (2B, ...), first all source views, then all target views."""
@@ -137,10 +134,6 @@ class Method(nn.Module):
     def project(head: nn.Module, features: Tensor) -> Tensor:
         """g and the L2 norm of h in Eq. 1 of FIMA: (..., C) → (..., D), float32."""
         return F.normalize(head(features).float(), dim=-1)
-
-    def optimizer(self, config: PretrainConfig) -> torch.optim.Optimizer:
-        """SGD, which a subclass may replace; the learning rate is set before each step, by `config.learning_rate`."""
-        return sgd(self, config)
 
     def warnings(self, line: dict[str, float]) -> list[str]:
         """What a line of the log shows to be wrong: windows of a video that hardly differ, and after the first epoch

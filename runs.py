@@ -301,20 +301,15 @@ def continued(config: Config, process: Process, seen: dict) -> Config:
         UserError: it has not.
     """
 
-    def compare() -> None:
-        changed = differences(unpack(config.resume, load_checkpoint(config.resume, whole=False)), seen)
-        if changed and config.changed_data == "off":
-            raise UserError(
-                f"the data are not those that {config.resume} has seen: {changed}; undo that, or add --changed_data"
-            )
-        if changed:
-            process.say(f"note: goes on with other data than {config.resume} has seen: {changed}")
-
     if config.resume == "auto":
         path = process.of_first(lambda: find_run(config, seen, process.say))
         return dataclasses.replace(config, resume=path, out=config.out or (path and str(Path(path).parent)))
-    if config.resume:
-        process.of_first(compare)
+    if path := config.resume:
+        changed = process.of_first(lambda: differences(unpack(path, load_checkpoint(path, whole=False)), seen))
+        if changed and config.changed_data == "off":
+            raise UserError(f"the data are not those that {path} has seen: {changed}; undo that, or add --changed_data")
+        if changed:
+            process.say(f"note: goes on with other data than {path} has seen: {changed}")
     return config
 
 

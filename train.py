@@ -124,17 +124,15 @@ class TrainConfig(Options):
         "checkpoint to continue, with its options unless others are given; auto: the one of most steps in --out, or "
         "else beside --checkpoint or below runs/, whose options and videos are these, or a new run",
     )
-    changed_data: str = option(
-        "off", "resume although the videos, their labels or sizes are not those that the checkpoint has seen", SWITCH
-    )
+    changed_data: str = option("off", "resume although the videos, their labels or sizes have changed", SWITCH)
     max_steps: int = option(0, "stop and save after this step of the schedule; 0: run all of it", (0, 2**31 - 1))
     log_every: int = option(10, "steps between two lines of log.jsonl", (1, 10**6))
     keep_every: int = option(0, "epochs between two checkpoints kept for good; 0: keep the latest only", (0, 10**6))
     save_minutes: float = option(30.0, "minutes after which a line of the log comes with a checkpoint, too", (0, 1e6))
     on_nan: str = option(
         "stop",
-        "what to do where a loss or its gradient is not finite. stop: the run ends, and its last checkpoint is from "
-        "before; skip: leave the step out, which costs a copy of the model's state and a wait for the GPU each step",
+        "what to do where a loss or its gradient is not finite. stop: the run ends; skip: leave the step out, which "
+        "costs a copy of the model's state and a wait for the GPU each step",
         ("stop", "skip"),
     )
     deterministic: str = option("off", "deterministic algorithms on a GPU, too, where torch has them; slower", SWITCH)
@@ -143,11 +141,9 @@ class TrainConfig(Options):
 
     LR_BATCH = 256  # total batch at which `lr` holds
     # What resuming may change, FREE for what defines no run, TUNED for what does; another of the rest is another run.
-    FREE = frozenset(
-        {"precision", "device", "workers", "out", "resume", "changed_data", "max_steps", "log_every", "keep_every"}
-        | {"save_minutes", "on_nan", "deterministic", "timeout", "max_bad"}
-    )
-    TUNED = frozenset({"epochs", "batch_size", "lr", "sgd_momentum", "weight_decay"})
+    FREE = {"precision", "device", "workers", "out", "resume", "changed_data", "max_steps", "log_every", "keep_every"}
+    FREE |= {"save_minutes", "on_nan", "deterministic", "timeout", "max_bad"}
+    TUNED = {"epochs", "batch_size", "lr", "sgd_momentum", "weight_decay"}
 
     def learning_rate(self, total_batch: int, epoch: float) -> float:
         """Half-period cosine per step from the linearly scaled rate (Goyal et al. 2017; FIMA Sec. 4.1)."""
@@ -294,7 +290,7 @@ def describe(numbers: dict[str, Tensor | float]) -> str:
 def mean(weighted: list[tuple[float, dict[str, float]]]) -> dict[str, float]:
     """Weighted means by name, each over those that have it."""
     found = {}
-    for name in dict.fromkeys(itertools.chain(*(numbers for _, numbers in weighted))):
+    for name in dict.fromkeys(name for _, numbers in weighted for name in numbers):
         having = [(weight, numbers[name]) for weight, numbers in weighted if name in numbers]
         found[name] = sum(weight * value for weight, value in having) / sum(weight for weight, _ in having)
     return found
@@ -361,8 +357,8 @@ class Log:
         if not math.isfinite(means["loss"] + means["grad_norm"]):
             broken = next((step for step in self.steps if not step.is_finite()), "in another process")
             raise UserError(
-                f"process {run.process.rank}: a loss or its gradient is not finite, {broken}; the last checkpoint, if "
-                "any, is from before; try a lower --lr, --precision float32, or --on_nan skip"
+                f"process {run.process.rank}: a loss or its gradient is not finite, {broken}; try a lower --lr, "
+                "--precision float32, or --on_nan skip"
             )
         seconds = time.perf_counter() - self.since
         line = {"step": run.done, "epoch": run.done / run.steps_per_epoch, "lr": run.optimizer.param_groups[0]["lr"]}
@@ -374,10 +370,8 @@ class Log:
             path = self.folder / "log.jsonl"
             with user_errors((OSError,), path), open(path, "a") as file:
                 file.write(json.dumps(line) + "\n")
-        self.bar.set_postfix_str(
-            f"loss {line['loss']:.2f}, {line['clips_per_s']:.0f} clips/s, data wait {line['data_wait']:.0%}",
-            refresh=False,  # by the next step that is due, not at every line
-        )
+        shown = f"loss {line['loss']:.2f}, {line['clips_per_s']:.0f} clips/s, data wait {line['data_wait']:.0%}"
+        self.bar.set_postfix_str(shown, refresh=False)  # by the next step that is due, not at every line
         for warning in run.method.warnings(line) if hasattr(run.method, "warnings") else ():
             if warning not in self.warned:
                 run.process.say(f"warning, step {run.done}: {warning}")
@@ -387,12 +381,10 @@ class Log:
         """Prints the means of the lines since the last summary."""
         if self.lines:
             last, means = self.lines[-1][1], mean(self.lines)
-            unreadable = f"  {last['bad_videos']} unreadable videos" if last["bad_videos"] else ""
-            skipped = f"  {last['skipped_steps']} steps left out" if last["skipped_steps"] else ""
-            self.run.process.say(
-                f"epoch {last['epoch']:g}/{self.run.config.epochs}  {describe(means)}  {means['clips_per_s']:.0f} "
-                f"clips/s  data wait {means['data_wait']:.0%}{unreadable}{skipped}"
-            )
+            text = f"epoch {last['epoch']:g}/{self.run.config.epochs}  {describe(means)}  {means['clips_per_s']:.0f} "
+            text += f"clips/s  data wait {means['data_wait']:.0%}"
+            text += f"  {last['bad_videos']} unreadable videos" * (last["bad_videos"] > 0)
+            self.run.process.say(text + f"  {last['skipped_steps']} steps left out" * (last["skipped_steps"] > 0))
         self.lines = []
 
 
@@ -438,9 +430,9 @@ def noted_signals(process: Process) -> Iterator[list[int]]:
     def note(number: int, _frame: Any) -> None:
         if os.getpid() != own or (caught and number != HANGUP):  # a process forked from this one is to end at once
             raise KeyboardInterrupt
-        if not caught:
-            process.say("stopping after this step, to save; once more to stop without saving")
         caught.append(number)
+        if len(caught) == 1:  # to say it may raise a SIGHUP
+            process.say("stopping after this step, to save; once more to stop without saving")
 
     hangup = [HANGUP] if HANGUP and signal.getsignal(HANGUP) != signal.SIG_IGN else []
     handlers = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM, *hangup)}
@@ -512,7 +504,7 @@ class Run:
         if differing := [name for name in sums if any(other[name] != sums[name] for other in others)]:
             raise UserError(
                 f"process {self.process.rank}: after step {self.done} the processes hold different values of "
-                f"{differing[0]}, and of {len(differing) - 1} more; the last checkpoint, if any, is from before"
+                f"{differing[0]}, and of {len(differing) - 1} more"
             )
 
     def save(self, folder: Path, extra: dict) -> None:
@@ -580,9 +572,7 @@ class Run:
         self.skipped += 1
         self.skipped_in_a_row += 1
         if self.skipped_in_a_row > self.MOST_LEFT_OUT:
-            raise UserError(
-                f"process {process.rank}: {self.MOST_LEFT_OUT} steps in a row were left out, and now {step}"
-            )
+            raise UserError(f"{self.MOST_LEFT_OUT} steps in a row were left out, and now {step}")
         tqdm.write(f"process {process.rank}: a loss or its gradient is not finite, left out: {step}")
         return None
 
@@ -639,10 +629,10 @@ def fit(
             log.add_bad(found)
             run.bad_videos += len(found)
             if run.bad_videos > config.max_bad * run.steps_per_epoch * run.total_batch:
+                why = out / "bad_videos.log"
                 raise UserError(
-                    f"{run.bad_videos} videos of this epoch could not be read, more than --max_bad "
-                    f"{config.max_bad:g}; {out / 'bad_videos.log'} says why: mend them, allow more, or leave them out "
-                    f"by --exclude {shlex.quote(str(out / 'bad_videos.log'))}, when resuming with --changed_data"
+                    f"{run.bad_videos} videos of this epoch could not be read, more than --max_bad {config.max_bad:g}; "
+                    f"{why} says why: leave them out by --exclude {shlex.quote(str(why))}, or allow more"
                 )
             if line_due or interrupted:
                 log.line()  # before saving, as it finds losses that are not finite

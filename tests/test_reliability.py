@@ -6,7 +6,9 @@ import io
 import json
 import multiprocessing
 import os
+import pty
 import resource
+import select
 import shlex
 import shutil
 import signal
@@ -153,6 +155,24 @@ def test_a_run_that_is_told_to_stop_is_saved_and_goes_on_as_if_nothing_had_been(
     assert weights(tmp_path / "run" / "checkpoint.pt")["step"] == 6  # of 9 in an epoch
     end_well(tmp_path, *flags, "--resume", "auto")
     assert equal_ends(expected, tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_run_whose_terminal_is_gone_ends_and_is_saved(undisturbed, tmp_path):
+    """No signal comes where it is not the terminal's own; to write there fails."""
+    terminal, end = pty.openpty()
+    process = start(tmp_path, *undisturbed[1], "--epochs", "9999", "--workers", "1", output=os.ttyname(end))
+    out = b""
+    while b"epoch 1/" not in out and process.is_alive():
+        if select.select([terminal], [], [], 1)[0]:
+            out += os.read(terminal, 1024)
+    assert process.is_alive(), out.decode()
+    os.close(terminal)
+    os.close(end)
+    process.join(120)
+    assert process.exitcode == 128 + signal.SIGHUP
+    saved = weights(tmp_path / "run" / "checkpoint.pt")["step"]
+    assert saved >= 9 and log(tmp_path / "run")[-1]["step"] == saved
 
 
 def test_nohup_is_obeyed():

@@ -186,14 +186,26 @@ def test_resume_auto_passes_over_another_run_and_says_what_differs(tmp_path, mon
     assert not auto(seed=5)[0]  # what went on from there is not written over
 
 
-def test_an_option_of_before_is_refused_in_one_line_or_given_anew(tmp_path):
-    save(path := tmp_path / "checkpoint.pt", 2)
-    state = weights(path)
-    state["config"]["bn"] = "sync"  # which there was
-    train.save_checkpoint(path, state)
-    with pytest.raises(train.UserError, match="was made with --bn sync"):
-        cli.parse(moco.MoCoConfig, "", argv=["--resume", str(path)])
+def test_checkpoints_that_do_not_fit_are_refused_in_one_line(tmp_path):
+    save(path := tmp_path / "checkpoint.pt", 2, bn="local", width=0.5)
+    state = weights(path) | {"model": (method := Bare()).state_dict()}
+
+    def refused(says, *flags, **changes):
+        train.save_checkpoint(path, {name: value for name, value in (state | changes).items() if value is not None})
+        with pytest.raises(train.UserError, match=says):
+            cli.parse(moco.MoCoConfig, "", argv=["--resume", str(path), *flags])
+
+    refused("was made with --bn sync", config=state["config"] | {"bn": "sync"})  # which there was
     assert cli.parse(moco.MoCoConfig, "", argv=["--resume", str(path), "--bn", "local"]).bn == "local"
+    refused("was trained with --width 0.5, not 0.25", "--width=0.25")
+    refused("is a checkpoint of FIMA, not of MoCo", method="FIMA")
+    refused("is no checkpoint of this project", model=None)
+    refused("no valid step in it", step=-1)
+    with pytest.raises(train.UserError, match=r"1 tensors differ, as layer\.bias"):
+        train.load_model("it", method, {"layer.weight": state["model"]["layer.weight"]})
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(train.UserError, match="is damaged"):
+        runs.load_checkpoint(path)
 
 
 BAD = [None, True, "x", [], {}, -1, 2.5, math.nan, 10**30, torch.ones(2), torch.ones(2).to_sparse()]
