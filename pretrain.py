@@ -87,9 +87,9 @@ def pool(maps: Tensor) -> Tensor:
 class Method(nn.Module):
     """Base of the methods: a video encoder f, a projection head g, and the views of videos that they are trained on.
 
-    A subclass has a `forward`: views as `data.PretrainingViews` makes them, batched, and "epoch", how many have passed →
-    named losses. What else the loop asks of a method, and what `metrics` are, says train.py. A method that takes
-    sub-clips says in `sub_clips` how many of each view.
+    A subclass has a `forward`: batched views of `data.PretrainingViews` and "epoch", how many have passed → named
+    losses. What else the loop asks of a method, and what `metrics` are, says train.py. A method that takes sub-clips
+    says in `sub_clips` how many of each view.
 
     Raises:
         UserError: width, crop or number of frames do not suit the encoder.
