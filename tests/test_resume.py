@@ -186,7 +186,7 @@ def test_resume_auto_passes_over_another_run_and_says_what_differs(tmp_path, mon
     assert not auto(seed=5)[0]  # what went on from there is not written over
 
 
-def test_checkpoints_that_do_not_fit_are_refused_in_one_line(tmp_path):
+def test_checkpoints_that_do_not_fit_are_refused_in_one_line(tmp_path, monkeypatch):
     save(path := tmp_path / "checkpoint.pt", 2, bn="local", width=0.5)
     state = weights(path) | {"model": (method := Bare()).state_dict()}
 
@@ -204,7 +204,11 @@ def test_checkpoints_that_do_not_fit_are_refused_in_one_line(tmp_path):
     with pytest.raises(train.UserError, match=r"1 tensors differ, as layer\.bias"):
         train.load_model("it", method, {"layer.weight": state["model"]["layer.weight"]})
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(train.UserError, match="is damaged"):
+    for place, says in ((path, "is damaged"), (tmp_path, "no checkpoint at")):
+        with pytest.raises(train.UserError, match=says):
+            runs.load_checkpoint(place)
+    monkeypatch.setattr(torch, "load", lambda *_, **__: os.open(tmp_path, os.O_RDWR))  # as where it may not be read
+    with pytest.raises(train.UserError, match="can't be read: Is a directory"):
         runs.load_checkpoint(path)
 
 
@@ -302,8 +306,6 @@ def test_ill_typed_values_in_records_change_nothing_or_are_one_clear_line(folder
             in_one_line(lambda: visualize.write_report(visualize.FigureConfig(device="cpu"), [str(folder)]))
             in_one_line(lambda: runs.open_record(started, folder))
         (folder / name).write_bytes(content)
-    (folder / "run.json").chmod(0)
-    assert in_one_line(lambda: runs.read_starts(folder / "run.json")) == "error" or os.geteuid() == 0
 
 
 def test_damaged_lines_of_a_log_are_left_out_and_the_run_goes_on(run, folder):
@@ -322,17 +324,3 @@ def test_damaged_lines_of_a_log_are_left_out_and_the_run_goes_on(run, folder):
     run.ok(moco, "--resume", folder / "checkpoint.pt", "--max_steps", 4, small=False, dataset=None)
     assert (folder / "bad_videos.log").read_bytes() == b"step 1\t'a\xff.mp4'\tcut\n"
     assert path.read_bytes().splitlines()[:3] == lines and len(path.read_bytes().splitlines()) == 4
-
-
-def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(folder):
-    (path := folder / "checkpoint.pt").chmod(0)
-    before = os.geteuid()
-    try:
-        if before == 0:
-            os.seteuid(65534)
-        with pytest.raises(train.UserError, match=r"checkpoint\.pt can't be read: Permission denied"):
-            runs.load_checkpoint(path)
-    finally:
-        os.seteuid(before)
-    with pytest.raises(train.UserError, match="no checkpoint at"):
-        runs.load_checkpoint(folder)
