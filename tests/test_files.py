@@ -336,7 +336,7 @@ def log_of(folder):
     log = train.Log.__new__(train.Log)
     log.run, log.folder = train.Run(Bare(), train.TrainConfig(), ALONE, 1), folder
     log.clips, log.lines, log.waited, log.since = 1, [], 0, 0
-    log.steps = [train.Step(1, {"loss": 1.0, "grad_norm": 1.0}, [])]
+    log.steps = [train.Step(1, {"loss": torch.ones(()), "grad_norm": torch.ones(())}, [])]
     return log
 
 

@@ -98,9 +98,11 @@ class Broken(Bare):
     def __init__(self, how, steps):
         super().__init__()
         self.how, self.steps, self.states = how, steps, []
+        self.register_buffer("queue", torch.zeros(1))
 
     def forward(self, batch):
         self.states.append({name: value.clone() for name, value in self.state_dict().items()})
+        self.queue += 1
         zero, broken = (self.layer.weight * 0).sum(), len(self.states) in self.steps
         more = {"loss": zero * math.nan, "gradient": zero.abs().sqrt()}[self.how] if broken else 0
         return {"x": super().forward(batch)["x"] + more}
