@@ -17,7 +17,6 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
@@ -26,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 from helpers import alive, descendants  # noqa: E402
 from helpers import lines as log  # noqa: E402
-from test_reliability import TINY, equal_ends, finish, start, start_two  # noqa: E402
+from test_reliability import TINY, end_well, equal_ends, finish, start  # noqa: E402
 
 import synthetic  # noqa: E402
 
@@ -39,46 +38,17 @@ def digests(*places: Path) -> dict[str, str]:
     return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def of_run(word: str) -> list[int]:
-    """Processes that have a word in their environment, as all of a run have."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/environ"):
-        try:
-            found += [int(path.parent.name)] * (word.encode() in path.read_bytes())
-        except OSError:
-            continue
-    return found
-
-
-def wait(until_gone: Callable[[], list], seconds: float) -> list:
-    """What is still there after so many seconds."""
-    until = time.monotonic() + seconds
-    while (left := until_gone()) and time.monotonic() < until:
-        time.sleep(0.1)
-    return left
-
-
 class Torture:
     """The tries: each is given chance and an empty folder, and raises AssertionError where a promise is not kept."""
 
     def __init__(self, folder: Path):
-        self.folder, self.videos = folder, folder / "videos"
+        self.folder, self.videos, self.expected = folder, folder / "videos", folder / "undisturbed" / "run"
         synthetic.make_synthetic(self.videos, train=18, test=10, frames=40, size=(56, 56))
         self.flags = [*FLAGS, "--data", self.videos]
-        self.expected = {}
-        for processes in (1, 2):
-            (where := folder / f"undisturbed{processes}").mkdir()
-            began = time.monotonic()
-            self.live(where, processes)
-            self.seconds = time.monotonic() - began
-            self.expected[processes] = where / "run"
-
-    def live(self, folder: Path, processes: int = 1, *flags) -> None:
-        """A run that nothing disturbs from here on."""
-        flags = [*self.flags, *flags]
-        running = [start(folder, *flags)] if processes == 1 else start_two(folder, flags=flags)
-        ends = [finish(process, folder, rank) for rank, process in enumerate(running)]
-        assert not any(code for code, _ in ends), ends
+        self.expected.parent.mkdir()
+        began = time.monotonic()
+        end_well(self.expected.parent, *self.flags)
+        self.seconds = time.monotonic() - began
 
     def ended(self, folder: Path, *flags, **options) -> tuple[int, str]:
         """A run that ends well, or with one line of an error: exit code and output."""
@@ -87,13 +57,13 @@ class Torture:
         assert code in (0, 2) and "Traceback" not in out, out
         return code, out
 
-    def ends_as_if_nothing_had_been(self, folder: Path, processes: int = 1, stopped: bool = False) -> None:
+    def ends_as_if_nothing_had_been(self, folder: Path, stopped: bool = False) -> None:
         """Goes on to the end, which is the undisturbed one's, and so is the log, but for lines of where it `stopped`;
         nothing half is left.
         """
-        self.live(folder, processes, "--resume", "auto")
-        assert equal_ends(self.expected[processes], folder / "run"), "another end"
-        found, expected = log(folder / "run"), log(self.expected[processes])
+        end_well(folder, *self.flags, "--resume", "auto")
+        assert equal_ends(self.expected, folder / "run"), "another end"
+        found, expected = log(folder / "run"), log(self.expected)
         steps = [[line["step"] for line in lines] for lines in (found, expected)]
         assert found == expected or (stopped and set(steps[0]) > set(steps[1])), f"another log, of steps {steps[0]}"
         assert sorted(set(steps[0])) == steps[0], steps[0]
@@ -110,7 +80,9 @@ class Torture:
                     os.kill(one, signal.SIGKILL)
             process.join(120)
             assert process.exitcode in ((0, -signal.SIGKILL) if victim != "worker" else (0,)), process.exitcode
-            left = wait(lambda workers=workers: alive(workers), 10)
+            until = time.monotonic() + 10
+            while (left := alive(workers)) and time.monotonic() < until:
+                time.sleep(0.1)
             assert not left, f"workers {left} outlive their process"
         self.ends_as_if_nothing_had_been(folder)
 
@@ -124,25 +96,6 @@ class Torture:
         assert code in (0, 128 + number, 128 + signal.SIGINT, -number) and "Traceback" not in out, out
         self.ends_as_if_nothing_had_been(folder, stopped=True)
 
-    def launcher(self, chance: Random, folder: Path) -> None:
-        """torchrun is killed, or one of its processes, or all of them at once."""
-        word = f"TORTURE={folder}"
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        environment = os.environ | dict([word.split("=")]) | {"OMP_NUM_THREADS": "1"}
-        with open(folder / "launched.txt", "w") as out:
-            command += [ROOT / "fima.py", *map(str, self.flags)]
-            options = dict(cwd=folder, env=environment, stdout=out, stderr=out, start_new_session=True)
-            running = subprocess.Popen(command, **options)
-        wait(lambda: [] if (folder / "run" / "run.json").exists() else ["the start"], 60)
-        time.sleep(chance.uniform(0, self.seconds))
-        victim = chance.choice([-running.pid, running.pid, *descendants(running.pid)])  # −: its group
-        if running.poll() is None:
-            os.kill(victim, signal.SIGKILL)
-        running.wait(120)
-        left = wait(lambda: of_run(word), 30)
-        assert not left, f"processes {left} outlive torchrun"
-        self.ends_as_if_nothing_had_been(folder, processes=2, stopped=True)
-
     def two_at_once(self, chance: Random, folder: Path) -> None:
         """A second run in the folder of the first, or one that would resume it."""
         first = start(folder, *self.flags, output="first.txt")
@@ -154,7 +107,7 @@ class Torture:
 
     def full_disk(self, chance: Random, folder: Path) -> None:
         """Of some size, in the middle of anything; afterwards there is room."""
-        most = (self.expected[1] / "checkpoint.pt").stat().st_size
+        most = (self.expected / "checkpoint.pt").stat().st_size
         size = chance.randint(4096, 5 * most // 2)
         mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "torture", folder]
         if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:  # no root: files have a largest size
@@ -171,7 +124,7 @@ class Torture:
 
     def damaged(self, chance: Random, folder: Path) -> None:
         """A bit, a hole or the end of the checkpoint is lost: it is refused, or nothing of it was."""
-        self.live(folder, 1, "--max_steps", str(chance.randint(1, 20)))
+        end_well(folder, *self.flags, "--max_steps", chance.randint(1, 20))
         path = folder / "run" / "checkpoint.pt"
         content = bytearray(whole := path.read_bytes())
         place, how = chance.randrange(len(content)), chance.choice(("bit", "hole", "end"))
@@ -185,7 +138,7 @@ class Torture:
         self.ends_as_if_nothing_had_been(folder, stopped=True)
 
 
-TRIES = ("killed", "told_to_stop", "launcher", "two_at_once", "full_disk", "damaged")
+TRIES = ("killed", "told_to_stop", "two_at_once", "full_disk", "damaged")
 
 
 def main() -> int:
@@ -203,7 +156,7 @@ def main() -> int:
             chance, place = Random(f"{options.seed} {number}"), Path(folder) / f"{number}-{kind}"
             (place / "run").mkdir(parents=True)
             (place / "run" / "notes.txt").write_text("theirs")
-            theirs = [place / "run" / "notes.txt", torture.videos, *torture.expected.values()]
+            theirs = [place / "run" / "notes.txt", torture.videos, torture.expected]
             before = digests(*theirs)
             try:
                 getattr(torture, kind)(chance, place)
