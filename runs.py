@@ -300,7 +300,6 @@ def continued(config: Config, process: Process, seen: dict) -> Config:
     Raises:
         UserError: it has not.
     """
-
     if config.resume == "auto":
         path = process.of_first(lambda: find_run(config, seen, process.say))
         return dataclasses.replace(config, resume=path, out=config.out or (path and str(Path(path).parent)))
@@ -384,17 +383,15 @@ def fit_in_folder(
     Raises:
         UserError: the folder is another run's, or can't be made; and as `fit` and `load_checkpoint` do.
     """
-    folder, path, options_of_now = Path(config.out or out), config.resume, dataclasses.asdict(config)
+    folder, path = Path(config.out or out), config.resume
     process.of_first(lambda: claim_folder(folder, path))  # before the checkpoint is read: none writes it now
     state = load_checkpoint(path) if path else None
     run = Run(method, config, process, steps_per_epoch, state)
     if state:
-        seen = unpack(path, state) | seen
-        was = {k: v for k, v in state["config"].items() if k in options_of_now.keys() - THIS_START}
-        if changed := [
-            k for k, now in options_of_now.items() if type(was.get(k)) in (int, float, str) and now != was[k]
-        ]:
-            process.say("note: goes on with " + ", ".join(f"--{k} {options_of_now[k]} (was {was[k]})" for k in changed))
+        seen, was, now = unpack(path, state) | seen, state["config"], dataclasses.asdict(config)
+        both = [name for name in now if name in was.keys() - THIS_START and str(was[name]) != str(now[name])]
+        if both:
+            process.say("note: goes on with " + ", ".join(f"--{k} {now[k]} (was {was[k]})" for k in both))
         del state  # its tensors are the run's now
     if run.done >= run.stop:
         process.say(f"{path} is at step {run.done} of {run.stop}: nothing left to train (--epochs, --max_steps)")
