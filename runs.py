@@ -91,7 +91,8 @@ def check_replaceable(path: str | Path, *beginnings: bytes) -> None:
         with open(path, "rb") as file:
             begin = file.read(64)
     if begin and not begin.startswith(beginnings):
-        raise UserError(f"{path} is something else than what would be written there: name another --out")
+        what = "a folder" if os.path.isdir(path) else "something else than what would be written there"
+        raise UserError(f"{path} is {what}: name another --out")
 
 
 # ---------------------------------------------------------------------------------------------------------- records
