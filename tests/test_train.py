@@ -11,7 +11,7 @@ import types
 import conftest
 import pytest
 import torch
-from helpers import ALONE, Bare, lines, same, weights
+from helpers import ALONE, Bare, generator, lines, same, weights
 
 import benchmark  # noqa: F401  its options are tried, too
 import cli
@@ -26,17 +26,17 @@ import train
 SMALL = [*conftest.SMALL, *conftest.DECODER]
 
 
-def fit(method, folder, kind=train.TrainConfig, **options):
-    """Trains on numbers that follow from the step, 4 steps an epoch; gives the checkpoint."""
+def fit(method, folder, kind=train.TrainConfig, steps=4, **options):
+    """Trains on numbers that follow from the step, so many an epoch; gives the checkpoint."""
     config = kind(**dict(epochs=2, log_every=1, batch_size=4, lr=3.0) | options)
 
     def batches(start):
-        for step in range(start, 8):
-            x = torch.randn(4, 3, generator=torch.Generator().manual_seed(step))
-            yield {"x": x, "index": torch.tensor([step]), "overlap": torch.tensor([0.1 * step, 0.2])}
+        for step in range(start, 2 * steps):
+            x, overlap = torch.randn(4, 3, generator=generator(step)), torch.tensor([0.1 * step, 0.2])
+            yield {"x": x, "index": torch.tensor([step]), "overlap": overlap}
 
-    paths = [f"{step}.mp4" for step in range(8)]
-    return weights(runs.fit_in_folder(method, config, ALONE, batches, 4, str(folder), {}, paths=paths))
+    paths = [f"{step}.mp4" for step in range(2 * steps)]
+    return weights(runs.fit_in_folder(method, config, ALONE, batches, steps, str(folder), {}, paths=paths))
 
 
 def test_a_method_needs_no_more_than_a_forward(tmp_path, capsys):
@@ -328,20 +328,20 @@ def test_runs_that_start_together_have_folders_of_their_own(tmp_path):
     assert [runs.unused_folder(name) for _ in range(3)] == [name, f"{name}-2", f"{name}-3"]
 
 
-@pytest.mark.slow
-def test_resuming_with_other_batches_goes_on_at_the_same_part_of_the_schedule_and_forgets_no_line(run):
-    flags = [*conftest.CONV4, "--epochs", 2, "--log_every", 3, "--max_steps", 4, "--out", "run"]  # 4 steps an epoch
-    run.ok(moco, *flags)
-    with open(run.path / "run" / "log.jsonl", "a") as log:
+def test_resuming_with_other_batches_goes_on_at_the_same_part_of_the_schedule_and_forgets_no_line(tmp_path, capsys):
+    fit(Bare(), tmp_path, log_every=3, max_steps=4)
+    with open(tmp_path / "log.jsonl", "a") as log:
         log.write('{"step": 4, "lo')  # a kill may cut the last line
-    flags = ["--resume", "run/checkpoint.pt", "--batch_size", 2, "--max_steps", 9]  # of 9 steps an epoch
-    out = run.ok(moco, *flags, small=False)
-    assert "nothing left" in out and "note:" in out
-    out = run.ok(moco, *flags[:-1], 11, small=False)
-    assert "resumed after step 9" in out and "--batch_size 2 (was 4)" in out
-    out = run.ok(moco, "--resume", "run/checkpoint.pt", "--batch_size", 4, "--max_steps", 6, small=False)
-    assert "resumed after step 5" in out
-    assert [line["step"] for line in lines(run.path / "run")] == [3, 4, 11, 6]
+    more = dict(log_every=3, resume=str(tmp_path / "checkpoint.pt"))
+    for options, says in (
+        (dict(steps=9, batch_size=2, max_steps=9), ("note:", "nothing left")),
+        (dict(steps=9, batch_size=2, max_steps=11), ("resumed after step 9", "--batch_size 2 (was 4)")),
+        (dict(max_steps=6), ("resumed after step 5",)),
+    ):
+        fit(Bare(), tmp_path, **more, **options)
+        out = capsys.readouterr().out
+        assert all(word in out for word in says)
+    assert [line["step"] for line in lines(tmp_path)] == [3, 4, 11, 6]
 
 
 @pytest.mark.slow
