@@ -26,14 +26,14 @@ import train
 SMALL = [*conftest.SMALL, *conftest.DECODER]
 
 
-def fit(method, folder, kind=train.TrainConfig, steps=4, **options):
+def fit(method, folder, kind=train.TrainConfig, steps=4, bad=(), **options):
     """Trains on numbers that follow from the step, so many an epoch; gives the checkpoint."""
     config = kind(**dict(epochs=2, log_every=1, batch_size=4, lr=3.0) | options)
 
     def batches(start):
         for step in range(start, 2 * steps):
             x, overlap = torch.randn(4, 3, generator=generator(step)), torch.tensor([0.1 * step, 0.2])
-            yield {"x": x, "index": torch.tensor([step]), "overlap": overlap}
+            yield {"x": x, "index": torch.tensor([step]), "overlap": overlap, "bad": list(bad)}
 
     paths = [f"{step}.mp4" for step in range(2 * steps)]
     return weights(runs.fit_in_folder(method, config, ALONE, batches, steps, str(folder), {}, paths=paths))
@@ -344,20 +344,14 @@ def test_resuming_with_other_batches_goes_on_at_the_same_part_of_the_schedule_an
     assert [line["step"] for line in lines(tmp_path)] == [3, 4, 11, 6]
 
 
-@pytest.mark.slow
-def test_too_many_unreadable_videos_stop_the_run_and_are_named(run, videos):
-    (tree := run.path / "tree" / "a").mkdir(parents=True)
-    for n, path in enumerate(sorted((videos / "train").glob("*/*.mp4"))[:8]):
-        (tree / f"{n}.mp4").write_bytes(path.read_bytes() if n else b"")
-    flags = [*conftest.CONV4, "--dataset", "folder", "--data", "tree", "--out", "run", "--epochs", 2]
-    run.refused(moco, *flags, dataset=None, says=["--max_bad", " by --exclude run/bad_videos.log"])
-    out = run.ok(moco, *flags, "--max_bad", 0.5, "--max_steps", 3, dataset=None)
-    assert "unreadable" in out and "0.mp4" in (run.path / "run" / "bad_videos.log").read_text()
-    resume = ["--resume", "run/checkpoint.pt", "--exclude", "run/bad_videos.log", "--max_steps", 0, "--epochs", 4]
-    run.refused(moco, *flags, *resume, dataset=None, says=[f"1 fewer ({'a/0.mp4'!r})", "--changed_data"])
-    out = run.ok(moco, *flags, *resume, "--changed_data", dataset=None)
-    assert "goes on at the same part" in out and "1 of the 1 named in run/bad_videos.log" in out
-    assert weights(run.path / "run" / "checkpoint.pt")["step"] == 4
+def test_too_many_unreadable_videos_stop_the_run_and_are_named_once(tmp_path, capsys):
+    bad = [("a/0.mp4", "empty"), ("b\n.mp4", "cut\nshort")]
+    with pytest.raises(train.UserError, match=r"2 videos of .* --max_bad 0\.05; .* --exclude \S+few/bad_videos\.log"):
+        fit(Bare(), tmp_path / "few", bad=bad)
+    fit(Bare(), tmp_path / "many", bad=bad, max_bad=0.5)  # 8 in 16 of an epoch
+    assert capsys.readouterr().out.count("  8 unreadable videos") == 2
+    log = (tmp_path / "many" / "bad_videos.log").read_text()
+    assert log == "step 1\t'a/0.mp4'\tempty\nstep 1\t'b\\n.mp4'\tcut\n"
 
 
 def test_all_videos_unreadable_is_a_clear_error(run):
