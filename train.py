@@ -47,14 +47,9 @@ class Interrupted(Exception):
 
 
 @contextlib.contextmanager
-def user_errors(
-    kinds: tuple[type[Exception], ...] = (ValueError, OSError), path: str | Path | None = None
-) -> Iterator[None]:
-    """Makes exceptions of these kinds a UserError, for places where only what the user asked for can raise them.
-
-    Args:
-        path: what is written, to be named by an OSError that names no file, as that of a full disk.
-    """
+def user_errors(kinds: tuple = (ValueError, OSError), path: str | Path | None = None) -> Iterator[None]:
+    """Makes exceptions of these kinds a UserError, for places where only what the user asked for can raise them. An
+    OSError that names no file, as that of a full disk, gets the path of what is written."""
     try:
         yield
     except kinds as error:
@@ -214,11 +209,8 @@ def progress(process: Process, *arguments: Any, **options: Any) -> tqdm:
 
 
 def write_file(path: str | Path, content: str | bytes) -> None:
-    """Writes a file atomically: at every moment it holds the old content or the new, whole. A link stays one.
-
-    Raises:
-        OSError: it cannot be written, as on a full disk; it is as it was, and nothing half is left.
-    """
+    """Writes a file atomically: at every moment it holds the old content or the new, whole. A link stays one. Raises
+    OSError where it cannot, as on a full disk, and leaves nothing half."""
     target = os.path.realpath(path)
     partial = f"{target}.{os.urandom(4).hex()}.partial"  # of this writer alone
     try:
@@ -254,11 +246,8 @@ def load_model(path: str | Path, model: nn.Module, state: dict[str, Tensor]) -> 
 
 
 def load_optimizer(path: str | Path, optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Loads what an optimiser has kept of each parameter; its groups keep the options of now.
-
-    Raises:
-        UserError: something in it is neither a tensor of the parameter's shape nor a count of steps.
-    """
+    """Loads what an optimiser has kept of each parameter; its groups keep the options of now. Raises UserError where
+    something in it is neither a tensor of the parameter's shape nor a count of steps."""
     shapes = dict(enumerate(p.shape for group in optimizer.param_groups for p in group["params"]))
     try:
         kept = state["state"].items()
@@ -342,11 +331,8 @@ class Log:
 
     def line(self) -> None:
         """Logs the means since the last line over steps and processes, clips/s of the whole run, and the share of time
-        spent waiting for data; says what the method warns of.
-
-        Raises:
-            UserError: a loss or gradient is not finite, in this process or in another.
-        """
+        spent waiting for data; says what the method warns of. Raises UserError where a loss or gradient is not finite,
+        in this process or in another."""
         run, count = self.run, len(self.steps)
         if not count:
             return
@@ -392,11 +378,8 @@ class Log:
 
 
 def autocast_bf16(config: TrainConfig, process: Process) -> bool:
-    """Whether to run in bf16; 3-D convolutions in it are slow or wrong in the cuDNN of older torch.
-
-    Raises:
-        UserError: bf16 asked for on a CPU, where the weight gradient of torch's conv3d is wrong under autocast.
-    """
+    """Whether to run in bf16; 3-D convolutions in it are slow or wrong in the cuDNN of older torch. Raises UserError
+    where it is asked for on a CPU, where the weight gradient of torch's conv3d is wrong under autocast."""
     if process.device.type != "cuda":
         if config.precision == "bf16":
             raise UserError("--precision bf16 needs a GPU: on a CPU, torch's 3-D convolutions get wrong gradients")
@@ -406,10 +389,8 @@ def autocast_bf16(config: TrainConfig, process: Process) -> bool:
 
 
 def to_device(batch: dict, device: torch.device, stream: "torch.cuda.Stream | None") -> dict:
-    """A batch with its tensors on the device; when it returns, the loader may use their memory again.
-
-    On a GPU the copies run in a stream of their own, while the step before, launched and not awaited, still computes.
-    """
+    """A batch with its tensors on the device; when it returns, the loader may use their memory again. On a GPU the
+    copies run in a stream of their own, while the step before, launched and not awaited, still computes."""
     with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
         batch = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
     for value in batch.values() if stream is not None else ():
@@ -535,11 +516,8 @@ class Run:
             dist.barrier()
 
     def step(self, batch: dict, videos: list[str] = ()) -> Step | None:
-        """Trains on a batch of these videos; None where `on_nan` has the step left out.
-
-        Raises:
-            UserError: too many steps in a row would be left out.
-        """
+        """Trains on a batch of these videos; None where `on_nan` has the step left out. Raises UserError where too many
+        in a row would be."""
         config, process, method = self.config, self.process, self.method
         before = copy.deepcopy(method.state_dict()) if config.on_nan == "skip" else None
         epoch = self.done / self.steps_per_epoch

@@ -311,16 +311,17 @@ def test_moco_trains_with_the_same_command_line_and_the_largest_seed(run):
     assert shlex.split(command, comments=True)[-1] == "a run/checkpoint.pt"  # can be pasted
 
 
-def test_a_run_is_not_overwritten(run):
-    run.ok(moco, *conftest.CONV4, "--max_steps", 1, "--out", "run")
-    before = (run.path / "run" / "log.jsonl").read_text()
-    shutil.copytree(run.path / "run", run.path / "other")
-    more = [*conftest.CONV4, "--max_steps", 2]
-    for flags in (["--out", "run"], ["--resume", "other/checkpoint.pt", "--out", "run"]):
-        run.refused(moco, *more, *flags, says=["--resume run/checkpoint.pt"])
-        assert (run.path / "run" / "log.jsonl").read_text() == before
-    (run.path / "run" / "run.json").write_text("")
-    run.refused(moco, *more, "--resume", "run/checkpoint.pt", says=["run/run.json is damaged"])
+def test_a_run_is_not_overwritten(tmp_path):
+    fit(Bare(), folder := tmp_path / "run", max_steps=1)
+    before = (folder / "log.jsonl").read_text()
+    shutil.copytree(folder, tmp_path / "other")
+    for resume in ("", str(tmp_path / "other" / "checkpoint.pt")):
+        with pytest.raises(train.UserError, match=r"--resume \S+run/checkpoint\.pt"):
+            fit(Bare(), folder, max_steps=2, resume=resume)
+        assert (folder / "log.jsonl").read_text() == before
+    (folder / "run.json").write_text("")
+    with pytest.raises(train.UserError, match=r"run/run\.json is damaged"):
+        fit(Bare(), folder, max_steps=2, resume=str(folder / "checkpoint.pt"))
 
 
 def test_runs_that_start_together_have_folders_of_their_own(tmp_path):
