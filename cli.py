@@ -112,28 +112,22 @@ def parse(
     config_class: type[Config], doc: str, presets: dict[str, dict] | None = None, argv: list[str] | None = None
 ) -> Config:
     """Command line → config. Explicit flags win over the options of the checkpoint to resume, these over the preset
-    that `--dataset` selects, and this over the defaults. Flags may be written with underscores or hyphens.
-
-    Raises:
-        UserError: unknown flag or value, no such checkpoint, one of another method, or an option that makes another run
-            of it.
-    """
+    that `--dataset` selects, and this over the defaults. Raises UserError where a flag or value is unknown, the
+    checkpoint can't be read or is of another method, or an option makes another run of it."""
     presets = presets or {}
     parser = _Parser(
         " ".join(program()), description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     for field in dataclasses.fields(config_class):
-        default, allowed, text = str(field.default), field.metadata["allowed"], allowed_text(field)
-        options = {"choices": allowed, "metavar": text} if field.type is str and allowed else {}
-        if allowed == SWITCH:
-            options |= {"nargs": "?", "const": "on"}
+        default, text = str(field.default), allowed_text(field)
         default += f"; {text}" * (field.type is not str)
         parser.add_argument(
             *dict.fromkeys(["--" + field.name, "--" + field.name.replace("_", "-")]),
             type=field.type,
             default=argparse.SUPPRESS,
+            metavar=text if field.type is str and text else field.type.__name__.upper(),
             help=(field.metadata["help"] + f" (default: {default})" * bool(default)).replace("%", "%%"),
-            **{"metavar": field.type.__name__.upper()} | options,
+            **({"nargs": "?", "const": "on"} if field.metadata["allowed"] == SWITCH else {}),
         )
     lines = [f"  {name}: " + " ".join(f"--{k} {v}" for k, v in preset.items()) for name, preset in presets.items()]
     parser.epilog = "\n".join(["what --dataset NAME sets (explicit flags win):", *lines]) if lines else None
@@ -165,8 +159,7 @@ def dispatch(
             presets (see `parse`). What is named "" runs where no name is given, and has `doc` as its help.
         words: take words between the name and the flags.
 
-    Raises:
-        UserError: no such command, or as `parse`.
+    Raises UserError where there is no such command, and as `parse` does.
     """
     given = sys.argv[1:]
     name = given.pop(0) if given and not ("" in commands and given[0].startswith("-")) else ""

@@ -21,11 +21,8 @@ def keep_freed_memory() -> None:
 
 
 def _places() -> tuple[int, int, int]:
-    """RANK, WORLD_SIZE and LOCAL_RANK of torchrun's environment; 0, 1 and 0 without one.
-
-    Raises:
-        UserError: some are missing, are no numbers, or do not go together.
-    """
+    """RANK, WORLD_SIZE and LOCAL_RANK of torchrun's environment; 0, 1 and 0 without one. Raises UserError where some
+    are missing, are no numbers, or do not go together."""
     defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     given = {name: os.environ[name] for name in defaults if name in os.environ}
     values = [int(value) if value.isdecimal() else -1 for value in (defaults | given).values()]

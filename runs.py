@@ -168,11 +168,8 @@ def described(run: Run) -> str:
 
 
 def open_record(run: Run, folder: Path) -> None:
-    """Adds this start of a run to run.json, and cuts the logs to what a resumed run goes on from.
-
-    Raises:
-        UserError: a file can't be written, or run.json is damaged.
-    """
+    """Adds this start of a run to run.json, and cuts the logs to what a resumed run goes on from. Raises UserError
+    where a file can't be written, or run.json is damaged."""
     record, log, bad_videos = folder / "run.json", folder / "log.jsonl", folder / "bad_videos.log"
     on_gpu = run.process.device.type == "cuda"
     start = {
@@ -239,11 +236,8 @@ def load_checkpoint(path: str | Path, foreign: bool = False, whole: bool = True)
 
 
 def saved_options(path: str | Path, state: dict, config_class: type[Options], given: Container[str] = ()) -> dict:
-    """Those options of a checkpoint that a config has, but for what belongs to one start of a run.
-
-    Raises:
-        UserError: one that is not given anew has a value that it can't have.
-    """
+    """Those options of a checkpoint that a config has, but for what belongs to one start of a run. Raises UserError
+    where one that is not given anew has a value that it can't have."""
     fields = [field for field in dataclasses.fields(config_class) if field.name in state["config"].keys() - THIS_START]
     for field in fields:
         if field.name not in given:
@@ -271,11 +265,8 @@ def unpack(path: str | Path, state: dict) -> dict:
 
 
 def differences(was: dict, now: dict) -> str:
-    """How what was seen differs from what is seen now, as far as both know it; "" for not at all.
-
-    Args:
-        was, now: lists of videos by name, with lines of path, label, class and bytes, or anything else by name.
-    """
+    """How what was seen differs from what is seen now, as far as both know it; "" for not at all. Either has lists of
+    videos by name, with lines of path, label, class and bytes, or anything else by name."""
     found = []
     for name in (name for name in now if name in was and was[name] != now[name]):
         if not isinstance(now[name], list):
@@ -296,11 +287,8 @@ def differences(was: dict, now: dict) -> str:
 
 def continued(config: Config, process: Process, seen: dict) -> Config:
     """The options with the checkpoint to continue: the one that `--resume auto` finds, or none; or the one named, which
-    must have seen what the first process sees now, `seen` (as in `differences`), unless --changed_data is on.
-
-    Raises:
-        UserError: it has not.
-    """
+    must have seen what the first process sees now, `seen` (as in `differences`), unless --changed_data is on, or else
+    raises UserError."""
     if config.resume == "auto":
         path = process.of_first(lambda: find_run(config, seen, process.say))
         return dataclasses.replace(config, resume=path, out=config.out or (path and str(Path(path).parent)))
