@@ -1,5 +1,6 @@
 """What the tests share: settings, a small generated data set, and a way to run a script as its command line would."""
 
+import functools
 import os
 import sys
 
@@ -10,16 +11,12 @@ from helpers import one_line
 from hypothesis import settings
 
 import cli
-import dclr
 import evaluate
-import fame
 import fima
-import moco
 import pretrain
 import synthetic
 
-sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "examples"))
-import simclr
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "examples"))  # where simclr is
 
 settings.register_profile("project", deadline=None, derandomize=True, max_examples=30)
 settings.load_profile("project")
@@ -35,14 +32,6 @@ def pytest_cmdline_main(config):
 
 
 SMALL = ["--encoder=r3d_18", "--width=0.0625", "--crop=48", "--batch_size=4", "--queue=8", "--device=cpu"]
-DECODER = ["--decoder_width=32"]
-METHODS = {
-    dclr: (dclr.DCLR, dclr.DCLRConfig),
-    fame: (fame.FAME, fame.FAMEConfig),
-    fima: (fima.FIMA, fima.FIMAConfig),
-    moco: (moco.MoCo, moco.MoCoConfig),
-    simclr: (simclr.SimCLR, simclr.SimCLRConfig),
-}
 CONV4 = ["--encoder=conv4", "--width=0.25", "--crop=32"]  # the cheapest
 
 
@@ -61,12 +50,15 @@ def run(videos, tmp_path, monkeypatch, capsys):
 
     def call(script, *flags, dataset="synthetic", small=True):
         where = ["--dataset", dataset, "--data", str(videos)] if dataset else []
-        own = [*(SMALL if small else []), *(DECODER if small and script is fima else []), "--workers=0"]
+        own = [*SMALL * small, *["--decoder_width=32"] * (small and script is fima), "--workers=0"]
         monkeypatch.chdir(tmp_path)
         arguments = [*flags, *where] if script is evaluate else [*own, *flags, *where]  # the last of a kind counts
         monkeypatch.setattr(sys, "argv", [script.__name__ + ".py", *map(str, arguments)])
-        method = METHODS.get(script)
-        main = (lambda: pretrain.main(*method, script.PRESETS, script.__doc__)) if method else script.main
+        main = script.main
+        if main is pretrain.main:  # a method's, which tells it class, config, presets and help
+            (name,) = (name for name in vars(script) if name.lower() == script.__name__)
+            options = getattr(script, name), getattr(script, f"{name}Config"), script.PRESETS, script.__doc__
+            main = functools.partial(main, *options)
         with pytest.raises(SystemExit) as stop:
             cli.command_line(main)
         out, err = capsys.readouterr()

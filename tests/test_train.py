@@ -1,6 +1,7 @@
 """The loop and the command line: what a method must have, options, several processes, interrupts, errors of users."""
 
 import dataclasses
+import importlib
 import json
 import math
 import shlex
@@ -13,7 +14,6 @@ import pytest
 import torch
 from helpers import ALONE, Bare, generator, lines, same, weights
 
-import benchmark  # noqa: F401  its options are tried, too
 import cli
 import data
 import evaluate
@@ -23,7 +23,8 @@ import pretrain
 import runs
 import train
 
-SMALL = [*conftest.SMALL, *conftest.DECODER]
+for name in ("benchmark", "dclr", "fame", "mcl", "simclr", "visualize"):
+    importlib.import_module(name)  # whose options are tried, too
 
 
 def fit(method, folder, kind=train.TrainConfig, steps=4, bad=(), **options):
