@@ -148,9 +148,10 @@ def main() -> int:
     parser.add_argument("--only", choices=TRIES, help="this kind alone")
     options = parser.parse_args()
     os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker"  # of what killed processes leave, and it cleans up
-    until, tries, failures = time.monotonic() + 60 * options.minutes, Counter(), []
+    tries, failures, number = Counter(), [], 0
     with tempfile.TemporaryDirectory(prefix="torture-") as folder:
-        torture, number = Torture(Path(folder)), 0
+        torture = Torture(Path(folder))
+        until = time.monotonic() + 60 * options.minutes
         while time.monotonic() < until:
             kind = options.only or TRIES[number % len(TRIES)]
             chance, place = Random(f"{options.seed} {number}"), Path(folder) / f"{number}-{kind}"
