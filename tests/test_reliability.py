@@ -283,6 +283,22 @@ def start_two(*folders, flags, at_step_6="", **environment):
     return started
 
 
+def leave_at_once() -> None:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    torch.distributed.all_gather([torch.empty(1 << 22)], torch.ones(1 << 22), async_op=True)
+    processes.end_process()
+
+
+@pytest.mark.slow
+def test_a_process_leaves_while_a_thread_still_holds_tensors():
+    """On torch 2.6 and 2.7 (tests/oldest.sh) the thread waited for Python's lock, held by what waited for the thread."""
+    process = multiprocessing.get_context("forkserver").Process(target=leave_at_once)
+    process.start()
+    process.join(60)
+    process.kill()
+    assert process.exitcode == 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("at_step_6", ["SIGKILL", "SIGSTOP"])
 def test_a_process_that_dies_or_hangs_ends_the_others_with_a_message(at_step_6, undisturbed, tmp_path):
