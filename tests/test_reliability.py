@@ -291,7 +291,7 @@ def leave_at_once() -> None:
 
 @pytest.mark.slow
 def test_a_process_leaves_while_a_thread_still_holds_tensors():
-    """On torch 2.6 and 2.7 (tests/oldest.sh) the thread waited for Python's lock, held by what waited for the thread."""
+    """On torch 2.6 and 2.7 (tests/oldest.sh) the thread waited for Python's lock, held by what waited for it."""
     process = multiprocessing.get_context("forkserver").Process(target=leave_at_once)
     process.start()
     process.join(60)
