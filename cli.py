@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -20,15 +20,11 @@ import torch.distributed as dist
 
 from processes import end_process, meet
 from runs import free_folders, load_checkpoint, saved_options
-from train import HANGUP, SWITCH, Config, Interrupted, Options, UserError, method_name, range_text
+from train import HANGUP, SWITCH, Config, Interrupted, Options, UserError, allowed_text, method_name, program
 
 
 def shown(text: str, besides: str = "") -> str:
-    """A text for a terminal: what isn't printable, as its own codes in the name of a file, is shown by its number.
-
-    Args:
-        besides: characters to leave as they are.
-    """
+    """A text for a terminal: what isn't printable, nor in `besides`, as its number, as codes in the name of a file."""
     return "".join(char if char.isprintable() or char in besides else repr(char)[1:-1] for char in text)
 
 
@@ -43,18 +39,15 @@ class _Output:
         return getattr(self.stream, name)
 
     def write(self, text: str) -> int:
-        with self.ending():
-            self.stream.write(shown(text, "\n\r\t"))
+        self.attempt(self.stream.write, shown(text, "\n\r\t"))
         return len(text)
 
     def flush(self) -> None:
-        with self.ending():
-            self.stream.flush()
+        self.attempt(self.stream.flush)
 
-    @contextlib.contextmanager
-    def ending(self) -> Iterator[None]:
+    def attempt(self, function: Callable[..., Any], *arguments: str) -> None:
         try:
-            yield
+            function(*arguments)
         except OSError as error:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
             if HANGUP and error.errno == errno.EIO:
@@ -69,12 +62,9 @@ def _follow(parent: int) -> None:
 
 
 def command_line(main: Callable[[], None]) -> NoReturn:
-    """Runs a script: a UserError is one line and exit code 2, an interrupt 128 + its signal.
-
-    So is the loss of another process of the run (exit code 1), whose own message says more. The end of the terminal is
-    an interrupt, unless SIGHUP is ignored, as under nohup; with streams that are closed, or that nobody reads, it goes
-    on. The end of torchrun, which a SIGKILL keeps from ending its processes, is an interrupt, too.
-    """
+    """Runs a script: a UserError is one line and exit code 2, the loss of another process of the run one and 1, an
+    interrupt 128 + its signal. The end of the terminal is an interrupt, unless SIGHUP is ignored, as under nohup; with
+    streams that are closed, or that nobody reads, it goes on. The end of torchrun, even by SIGKILL, is one, too."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         threading.Thread(target=_follow, args=(os.getppid(),), daemon=True).start()
     while (number := os.open(os.devnull, os.O_RDWR)) < 3:  # a stream that is closed: its number is not for other files
@@ -99,14 +89,11 @@ def command_line(main: Callable[[], None]) -> NoReturn:
             code, message = 130, "interrupted"
         except (RuntimeError, MemoryError) as error:
             if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
-                what = str(error).partition(" If reserved")[0].partition("\n")[0]
                 advice = "take a smaller --batch_size, --test_batch, --crop, --frames or model, or fewer --workers"
-                code, message = 2, f"error: out of memory: {advice}" + (f"; {what}" if what else "")
+                code, message = 2, f"error: out of memory: {advice}"
             elif dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error)):
-                reason = str(error).partition("] ")[2].partition(". ")[0]
                 lost = f"process {dist.get_rank()} has lost another one, which ended, or was silent beyond --timeout"
-                again = "start all again, in training with --resume auto: from the last checkpoint, if there is one"
-                code, message = 1, f"error: {lost}: {reason}; {again}"
+                code, message = 1, f"error: {lost}: start all again, in training with --resume auto"
             else:
                 raise
         with contextlib.suppress(KeyboardInterrupt):  # of the terminal's end
@@ -119,11 +106,6 @@ def command_line(main: Callable[[], None]) -> NoReturn:
     sys.exit(code)
 
 
-def program() -> list[str]:
-    """How the program was called, without its flags: the script and, where it has such, the sub-command."""
-    return list(itertools.takewhile(lambda word: not word.startswith("-"), sys.argv))
-
-
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (--help lists the flags)")
@@ -133,32 +115,22 @@ def parse(
     config_class: type[Config], doc: str, presets: dict[str, dict] | None = None, argv: list[str] | None = None
 ) -> Config:
     """Command line → config. Explicit flags win over the options of the checkpoint to resume, these over the preset
-    that `--dataset` selects, and this over the defaults. Flags may be written with underscores or hyphens.
-
-    Raises:
-        UserError: unknown flag or value, no such checkpoint, one of another method, or an option that makes another run
-            of it.
-    """
+    that `--dataset` selects, and this over the defaults. Raises UserError where a flag or value is unknown, the
+    checkpoint can't be read or is of another method, or an option makes another run of it."""
     presets = presets or {}
     parser = _Parser(
         " ".join(program()), description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     for field in dataclasses.fields(config_class):
-        names = dict.fromkeys(["--" + field.name, "--" + field.name.replace("_", "-")])
-        default, allowed = str(field.default), field.metadata["allowed"]
-        options = {"metavar": field.type.__name__.upper()}
-        if field.type is not str:
-            default += f"; {range_text(allowed)}"
-        elif allowed:
-            options = {"choices": allowed, "metavar": "|".join(filter(None, allowed))}
-        if allowed == SWITCH:
-            options |= {"nargs": "?", "const": "on"}
+        default, text = str(field.default), allowed_text(field)
+        default += f"; {text}" * (field.type is not str)
         parser.add_argument(
-            *names,
+            *dict.fromkeys(["--" + field.name, "--" + field.name.replace("_", "-")]),
             type=field.type,
             default=argparse.SUPPRESS,
-            help=(field.metadata["help"] + (f" (default: {default})" if default else "")).replace("%", "%%"),
-            **options,
+            metavar=text if field.type is str and text else field.type.__name__.upper(),
+            help=(field.metadata["help"] + f" (default: {default})" * bool(default)).replace("%", "%%"),
+            **({"nargs": "?", "const": "on"} if field.metadata["allowed"] == SWITCH else {}),
         )
     lines = [f"  {name}: " + " ".join(f"--{k} {v}" for k, v in preset.items()) for name, preset in presets.items()]
     parser.epilog = "\n".join(["what --dataset NAME sets (explicit flags win):", *lines]) if lines else None
@@ -182,20 +154,15 @@ def parse(
 def dispatch(
     commands: dict[str, tuple], doc: str, words: bool = False
 ) -> tuple[str, Callable[..., Any], Options, list[str]]:
-    """Which command `PROGRAM NAME [WORD …] --flag value …` names, with its options, for the caller to run.
-
-    `--help` alone prints `doc`, `NAME --help` the command's own help, and both end the program.
+    """Which command `PROGRAM NAME [WORD …] --flag value …` names: its name, function, options and words, for the caller
+    to run. `--help` alone prints `doc`, `NAME --help` the command's own help, and both end the program.
 
     Args:
         commands: for each name a function, whose docstring is its help, the class of its config and, where it has any,
             presets (see `parse`). What is named "" runs where no name is given, and has `doc` as its help.
         words: take words between the name and the flags.
 
-    Returns:
-        name, function, config, words.
-
-    Raises:
-        UserError: no such command, or as `parse`.
+    Raises UserError where there is no such command, and as `parse` does.
     """
     given = sys.argv[1:]
     name = given.pop(0) if given and not ("" in commands and given[0].startswith("-")) else ""

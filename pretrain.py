@@ -11,7 +11,7 @@ import os
 import shlex
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,11 +21,11 @@ from torch import Tensor, nn
 import data
 import find
 from augment import encoder_input
-from cli import parse, program
+from cli import parse
 from models import ENCODERS, ProjectionHead, build_encoder
 from processes import loader_workers, start_process
 from runs import continued, fit_in_folder, unused_folder
-from train import Options, Process, TrainConfig, UserError, method_name, option, sgd, user_errors
+from train import Options, TrainConfig, UserError, method_name, option, user_errors
 
 MEMORY_FORMATS = {"channels_last": torch.channels_last_3d, "contiguous": torch.contiguous_format}
 
@@ -73,11 +73,6 @@ class PretrainConfig(TrainConfig, VideosConfig):
 
     FREE = TrainConfig.FREE | {"data", "list_file", "exclude", "memory_format", "compile"}
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.encoder == "s3d" and self.width != 1:
-            raise UserError(f"--width {self.width:g}: s3d comes in width 1 only")
-
 
 PRESETS = {  # what is the same for every method
     "synthetic": dict(encoder="conv4", crop=32, epochs=12, batch_size=32, min_scale=0.5, jitter_p=0.2, blur_p=0.2),
@@ -94,11 +89,12 @@ def pool(maps: Tensor) -> Tensor:
 class Method(nn.Module):
     """Base of the methods: a video encoder f, a projection head g, and the views of videos that they are trained on.
 
-    A subclass has a `forward`. What else the loop asks of a method, and what `metrics` are, says train.py. A method
-    that takes sub-clips says in `sub_clips` how many of each view.
+    A subclass has a `forward`: batched views of `data.PretrainingViews` and "epoch", how many have passed → named
+    losses. What else the loop asks of a method, and what `metrics` are, says train.py. A method that takes sub-clips
+    says in `sub_clips` how many of each view.
 
     Raises:
-        UserError: the crop or number of frames does not suit the encoder's strides; no compiler for --compile on.
+        UserError: width, crop or number of frames do not suit the encoder, or --compile on finds no compiler.
     """
 
     sub_clips = 0
@@ -106,21 +102,17 @@ class Method(nn.Module):
     def __init__(self, config: PretrainConfig):
         super().__init__()
         self.config = config
+        if config.encoder == "s3d" and config.width != 1:
+            raise UserError(f"--width {config.width:g}: s3d comes in width 1 only")
         self.encoder = build_encoder(config.encoder, config.width)
         steps, stride, _ = self.encoder.strides
-        if config.crop < 2 * stride:
-            raise UserError(
-                f"--crop {config.crop} is too small: {config.encoder} has stride {stride}, take {2 * stride} or more"
-            )
-        if config.frames % steps or config.frames < steps:
-            raise UserError(
-                f"--frames {config.frames} is no multiple of {steps}, the stride of {config.encoder} in time"
-            )
+        if config.crop < 2 * stride or config.frames % steps:
+            need = f"{config.encoder} needs a crop of {2 * stride} or more, and a multiple of {steps} frames"
+            raise UserError(f"--crop {config.crop} --frames {config.frames}: {need}")
         self.head = ProjectionHead(self.encoder.out_channels)
         self.metrics: dict[str, Tensor | float] = {}
         if config.compile == "on":
-            compiler = os.environ.get("CXX", "g++")
-            if not shutil.which(compiler):
+            if not shutil.which(compiler := os.environ.get("CXX", "g++")):
                 raise UserError(f"--compile on needs a C++ compiler, there is no {compiler}: install one, or set CXX")
             self.encoder.compile(dynamic=False)  # there are no more than three batch sizes
 
@@ -132,10 +124,6 @@ class Method(nn.Module):
         color = dict(jitter_p=config.jitter_p, gray_p=config.gray_p, blur_p=config.blur_p)
         shape = config.crop, config.frames, config.frame_stride, self.sub_clips
         return kind(videos, *shape, config.seed, min_scale=config.min_scale, color=color, **more)
-
-    def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Views as `data.PretrainingViews` makes them, batched, and "epoch", how many have passed → named losses."""
-        raise NotImplementedError
 
     @staticmethod
     def both(entry: Tensor) -> Tensor:
@@ -151,34 +139,16 @@ class Method(nn.Module):
         """g and the L2 norm of h in Eq. 1 of FIMA: (..., C) → (..., D), float32."""
         return F.normalize(head(features).float(), dim=-1)
 
-    def optimizer(self, config: PretrainConfig) -> torch.optim.Optimizer:
-        """SGD, which a subclass may replace; the learning rate is set before each step, by `config.learning_rate`."""
-        return sgd(self, config)
-
     def warnings(self, line: dict[str, float]) -> list[str]:
-        """What a line of the log, after the first epoch, shows to be wrong: features that have collapsed, where the
-        method logs "feature_std", the standard deviation of L2-normalised features of D channels (1/√D at best)."""
-        least = 0.1 * self.head.net[-1].out_features ** -0.5
-        collapsed = line["epoch"] > 1 and line.get("feature_std", math.inf) < least
-        return ["the features of all clips are nearly the same (feature_std): try a lower --lr"] * collapsed
-
-
-def batches(items: data.Items, config: TrainConfig, process: Process) -> tuple[Callable[[int], Iterator[dict]], int]:
-    """For `fit`: step to start from → the batches of this process from there on, and the number of steps in an epoch.
-
-    Raises:
-        UserError: there are fewer items than in a batch of all processes.
-    """
-    place = process.rank, process.world_size
-
-    def sampler(start: int) -> data.StepSampler:
-        return data.StepSampler(len(items), config.batch_size, config.epochs, config.seed, *place, start)
-
-    def make_loader(start: int) -> Iterator[dict]:
-        return data.load_batches(items, sampler(start), loader_workers(config, process))
-
-    with user_errors((ValueError,)):
-        return make_loader, sampler(0).steps_per_epoch
+        """What a line of the log shows to be wrong: windows of a video that hardly differ, and after the first epoch
+        features that have collapsed, where the method logs "feature_std", the standard deviation of L2-normalised
+        features of D channels (1/√D at best)."""
+        found, least = [], 0.1 * self.head.net[-1].out_features ** -0.5
+        if line.get("overlap", 0) > 0.8:
+            found.append("the two windows of a video share more than 80 % of their frames: take a smaller --frames")
+        if line["epoch"] > 1 and line.get("feature_std", math.inf) < least:
+            found.append("the features of all clips are nearly the same (feature_std): try a lower --lr")
+        return found
 
 
 def pretrain(method_class: type[Method], config: PretrainConfig) -> None:
@@ -194,27 +164,28 @@ def pretrain(method_class: type[Method], config: PretrainConfig) -> None:
     config = continued(config, process, seen)
     with process.first():
         views = method.make_views(videos)
-    make_loader, steps = batches(views, config, process)
+    with user_errors((ValueError,)):  # fewer videos than in a batch of all processes
+        place = process.rank, process.world_size
+        sampler = data.StepSampler(len(views), config.batch_size, config.epochs, config.seed, *place)
+
+    def make_loader(start: int) -> Iterator[dict]:
+        sampler.start_step = start
+        return data.load_batches(views, sampler, loader_workers(config, process))
+
     name = method_name(type(config)).lower()
     unused = f"runs/{name}-{config.dataset}-{time.strftime('%Y%m%d-%H%M%S')}"
     with user_errors((OSError,)):
         out = config.out or process.of_first(lambda: unused_folder(unused))
-    paths = views.videos.paths
-    checkpoint = fit_in_folder(method, config, process, make_loader, steps, out, seen, paths=paths)
+    checkpoint = fit_in_folder(
+        method, config, process, make_loader, sampler.steps_per_epoch, out, seen, paths=views.videos.paths
+    )
     if config.dataset == "synthetic":
         import evaluate  # here, as it is a command, not a part of any method
 
         shape = config.crop, config.frames, config.frame_stride
         encoders = {"untrained": untrained, name: method.encoder}
         evaluate.first_look(encoders, config.root, shape, process, loader_workers(config, process))
-    quoted = shlex.quote(str(checkpoint))
-    process.say(
-        f"\nnext:\n  python evaluate.py retrieve --checkpoint {quoted}    # R@k, 10 clips a video\n"
-        f"  python evaluate.py linear --checkpoint {quoted} --cached 10    # accuracy of a linear classifier\n"
-        f"  python {shlex.join(program())} --dataset folder --data YOUR_VIDEOS --encoder {config.encoder} --width "
-        f"{config.width} --crop {config.crop}    # your own videos\n"
-        f"  python {shlex.join(program())} --help    # every option, and what each data set's preset sets"
-    )
+    process.say(f"\nnext:\n  python evaluate.py retrieve --checkpoint {shlex.quote(str(checkpoint))}")
 
 
 def main(method_class: type[Method], config_class: type[PretrainConfig], presets: dict[str, dict], doc: str) -> None:

@@ -21,11 +21,8 @@ def keep_freed_memory() -> None:
 
 
 def _places() -> tuple[int, int, int]:
-    """RANK, WORLD_SIZE and LOCAL_RANK of torchrun's environment; 0, 1 and 0 without one.
-
-    Raises:
-        UserError: some are missing, are no numbers, or do not go together.
-    """
+    """RANK, WORLD_SIZE and LOCAL_RANK of torchrun's environment; 0, 1 and 0 without one. Raises UserError where some
+    are missing, are no numbers, or do not go together."""
     defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     given = {name: os.environ[name] for name in defaults if name in os.environ}
     values = [int(value) if value.isdecimal() else -1 for value in (defaults | given).values()]
@@ -56,9 +53,7 @@ def start_process(device: str = "auto", timeout: float = 10, deterministic: bool
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read by cuBLAS when it starts
         torch.use_deterministic_algorithms(True, warn_only=True)  # the backward of max_pool3d has no such form
     if device == "cuda" and not torch.cuda.is_available():
-        raise UserError(
-            "--device cuda: torch finds no CUDA GPU here; use --device cpu, or install a CUDA build of torch"
-        )
+        raise UserError("--device cuda: torch finds no CUDA GPU here")
     if device == "cpu" or not torch.cuda.is_available():
         place = torch.device("cpu")
         keep_freed_memory()
@@ -73,10 +68,9 @@ def start_process(device: str = "auto", timeout: float = 10, deterministic: bool
         try:
             meet(place, timeout)
         except (RuntimeError, ValueError, TimeoutError) as error:
-            at = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             raise UserError(
-                f"process {rank} of {world_size} does not meet the others at {at} ({str(error).splitlines()[0]}): "
-                "start all of them, with torchrun, and with a port that is free"
+                f"process {rank} of {world_size} does not meet the others at {os.environ['MASTER_ADDR']}:"
+                f"{os.environ['MASTER_PORT']} ({str(error).splitlines()[0]}): start all of them, with torchrun"
             ) from error
     return Process(rank, world_size, place)
 
@@ -117,8 +111,8 @@ def meet(place: torch.device, timeout: float) -> None:
 def end_process() -> None:
     """Leaves the run that `start_process` joined, if there is one."""
     if dist.is_initialized():
-        # Until torch 2.7 a group ends with Python's lock held, and waits for gloo's threads, which may need that lock
-        # to let their last tensors go. A backend ends without holding it: keep gloo's until the group is gone.
+        # Until torch 2.7 a group ends with Python's lock held, and waits for gloo's threads, which may need that lock.
+        # A backend ends without it: keep gloo's until the group is gone.
         if torch.__version__ < (2, 8) and dist.get_backend() == "gloo":
             _last = dist.group.WORLD._get_backend(torch.device("cpu"))
         dist.destroy_process_group()

@@ -14,14 +14,14 @@ import sys
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 from torch import Tensor, nn
 
-from train import Config, Log, Options, Process, Run, UserError, check_option, fit, method_name, user_errors, write_file
+from train import Config, Options, Process, Run, UserError, check_option, fit, method_name, user_errors, write_file
 
 try:
     import fcntl
@@ -37,41 +37,37 @@ _locks: dict[str, TextIO] = {}  # of the run folders that this process has
 def claim_folder(path: Path, resume: str = "") -> None:
     """Makes a run folder this process's own, until `free_folders` or the process's end, also by a kill.
 
-    The lock is the system's, on the file `lock`, of a kind (POSIX record) that children do not inherit. Over NFS it
-    holds between machines where the server's lock service runs. Where there is none, and on Windows, a line says that
-    nothing keeps a second run away. What a killed run left half-written is deleted.
+    The lock is the system's, on the file `lock`, of a kind (POSIX record) that children do not inherit. Where there is
+    none, a line says that nothing keeps a second run away. What a killed run left half-written is deleted.
 
     Raises:
         UserError: another process has the folder, or it holds another run than that of the checkpoint to resume, if
-            any, or logs that are not of a run.
-        OSError: it cannot be written.
+            any, or logs that are not of a run; or it can't be written.
     """
-    path.mkdir(parents=True, exist_ok=True)
-    if (name := os.path.realpath(path)) not in _locks:  # to open and close it again would free it
-        check_replaceable(path / "lock", b"process ")
-        file = open(path / "lock", "a+")  # noqa: SIM115, as free_folders closes it
-        try:
-            if not fcntl:
-                raise OSError("this system has none")
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            file.seek(0)
-            holder = file.read(200).strip() or "another process"
-            raise UserError(f"{path} is in use by {holder}: wait for its end, or name another --out") from error
-        except OSError as error:
-            print(f"warning: {path} can't be locked ({error.strerror or error}): start no second run with this --out")
-        _locks[name] = file
-        with naming(file.name):
+    with user_errors((OSError,), path / "lock"):
+        path.mkdir(parents=True, exist_ok=True)
+        if (name := os.path.realpath(path)) not in _locks:  # to open and close it again would free it
+            check_replaceable(path / "lock", b"process ")
+            file = open(path / "lock", "a+")  # noqa: SIM115, as free_folders closes it
+            try:
+                if not fcntl:
+                    raise OSError("this system has none")
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError) as error:
+                file.seek(0)
+                holder = file.read(200).strip() or "another process"
+                raise UserError(f"{path} is in use by {holder}: wait for its end, or name another --out") from error
+            except OSError as error:
+                print(f"warning: {path} can't be locked ({error}): start no second run with this --out")
+            _locks[name] = file
             file.truncate(0)
             file.write(f"process {os.getpid()} on {platform.node()}\n")
             file.flush()
     if not resume or Path(resume).parent.resolve() != path.resolve():
         for saved in (path / "checkpoint.pt", *sorted(path.glob("epoch_*.pt"))):
             if saved.exists():
-                raise UserError(
-                    f"{path} holds a run already: continue it with --resume {shlex.quote(str(saved))}, move it away if "
-                    "it is damaged, or name another --out"
-                )
+                again = f"continue it with --resume {shlex.quote(str(saved))}, or name another --out"
+                raise UserError(f"{path} holds a run already: {again}")
         for log in (path / "log.jsonl", path / "bad_videos.log"):
             if log.exists() and not (path / "run.json").exists():
                 raise UserError(f"{log} is of no run, as there is no run.json beside it: name another --out")
@@ -90,24 +86,13 @@ def free_folders() -> None:
 
 def check_replaceable(path: str | Path, *beginnings: bytes) -> None:
     """Raises UserError where `path` is there, is not empty, and does not begin like what is to be written there."""
-    begin = None
+    begin = b"a folder" if os.path.exists(path) else b""
     if os.path.isfile(path):
         with open(path, "rb") as file:
             begin = file.read(64)
-    if os.path.exists(path) and begin != b"" and not (begin and begin.startswith(beginnings)):
+    if begin and not begin.startswith(beginnings):
         what = "a folder" if os.path.isdir(path) else "something else than what would be written there"
         raise UserError(f"{path} is {what}: name another --out")
-
-
-@contextlib.contextmanager
-def naming(path: str | Path) -> Iterator[None]:
-    """Gives an OSError of the system that has no name, as that of a full disk, the one of what was written."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno is None or error.filename is not None:
-            raise
-        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 # ---------------------------------------------------------------------------------------------------------- records
@@ -134,13 +119,8 @@ def versions() -> dict[str, str]:
 
 def made_by(config: Options) -> dict[str, Any]:
     """What a record says of how it was made: command, options, commit and versions."""
-    command = shlex.join([sys.executable, *sys.argv])
-    return {
-        "command": command,
-        "config": dataclasses.asdict(config),
-        "git_commit": git_commit(),
-        "versions": versions(),
-    }
+    command, options = shlex.join([sys.executable, *sys.argv]), dataclasses.asdict(config)
+    return {"command": command, "config": options, "git_commit": git_commit(), "versions": versions()}
 
 
 def read_json(path: Path) -> Any:
@@ -187,100 +167,26 @@ def described(run: Run) -> str:
     )
 
 
-class FolderLog(Log):
-    """Keeps what a run says in its folder: numbers in log.jsonl, and in TensorBoard's events where it is installed;
-    config, command, commit and versions of each start in run.json; unreadable videos in bad_videos.log. Only the first
-    process writes, and needs the folder.
-
-    Raises:
-        UserError: a file can't be written, or run.json is damaged.
-    """
-
-    MOST_OVERLAP = 0.8  # of the two windows of a video, which are to show different moments
-
-    def __init__(self, run: Run, folder: Path, clips: int):
-        run.process.say(described(run))
-        super().__init__(run, folder, clips)
-        self.board, self.starts = None, []
-        if run.process.rank == 0:
-            with user_errors((OSError,)), naming(folder):
-                self.open()
-
-    def open(self) -> None:
-        """Adds this start to run.json, and cuts the logs to what a resumed run goes on from."""
-        run, folder = self.run, self.folder
-        record, log, bad_videos = folder / "run.json", folder / "log.jsonl", folder / "bad_videos.log"
-        on_gpu = run.process.device.type == "cuda"
-        self.starts = read_starts(record) if record.exists() else []
-        self.starts.append(
-            made_by(run.config)
-            | {
-                "start_step": run.done,
-                "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-                "processes": run.process.world_size,
-                "hardware": torch.cuda.get_device_name() if on_gpu else f"{os.cpu_count()} CPU cores",
-            }
-        )
-        self.note()
+def open_record(run: Run, folder: Path) -> None:
+    """Adds this start of a run to run.json, and cuts the logs to what a resumed run goes on from. Raises UserError
+    where a file can't be written, or run.json is damaged."""
+    record, log, bad_videos = folder / "run.json", folder / "log.jsonl", folder / "bad_videos.log"
+    on_gpu = run.process.device.type == "cuda"
+    start = {
+        "start_step": run.done,
+        "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "processes": run.process.world_size,
+        "hardware": torch.cuda.get_device_name() if on_gpu else f"{os.cpu_count()} CPU cores",
+    }
+    starts = [*(read_starts(record) if record.exists() else []), made_by(run.config) | start]
+    with user_errors((OSError,)):
+        write_file(record, json.dumps(starts, indent=1) + "\n")
         if log.exists():  # later steps come again; by the epoch, as with another batch a step is another part of it
             last = (run.done + 0.6) / run.steps_per_epoch
             write_file(log, "".join(json.dumps(line) + "\n" for line in read_lines(log) if line["epoch"] < last))
         if bad_videos.exists():
             content = bad_videos.read_bytes()
             write_file(bad_videos, content[: content.rfind(b"\n") + 1])  # a kill may have cut the last line
-        with contextlib.suppress(ImportError):
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(str(folder), purge_step=run.done + 1)
-
-    def note(self, **facts: Any) -> None:
-        """Writes run.json, with facts about this start of the run that have come to be known."""
-        self.starts[-1] |= facts
-        with user_errors((OSError,)):
-            write_file(self.folder / "run.json", json.dumps(self.starts, indent=1) + "\n")
-
-    def write(self, line: dict[str, float]) -> None:
-        """Appends a line to log.jsonl."""
-        if self.run.process.rank > 0:
-            return
-        path = self.folder / "log.jsonl"
-        with user_errors((OSError,)), naming(path), open(path, "a") as file:
-            file.write(json.dumps(line) + "\n")
-        with user_errors((OSError,)), naming(self.folder):
-            for name, value in line.items() if self.board else ():
-                self.board.add_scalar(name, value, line["step"])
-
-    def add_bad(self, bad: list[tuple[str, str]]) -> None:
-        """Names videos in bad_videos.log, each once."""
-        if self.run.process.rank > 0:
-            return
-        path = self.folder / "bad_videos.log"
-        with (
-            user_errors((OSError,)),
-            naming(path),
-            open(path, "a+", encoding="utf-8", errors="backslashreplace") as file,
-        ):
-            file.seek(0)
-            named, step = file.read(), self.run.done
-            lines = {path: f"step {step}\t{path!r}\t{reason}".splitlines()[0] + "\n" for path, reason in bad}
-            file.writelines(line for path, line in lines.items() if f"\t{path!r}\t" not in named)
-
-    def summary(self) -> dict[str, float]:
-        """As of every log, and puts the mean overlap of a video's windows, where that is logged, in run.json."""
-        means = super().summary()
-        if "overlap" in means and self.run.process.rank == 0:
-            self.note(overlap=means["overlap"])
-        if means.get("overlap", 0) > self.MOST_OVERLAP:
-            found = f"the two windows of a video share more than {self.MOST_OVERLAP:.0%} of their frames (overlap)"
-            self.warn([f"{found}: take longer videos, or a smaller --frames or --frame_stride"])
-        return means
-
-    def close(self) -> None:
-        """Writes what TensorBoard still holds back, too."""
-        super().close()
-        if self.board is not None:
-            with user_errors((OSError,)), naming(self.folder):
-                self.board.close()
 
 
 # ------------------------------------------------------------------------------------------------------ checkpoints
@@ -299,13 +205,8 @@ def load_checkpoint(path: str | Path, foreign: bool = False, whole: bool = True)
         whole: read and check the tensors' bytes, too, not only what is said of them.
 
     Raises:
-        UserError: no such file, no permission, damaged, not a checkpoint of this project, or of the conv4 of old.
+        UserError: no such file, no permission, damaged, or not a checkpoint of this project.
     """
-
-    def others() -> str:
-        names = ", ".join(sorted(other.name for other in Path(path).parent.glob("epoch_*.pt") if other != Path(path)))
-        return f"; beside it lie {names}" if names else ""
-
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise FileNotFoundError
@@ -319,34 +220,26 @@ def load_checkpoint(path: str | Path, foreign: bool = False, whole: bool = True)
     except MemoryError:
         raise
     except Exception as error:  # torch raises whatever its readers meet: pickle, zip, runtime and end-of-file errors
-        advice = "; if you trust it, have its own code save the state dict alone" * foreign
-        raise UserError(
-            f"{path} is damaged, or no checkpoint, or holds code, which is never run{others()}{advice}"
-        ) from error
+        raise UserError(f"{path} is damaged, or no checkpoint, or holds code, which is never run") from error
     state = {"bad_videos": 0, "skipped_steps": 0} | state if isinstance(state, dict) else state  # older ones lack them
     if not isinstance(state, dict) or not {*CHECKPOINT, *COUNTS} <= state.keys():
         if foreign:
             return {"method": "", "config": {}, "model": state}
-        raise UserError(
-            f"{path} is no checkpoint of this project: it lacks some of {', '.join((*CHECKPOINT, *COUNTS))}"
-        )
+        raise UserError(f"{path} is no checkpoint of this project: it lacks what `fit` saves")
     good = {name: isinstance(state[name], kind) for name, kind in CHECKPOINT.items()}
     good |= {name: type(state[name]) is int and least <= state[name] < 2**63 for name, least in COUNTS.items()}
     tensors = state["model"].items() if good["model"] else ()
     good["model"] &= all(isinstance(name, str) and isinstance(value, Tensor) for name, value in tensors)
     if wrong := ", ".join(name for name in good if not good[name]):
-        raise UserError(f"{path} is damaged, or of other code: no valid {wrong} in it{others()}")
+        raise UserError(f"{path} is damaged, or of other code: no valid {wrong} in it")
     if any(name.endswith("units.0.conv3d.weight") for name in state["model"]):
         raise UserError(f"{path} is of conv4 before its feature pixels were centred: only code of then takes it")
     return state
 
 
 def saved_options(path: str | Path, state: dict, config_class: type[Options], given: Container[str] = ()) -> dict:
-    """Those options of a checkpoint that a config has, but for what belongs to one start of a run.
-
-    Raises:
-        UserError: one that is not given anew has a value that it can't have.
-    """
+    """Those options of a checkpoint that a config has, but for what belongs to one start of a run. Raises UserError
+    where one that is not given anew has a value that it can't have."""
     fields = [field for field in dataclasses.fields(config_class) if field.name in state["config"].keys() - THIS_START]
     for field in fields:
         if field.name not in given:
@@ -374,11 +267,8 @@ def unpack(path: str | Path, state: dict) -> dict:
 
 
 def differences(was: dict, now: dict) -> str:
-    """How what was seen differs from what is seen now, as far as both know it; "" for not at all.
-
-    Args:
-        was, now: lists of videos by name, with lines of path, label, class and bytes, or anything else by name.
-    """
+    """How what was seen differs from what is seen now, as far as both know it; "" for not at all. Either has lists of
+    videos by name, with lines of path, label, class and bytes, or anything else by name."""
     found = []
     for name in (name for name in now if name in was and was[name] != now[name]):
         if not isinstance(now[name], list):
@@ -399,36 +289,23 @@ def differences(was: dict, now: dict) -> str:
 
 def continued(config: Config, process: Process, seen: dict) -> Config:
     """The options with the checkpoint to continue: the one that `--resume auto` finds, or none; or the one named, which
-    must have seen what the first process sees now, `seen` (as in `differences`), unless --changed_data is on.
-
-    Raises:
-        UserError: it has not.
-    """
-
-    def compare() -> None:
-        was = unpack(config.resume, load_checkpoint(config.resume, whole=False))
-        changed = differences(was, seen)
-        if changed and config.changed_data == "off":
-            raise UserError(
-                f"the data are not those that {config.resume} has seen: {changed}; undo that, start anew without "
-                "--resume, or go on with them by --changed_data"
-            )
-        if changed:
-            process.say(f"note: goes on with other data than {config.resume} has seen: {changed}")
-        elif not was:
-            process.say(f"note: {config.resume} does not say which videos it has seen, so they are not compared")
-
+    must have seen what the first process sees now, `seen` (as in `differences`), unless --changed_data is on, or else
+    raises UserError."""
     if config.resume == "auto":
         path = process.of_first(lambda: find_run(config, seen, process.say))
         return dataclasses.replace(config, resume=path, out=config.out or (path and str(Path(path).parent)))
-    if config.resume:
-        process.of_first(compare)
+    if path := config.resume:
+        changed = process.of_first(lambda: differences(unpack(path, load_checkpoint(path, whole=False)), seen))
+        if changed and config.changed_data == "off":
+            raise UserError(f"the data are not those that {path} has seen: {changed}; undo that, or add --changed_data")
+        if changed:
+            process.say(f"note: goes on with other data than {path} has seen: {changed}")
     return config
 
 
 def find_run(config: Config, seen: dict, say: Callable[[str], None]) -> str:
     """The readable checkpoint of most steps whose method, options (but FREE ones) and seen videos are these; "" for
-    none. Says which, and what speaks against others.
+    none. Says which, what speaks against the nearest other one, and which can't be read.
     """
     method, found, others = method_name(type(config)), [], {}
     beside = getattr(config, "checkpoint", "")
@@ -452,9 +329,9 @@ def find_run(config: Config, seen: dict, say: Callable[[str], None]) -> str:
             others[path] = against
         elif path.with_name("checkpoint.pt") not in others:  # else it was continued as another run
             found.append((state["step"] / state["steps_per_epoch"], path.name == "checkpoint.pt", path))
-    nearest = sorted((len(against), path.parent, ", ".join(against)) for path, against in others.items())
-    for _, other, against in list(dict.fromkeys(nearest))[:3]:
-        say(f"--resume auto: another run is in {other}: {against}")
+    if others:
+        path = min(others, key=lambda path: len(others[path]))
+        say(f"--resume auto: another run is in {path.parent}: {', '.join(others[path])}")
     for *_, path in sorted(found, reverse=True):
         try:
             step = load_checkpoint(path)["step"]
@@ -472,11 +349,10 @@ def unused_folder(path: str) -> str:
     while True:
         try:
             os.makedirs(name)
+            return name
         except FileExistsError:
             number += 1
             name = f"{path}-{number}"
-        else:
-            return name
 
 
 def fit_in_folder(
@@ -499,15 +375,19 @@ def fit_in_folder(
         UserError: the folder is another run's, or can't be made; and as `fit` and `load_checkpoint` do.
     """
     folder, path = Path(config.out or out), config.resume
-    with user_errors((OSError,)):
-        process.of_first(lambda: claim_folder(folder, path))  # before the checkpoint is read: none writes it now
+    process.of_first(lambda: claim_folder(folder, path))  # before the checkpoint is read: none writes it now
     state = load_checkpoint(path) if path else None
+    run = Run(method, config, process, steps_per_epoch, state)
     if state:
-        seen, asked = unpack(path, state) | seen, dataclasses.asdict(config)
-        was = {k: v for k, v in state["config"].items() if k in asked.keys() - THIS_START}
-        if changed := [k for k in asked if type(was.get(k)) in (int, float, str) and asked[k] != was[k]]:
-            process.say("note: goes on with " + ", ".join(f"--{k} {asked[k]} (was {was[k]})" for k in changed))
-    extra = {"seen": pack(seen), "versions": versions()}
-    return fit(
-        method, config, process, make_loader, steps_per_epoch, folder, state, make_log=FolderLog, extra=extra, **options
-    )
+        seen, was, now = unpack(path, state) | seen, state["config"], dataclasses.asdict(config)
+        both = [name for name in now if name in was.keys() - THIS_START and str(was[name]) != str(now[name])]
+        if both:
+            process.say("note: goes on with " + ", ".join(f"--{k} {now[k]} (was {was[k]})" for k in both))
+        del state  # its tensors are the run's now
+    if run.done >= run.stop:
+        process.say(f"{path} is at step {run.done} of {run.stop}: nothing left to train (--epochs, --max_steps)")
+        return Path(path)
+    process.say(described(run))
+    process.of_first(lambda: open_record(run, folder))
+    process.say(f"run folder {folder}" + (f", resumed after step {run.done}" if path else ""))
+    return fit(run, make_loader, folder, extra={"seen": pack(seen)}, **options)

@@ -1,8 +1,8 @@
 """The training loop that every method shares: options, optimiser, several processes, log, checkpoints, resuming.
 
 Imports torch and tqdm only. `fit` sums a method's losses, steps, logs and saves. What is random in a step follows from
-(seed, step, rank) and what is random in a sample from (seed, epoch, index), so a checkpoint needs no random state to
-continue exactly. A method is an `nn.Module`, of which only `forward` is a must:
+(seed, step, rank) and in a sample from (seed, epoch, index), so a checkpoint needs no random state to continue exactly.
+A method is an `nn.Module`, of which only `forward` is a must:
 
 - `forward(batch)` returns a dict of named scalar losses, of the same names in every step.
 - `metrics`: a dict of numbers, or tensors of one, to log, which `forward` fills; emptied before each step. What some
@@ -18,6 +18,7 @@ import copy
 import dataclasses
 import io
 import itertools
+import json
 import math
 import os
 import shlex
@@ -46,12 +47,14 @@ class Interrupted(Exception):
 
 
 @contextlib.contextmanager
-def user_errors(kinds: tuple[type[Exception], ...] = (ValueError, OSError)) -> Iterator[None]:
-    """Makes exceptions of these kinds a UserError. For narrow places, where only what the user asked for can raise
-    them: any other error is to keep its traceback."""
+def user_errors(kinds: tuple = (ValueError, OSError), path: str | Path | None = None) -> Iterator[None]:
+    """Makes exceptions of these kinds a UserError, for places where only what the user asked for can raise them. An
+    OSError that names no file, as that of a full disk, gets the path of what is written."""
     try:
         yield
     except kinds as error:
+        if path and isinstance(error, OSError) and error.errno and not error.filename:
+            error.filename = str(path)
         raise UserError(str(error).strip() or type(error).__name__) from error
 
 
@@ -81,19 +84,20 @@ class Options:
 
 def check_option(field: dataclasses.Field, value: Any) -> None:
     """Raises UserError for a value of another type than the field's, none of its choices, or out of its range."""
-    kinds = {int: (int, "a whole number"), float: ((int, float), "a number"), str: (str, "a text")}
-    (kind, what), allowed = kinds[field.type], field.metadata["allowed"]
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise UserError(f"--{field.name} of type {type(value).__name__}: must be {what}")
-    if field.type is not str and not allowed[0] <= value <= allowed[1]:  # nan, too
-        raise UserError(f"--{field.name} {value}: must be {range_text(allowed)}")
-    if field.type is str and allowed and value not in allowed:
-        raise UserError(f"--{field.name} {value}: choose from {', '.join(filter(None, allowed))}")
+    kind, allowed = field.type, field.metadata["allowed"]
+    good = type(value) in ((int, float) if kind is float else (kind,))
+    if good and allowed:
+        good = value in allowed if kind is str else allowed[0] <= value <= allowed[1]  # nan is not
+    if not good:
+        shown = value if isinstance(value, int | float | str) else f"of type {type(value).__name__}"
+        raise UserError(f"--{field.name} {shown}: must be {allowed_text(field) or 'a text'}")
 
 
-def range_text(limits: tuple) -> str:
-    """ "0 to 1e+06" of the least and the greatest number."""
-    return " to ".join(str(limit) if isinstance(limit, int) else f"{limit:g}" for limit in limits)
+def allowed_text(field: dataclasses.Field) -> str:
+    """ "0 to 1e+06" of the least and the greatest number, "off|on" of choices, "" where any text is allowed."""
+    if field.type is str:
+        return "|".join(filter(None, field.metadata["allowed"]))
+    return " to ".join(str(limit) if isinstance(limit, int) else f"{limit:g}" for limit in field.metadata["allowed"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,17 +119,15 @@ class TrainConfig(Options):
         "checkpoint to continue, with its options unless others are given; auto: the one of most steps in --out, or "
         "else beside --checkpoint or below runs/, whose options and videos are these, or a new run",
     )
-    changed_data: str = option(
-        "off", "resume although the videos, their labels or sizes are not those that the checkpoint has seen", SWITCH
-    )
+    changed_data: str = option("off", "resume although the videos, their labels or sizes have changed", SWITCH)
     max_steps: int = option(0, "stop and save after this step of the schedule; 0: run all of it", (0, 2**31 - 1))
     log_every: int = option(10, "steps between two lines of log.jsonl", (1, 10**6))
     keep_every: int = option(0, "epochs between two checkpoints kept for good; 0: keep the latest only", (0, 10**6))
     save_minutes: float = option(30.0, "minutes after which a line of the log comes with a checkpoint, too", (0, 1e6))
     on_nan: str = option(
         "stop",
-        "what to do where a loss or its gradient is not finite. stop: the run ends, and its last checkpoint is from "
-        "before; skip: leave the step out, which costs a copy of the model's state and a wait for the GPU each step",
+        "what to do where a loss or its gradient is not finite. stop: the run ends; skip: leave the step out, which "
+        "costs a copy of the model's state and a wait for the GPU each step",
         ("stop", "skip"),
     )
     deterministic: str = option("off", "deterministic algorithms on a GPU, too, where torch has them; slower", SWITCH)
@@ -134,11 +136,9 @@ class TrainConfig(Options):
 
     LR_BATCH = 256  # total batch at which `lr` holds
     # What resuming may change, FREE for what defines no run, TUNED for what does; another of the rest is another run.
-    FREE = frozenset(
-        {"precision", "device", "workers", "out", "resume", "changed_data", "max_steps", "log_every", "keep_every"}
-        | {"save_minutes", "on_nan", "deterministic", "timeout", "max_bad"}
-    )
-    TUNED = frozenset({"epochs", "batch_size", "lr", "sgd_momentum", "weight_decay"})
+    FREE = {"precision", "device", "workers", "out", "resume", "changed_data", "max_steps", "log_every", "keep_every"}
+    FREE |= {"save_minutes", "on_nan", "deterministic", "timeout", "max_bad"}
+    TUNED = {"epochs", "batch_size", "lr", "sgd_momentum", "weight_decay"}
 
     def learning_rate(self, total_batch: int, epoch: float) -> float:
         """Half-period cosine per step from the linearly scaled rate (Goyal et al. 2017; FIMA Sec. 4.1)."""
@@ -198,13 +198,6 @@ class Process:
             dist.all_gather_object(shares, entries)
         return [entry for share in shares for entry in share]
 
-    def sums(self, *counts: int) -> list[int]:
-        """Each count, summed over the processes."""
-        totals = torch.tensor(counts, device=self.device if self.world_size > 1 else "cpu")
-        if self.world_size > 1:
-            dist.all_reduce(totals)
-        return totals.tolist()
-
 
 def progress(process: Process, *arguments: Any, **options: Any) -> tqdm:
     """A progress bar with ETA on the first process, drawn twice a second in a terminal, twice a minute in a file."""
@@ -216,11 +209,8 @@ def progress(process: Process, *arguments: Any, **options: Any) -> tqdm:
 
 
 def write_file(path: str | Path, content: str | bytes) -> None:
-    """Writes a file atomically: at every moment it holds the old content or the new, whole. A link stays one.
-
-    Raises:
-        OSError: it cannot be written, as on a full disk; it is as it was, and nothing half is left.
-    """
+    """Writes a file atomically: at every moment it holds the old content or the new, whole. A link stays one. Raises
+    OSError where it cannot, as on a full disk, and leaves nothing half."""
     target = os.path.realpath(path)
     partial = f"{target}.{os.urandom(4).hex()}.partial"  # of this writer alone
     try:
@@ -237,18 +227,11 @@ def write_file(path: str | Path, content: str | bytes) -> None:
 
 
 def save_checkpoint(path: Path, state: dict) -> None:
-    """Writes a checkpoint by `write_file`.
-
-    Raises:
-        UserError: it cannot be written, as on a full disk; `path` is as it was.
-    """
+    """Writes a checkpoint by `write_file`; raises UserError where it cannot be written, and `path` is as it was."""
     buffer = io.BytesIO()
     torch.save(state, buffer)  # in memory, as torch.save hides why a file cannot be written
-    try:
+    with user_errors((OSError,)):
         write_file(path, buffer.getbuffer())
-    except OSError as error:
-        before = "still holds the checkpoint before" if path.exists() else "does not exist yet"
-        raise UserError(f"step {state['step']} cannot be saved: {error.strerror}; {path} {before}") from error
 
 
 def load_model(path: str | Path, model: nn.Module, state: dict[str, Tensor]) -> None:
@@ -258,39 +241,30 @@ def load_model(path: str | Path, model: nn.Module, state: dict[str, Tensor]) -> 
         for tensors in (state, model.state_dict())
     )
     if wrong := [name for name in wanted | held if held.get(name) != wanted.get(name)]:
-        it, here = held.get(wrong[0], "missing"), wanted.get(wrong[0], "missing")
-        raise UserError(
-            f"{path} does not fit this model: {len(wrong)} tensors differ; {wrong[0]}: {it} in it, {here} here"
-        )
+        raise UserError(f"{path} does not fit this model: {len(wrong)} tensors differ, as {wrong[0]}")
     model.load_state_dict(state)
 
 
 def load_optimizer(path: str | Path, optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Loads what an optimiser has kept of each parameter; its groups keep the options of now.
-
-    Raises:
-        UserError: something in it is neither a tensor of the parameter's shape nor a count of steps.
-    """
-    shapes = [parameter.shape for group in optimizer.param_groups for parameter in group["params"]]
-    kept = state.get("state")
+    """Loads what an optimiser has kept of each parameter; its groups keep the options of now. Raises UserError where
+    something in it is neither a tensor of the parameter's shape nor a count of steps."""
+    shapes = dict(enumerate(p.shape for group in optimizer.param_groups for p in group["params"]))
     try:
-        fitting = [
-            type(i) is int and i >= 0 and value.layout == torch.strided and value.shape in ((), shapes[i])
-            for i, entry in kept.items()
-            for value in entry.values()
-        ]
-        good = all(fitting) and len({frozenset(entry) for entry in kept.values()}) <= 1  # each has the same
-    except (AttributeError, IndexError, TypeError):
+        kept = state["state"].items()
+        values = [(i, value) for i, entry in kept for value in entry.values()]
+        good = all(value.layout == torch.strided and value.shape in ((), shapes[i]) for i, value in values)
+        good &= all(type(i) is int for i, _ in kept) and len({frozenset(entry) for _, entry in kept}) <= 1
+    except (AttributeError, KeyError, TypeError):
         good = False
     if not good:
         raise UserError(f"{path} is damaged, or of other code: no valid optimizer in it")
-    optimizer.load_state_dict({"state": kept, "param_groups": optimizer.state_dict()["param_groups"]})
+    optimizer.load_state_dict({"state": state["state"], "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def check_sums(module: nn.Module) -> dict[str, int]:
     """Of each tensor of a module's state."""
-    state = {k: v.cpu().contiguous().flatten().view(torch.uint8) for k, v in module.state_dict().items()}
-    return {name: zlib.crc32(value.numpy()) for name, value in state.items()}
+    state = module.state_dict().items()
+    return {name: zlib.crc32(v.cpu().contiguous().flatten().view(torch.uint8).numpy()) for name, v in state}
 
 
 def describe(numbers: dict[str, Tensor | float]) -> str:
@@ -305,7 +279,7 @@ def describe(numbers: dict[str, Tensor | float]) -> str:
 def mean(weighted: list[tuple[float, dict[str, float]]]) -> dict[str, float]:
     """Weighted means by name, each over those that have it."""
     found = {}
-    for name in dict.fromkeys(itertools.chain(*(numbers for _, numbers in weighted))):
+    for name in dict.fromkeys(name for _, numbers in weighted for name in numbers):
         having = [(weight, numbers[name]) for weight, numbers in weighted if name in numbers]
         found[name] = sum(weight * value for weight, value in having) / sum(weight for weight, _ in having)
     return found
@@ -313,7 +287,7 @@ def mean(weighted: list[tuple[float, dict[str, float]]]) -> dict[str, float]:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """What a step of training gave on this process: its number (from 1), numbers, and the videos in its batch."""
+    """What a step gave on this process: its number (from 1), numbers, and the videos in its batch."""
 
     number: int
     numbers: dict[str, Tensor | float]
@@ -324,14 +298,13 @@ class Step:
         return all(math.isfinite(self.numbers[name]) for name in ("loss", "grad_norm"))
 
     def __str__(self) -> str:
-        videos = f"; videos {', '.join(map(repr, self.videos))}" if self.videos else ""
         norm = float(self.numbers["grad_norm"])
-        return f"step {self.number}: {describe(self.numbers)}  norm of the gradient {norm:.3g}{videos}"
+        return f"step {self.number}: {describe(self.numbers)}  norm of the gradient {norm:.3g}; videos {self.videos}"
 
 
 class Log:
-    """What a run says: a progress bar, a line an epoch, and warnings, each once. `runs.FolderLog` keeps it in files.
-    `clips` are those of a step, of all processes."""
+    """What a run says and keeps in its folder: a line an epoch, warnings, each once, log.jsonl and bad_videos.log. Only
+    the first process writes, and raises UserError where it can't. `clips` are those of a step, of all processes."""
 
     def __init__(self, run: "Run", folder: Path, clips: int):
         self.run, self.folder, self.clips = run, folder, clips
@@ -347,18 +320,19 @@ class Log:
         self.bar.update()
 
     def add_bad(self, bad: list[tuple[str, str]]) -> None:
-        """Is told which videos could not be read since the last time, and why."""
+        """Names videos that could not be read, and why, each once."""
+        path = self.folder / "bad_videos.log"
+        if bad and self.run.process.rank == 0:
+            with user_errors((OSError,), path), open(path, "a+", encoding="utf-8", errors="backslashreplace") as file:
+                file.seek(0)
+                named, step = file.read(), self.run.done
+                lines = {path: f"step {step}\t{path!r}\t{reason}".splitlines()[0] + "\n" for path, reason in bad}
+                file.writelines(line for path, line in lines.items() if f"\t{path!r}\t" not in named)
 
-    def write(self, line: dict[str, float]) -> None:
-        """Is told a line."""
-
-    def line(self, bad_videos: int) -> None:
-        """The means since the last line over steps and processes, clips/s of the whole run, and the share of time spent
-        waiting for data; says what the method warns of.
-
-        Raises:
-            UserError: a loss or gradient is not finite, in this process or in another.
-        """
+    def line(self) -> None:
+        """Logs the means since the last line over steps and processes, clips/s of the whole run, and the share of time
+        spent waiting for data; says what the method warns of. Raises UserError where a loss or gradient is not finite,
+        in this process or in another."""
         run, count = self.run, len(self.steps)
         if not count:
             return
@@ -369,73 +343,59 @@ class Log:
         if not math.isfinite(means["loss"] + means["grad_norm"]):
             broken = next((step for step in self.steps if not step.is_finite()), "in another process")
             raise UserError(
-                f"process {run.process.rank}: a loss or its gradient is not finite, {broken}; the last checkpoint, if "
-                "any, is from before; try a lower --lr, --precision float32, or --on_nan skip"
+                f"process {run.process.rank}: a loss or its gradient is not finite, {broken}; try a lower --lr, "
+                "--precision float32, or --on_nan skip"
             )
-        now = time.perf_counter()
+        seconds = time.perf_counter() - self.since
         line = {"step": run.done, "epoch": run.done / run.steps_per_epoch, "lr": run.optimizer.param_groups[0]["lr"]}
-        line |= means | {"clips_per_s": self.clips * count / (now - self.since)}
-        line |= {"data_wait": self.waited / (now - self.since), "bad_videos": bad_videos, "skipped_steps": run.skipped}
+        line |= means | {"clips_per_s": self.clips * count / seconds, "data_wait": self.waited / seconds}
+        line |= {"bad_videos": run.bad_videos, "skipped_steps": run.skipped}
         self.lines.append((count, line))
-        self.steps, self.waited, self.since = [], 0.0, now
-        self.write(line)
-        self.bar.set_postfix_str(
-            f"loss {line['loss']:.2f}, {line['clips_per_s']:.0f} clips/s, data wait {line['data_wait']:.0%}",
-            refresh=False,  # by the next step that is due, not at every line
-        )
-        self.warn(run.method.warnings(line) if hasattr(run.method, "warnings") else ())
-
-    def warn(self, warnings: Iterable[str]) -> None:
-        """Says what has not been said before."""
-        for warning in warnings:
+        self.steps, self.waited, self.since = [], 0.0, self.since + seconds
+        if run.process.rank == 0:
+            path = self.folder / "log.jsonl"
+            with user_errors((OSError,), path), open(path, "a") as file:
+                file.write(json.dumps(line) + "\n")
+        shown = f"loss {line['loss']:.2f}, {line['clips_per_s']:.0f} clips/s, data wait {line['data_wait']:.0%}"
+        self.bar.set_postfix_str(shown, refresh=False)  # by the next step that is due, not at every line
+        for warning in run.method.warnings(line) if hasattr(run.method, "warnings") else ():
             if warning not in self.warned:
-                self.run.process.say(f"warning, step {self.run.done}: {warning}")
+                run.process.say(f"warning, step {run.done}: {warning}")
                 self.warned.add(warning)
 
-    def summary(self) -> dict[str, float]:
-        """Prints the means of the lines since the last summary, and returns them."""
-        if not self.lines:
-            return {}
-        last, means = self.lines[-1][1], mean(self.lines)
-        unreadable = f"  {last['bad_videos']} unreadable videos" if last["bad_videos"] else ""
-        skipped = f"  {last['skipped_steps']} steps left out" if last["skipped_steps"] else ""
-        self.run.process.say(
-            f"epoch {last['epoch']:g}/{self.run.config.epochs}  {describe(means)}  {means['clips_per_s']:.0f} clips/s  "
-            f"data wait {means['data_wait']:.0%}{unreadable}{skipped}"
-        )
+    def summary(self) -> None:
+        """Prints the means of the lines since the last summary; that of the windows' overlap goes into run.json."""
+        if self.lines:
+            last, means = self.lines[-1][1], mean(self.lines)
+            record = self.folder / "run.json"
+            if "overlap" in means and self.run.process.rank == 0 and record.exists():
+                with user_errors(path=record):
+                    *starts, this = json.loads(record.read_bytes())
+                    write_file(record, json.dumps([*starts, this | {"overlap": means["overlap"]}], indent=1) + "\n")
+            text = f"epoch {last['epoch']:g}/{self.run.config.epochs}  {describe(means)}  {means['clips_per_s']:.0f} "
+            text += f"clips/s  data wait {means['data_wait']:.0%}"
+            text += f"  {last['bad_videos']} unreadable videos" * (last["bad_videos"] > 0)
+            self.run.process.say(text + f"  {last['skipped_steps']} steps left out" * (last["skipped_steps"] > 0))
         self.lines = []
-        return means
-
-    def close(self) -> None:
-        """Ends the progress bar."""
-        self.bar.close()
 
 
 # -------------------------------------------------------------------------------------------------------------- fit
 
 
 def autocast_bf16(config: TrainConfig, process: Process) -> bool:
-    """Whether to run in bf16; 3-D convolutions in it are slow or wrong in the cuDNN of older torch.
-
-    Raises:
-        UserError: bf16 asked for on a CPU, where the weight gradient of torch's conv3d is wrong under autocast.
-    """
+    """Whether to run in bf16; 3-D convolutions in it are slow or wrong in the cuDNN of older torch. Raises UserError
+    where it is asked for on a CPU, where the weight gradient of torch's conv3d is wrong under autocast."""
     if process.device.type != "cuda":
         if config.precision == "bf16":
             raise UserError("--precision bf16 needs a GPU: on a CPU, torch's 3-D convolutions get wrong gradients")
         return False
-    if config.precision == "bf16" and (torch.backends.cudnn.version() or 0) < 91500:
-        process.say("warning: cuDNN before 9.15 has slow or wrong bf16 3-D convolutions; consider --precision float32")
-    recent = tuple(int(n) for n in torch.__version__.split("+")[0].split(".")[:2]) >= (2, 11)
-    supported = recent and torch.cuda.is_bf16_supported(including_emulation=False)
+    supported = torch.__version__ >= (2, 11) and torch.cuda.is_bf16_supported(including_emulation=False)
     return config.precision == "bf16" or (config.precision == "auto" and supported)
 
 
 def to_device(batch: dict, device: torch.device, stream: "torch.cuda.Stream | None") -> dict:
-    """A batch with its tensors on the device; when it returns, the loader may use their memory again.
-
-    On a GPU the copies run in a stream of their own, while the step before, launched and not awaited, still computes.
-    """
+    """A batch with its tensors on the device; when it returns, the loader may use their memory again. On a GPU the
+    copies run in a stream of their own, while the step before, launched and not awaited, still computes."""
     with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
         batch = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
     for value in batch.values() if stream is not None else ():
@@ -457,13 +417,11 @@ def noted_signals(process: Process) -> Iterator[list[int]]:
         if os.getpid() != own or (caught and number != HANGUP):  # a process forked from this one is to end at once
             raise KeyboardInterrupt
         caught.append(number)
-        if len(caught) == 1:
+        if len(caught) == 1:  # to say it may raise a SIGHUP
             process.say("stopping after this step, to save; once more to stop without saving")
 
-    numbers = [signal.SIGINT, signal.SIGTERM]
-    if HANGUP and signal.getsignal(HANGUP) != signal.SIG_IGN:
-        numbers.append(HANGUP)
-    handlers = {number: signal.signal(number, note) for number in numbers}
+    hangup = [HANGUP] if HANGUP and signal.getsignal(HANGUP) != signal.SIG_IGN else []
+    handlers = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM, *hangup)}
     try:
         yield caught
     finally:
@@ -478,26 +436,24 @@ def sgd(method: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
 
 
 class Run:
-    """What a run moves on step by step, saves and restores: method, optimiser, steps. For the arguments see `fit`."""
+    """A method in training: its optimiser and place in the schedule, which moves on, is saved and restored.
+
+    Args:
+        steps_per_epoch: batches in an epoch.
+        state: of the checkpoint `config.resume`, to go on from (see `runs.load_checkpoint`).
+    """
 
     MOST_LEFT_OUT = 10  # steps in a row; with more, --on_nan skip stops the run, too
 
     def __init__(
-        self,
-        method: nn.Module,
-        config: Config,
-        process: Process,
-        steps_per_epoch: int,
-        state: dict | None = None,
-        paths: Sequence[str] = (),
-        extra: dict | None = None,
+        self, method: nn.Module, config: Config, process: Process, steps_per_epoch: int, state: dict | None = None
     ):
         self.method, self.config, self.process = method.to(process.device).train(), config, process
-        self.paths, self.extra = paths, extra or {}
         self.steps_per_epoch, self.total_batch = steps_per_epoch, config.batch_size * process.world_size
         self.optimizer = method.optimizer(config) if hasattr(method, "optimizer") else sgd(method, config)
+        self.stop = min(config.epochs * steps_per_epoch, config.max_steps or math.inf)
         self.done = 0  # steps
-        self.bad_videos = self.skipped = 0  # of this epoch: unreadable videos in this process, steps left out
+        self.bad_videos = self.skipped = 0  # of this epoch: unreadable videos in all processes, steps left out
         self.skipped_in_a_row = 0
         if state is not None:
             self.restore(state)
@@ -511,11 +467,8 @@ class Run:
             )
 
     def restore(self, state: dict) -> None:
-        """Goes to where the checkpoint `config.resume` was saved, which holds this state.
-
-        Where an epoch has other steps than it had, by another batch, data set or number of processes, this is the same
-        place in the schedule, and the run says so.
-        """
+        """Goes to where a checkpoint was saved. Where an epoch has other steps than it had, by another batch, data set
+        or number of processes, this is the same place in the schedule, and the run says so."""
         process, path = self.process, self.config.resume
         load_model(path, self.method, state["model"])
         load_optimizer(path, self.optimizer, state["optimizer"])
@@ -524,12 +477,11 @@ class Run:
             self.done = round(self.done * self.steps_per_epoch / before)
             process.say(
                 f"note: {path} was saved by {state['world_size']} processes with {before} steps an epoch, now it is "
-                f"{process.world_size} with {self.steps_per_epoch}: goes on at the same part of the schedule with the "
-                "same weights, queues and optimiser, but with other batches, so the result will be another one"
+                f"{process.world_size} with {self.steps_per_epoch}: goes on at the same part of the schedule with "
+                "other batches"
             )
         elif self.done % before:
-            self.skipped = state["skipped_steps"]
-            self.bad_videos = state["bad_videos"] if process.rank == 0 else 0
+            self.skipped, self.bad_videos = state["skipped_steps"], state["bad_videos"]
 
     def check_agreement(self) -> None:
         """Compares check sums of weights, queues and statistics over the processes; raises UserError if they differ."""
@@ -538,46 +490,40 @@ class Run:
         if differing := [name for name in sums if any(other[name] != sums[name] for other in others)]:
             raise UserError(
                 f"process {self.process.rank}: after step {self.done} the processes hold different values of "
-                f"{differing[0]}, and of {len(differing) - 1} more; the last checkpoint, if any, is from before"
+                f"{differing[0]}, and of {len(differing) - 1} more"
             )
 
-    def average_batch_norm(self) -> None:
-        """Averages the running statistics of batch norm, the one thing in which the processes differ, over them."""
-        for module in self.method.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:  # frozen ones stay bit for bit
-                for statistic in (module.running_mean, module.running_var):
-                    dist.all_reduce(statistic)
-                    statistic /= self.process.world_size
-
-    def save(self, folder: Path, bad_videos: int) -> None:
-        """Writes checkpoint.pt, and epoch_N.pt where one is due; `bad_videos`: of this epoch in all processes.
+    def save(self, folder: Path, extra: dict) -> None:
+        """Writes checkpoint.pt, with extra entries, and epoch_N.pt where one is due. Running statistics of batch norm,
+        the one thing in which the processes differ, are averaged over them before.
 
         Raises:
             UserError: it cannot be written, or the processes differ.
         """
-        if self.process.world_size > 1:
-            self.average_batch_norm()
+        process, config = self.process, self.config
+        if process.world_size > 1:
+            for module in self.method.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:  # frozen ones stay as is
+                    for statistic in (module.running_mean, module.running_var):
+                        dist.all_reduce(statistic)
+                        statistic /= process.world_size
             self.check_agreement()
-        if self.process.rank == 0:
-            state = {"method": method_name(type(self.config)), "config": dataclasses.asdict(self.config)}
+        if process.rank == 0:
+            state = {"method": method_name(type(config)), "config": dataclasses.asdict(config)}
             state |= {"model": self.method.state_dict(), "optimizer": self.optimizer.state_dict()}
             state |= {"step": self.done, "steps_per_epoch": self.steps_per_epoch, "skipped_steps": self.skipped}
-            state |= {"bad_videos": bad_videos, "world_size": self.process.world_size} | self.extra
+            state |= {"bad_videos": self.bad_videos, "world_size": process.world_size} | extra
             epoch, rest = divmod(self.done, self.steps_per_epoch)
-            if self.config.keep_every and rest == 0 and epoch % self.config.keep_every == 0:
+            if config.keep_every and rest == 0 and epoch % config.keep_every == 0:
                 save_checkpoint(folder / f"epoch_{epoch:04d}.pt", state)
             save_checkpoint(folder / "checkpoint.pt", state)  # last: who is killed between makes both again
-        if self.process.world_size > 1:
+        if process.world_size > 1:
             dist.barrier()
 
-    def step(self, batch: dict) -> Step | None:
-        """Trains on a batch; None where `on_nan` has the step left out.
-
-        Raises:
-            UserError: too many steps in a row would be left out.
-        """
+    def step(self, batch: dict, videos: list[str] = ()) -> Step | None:
+        """Trains on a batch of these videos; None where `on_nan` has the step left out. Raises UserError where too many
+        in a row would be."""
         config, process, method = self.config, self.process, self.method
-        videos = [self.paths[i] for i in batch["index"].tolist()] if self.paths and "index" in batch else []
         before = copy.deepcopy(method.state_dict()) if config.on_nan == "skip" else None
         epoch = self.done / self.steps_per_epoch
         for group in self.optimizer.param_groups:
@@ -601,7 +547,7 @@ class Run:
         numbers = {k: v.detach() if isinstance(v, Tensor) else v for k, v in (numbers | method.metrics).items()}
         self.done += 1
         step = Step(self.done, numbers, videos)
-        if before is None or not any(process.sums(not step.is_finite())):  # all processes decide alike
+        if before is None or not any(process.gather([not step.is_finite()])):  # all processes decide alike
             self.optimizer.step()
             self.skipped_in_a_row = 0
             return step
@@ -609,92 +555,79 @@ class Run:
         self.skipped += 1
         self.skipped_in_a_row += 1
         if self.skipped_in_a_row > self.MOST_LEFT_OUT:
-            raise UserError(
-                f"process {process.rank}: {self.MOST_LEFT_OUT} steps in a row were left out, and now {step}"
-            )
+            raise UserError(f"{self.MOST_LEFT_OUT} steps in a row were left out, and now {step}")
         tqdm.write(f"process {process.rank}: a loss or its gradient is not finite, left out: {step}")
         return None
 
 
+def program() -> list[str]:
+    """How the program was called, without its flags: the script and, where it has such, the sub-command."""
+    return list(itertools.takewhile(lambda word: not word.startswith("-"), sys.argv))
+
+
 def fit(
-    method: nn.Module,
-    config: Config,
-    process: Process,
+    run: Run,
     make_loader: Callable[[int], Iterable[dict]],
-    steps_per_epoch: int,
     out: Path,
-    state: dict | None = None,
-    make_log: Callable[["Run", Path, int], Log] = Log,
     clips_per_video: int = 2,
     paths: Sequence[str] = (),
     extra: dict | None = None,
 ) -> Path:
-    """Trains `method`, and returns the path of its last checkpoint. `runs.fit_in_folder` is what the commands call: it
-    makes the folder, and logs there.
+    """Trains to the end of the schedule in a folder of this run alone, and returns the path of the last checkpoint. The
+    commands call `runs.fit_in_folder`, which makes run and folder.
 
     Args:
-        make_loader: step to start from → batches from that step on, one a step; a batch is a dict of tensors and, under
+        make_loader: step to start from → batches from there on, one a step; a batch is a dict of tensors and, under
             "bad", the list of (path, reason) of videos that could not be read and were replaced. The method gets it
             with "epoch", how many of them have passed, a whole number at the start of each. "overlap" (B,), of the two
             windows of each video, is logged. An OSError of the batches is taken for one of the user's.
-        steps_per_epoch: batches in an epoch.
-        out: run folder, of this run alone.
-        state: of the checkpoint `config.resume`, to go on from (see `runs.load_checkpoint`); it is emptied.
         clips_per_video: of a batch, for the log's clips/s.
         paths: of the videos that a batch's "index" counts, to name those of a step that fails.
-        extra: more entries of the checkpoints, of the first process.
+        extra: more entries of the checkpoints.
 
-    Raises UserError where a checkpoint does not fit or cannot be written, where more videos than `max_bad` are
-    unreadable, or a loss is not finite; and Interrupted after SIGINT, SIGTERM or SIGHUP, when the state is saved.
+    Raises UserError where a file cannot be written, where more videos than `max_bad` are unreadable, or a loss is not
+    finite; and Interrupted after SIGINT, SIGTERM or SIGHUP, when the state is saved.
     """
-    run = Run(method, config, process, steps_per_epoch, state, paths, extra)
-    (state or {}).clear()  # of tensors that the run has copied
-    stop = min(config.epochs * steps_per_epoch, config.max_steps or math.inf)
-    if run.done >= stop:
-        process.say(f"{config.resume} is at step {run.done} of {stop}: nothing left to train (--epochs, --max_steps)")
-        return Path(config.resume)
-    log, saved, bad = make_log(run, out, clips_per_video * run.total_batch), time.monotonic(), []
-    process.say(f"run folder {out}" + (f", resumed after step {run.done}" if config.resume else ""))
-    with noted_signals(process) as caught, contextlib.closing(log):
+    config, process, saved, bad = run.config, run.process, time.monotonic(), []
+    log = Log(run, out, clips_per_video * run.total_batch)
+    with noted_signals(process) as caught, contextlib.closing(log.bar):
         batches = iter(make_loader(run.done))
-        while run.done < stop:
+        while run.done < run.stop:
             waiting = time.perf_counter()
             with user_errors((OSError,)):
                 batch = next(batches)
             waited = time.perf_counter() - waiting
             bad += batch.pop("bad", [])
-            log.add(run.step(batch), waited)
+            videos = [paths[i] for i in batch["index"].tolist()] if paths and "index" in batch else []
+            log.add(run.step(batch, videos), waited)
 
-            ends = run.done % steps_per_epoch == 0 or run.done == stop
+            ends = run.done % run.steps_per_epoch == 0 or run.done == run.stop
             line_due = ends or run.done % config.log_every == 0
             if process.world_size > 1 and not line_due and run.done % 10:
                 continue  # the rest has the processes wait for each other
             late = process.rank == 0 and time.monotonic() - saved >= 60 * config.save_minutes
-            run.bad_videos += len(bad)
-            counts = len(caught), run.bad_videos, late, len(bad)
-            interrupted, bad_videos, late, unnamed = process.sums(*counts)  # so that all do the same
-            if unnamed:
-                log.add_bad(process.gather(bad))
-                bad = []
-            if bad_videos > config.max_bad * steps_per_epoch * run.total_batch:
-                exclude = ",".join(filter(None, [getattr(config, "exclude", ""), str(out / "bad_videos.log")]))
+            shares = process.gather([(bool(caught), late, bad)])  # so that all do the same
+            interrupted, late = (any(share[i] for share in shares) for i in range(2))
+            found, bad = [video for *_, share in shares for video in share], []
+            log.add_bad(found)
+            run.bad_videos += len(found)
+            if run.bad_videos > config.max_bad * run.steps_per_epoch * run.total_batch:
+                why = out / "bad_videos.log"
                 raise UserError(
-                    f"{bad_videos} videos of this epoch could not be read, more than --max_bad {config.max_bad:g}; "
-                    f"{out / 'bad_videos.log'} says why: mend them, allow more, or leave them out, when resuming with "
-                    f"--changed_data, by --exclude {shlex.quote(exclude)}"
+                    f"{run.bad_videos} videos of this epoch could not be read, more than --max_bad {config.max_bad:g}; "
+                    f"{why} says why: leave them out by --exclude {shlex.quote(str(why))}, or allow more"
                 )
             if line_due or interrupted:
-                log.line(bad_videos)  # before saving, as it finds losses that are not finite
+                log.line()  # before saving, as it finds losses that are not finite
             if ends or interrupted or (late and line_due):
-                run.save(out, bad_videos)
+                run.save(out, extra or {})
                 saved = time.monotonic()
             if ends or interrupted:
                 log.summary()
                 run.bad_videos = run.skipped = 0
             if interrupted:
                 launch = f"torchrun --nproc_per_node={process.world_size}" if process.world_size > 1 else "python"
-                script = itertools.takewhile(lambda word: not word.startswith("-"), sys.argv)  # and its sub-command
-                command = shlex.join([*script, "--resume", str(out / "checkpoint.pt")])
+                command = shlex.join([*program(), "--resume", str(out / "checkpoint.pt")])
                 process.say(f"saved; continue with: {launch} {command}")
                 raise Interrupted(caught[0] if caught else signal.SIGTERM)
     return out / "checkpoint.pt"

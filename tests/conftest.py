@@ -1,24 +1,22 @@
 """What the tests share: settings, a small generated data set, and a way to run a script as its command line would."""
 
+import functools
 import os
 import sys
 
 os.environ["OMP_NUM_THREADS"] = "1"  # operators so small take longer where threads wait for each other
 
 import pytest
+from helpers import one_line
 from hypothesis import settings
 
 import cli
-import dclr
 import evaluate
-import fame
 import fima
-import moco
 import pretrain
 import synthetic
 
-sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "examples"))
-import simclr
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "examples"))  # where simclr is
 
 settings.register_profile("project", deadline=None, derandomize=True, max_examples=30)
 settings.load_profile("project")
@@ -34,14 +32,6 @@ def pytest_cmdline_main(config):
 
 
 SMALL = ["--encoder=r3d_18", "--width=0.0625", "--crop=48", "--batch_size=4", "--queue=8", "--device=cpu"]
-DECODER = ["--decoder_width=32"]
-METHODS = {
-    dclr: (dclr.DCLR, dclr.DCLRConfig),
-    fame: (fame.FAME, fame.FAMEConfig),
-    fima: (fima.FIMA, fima.FIMAConfig),
-    moco: (moco.MoCo, moco.MoCoConfig),
-    simclr: (simclr.SimCLR, simclr.SimCLRConfig),
-}
 CONV4 = ["--encoder=conv4", "--width=0.25", "--crop=32"]  # the cheapest
 
 
@@ -55,20 +45,34 @@ def videos(tmp_path_factory):
 
 @pytest.fixture
 def run(videos, tmp_path, monkeypatch, capsys):
-    """Runs a script in this process as its command line would; gives exit code, output and errors."""
+    """Runs a script in this process as its command line would; gives exit code, output and errors. `run.ok` gives the
+    output of what ends well, `run.refused` checks that it ends with one line that says these words."""
 
     def call(script, *flags, dataset="synthetic", small=True):
         where = ["--dataset", dataset, "--data", str(videos)] if dataset else []
-        own = [*(SMALL if small else []), *(DECODER if small and script is fima else []), "--workers=0"]
+        own = [*SMALL * small, *["--decoder_width=32"] * (small and script is fima), "--workers=0"]
         monkeypatch.chdir(tmp_path)
         arguments = [*flags, *where] if script is evaluate else [*own, *flags, *where]  # the last of a kind counts
         monkeypatch.setattr(sys, "argv", [script.__name__ + ".py", *map(str, arguments)])
-        method = METHODS.get(script)
-        main = (lambda: pretrain.main(*method, script.PRESETS, script.__doc__)) if method else script.main
+        main = script.main
+        if main is pretrain.main:  # a method's, which tells it class, config, presets and help
+            (name,) = (name for name in vars(script) if name.lower() == script.__name__)
+            options = getattr(script, name), getattr(script, f"{name}Config"), script.PRESETS, script.__doc__
+            main = functools.partial(main, *options)
         with pytest.raises(SystemExit) as stop:
             cli.command_line(main)
         out, err = capsys.readouterr()
         return stop.value.code, out, err
 
-    call.path, call.videos = tmp_path, videos
+    def ok(*arguments, **options):
+        code, out, err = call(*arguments, **options)
+        assert code == 0, err
+        return out
+
+    def refused(*arguments, says, **options):
+        code, _, err = call(*arguments, **options)
+        assert code == 2, err
+        one_line(err, *says)
+
+    call.path, call.videos, call.ok, call.refused = tmp_path, videos, ok, refused
     return call

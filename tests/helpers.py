@@ -70,6 +70,19 @@ def join_group(rank, folder, world=2):
     torch.distributed.init_process_group("gloo", f"file://{folder}/rendezvous{world}", rank=rank, world_size=world)
 
 
+def alive(pids):
+    """Those of these processes that do more than wait to be buried."""
+    states = {pid: Path(f"/proc/{pid}/stat") for pid in pids}
+    return [pid for pid, state in states.items() if state.exists() and " Z " not in state.read_text()]
+
+
+def descendants(pid):
+    """Processes that a process has started, and theirs."""
+    found = Path(f"/proc/{pid}/task/{pid}/children")
+    children = found.read_text().split() if found.exists() else []
+    return [int(child) for child in children] + [found for child in children for found in descendants(child)]
+
+
 def generator(seed: int):
     return torch.Generator().manual_seed(seed)
 

@@ -10,13 +10,12 @@ import signal
 import subprocess
 import sys
 import time
-import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import ALONE, FORK
+from helpers import ALONE, FORK, Bare, alive, descendants
 
 import benchmark
 import cli
@@ -201,17 +200,6 @@ def test_a_run_goes_on_from_a_checkpoint_that_is_a_link(run):
     assert path.is_symlink() and runs.load_checkpoint(run.path / "elsewhere.pt")["step"] == 2
 
 
-def alive(pids):
-    return [
-        pid for pid in pids if Path(f"/proc/{pid}/stat").exists() and " Z " not in Path(f"/proc/{pid}/stat").read_text()
-    ]
-
-
-def descendants(pid):
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [int(child) for child in children] + [found for child in children for found in descendants(child)]
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for processes in /proc")
 def test_processes_whose_launcher_is_killed_save_and_end(videos, tmp_path):
@@ -345,15 +333,16 @@ def full_disk():
 
 
 def log_of(folder):
-    log = runs.FolderLog.__new__(runs.FolderLog)
-    log.folder, log.board, log.starts, log.run = folder, None, [{}], types.SimpleNamespace(process=ALONE, done=1)
+    log = train.Log.__new__(train.Log)
+    log.run, log.folder = train.Run(Bare(), train.TrainConfig(), ALONE, 1), folder
+    log.clips, log.lines, log.waited, log.since = 1, [], 0, 0
+    log.steps = [train.Step(1, {"loss": torch.ones(()), "grad_norm": torch.ones(())}, [])]
     return log
 
 
 WRITERS = {
     "o.json": lambda folder: train.write_file(folder / "o.json", "new" * 99),
-    "run.json": lambda folder: log_of(folder).note(fact="new" * 99),
-    "log.jsonl": lambda folder: log_of(folder).write({"step": "new" * 99}),
+    "log.jsonl": lambda folder: log_of(folder).line(),
     "bad_videos.log": lambda folder: log_of(folder).add_bad([("new" * 99, "reason")]),
     "a.mp4.npz": lambda folder: Kept(folder).visit(str(folder / "a.mp4")),
     "bad.txt": lambda folder: find.check_videos(folder, folder / "bad.txt", 1),
@@ -372,7 +361,7 @@ def test_a_full_disk_names_the_file_and_leaves_nothing_half(name, tmp_path, caps
     with full_disk(), pytest.raises((OSError, train.UserError), match=rf"File too large: '.*{name}'"):
         WRITERS[name](tmp_path)
     assert sorted(os.listdir(tmp_path)) == before
-    if name in ("o.json", "run.json", "a.mp4.npz"):
+    if name in ("o.json", "a.mp4.npz"):
         assert (tmp_path / name).read_bytes() == old
 
 

@@ -16,19 +16,12 @@ import pretrain
 
 ROOT = Path(__file__).parents[1]
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]}
+ALL = "\n".join(PAGES.values())
 REPRODUCE = PAGES["docs/reproduce.md"]
-LINES = [
-    line.partition("#")[0].strip()
-    for page in PAGES.values()
-    for block in re.findall(r"^```bash\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
-    for line in block.splitlines()
-]
-OF_TABLES = [
-    f"python {command}"  # such as `moco.py --losses vv,vd`
-    for page in PAGES.values()
-    for row in re.findall(r"^\|.*", page, re.MULTILINE)
-    for command in re.findall(r"`(\w+\.py [^`]*)`", row)
-]
+BLOCKS = re.findall(r"^```bash\n(.*?)^```", ALL, re.DOTALL | re.MULTILINE)
+LINES = [line.partition("#")[0].strip() for block in BLOCKS for line in block.splitlines()]
+ROWS = re.findall(r"^\|.*", ALL, re.MULTILINE)
+OF_TABLES = [f"python {command}" for row in ROWS for command in re.findall(r"`(\w+\.py [^`]*)`", row)]
 
 
 def rows_of_reproduce() -> list[str]:
@@ -38,6 +31,14 @@ def rows_of_reproduce() -> list[str]:
         base = block.strip() or base
         found += [f"{base} {flags}"] * bool(flags)
     return found
+
+
+COMMANDS = [line for line in dict.fromkeys(LINES + OF_TABLES + rows_of_reproduce()) if line]
+SCRIPTS = {}  # the words from the script's name on, of each command that runs one of ours
+for line in COMMANDS:
+    words = shlex.split(line.rpartition("&&")[2])
+    if first := [i for i, word in enumerate(words) if word.endswith(".py") and "pytest" not in words]:
+        SCRIPTS[line] = words[first[0] :]
 
 
 class Parsed(Exception):
@@ -50,14 +51,6 @@ def then_stop(parse):
         raise Parsed
 
     return parsed
-
-
-COMMANDS = [line for line in dict.fromkeys(LINES + OF_TABLES + rows_of_reproduce()) if line]
-SCRIPTS = {}  # the words from the script's name on, of each command that runs one of ours
-for line in COMMANDS:
-    words = shlex.split(line.rpartition("&&")[2])
-    if first := [i for i, word in enumerate(words) if word.endswith(".py") and "pytest" not in words]:
-        SCRIPTS[line] = words[first[0] :]
 
 
 @pytest.mark.parametrize("command", SCRIPTS)
@@ -76,24 +69,14 @@ def test_every_command_parses(command, monkeypatch):
         runpy.run_path(str(ROOT / script), run_name="__main__")
 
 
-def test_other_commands_are_of_known_tools():
-    for command in COMMANDS:
-        words = command.rpartition("&&")[2].split()
-        assert command in SCRIPTS or words[0] in ("pip", "git", "cd", "source", "ruff", "for", "done", "python"), (
-            command
-        )
-        assert all((ROOT / word).is_file() for word in words if word.startswith("tests/")), command
-
-
-def test_the_commands_are_there():
-    assert "pip install -r requirements.txt && python fima.py" in LINES
-    assert "pip install -r requirements.txt && python -m pytest" in LINES
+def test_commands_are_there():
+    assert {"pip install -r requirements.txt && python " + words for words in ("fima.py", "-m pytest")} <= set(LINES)
     assert len(OF_TABLES) > 10 and len(rows_of_reproduce()) > 30
+    assert all((ROOT / word).is_file() for line in LINES for word in line.split() if word.startswith("tests/"))
 
 
 def test_readme_is_one_page():
-    readme = PAGES["README.md"]
-    assert readme.count("\n") <= 150 and len(readme) <= 14_000
+    assert PAGES["README.md"].count("\n") <= 150 and len(PAGES["README.md"]) <= 14_000
 
 
 def test_every_run_that_a_table_names_is_made_once():
@@ -109,22 +92,17 @@ def anchors(page: str) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("name", PAGES)
-def test_links_lead_somewhere(name):
-    for target, _, anchor in (link.partition("#") for link in re.findall(r"\]\((?!https?:)([^)]*)\)", PAGES[name])):
-        path = (ROOT / name).parent / target if target else ROOT / name
-        assert path.exists(), target
-        assert not anchor or anchor in anchors(path.read_text()), f"{target}#{anchor}"
-
-
 OF_USERS = {"run.json", "labels.json", "train.json", "validation.json"}
 OF_USERS |= {f"Diving48_{part}.json" for part in ("V2_train", "V2_test", "vocab")}
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_files_that_are_named_exist(name):
+def test_links_and_files_that_are_named_exist(name):
+    for target, _, anchor in (link.partition("#") for link in re.findall(r"\]\((?!https?:)([^)]*)\)", PAGES[name])):
+        path = (ROOT / name).parent / target if target else ROOT / name
+        assert path.exists() and (not anchor or anchor in anchors(path.read_text())), f"{target}#{anchor}"
     for file in re.findall(r"`([\w/]+\.(?:py|sh|json|md))(?=[` ])", PAGES[name]):
-        places = [ROOT / file, *(ROOT / folder / file for folder in ("tests", "docs", "results"))]
+        places = [ROOT / folder / file for folder in ("", "tests", "docs", "results")]
         assert any(place.is_file() for place in places) or file in OF_USERS, file
 
 
@@ -138,20 +116,17 @@ def test_flags_that_are_named_exist(monkeypatch):
         monkeypatch.setattr(sys, "argv", [*words, "--help"])
         with pytest.raises(SystemExit):
             runpy.run_path(str(ROOT / words[0]), run_name="__main__")
-    for name, page in PAGES.items():
-        assert {f"--{flag}" for flag in re.findall(r"--(\w+)", page)} <= known, name
+    assert {f"--{flag}" for flag in re.findall(r"--(\w+)", ALL)} <= known
 
 
 def test_names_that_are_imported_exist():
-    for page in PAGES.values():
-        for block in re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE):
-            exec("\n".join(line for line in block.splitlines() if line.startswith(("from ", "import "))), {})
+    for block in re.findall(r"^```python\n(.*?)^```", ALL, re.DOTALL | re.MULTILINE):
+        exec("\n".join(line for line in block.splitlines() if line.startswith(("from ", "import "))), {})
 
 
 def test_every_promise_names_tests_that_exist():
-    promises = re.findall(
-        r"^- (?:.+\n)(?:  .+\n)*", PAGES["docs/training.md"].partition("## Ten promises")[2], re.MULTILINE
-    )
+    text = PAGES["docs/training.md"].partition("## Ten promises")[2]
+    promises = re.findall(r"^- (?:.+\n)(?:  .+\n)*", text, re.MULTILINE)
     assert len(promises) == 10
     for promise in promises:
         named = re.findall(r"`(test_\w+\.py)`", promise)

@@ -1,4 +1,4 @@
-"""Runs are killed, doubled, starved of disk and given other videos, at random, until the minutes are over.
+"""Runs are killed, doubled, starved of disk and damaged, at random, until the minutes are over.
 
 Each try ends with a run whose weights, optimiser and log must equal those of an undisturbed one, and with every file
 that is not the run's own as it was. Not one of the quick tests: by hand, and for two minutes in `.ci/run`.
@@ -23,9 +23,9 @@ from random import Random
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from helpers import alive, descendants  # noqa: E402
 from helpers import lines as log  # noqa: E402
-from helpers import same, weights  # noqa: E402
-from test_reliability import TINY, finish, start, start_two  # noqa: E402
+from test_reliability import TINY, end_well, equal_ends, finish, start  # noqa: E402
 
 import synthetic  # noqa: E402
 
@@ -38,64 +38,32 @@ def digests(*places: Path) -> dict[str, str]:
     return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def children(process: int) -> list[int]:
-    found = Path(f"/proc/{process}/task/{process}/children")
-    return [int(child) for child in found.read_text().split()] if found.exists() else []
-
-
-def lives(process: int) -> bool:
-    """Whether there is such a process that does more than wait to be buried."""
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-def alive(word: str) -> list[int]:
-    """Processes that have a word in their environment, as all of a run have."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/environ"):
-        try:
-            found += [int(path.parent.name)] * (word.encode() in path.read_bytes())
-        except OSError:
-            continue
-    return found
-
-
 class Torture:
     """The tries: each is given chance and an empty folder, and raises AssertionError where a promise is not kept."""
 
     def __init__(self, folder: Path):
-        self.folder, self.videos = folder, folder / "videos"
+        self.folder, self.videos, self.expected = folder, folder / "videos", folder / "undisturbed" / "run"
         synthetic.make_synthetic(self.videos, train=18, test=10, frames=40, size=(56, 56))
         self.flags = [*FLAGS, "--data", self.videos]
-        self.expected = {}
-        for processes in (1, 2):
-            (where := folder / f"undisturbed{processes}").mkdir()
-            began = time.monotonic()
-            self.live(where, processes)
-            self.seconds = time.monotonic() - began
-            self.expected[processes] = where / "run"
+        self.expected.parent.mkdir()
+        began = time.monotonic()
+        end_well(self.expected.parent, *self.flags)
+        self.seconds = time.monotonic() - began
 
-    def live(self, folder: Path, processes: int = 1, *flags, **options) -> str:
-        """A run that nothing disturbs from here on: its output."""
-        if processes == 1:
-            running = [start(folder, *self.flags, *flags, **options)]
-        else:
-            running = start_two(folder, *self.flags, *flags)
-        ends = [finish(process, folder, rank) for rank, process in enumerate(running)]
-        assert not any(code for code, _ in ends), ends
-        return ends[0][1]
+    def ended(self, folder: Path, *flags, **options) -> tuple[int, str]:
+        """A run that ends well, or with one line of an error: exit code and output."""
+        output = options.get("output", "out0.txt")
+        code, out = finish(start(folder, *self.flags, *flags, **options), folder, output=output)
+        assert code in (0, 2) and "Traceback" not in out, out
+        return code, out
 
-    def ends_as_if_nothing_had_been(self, folder: Path, processes: int = 1, stopped: bool = False) -> None:
+    def ends_as_if_nothing_had_been(self, folder: Path, stopped: bool = False) -> None:
         """Goes on to the end, which is the undisturbed one's, and so is the log, but for lines of where it `stopped`;
         nothing half is left.
         """
-        self.live(folder, processes, "--resume", "auto")
-        for name in ("model", "optimizer", "step"):
-            found = [weights(run / "checkpoint.pt")[name] for run in (self.expected[processes], folder / "run")]
-            assert same(*found), f"other {name}"
-        found, expected = log(folder / "run"), log(self.expected[processes])
+        end_well(folder, *self.flags, "--resume", "auto")
+        assert equal_ends(self.expected, folder / "run"), "another end"
+        found, expected = log(folder / "run"), log(self.expected)
         steps = [[line["step"] for line in lines] for lines in (found, expected)]
         assert found == expected or (stopped and set(steps[0]) > set(steps[1])), f"another log, of steps {steps[0]}"
         assert sorted(set(steps[0])) == steps[0], steps[0]
@@ -106,14 +74,14 @@ class Torture:
         for _ in range(chance.randint(1, 3)):
             process = start(folder, *self.flags, "--resume", "auto")
             time.sleep(chance.uniform(0, self.seconds))
-            workers, victim = children(process.pid), chance.choice(("process", "worker", "both"))
+            workers, victim = descendants(process.pid), chance.choice(("process", "worker", "both"))
             for one in [*workers * (victim != "process"), *[process.pid] * (victim != "worker")]:
                 if process.is_alive():
                     os.kill(one, signal.SIGKILL)
             process.join(120)
             assert process.exitcode in ((0, -signal.SIGKILL) if victim != "worker" else (0,)), process.exitcode
             until = time.monotonic() + 10
-            while (left := [worker for worker in workers if lives(worker)]) and time.monotonic() < until:
+            while (left := alive(workers)) and time.monotonic() < until:
                 time.sleep(0.1)
             assert not left, f"workers {left} outlive their process"
         self.ends_as_if_nothing_had_been(folder)
@@ -128,119 +96,49 @@ class Torture:
         assert code in (0, 128 + number, 128 + signal.SIGINT, -number) and "Traceback" not in out, out
         self.ends_as_if_nothing_had_been(folder, stopped=True)
 
-    def launcher(self, chance: Random, folder: Path) -> None:
-        """torchrun is killed, or one of its processes, or all of them at once."""
-        word = f"TORTURE={folder}"
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        environment = os.environ | dict([word.split("=")]) | {"OMP_NUM_THREADS": "1"}
-        with open(folder / "launched.txt", "w") as out:
-            command += [ROOT / "fima.py", *map(str, self.flags)]
-            options = dict(cwd=folder, env=environment, stdout=out, stderr=out, start_new_session=True)
-            running = subprocess.Popen(command, **options)
-        until = time.monotonic() + 60
-        while not (folder / "run" / "run.json").exists() and time.monotonic() < until:
-            time.sleep(0.1)
-        time.sleep(chance.uniform(0, self.seconds))
-        victim = chance.choice([-running.pid, running.pid, *children(running.pid)])  # −: its group
-        if running.poll() is None:
-            os.kill(victim, signal.SIGKILL)
-        running.wait(120)
-        until = time.monotonic() + 30
-        while (left := alive(word)) and time.monotonic() < until:
-            time.sleep(0.1)
-        assert not left, f"processes {left} outlive torchrun"
-        self.ends_as_if_nothing_had_been(folder, processes=2, stopped=True)
-
     def two_at_once(self, chance: Random, folder: Path) -> None:
         """A second run in the folder of the first, or one that would resume it."""
         first = start(folder, *self.flags, output="first.txt")
         time.sleep(chance.uniform(0, self.seconds / 2))
         second = start(folder, *self.flags, *chance.choice(([], ["--resume", "auto"])), output="second.txt")
-        codes = []
-        for process, name in ((first, "first.txt"), (second, "second.txt")):
-            process.join(300)
-            text = (folder / name).read_text()
-            assert process.exitcode in (0, 2) and "Traceback" not in text, text
-            codes.append(process.exitcode)
-        assert 0 in codes, codes
+        ends = [finish(first, folder, output="first.txt"), finish(second, folder, output="second.txt")]
+        assert sorted(code for code, _ in ends) in ([0, 0], [0, 2]) and "Traceback" not in str(ends), ends
         self.ends_as_if_nothing_had_been(folder)
 
     def full_disk(self, chance: Random, folder: Path) -> None:
         """Of some size, in the middle of anything; afterwards there is room."""
-        size = weights_size = (self.expected[1] / "checkpoint.pt").stat().st_size
-        size = chance.randint(4096, 5 * weights_size // 2)
+        most = (self.expected / "checkpoint.pt").stat().st_size
+        size = chance.randint(4096, 5 * most // 2)
         mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "torture", folder]
         if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:  # no root: files have a largest size
-            code, out = finish(start(folder, *self.flags, file_size=min(size, weights_size)), folder)
-            assert code in (0, 2) and "Traceback" not in out, out
+            self.ended(folder, file_size=min(size, most))
             self.ends_as_if_nothing_had_been(folder)
             return
         try:
-            said = self.folder / "full.txt"
-            process = start(folder, *self.flags, output=str(said))
-            process.join(300)
-            out = said.read_text()
-            assert process.exitcode in (0, 2) and "Traceback" not in out, out
-            assert process.exitcode == 0 or ("No space left" in out and "run" in out.splitlines()[-1]), out
+            code, out = self.ended(folder, output=str(self.folder / "full.txt"))
+            assert code == 0 or ("No space left" in out and "run" in out.splitlines()[-1]), out
             subprocess.run(["mount", "-o", "remount,size=1g", folder], check=True)
             self.ends_as_if_nothing_had_been(folder)
         finally:
             subprocess.run(["umount", "-l", folder], check=True)
 
-    def changed_videos(self, chance: Random, folder: Path) -> None:
-        """One more, one less, another class, other bytes: the run says so and waits; with the old ones it goes on."""
-        shutil.copytree(self.videos, folder / "videos")
-        flags = ["--data", folder / "videos"]
-        self.live(folder, 1, *flags, "--max_steps", str(chance.randint(1, 20)))
-        path = chance.choice(sorted((folder / "videos" / "train").rglob("*.mp4")))
-        change = chance.choice(("more", "less", "class", "bytes"))
-        if change == "more":
-            shutil.copy(path, other := path.with_name("more.mp4"))
-        elif change == "less":
-            path.rename(other := folder / "taken.mp4")
-        elif change == "class":
-            (other := path.parent.with_name("other") / path.name).parent.mkdir()
-            path.rename(other)
-        else:
-            shutil.copy(path, folder / "old.mp4")
-            with open(path, "ab") as file:
-                file.write(b"\0" * 8)
-        resume = [*self.flags, *flags, "--resume", "run/checkpoint.pt"]
-        code, out = finish(start(folder, *resume), folder)
-        assert code == 2 and "Traceback" not in out and "--" in out.splitlines()[-1], (change, out)
-        if change == "more":
-            other.unlink()
-        elif change == "bytes":
-            (folder / "old.mp4").replace(path)
-        else:
-            other.rename(path)
-        if change == "class":
-            other.parent.rmdir()
-        self.flags, flags = [*self.flags, *flags], self.flags
-        try:
-            self.ends_as_if_nothing_had_been(folder, stopped=True)
-        finally:
-            self.flags = flags
-
     def damaged(self, chance: Random, folder: Path) -> None:
         """A bit, a hole or the end of the checkpoint is lost: it is refused, or nothing of it was."""
-        self.live(folder, 1, "--max_steps", str(chance.randint(1, 20)))
+        end_well(folder, *self.flags, "--max_steps", chance.randint(1, 20))
         path = folder / "run" / "checkpoint.pt"
-        content, whole = bytearray(path.read_bytes()), path.read_bytes()
+        content = bytearray(whole := path.read_bytes())
         place, how = chance.randrange(len(content)), chance.choice(("bit", "hole", "end"))
         if how == "bit":
             content[place] ^= 1 << chance.randrange(8)
         else:
             content[place : place + 4096 if how == "hole" else None] = b""
         path.write_bytes(content)
-        code, out = finish(start(folder, *self.flags, "--resume", path), folder)
-        assert code in (0, 2) and "Traceback" not in out, out
-        if code:
+        if self.ended(folder, "--resume", path)[0]:
             path.write_bytes(whole)
         self.ends_as_if_nothing_had_been(folder, stopped=True)
 
 
-TRIES = ("killed", "told_to_stop", "launcher", "two_at_once", "full_disk", "changed_videos", "damaged")
+TRIES = ("killed", "told_to_stop", "two_at_once", "full_disk", "damaged")
 
 
 def main() -> int:
@@ -250,15 +148,16 @@ def main() -> int:
     parser.add_argument("--only", choices=TRIES, help="this kind alone")
     options = parser.parse_args()
     os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker"  # of what killed processes leave, and it cleans up
-    until, tries, failures = time.monotonic() + 60 * options.minutes, Counter(), []
+    tries, failures, number = Counter(), [], 0
     with tempfile.TemporaryDirectory(prefix="torture-") as folder:
-        torture, number = Torture(Path(folder)), 0
+        torture = Torture(Path(folder))
+        until = time.monotonic() + 60 * options.minutes
         while time.monotonic() < until:
             kind = options.only or TRIES[number % len(TRIES)]
             chance, place = Random(f"{options.seed} {number}"), Path(folder) / f"{number}-{kind}"
             (place / "run").mkdir(parents=True)
             (place / "run" / "notes.txt").write_text("theirs")
-            theirs = [place / "run" / "notes.txt", torture.videos, *torture.expected.values()]
+            theirs = [place / "run" / "notes.txt", torture.videos, torture.expected]
             before = digests(*theirs)
             try:
                 getattr(torture, kind)(chance, place)
