@@ -1,8 +1,7 @@
 """FAME: Motion-aware Contrastive Video Representation Learning via Foreground-background Merging (CVPR 2022).
 
 MoCo-v2 in which one of the two clips of a video shows its moving foreground on the background of another video of the
-batch (Sec. 3.2, Fig. 4), so that a scene no longer gives away which clips belong together. The augmentation itself is
-`augment.ForegroundBackgroundMerging`; `python fima.py --fame single` puts it before FIMA.
+batch (Sec. 3.2, Fig. 4), by `augment.ForegroundBackgroundMerging`. `python fima.py --fame single` puts it before FIMA.
 
     python fame.py                                                          # small encoder, generated videos, on a CPU
     python fame.py --dataset ucf101 --data /data/ucf101                     # one GPU
@@ -30,16 +29,10 @@ class FAMEConfig(MoCoConfig):
     foreground: float = option(0.5, "portion of the picture that is foreground, beta (Table 1)", (0.01, 1))
     branches: str = option("single", "merge one clip of each video, or both (Table 1)", Merging.BRANCHES)
     background: str = option(
-        "inter",
-        "where the background comes from (Table 3). inter: another video of the batch; intra: the video's other clip; "
-        "none: nothing is merged, which is MoCo",
-        Merging.BACKGROUNDS,
+        "inter", "that of another video, of the video's other clip, or none, as MoCo (Table 3)", Merging.BACKGROUNDS
     )
     mask: str = option(
-        "fame",
-        "how the foreground is found (Table 4). fame: by the colours of what moves; gauss: the middle of the picture; "
-        "seed: what moves; grid: the cells of a 4 x 4 grid that move most",
-        Merging.MASKS,
+        "fame", "foreground by the colours of what moves, the middle, what moves, or its grid (Table 4)", Merging.MASKS
     )
 
     def __post_init__(self) -> None:

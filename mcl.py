@@ -5,9 +5,8 @@ respect to the last convolution, is made to lie where the clip moves (L_MAL, Sec
 derivatives of TV-L1 flow (Sec. 3.1), made once for each video.
 
     pip install scikit-image                                                # TV-L1 flow, to make motion maps
-    python mcl.py maps --dataset ucf101 --data /data/ucf101                 # the same again goes on after an interrupt
-
     python mcl.py                                                           # small encoder, generated videos, on a CPU
+    python mcl.py maps --dataset ucf101 --data /data/ucf101                 # all maps before training, on many cores
     python mcl.py --dataset ucf101 --data /data/ucf101                      # one GPU
     torchrun --nproc_per_node=8 mcl.py --dataset k400 --data /data/k400     # eight GPUs, the paper's setting
 
@@ -16,11 +15,9 @@ st; 2 --losses vv, and --alignment v1, v2, v3.
 """
 
 import dataclasses
-import functools
 import io
 import itertools
 import os
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -104,21 +101,19 @@ def tvl1_flow(images: Sequence[np.ndarray], side: int, warps: int = 5) -> Tensor
 
 
 class MotionMaps(data.VideoVisitor):
-    """m of Eq. 1 for each frame of each video, averaged over cells, made once and kept in a file for each video.
+    """m of Eq. 1 for each frame of each video, averaged over cells, made once: when first read, or by `mcl.py maps`.
 
-    FOLDER/flow_SIDE_WARPS/a/b.mp4.BYTES.npz holds the maps of ROOT/a/b.mp4, a file of so many bytes: square roots in 8
-    bits, to a scale of their own, as no loss and no sampling knows a video's scale.
+    FOLDER/flow_SIDE_WARPS/a/b.mp4.BYTES.npz holds the maps of ROOT/a/b.mp4, a file of so many bytes, as square roots in
+    8 bits. Each video has a scale of its own, which neither sampling nor alignment knows.
     """
 
     CELLS = 24  # of the shorter side, at most
     CHUNK = 64  # frames read at once
 
     def __init__(self, config: MapsConfig):
-        self.config, self.root = config, os.path.abspath(config.root)
-        self.folder = Path(config.maps or f"{self.root}_maps") / f"flow_{config.flow_side}_{config.flow_warps}"
-        options = {field.name: getattr(config, field.name) for field in dataclasses.fields(MapsConfig)}
-        flags = [f"--{name} {shlex.quote(str(x))}" for name, x in options.items() if x and name != "workers"]
-        self.command = " ".join(["python mcl.py maps", *flags])
+        self.config = config
+        folder = Path(config.maps or f"{os.path.abspath(config.root)}_maps")
+        self.folder = folder / f"flow_{config.flow_side}_{config.flow_warps}"
 
     def compute(self, path: str) -> np.ndarray:
         """The maps of a video (N, h, w) ≥ 0; the last frame, from which nothing flows, has that of the one before (Sec.
@@ -135,48 +130,31 @@ class MotionMaps(data.VideoVisitor):
     def file(self, path: str) -> Path:
         """Where the maps of a video lie, as it is now."""
         size = os.path.getsize(path) if os.path.exists(path) else -1
-        return self.folder / f"{os.path.relpath(path, self.root)}.{size}.npz"
+        return self.folder / f"{os.path.relpath(path, self.config.root)}.{size}.npz"
 
     def visit(self, path: str) -> None:
-        """Computes and writes the maps of a video."""
-        maps, memory = self.compute(path), io.BytesIO()
-        np.savez_compressed(memory, np.round(255 * np.sqrt(maps / max(maps.max(), 1e-12))).astype(np.uint8))
-        file = self.file(path)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_file(file, memory.getbuffer())
+        """Makes the maps of a video, if there are none. Raises BadVideo."""
+        file, memory = self.file(path), io.BytesIO()
+        if not file.exists():
+            maps = self.compute(path)
+            np.savez_compressed(memory, np.round(255 * np.sqrt(maps / max(maps.max(), 1e-12))).astype(np.uint8))
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_file(file, memory.getbuffer())
 
     def read(self, path: str, frames: int) -> np.ndarray:
-        """The maps of a video of so many frames: float32 (frames, h, w) in [0, 1].
+        """The maps of a video of so many frames, which it may first have to make: float32 (frames, h, w) in [0, 1].
 
-        Raises UserError when they are damaged or those of another video, and OSError when they can't be read.
+        Raises UserError where its file is damaged, and BadVideo.
         """
-        file = self.file(path)
-        content = file.read_bytes()
+        self.visit(path)
+        content = self.file(path).read_bytes()
         try:
             levels = np.load(io.BytesIO(content))["arr_0"]
             if len(levels) != frames:
                 raise ValueError(f"{len(levels)} frames, the video has {frames}")
         except Exception as error:  # damaged files raise all kinds
-            raise UserError(f"{file} is damaged ({error}): delete it, and run `{self.command}`") from error
+            raise UserError(f"{self.file(path)} is damaged, delete it: {error}") from error
         return np.square(levels / np.float32(255))
-
-    def missing(self, paths: Sequence[str]) -> list[str]:
-        """The videos that have no maps."""
-        return [path for path in paths if not self.file(path).is_file()]
-
-    def make(self, paths: Sequence[str], workers: int) -> str:
-        """Makes what is missing, in processes; returns a line on what there is.
-
-        Videos that can't be read are added to bad_videos.txt beside the maps, for `exclude`.
-        """
-        with user_errors((OSError,)):
-            todo, bad = self.missing(paths), self.folder / "bad_videos.txt"
-            self.folder.mkdir(parents=True, exist_ok=True)
-            what = f"making {self.folder}"
-            count = data.visit_videos(self, todo, self.root, bad, workers, what, "a") if todo else 0
-        exclude = shlex.quote(",".join(filter(None, [self.config.exclude, str(bad)])))
-        advice = f", {count} videos can't be read: leave them out with --exclude {exclude}" if count else ""
-        return f"{self.folder}: {len(paths) - len(todo)} of {len(paths)} were there, {len(todo) - count} made{advice}"
 
 
 class MotionViews(data.PretrainingViews):
@@ -200,25 +178,22 @@ class MotionViews(data.PretrainingViews):
     def write_views(self, rng: np.random.Generator, path: str, item: dict[str, Tensor]) -> np.ndarray:
         starts = super().write_views(rng, path, item)
         for start, box, out in zip(starts, item["box"], item["motion"], strict=True):
-            out[:] = crop_motion(self._clip(start), box / self.frame, self.SIZE)
+            out[:] = crop_motion(self.clips[start], box / self.frame, self.SIZE)
         return starts
 
     def possible_starts(self, video: Video) -> np.ndarray:
         """Those of windows that move, or of all, where fewer move than are drawn."""
-        self.motion = torch.from_numpy(self.maps.read(video.path, len(video)))
+        window, motion = self.frames * self.frame_stride, torch.from_numpy(self.maps.read(video.path, len(video)))
+        motion = F.pad(motion, (0, 0, 0, 0, 0, max(window - len(motion), 0)))
+        self.clips = motion.unfold(0, window, 1)[..., :: self.frame_stride].movedim(3, 1)  # m^ST by first frame
         starts = super().possible_starts(video)
-        moving = moving_windows(pool_motion(self.motion, "t"), self.frames * self.frame_stride, self.frame_stride)
-        return starts[moving.numpy()] if self.temporal and moving.sum() >= self.windows else starts
-
-    def _clip(self, start: int) -> Tensor:
-        """m^ST of the whole frames of a clip, (frames, h, w)."""
-        shown = self.motion[start : start + self.frames * self.frame_stride : self.frame_stride]
-        return F.pad(shown, (0, 0, 0, 0, 0, self.frames - len(shown)))
+        moving = starts[moving_windows(pool_motion(motion, "t"), window, self.frame_stride).numpy()]
+        return moving if self.temporal and len(moving) >= self.windows else starts
 
     def draw_region(self, rng: np.random.Generator, height: int, width: int, start: int) -> tuple[int, int, int, int]:
         """The first of some regions that holds enough of the pixels that move most, or else the one that holds most."""
         self.frame = torch.tensor([width, height] * 2)
-        moving = foreground_mask(pool_motion(self._clip(start), "s")[None], self.MOVING)[0].numpy()
+        moving = foreground_mask(pool_motion(self.clips[start], "s")[None], self.MOVING)[0].numpy()
         rows, columns = moving.nonzero()
         y, x = (rows + 0.5) * height / moving.shape[0], (columns + 0.5) * width / moving.shape[1]
         best, most = None, -1
@@ -244,23 +219,12 @@ class MCL(moco.MoCo):
         self.aligned = [name for name in config.terms if name != "vv"]
 
     def make_views(self, videos: data.VideoList) -> data.PretrainingViews:
-        """Views that follow motion maps, if anything does; on generated videos, makes these first.
-
-        Raises UserError where a video has no map.
-        """
+        """Views that follow motion maps, if anything does."""
         config = self.config
         temporal, spatial = config.temporal_sampling == "motion", config.spatial_sampling == "motion"
         if not (temporal or spatial or self.aligned):
             return super().make_views(videos)
-        maps = MotionMaps(config)
-        if config.dataset == "synthetic":
-            maps.make(videos.paths, os.cpu_count() or 1)
-        if missing := maps.missing(videos.paths):
-            raise UserError(
-                f"{maps.folder}: no maps of {len(missing)} of {len(videos)} videos, such as {missing[0]!r}: run "
-                f"`{maps.command}`, and leave out with --exclude what it names as unreadable"
-            )
-        return super().make_views(videos, MotionViews, maps=maps, temporal=temporal, spatial=spatial)
+        return super().make_views(videos, MotionViews, maps=MotionMaps(config), temporal=temporal, spatial=spatial)
 
     def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
         """Views as `MotionViews` makes them, batched → the named losses; enqueues the keys at the end."""
@@ -284,15 +248,22 @@ class MCL(moco.MoCo):
 
 def make_maps(config: MapsConfig) -> None:
     """Makes the motion maps that MCL trains with, once for each training video. Those that are there stay."""
-    videos = config.find_videos()
+    videos, maps = config.find_videos(), MotionMaps(config)
     print(videos.report)
-    print(MotionMaps(config).make(videos.paths, config.workers))
+    with user_errors((OSError,)):
+        maps.folder.mkdir(parents=True, exist_ok=True)
+        bad, what = maps.folder / "bad_videos.txt", f"making {maps.folder}"
+        count = data.visit_videos(maps, videos.paths, config.root, bad, config.workers, what)
+    print(f"{maps.folder} holds the maps of {len(videos) - count} videos; {count} can't be read: {bad}")
 
 
 def main() -> None:
     """`mcl.py maps …` makes motion maps, `mcl.py …` trains."""
-    train = functools.partial(pretrain.pretrain, MCL)
-    _, command, config, _ = dispatch({"": (train, MCLConfig, PRESETS), "maps": (make_maps, MapsConfig)}, __doc__)
+    commands = {
+        "": (lambda config: pretrain.pretrain(MCL, config), MCLConfig, PRESETS),
+        "maps": (make_maps, MapsConfig),
+    }
+    _, command, config, _ = dispatch(commands, __doc__)
     command(config)
 
 
