@@ -4,7 +4,7 @@ import conftest
 import numpy as np
 import pytest
 import simclr
-from helpers import ROOT, one_line, same, torchrun, weights
+from helpers import ROOT, same, torchrun, weights
 
 import dclr
 import fame
@@ -98,10 +98,6 @@ RESUMED = {
 @pytest.mark.parametrize("script", RESUMED, ids=lambda script: script.__name__)
 def test_a_resumed_run_equals_a_whole_one_bit_for_bit(script, run, still):
     """Across an epoch of 4 steps, with DCLR's refresh and delay, and the end of the warm-up."""
-    if script is mcl:
-        maps = mcl.MotionMaps(mcl.MapsConfig(data=str(run.videos), maps=str(run.path / "maps")))
-        for path in mcl.MapsConfig(dataset="folder", data=str(run.videos)).find_videos().paths:
-            maps.visit(path)
     own = conftest.SMALL if script is not simclr else [flag for flag in conftest.SMALL if "queue" not in flag]
     flags = [*own, *conftest.CONV4, "--epochs", 2, *RESUMED[script], "--max_steps"]
     folder = dict(dataset="folder", small=False)
@@ -125,9 +121,3 @@ def test_two_processes_train_and_agree(script, videos, tmp_path):
     assert weights(tmp_path / "run" / "checkpoint.pt")["step"] == 3  # which is saved if the processes agree
     done = torchrun(ROOT / script, "--resume=run/checkpoint.pt", "--max_steps=4", folder=tmp_path)
     assert done.returncode == 0 and "resumed after step 3" in done.stdout, done.stderr[-3000:]
-
-
-def test_what_no_folder_holds_is_one_line(run):
-    code, _, err = run(mcl, *conftest.CONV4, "--dataset", "folder", "--data", run.videos, dataset=None)
-    assert code == 2
-    one_line(err, "synthetic_maps", "18 of 18", "python mcl.py maps")

@@ -109,7 +109,6 @@ def test_a_resumed_run_reads_each_option_that_may_be_changed(run, videos, monkey
     monkeypatch.setattr(evaluate, "first_look", lambda *_: None)
     assert run(fima, *pretrain, "fima")[0] == 0
     monkeypatch.setattr(mcl.MotionMaps, "compute", lambda maps, path: np.ones((40, 6, 6), np.float32))  # in no time
-    monkeypatch.setattr(mcl.MotionMaps, "make", lambda maps, paths, _: [maps.visit(path) for path in paths])
     assert run(mcl, *pretrain, "mcl")[0] == 0
     checkpoint = ["--checkpoint", "fima/checkpoint.pt"]
     assert run(evaluate, "linear", *checkpoint, *probe, "linear")[0] == 0
