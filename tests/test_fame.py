@@ -11,7 +11,7 @@ from helpers import generator, views_without_colours
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.colors import rgb_to_hsv
-from torchvision.transforms.functional import gaussian_blur
+from scipy.ndimage import gaussian_filter1d
 
 import fame
 import fima
@@ -47,8 +47,10 @@ def likelihood_of(clip, region) -> np.ndarray:
 
 def blur_of(picture: np.ndarray) -> np.ndarray:
     """A Gaussian, a tenth of each side wide; edges are mirrors."""
-    kernel = [int(0.1 * size) // 2 * 2 + 1 for size in picture.shape[::-1]]
-    return gaussian_blur(torch.tensor(picture)[None], kernel, [k / 3 for k in kernel])[0].numpy()
+    for axis, size in enumerate(picture.shape):
+        radius = int(0.1 * size) // 2
+        picture = gaussian_filter1d(picture, (2 * radius + 1) / 3, axis, mode="mirror", radius=radius)
+    return picture
 
 
 def released_mask(clip: np.ndarray, portion: float = 0.5) -> np.ndarray:
@@ -81,18 +83,16 @@ def moving_disc(rng: np.random.Generator, side: int, textured: bool, size: float
     """A disc, of one colour or textured, that moves over a textured picture before a camera with a little noise: uint8
     (3, 16, side, side), and where it is in each frame (16, side, side). Size and path are in sides of the picture.
     """
-    across = round(size * side)
-    offset = (np.arange(across) - (across - 1) / 2) ** 2
-    disc = offset[:, None] + offset < (across / 2) ** 2
-    look = texture(rng, across, (3, 5, 9)) if textured else np.tile(rng.random((3, 1, 1)), (1, across, across))
-    clip = np.repeat(texture(rng, side, (5, 9, 17, 33))[:, None], 16, 1)
-    where, angle = np.zeros((16, side, side), bool), 2 * np.pi * rng.random()
-    middle = (side - across) / 2 + 0.08 * side * rng.uniform(-1, 1, 2)
-    for t in range(16):
-        steps = shift * side * (t / 15 - 0.5) * np.array([np.sin(angle), np.cos(angle)])
-        y, x = (middle + steps).round().astype(int).clip(0, side - across)
-        clip[:, t, y : y + across, x : x + across][:, disc] = look[:, disc]
-        where[t, y : y + across, x : x + across] = disc
+    y, x = np.mgrid[:side, :side]
+    path, angle = shift * side * np.linspace(-0.5, 0.5, 16)[:, None], 2 * np.pi * rng.random()
+    middle = side / 2 + 0.08 * side * rng.uniform(-1, 1, 2)
+    steps = (path * (np.sin(angle), np.cos(angle))).round().astype(int)
+    where = np.stack(
+        [np.hypot(*(np.stack([y, x]) - (middle + step)[:, None, None])) < size * side / 2 for step in steps]
+    )
+    look = texture(rng, side, (9, 17, 33)) if textured else np.tile(rng.random((3, 1, 1)), (1, side, side))
+    moved = np.stack([np.roll(look, step, (1, 2)) for step in steps], 1)
+    clip = np.where(where, moved, texture(rng, side, (5, 9, 17, 33))[:, None])
     clip += rng.normal(0, 0.004, clip.shape)
     return (255 * clip.clip(0, 1)).round().astype(np.uint8), where
 
