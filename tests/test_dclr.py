@@ -106,15 +106,6 @@ def test_weights_stay_weights_where_nothing_is_similar():
     assert index.tolist() == [[1, 0]] and weight[0, 1] < 1e-5  # an empty place of a pool
 
 
-def test_closed_forms_of_equal_similarities():
-    zeros = torch.zeros(2, 4, 3)
-    assert losses.dual_contrast(zeros, zeros).item() == pytest.approx(2 * math.log(7))
-    weight = torch.full((4, 2), 0.5)
-    found = torch.zeros(4, 2, 3)
-    value = losses.retrieved_contrast(zeros[0], zeros[0], found, found, weight, zeros.flatten(0, 1))
-    assert value.item() == pytest.approx(2 * math.log(7))
-
-
 @given(seeds, st.booleans())
 def test_contrasts_stay_finite_in_low_precision_at_a_low_temperature(seed, same_view):
     query, key = (units(seed + k, 2, 3, 5).bfloat16().requires_grad_() for k in range(2))
@@ -299,10 +290,8 @@ def test_view_j_is_in_the_pool_before_view_i_searches():
 
 def test_the_slow_extractor_follows_at_every_refresh_and_stands_still_between():
     model = build(refresh=4, momentum=0.25)
-    fast, slow = (
-        [*e.parameters(), *h.parameters()]
-        for e, h in ((model.encoder, model.head), (model.key_encoder, model.key_head))
-    )
+    fast = [*model.encoder.parameters(), *model.head.parameters()]
+    slow = [*model.key_encoder.parameters(), *model.key_head.parameters()]
     with torch.no_grad():
         for parameter in fast:
             parameter.add_(torch.randn_like(parameter))
