@@ -19,6 +19,7 @@ import synthetic
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "examples"))
 import simclr
+import tubelet_contrast
 
 settings.register_profile("project", deadline=None, derandomize=True, max_examples=30)
 settings.load_profile("project")
@@ -41,6 +42,7 @@ METHODS = {
     fima: (fima.FIMA, fima.FIMAConfig),
     moco: (moco.MoCo, moco.MoCoConfig),
     simclr: (simclr.SimCLR, simclr.SimCLRConfig),
+    tubelet_contrast: (tubelet_contrast.TubeletContrast, tubelet_contrast.TubeletContrastConfig),
 }
 CONV4 = ["--encoder=conv4", "--width=0.25", "--crop=32"]  # the cheapest
 

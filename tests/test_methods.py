@@ -4,6 +4,7 @@ import conftest
 import numpy as np
 import pytest
 import simclr
+import tubelet_contrast
 from helpers import ROOT, same, torchrun, weights
 
 import dclr
@@ -21,6 +22,7 @@ CONFIGS = {
     mcl: mcl.MCLConfig,
     moco: moco.MoCoConfig,
     simclr: simclr.SimCLRConfig,
+    tubelet_contrast: tubelet_contrast.TubeletContrastConfig,
 }
 
 OF_FIMA = dict(encoder="i3d", crop=224, momentum=0.999, losses="vv,pix,fra", threshold=0.7, foreground=0.5)
@@ -69,6 +71,8 @@ REFUSED = [
     (simclr, ["--temperature", "0"], ["--temperature 0"]),
     (simclr, ["--queue", "9"], ["--queue"]),
     (simclr, ["--momentum", "0.9"], ["--momentum"]),
+    (tubelet_contrast, ["--batch_size", "1"], ["--batch_size 1", "2 or more"]),
+    (tubelet_contrast, ["--losses", "vd"], ["--losses vd", "vv"]),
 ]
 
 
@@ -91,6 +95,7 @@ RESUMED = {
     dclr: ["--refresh", 1, "--delay", 1, "--queue", 16],
     mcl: ["--maps", "maps"],
     simclr: ["--warmup", 1],
+    tubelet_contrast: [],
 }
 
 
