@@ -106,16 +106,6 @@ def test_weights_stay_weights_where_nothing_is_similar():
     assert index.tolist() == [[1, 0]] and weight[0, 1] < 1e-5  # an empty place of a pool
 
 
-@given(seeds, st.booleans())
-def test_contrasts_stay_finite_in_low_precision_at_a_low_temperature(seed, same_view):
-    query, key = (units(seed + k, 2, 3, 5).bfloat16().requires_grad_() for k in range(2))
-    value = losses.dual_contrast(query, key, same_view, 0.01)
-    assert value.dtype == torch.float32 and value.isfinite()
-    expected = losses.dual_contrast(query.double(), key.double(), same_view, 0.01)
-    torch.testing.assert_close(value.double(), expected, rtol=1e-4, atol=1e-4)
-    assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(value, (query, key)))
-
-
 # ---------------------------------------------------------------------------------------- activation maps, Eq. 11 to 13
 
 
@@ -147,15 +137,6 @@ def test_gradients_flow_to_the_clip_and_not_to_what_it_is_aligned_with():
     loss = losses.activation_alignment(maps[0], maps[1] + maps[2]) + losses.activation_pool(v, maps[2]).sum()
     loss.backward()
     assert v.grad.abs().sum() > 0 and s.grad is None and d.grad is None
-    batch = [units(k, 2, 3, 4).requires_grad_() for k in range(2)]
-    for same_view in (False, True):
-        assert torch.autograd.gradcheck(lambda q, k, same=same_view: losses.dual_contrast(q, k, same), batch)
-    inputs = [units(k, *shape).requires_grad_() for k, shape in enumerate([(3, 4), (3, 4), (3, 2, 4), (3, 2, 4)])]
-    weight = torch.rand(3, 2, generator=generator(0), dtype=torch.float64)
-    assert torch.autograd.gradcheck(losses.retrieved_contrast, [*inputs, weight, units(5, 6, 4).requires_grad_()])
-    activation = torch.rand(2, 2, 3, 3, generator=generator(1), dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda a: losses.activation_alignment(a, maps[1]), activation.requires_grad_())
-    assert torch.autograd.gradcheck(lambda x: losses.activation_pool(x, activation), v)
 
 
 # ----------------------------------------------------------------------------------------------------------- the method
@@ -222,8 +203,8 @@ def test_losses_equal_the_plain_loop_oracle(epoch):
     model, views = build().eval(), make_views(crop=32, sub_clips=0) | {"epoch": epoch}
     model.queues["d"].keys = torch.cat([units(k, 12, 128).float() for k in range(3)], 1)
     with torch.no_grad():
-        for parameter in (*model.key_encoder.parameters(), *model.key_head.parameters()):
-            parameter.add_(0.1 * torch.randn_like(parameter))  # the slow extractor is another than the encoder
+        for parameter in model.parameters():  # features that differ, and a slow extractor that is not the encoder
+            parameter.add_(0.1 * torch.randn_like(parameter))
         expected = oracle(model, views)
         torch.manual_seed(1)
         found = model(views)

@@ -88,20 +88,7 @@ def test_alignment_knows_no_scales(seed, frames, height, width, part, signed, sc
     assert 0 <= value <= (4 if signed else 2) + 1e-12
     torch.testing.assert_close(losses.motion_alignment(scale * response, motion / scale, part), value)
     assert losses.motion_alignment(scale * motion[1:], motion[1:], part) < 1e-12
-
-
-@pytest.mark.parametrize("version", VERSIONS)
-@pytest.mark.parametrize("part", PARTS)
-def test_gradients_reach_the_response_and_not_the_motion(version, part):
-    h, g = random(0, 2, 3, 2, 2, 2).requires_grad_(), random(1, 2, 3, 2, 2, 2).requires_grad_()
-    motion = positive(2, 2, 2, 2, 2).requires_grad_()
-
-    def loss(h, g):
-        return losses.motion_alignment(losses.response_map(h, g, version), motion, part)
-
-    assert torch.autograd.gradcheck(loss, (h, g) if version != "v1" else (h, g.detach()))
-    gradients = torch.autograd.grad(loss(h, g), (h, g, motion), allow_unused=True)
-    assert [x is not None and bool(x.any()) for x in gradients] == [version != "v3", version != "v1", False]
+    assert not losses.motion_alignment(response, motion.requires_grad_(), part).requires_grad
 
 
 def test_responses_of_nothing_give_finite_gradients():
@@ -251,9 +238,6 @@ def test_the_command_makes_what_is_missing_and_names_what_it_cannot_read(folder,
     names = ["a.mp4", "below/b.mp4", "c.mp4"]
     sizes = [(folder / name).stat().st_size for name in names]
     assert list(before) == [f"clips_maps/flow_120_5/{name}.{n}.npz" for name, n in zip(names, sizes, strict=True)]
-    (folder.parent / list(before)[1]).unlink()
-    assert command(folder, "--exclude", made / "bad_videos.txt")[0] == 0
-    assert {name for name, time in times(folder).items() if time != before[name]} == {list(before)[1]}
 
 
 def test_an_interrupt_loses_no_map(folder, without_flow, command, monkeypatch):
@@ -382,17 +366,6 @@ def test_a_still_video_and_motion_that_no_crop_can_hold_give_views(moving):
         items = [views[epoch, 0] for epoch in range(5)]
         assert len({tuple(item["box"][0].tolist()) for item in items}) == 5
         assert motion.any() or not any(item["motion"].any() for item in items)
-
-
-def test_a_sample_depends_on_seed_epoch_and_index_only_and_passes_through_workers(moving):
-    views = moving_views(moving)
-    sampler = data.StepSampler(2, batch_size=2, epochs=2)
-    batches = [{k: v.clone() for k, v in b.items() if k != "bad"} for b in data.load_batches(views, sampler, 2)]
-    for keys, batch in zip(sampler, batches, strict=True):
-        for place, key in enumerate(keys):
-            sample = moving_views(moving)[key]
-            assert all(torch.equal(batch[name][place], sample[name]) for name in batch)
-    assert not torch.equal(moving_views(moving, seed=1)[0, 0]["motion"], views[0, 0]["motion"])
 
 
 # ----------------------------------------------------------------------------------------------------------- the method
