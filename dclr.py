@@ -20,9 +20,8 @@ import torch
 from torch import Tensor, nn
 
 import losses
+import moco
 from cli import command_line
-from moco import PRESETS as MOCO_PRESETS
-from moco import MoCo, MoCoConfig
 from models import MomentumQueue, momentum_update
 from pretrain import main, pool
 from train import SWITCH, UserError, option
@@ -31,7 +30,7 @@ PARTS = {"none": "", "static": "s", "motion": "d", "both": "sd"}  # inputs that 
 
 
 @dataclasses.dataclass(frozen=True)
-class DCLRConfig(MoCoConfig):
+class DCLRConfig(moco.MoCoConfig):
     """Options of DCLR; the defaults are the paper's for UCF101, or ours where it gives none."""
 
     losses: str = option(
@@ -69,13 +68,13 @@ class DCLRConfig(MoCoConfig):
 PAPER = dict(encoder="r2plus1d_18", crop=112, batch_size=16, lr=0.04)
 PRESETS = {
     # the pool is used from half of the run on: before, features know too little motion to find any
-    "synthetic": MOCO_PRESETS["synthetic"] | dict(momentum=0.0, delay=6.0, refresh=1),
+    "synthetic": moco.PRESETS["synthetic"] | dict(momentum=0.0, delay=6.0, refresh=1),
     "ucf101": PAPER | dict(epochs=200, queue=2048, delay=10.0, refresh=10),
     "k400": PAPER | dict(epochs=100, queue=16384, delay=5.0, refresh=5),
 }
 
 
-class DCLR(MoCo):
+class DCLR(moco.MoCo):
     """L = (L_VS + L_VD − L_SD) + λ L_ac (Eq. 16, Fig. 2), of v, s, d: RGB clip, still frame and frame difference.
 
     One encoder f sees all three, in separate forwards, and all of them get gradients. MoCo's key encoder is the slow

@@ -14,16 +14,15 @@ import dataclasses
 
 from torch import Tensor
 
+import moco
 from augment import ForegroundBackgroundMerging as Merging
 from cli import command_line
-from moco import PRESETS as MOCO_PRESETS
-from moco import FeatureMaps, MoCo, MoCoConfig
 from pretrain import main
 from train import UserError, option
 
 
 @dataclasses.dataclass(frozen=True)
-class FAMEConfig(MoCoConfig):
+class FAMEConfig(moco.MoCoConfig):
     """Options of FAME; the defaults are the paper's."""
 
     foreground: float = option(0.5, "portion of the picture that is foreground, beta (Table 1)", (0.01, 1))
@@ -41,10 +40,10 @@ class FAMEConfig(MoCoConfig):
             raise UserError("--background inter takes another video of the batch: --batch_size 2 or more")
 
 
-PRESETS = MOCO_PRESETS | {"k400": MOCO_PRESETS["k400"] | dict(epochs=200)}
+PRESETS = moco.PRESETS | {"k400": moco.PRESETS["k400"] | dict(epochs=200)}
 
 
-class FAME(MoCo):
+class FAME(moco.MoCo):
     """L = L_nce (Eq. 1) on merged clips (Eq. 4), in both directions: each view is once the query, once the key.
 
     With `--losses vv,vd`, the frame differences are those of the clips before merging.
@@ -54,7 +53,7 @@ class FAME(MoCo):
         super().__init__(config)
         self.merge = Merging(config.foreground, config.mask, config.background, config.branches)
 
-    def encode(self, views: dict[str, Tensor], moving: Tensor | None) -> FeatureMaps:
+    def encode(self, views: dict[str, Tensor], moving: Tensor | None) -> moco.FeatureMaps:
         """As of MoCo, of clips merged by Eq. 2-4 before they get their colours."""
         return super().encode(views | {"clip": self.merge(views["clip"])}, moving)
 

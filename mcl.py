@@ -15,6 +15,7 @@ st; 2 --losses vv, and --alignment v1, v2, v3.
 """
 
 import dataclasses
+import functools
 import io
 import itertools
 import os
@@ -32,7 +33,6 @@ import pretrain
 from cli import command_line, dispatch
 from losses import crop_motion, foreground_mask, motion_alignment, motion_map, moving_windows, pool_motion, response_map
 from models import last_norms, recorded_inputs
-from pretrain import pool
 from train import UserError, option, user_errors, write_file
 from video import Video
 
@@ -111,9 +111,8 @@ class MotionMaps(data.VideoVisitor):
     CHUNK = 64  # frames read at once
 
     def __init__(self, config: MapsConfig):
-        self.config = config
-        folder = Path(config.maps or f"{os.path.abspath(config.root)}_maps")
-        self.folder = folder / f"flow_{config.flow_side}_{config.flow_warps}"
+        self.config, root = config, os.path.abspath(config.root)
+        self.folder = Path(config.maps or f"{root}_maps", f"flow_{config.flow_side}_{config.flow_warps}")
 
     def compute(self, path: str) -> np.ndarray:
         """The maps of a video (N, h, w) ≥ 0; the last frame, from which nothing flows, has that of the one before (Sec.
@@ -234,8 +233,9 @@ class MCL(moco.MoCo):
         if self.aligned:
             g = None
             if self.config.alignment != "v1":  # g, through which gradients pass
-                query, key = self.project(self.head, pool(maps.query)), keys["vv"].unflatten(0, (2, -1)).flip(0)
-                g = torch.cat(torch.autograd.grad((query * key).sum(), features, create_graph=True), 1)
+                positive = keys["vv"].unflatten(0, (2, -1)).flip(0)
+                score = (self.project(self.head, pretrain.pool(maps.query)) * positive).sum()
+                g = torch.cat(torch.autograd.grad(score, features, create_graph=True), 1)
             response = response_map(torch.cat(features, 1), g, self.config.alignment)  # Eq. 4-6, (2B, T, H, W)
             motion = F.adaptive_avg_pool3d(self.both(views["motion"]), response.shape[1:])  # m^ST
             for name in self.aligned:
@@ -252,18 +252,15 @@ def make_maps(config: MapsConfig) -> None:
     print(videos.report)
     with user_errors((OSError,)):
         maps.folder.mkdir(parents=True, exist_ok=True)
-        bad, what = maps.folder / "bad_videos.txt", f"making {maps.folder}"
-        count = data.visit_videos(maps, videos.paths, config.root, bad, config.workers, what)
+        bad = maps.folder / "bad_videos.txt"
+        count = data.visit_videos(maps, videos.paths, config.root, bad, config.workers, f"making {maps.folder}")
     print(f"{maps.folder} holds the maps of {len(videos) - count} videos; {count} can't be read: {bad}")
 
 
 def main() -> None:
     """`mcl.py maps …` makes motion maps, `mcl.py …` trains."""
-    commands = {
-        "": (lambda config: pretrain.pretrain(MCL, config), MCLConfig, PRESETS),
-        "maps": (make_maps, MapsConfig),
-    }
-    _, command, config, _ = dispatch(commands, __doc__)
+    train = functools.partial(pretrain.pretrain, MCL), MCLConfig, PRESETS
+    _, command, config, _ = dispatch({"": train, "maps": (make_maps, MapsConfig)}, __doc__)
     command(config)
 
 

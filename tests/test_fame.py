@@ -121,7 +121,7 @@ def test_blur_of_each_map_alone(seed, height, width):
 
 
 @pytest.mark.parametrize("textured", [False, True])
-@pytest.mark.parametrize(("side", "clips"), [(32, 24), (112, 12), (224, 6)])
+@pytest.mark.parametrize(("side", "clips"), [(32, 24), (112, 12), pytest.param(224, 6, marks=pytest.mark.slow)])
 def test_masks_keep_as_much_of_what_moves_as_the_released_ones(side, clips, textured):
     rng = np.random.default_rng(0)
     drawn = [moving_disc(rng, side, textured, *(((0.35, 0.3), (0.2, 0.3), (0.5, 0.2))[i % 3])) for i in range(clips)]
