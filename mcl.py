@@ -36,8 +36,6 @@ from models import last_norms, recorded_inputs
 from train import UserError, option, user_errors, write_file
 from video import Video
 
-SAMPLING = ("motion", "random")
-
 
 @dataclasses.dataclass(frozen=True)
 class MapsConfig(pretrain.VideosConfig):
@@ -57,8 +55,8 @@ class MCLConfig(moco.MoCoConfig, MapsConfig):
         "vv,t,s,st", "losses to sum, of vv (Eq. 3), and t, s, st (Eq. 7), which align over time, space and both"
     )
     alignment: str = option("v3", "what is aligned with motion (Table 2): Eq. 4, 5 or 6", ("v1", "v2", "v3"))
-    temporal_sampling: str = option("motion", "windows that move most, or any (TA of Table 1)", SAMPLING)
-    spatial_sampling: str = option("motion", "crops that hold what moves most, or any (SA of Table 1)", SAMPLING)
+    temporal_sampling: str = option("motion", "windows that move most, or any (TA of Table 1)", ("motion", "random"))
+    spatial_sampling: str = option("motion", "crops of what moves most, or any (SA of Table 1)", ("motion", "random"))
 
     KNOWN_LOSSES = ("vv", "t", "s", "st")
     FREE = moco.MoCoConfig.FREE | {"maps"}
@@ -213,15 +211,11 @@ class MCL(moco.MoCo):
     ReLU. The encoder's output would not do: what follows it, average pooling, has the same gradient everywhere.
     """
 
-    def __init__(self, config: MCLConfig):
-        super().__init__(config)
-        self.aligned = [name for name in config.terms if name != "vv"]
-
     def make_views(self, videos: data.VideoList) -> data.PretrainingViews:
         """Views that follow motion maps, if anything does."""
         config = self.config
         temporal, spatial = config.temporal_sampling == "motion", config.spatial_sampling == "motion"
-        if not (temporal or spatial or self.aligned):
+        if not (temporal or spatial or len(config.terms) > 1):
             return super().make_views(videos)
         return super().make_views(videos, MotionViews, maps=MotionMaps(config), temporal=temporal, spatial=spatial)
 
@@ -230,7 +224,7 @@ class MCL(moco.MoCo):
         with recorded_inputs(last_norms(self.encoder)) as features:  # h, in as many parts as there are branches
             maps = self.encode(views, None)
         losses, keys = self.instance_losses(maps)  # Eq. 3
-        if self.aligned:
+        if aligned := [name for name in self.config.terms if name != "vv"]:
             g = None
             if self.config.alignment != "v1":  # g, through which gradients pass
                 positive = keys["vv"].unflatten(0, (2, -1)).flip(0)
@@ -238,7 +232,7 @@ class MCL(moco.MoCo):
                 g = torch.cat(torch.autograd.grad(score, features, create_graph=True), 1)
             response = response_map(torch.cat(features, 1), g, self.config.alignment)  # Eq. 4-6, (2B, T, H, W)
             motion = F.adaptive_avg_pool3d(self.both(views["motion"]), response.shape[1:])  # m^ST
-            for name in self.aligned:
+            for name in aligned:
                 losses[name] = motion_alignment(response, motion, name)  # Eq. 7
                 unrelated = motion_alignment(response.detach(), motion.roll(1, 0), name)  # another video's
                 self.metrics[f"chance/{name}"] = unrelated
