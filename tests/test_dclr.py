@@ -1,4 +1,4 @@
-"""DCLR: its losses against plain loops, the method against an oracle, gradients, the pools and the command line."""
+"""DCLR: its losses and the method against NumPy, gradients, the pools."""
 
 import copy
 import math
@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import generator, log_ratio, make_views, mean, units, views_without_colours
+from helpers import generator, make_views, units, views_without_colours
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -22,32 +22,25 @@ def random(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=generator(seed), dtype=torch.float64)
 
 
-# --------------------------------------------------------------------------------- oracles: loops over videos and views
+# -------------------------------------------------------------------------------------------------------- NumPy oracles
 
 
-def dual_loop(query, key, same_view=False, temperature=0.1):
-    """Sum over the views i of I(x_i; y_j), or of I(x_i; y_i), averaged over the videos; lists [view][video]."""
-    values = []
-    for n in range(len(query[0])):
-        total = 0.0
-        for i in range(2):
-            positive = key[i if same_view else 1 - i][n]
-            others = [key[view][m] for view in range(2) for m in range(len(query[0])) if m != n]
-            total += log_ratio(query[i][n], [positive], [positive, *others], temperature)
-        values.append(total)
-    return mean(values)
+def contrast_of(query, positive, keys, temperature):
+    """I of each video, (N, D), (N, D) and (V·N, D) → (N,): of its own keys only the positive counts."""
+    own = np.arange(len(keys)) % len(query) == np.arange(len(query))[:, None]
+    push = np.where(own, 0, np.exp(query @ keys.T / temperature)).sum(1)
+    return np.log1p(push / np.exp((query * positive).sum(1) / temperature))
 
 
-def retrieved_loop(v, d, found_v, found_d, weight, keys, temperature=0.1):
-    values, count = [], len(v)
-    for n in range(count):
-        others = [key for m, key in enumerate(keys) if m % count != n]
-        total = 0.0
-        for p, v_k, d_k in zip(weight[n], found_v[n], found_d[n], strict=True):
-            total += p * log_ratio(v[n], [d_k], [d_k, *others], temperature)
-            total += p * log_ratio(v_k, [d[n]], [d[n], *others], temperature)
-        values.append(total)
-    return mean(values)
+def dual_of(query, key, same_view=False, temperature=0.1):
+    pairs = zip(query, key if same_view else key[::-1], strict=True)
+    return sum(contrast_of(*pair, np.concatenate(key), temperature).mean() for pair in pairs)
+
+
+def retrieved_of(v, d, found_v, found_d, weight, keys, temperature=0.1):
+    found = zip(*(x.swapaxes(0, 1) for x in (found_v, found_d, weight)), strict=True)
+    both = (p * (contrast_of(v, e, keys, temperature) + contrast_of(u, d, keys, temperature)) for u, e, p in found)
+    return sum(row.mean() for row in both)
 
 
 def alignment_of(activation, reference):
@@ -61,28 +54,28 @@ def alignment_of(activation, reference):
 
 def pool_of(features, activation):
     """One map: (C, T, H, W) and (T, H, W) → C floats."""
-    return np.average(features.flatten(1).numpy(), 1, activation.flatten().numpy()).tolist()
+    return np.average(features.flatten(1).numpy(), 1, activation.flatten().numpy())
 
 
 # ------------------------------------------------------------------------------------------------------ I, Eq. 1 to 10
 
 
 @given(seeds, st.integers(1, 4), st.booleans(), st.floats(0.05, 2))
-def test_dual_contrast_is_that_of_a_loop(seed, videos, same_view, temperature):
+def test_dual_contrast(seed, videos, same_view, temperature):
     query, key = units(seed, 2, videos, 5), units(seed + 1, 2, videos, 5)
     value = losses.dual_contrast(query, key, same_view, temperature)
-    assert value.item() == pytest.approx(dual_loop(query.tolist(), key.tolist(), same_view, temperature), abs=1e-12)
+    assert value.item() == pytest.approx(dual_of(query.numpy(), key.numpy(), same_view, temperature), abs=1e-12)
     assert value >= 0 and (videos > 1 or value == 0)  # one video has no negatives
 
 
 @given(seeds, st.integers(1, 3), st.integers(1, 4), st.floats(0.05, 2))
-def test_retrieved_contrast_is_that_of_a_loop(seed, videos, found, temperature):
+def test_retrieved_contrast(seed, videos, found, temperature):
     v, d = units(seed, videos, 5), units(seed + 1, videos, 5)
     found_v, found_d = units(seed + 2, videos, found, 5), units(seed + 3, videos, found, 5)
     weight = torch.rand(videos, found, generator=generator(seed), dtype=torch.float64)
     keys = units(seed + 4, 2 * videos, 5)
     batch = [v, d, found_v, found_d, weight, keys]
-    expected = retrieved_loop(*(x.tolist() for x in batch), temperature)
+    expected = retrieved_of(*(x.numpy() for x in batch), temperature)
     assert losses.retrieved_contrast(*batch, temperature).item() == pytest.approx(expected, abs=1e-12)
 
 
@@ -119,7 +112,7 @@ def test_activation_maps_their_alignment_and_pooling(seed, frames, height, width
     if activation[0].numel() > 1:
         torch.testing.assert_close(losses.activation_alignment(activation * scale + shift, reference), value)
     pooled = losses.activation_pool(features, reference)
-    assert pooled.tolist() == [pytest.approx(pool_of(features[n], reference[n])) for n in range(2)]
+    np.testing.assert_allclose(pooled, [pool_of(features[n], reference[n]) for n in range(2)], atol=1e-12)
 
 
 def test_constant_and_empty_maps_give_finite_losses_and_gradients():
@@ -152,49 +145,52 @@ def views_at(epoch, **options):
 
 
 def oracle(model, views):
-    """The losses of Eq. 16 by loops over videos, one clip a forward, in float64, of a model in eval mode."""
+    """The losses of Eq. 16, one clip a forward, in float64, of a model in eval mode."""
     model = copy.deepcopy(model).double().eval()
     config, videos, started = model.config, len(views["clip"]), views["epoch"] >= model.config.delay
     torch.manual_seed(1)
     frames = torch.randint(16, (2, videos))
 
-    def g(head, x):
-        return torch.nn.functional.normalize(head(x), dim=-1).tolist()
+    def project(head, rows):
+        return torch.nn.functional.normalize(head(torch.as_tensor(rows)), dim=-1).numpy()
 
-    def map_of(encoder, kind, view, n):
-        clip, color = views["clip"][n, view].double()[None] / 255, views["color"][n, view].double()
-        if kind == "v":
-            clip = augment.color_augment(clip, color[0][None])
-        elif kind == "s":
-            clip = augment.color_augment(torch.cat([clip[:, :, frames[view, n], None]] * 16, 2), color[1][None])
-        else:
-            steps = [(clip[:, :, t + 1] - clip[:, :, t] + 1) / 2 for t in range(15)]
-            clip = torch.stack([*steps, steps[-1]], 2)
-        return encoder(augment.normalize(clip))[0]
+    def maps_of(encoder, kind):
+        """(2, N, C, T, H, W)."""
+        found = []
+        for view, n in np.ndindex(2, videos):
+            clip, color = views["clip"][n, view].double()[None] / 255, views["color"][n, view].double()
+            if kind == "v":
+                clip = augment.color_augment(clip, color[0][None])
+            elif kind == "s":
+                clip = augment.color_augment(torch.cat([clip[:, :, frames[view, n], None]] * 16, 2), color[1][None])
+            else:
+                steps = [(clip[:, :, t + 1] - clip[:, :, t] + 1) / 2 for t in range(15)]
+                clip = torch.stack([*steps, steps[-1]], 2)
+            found.append(encoder(augment.normalize(clip))[0])
+        return torch.stack(found).unflatten(0, (2, -1))
 
-    maps = {x: [[map_of(model.encoder, x, i, n) for n in range(videos)] for i in range(2)] for x in "vsd"}
-    f = {x: [[g(model.head, row.mean((1, 2, 3))) for row in rows] for rows in maps[x]] for x in "vsd"}
-    a = {x: [[row.abs().sum(0) for row in rows] for rows in maps[x]] for x in "vsd"}
-    result, t = {}, config.temperature
+    maps = {x: maps_of(model.encoder, x) for x in "vsd"}
+    f = {x: project(model.head, rows.mean((3, 4, 5))) for x, rows in maps.items()}
+    a = {x: rows.abs().sum(2) for x, rows in maps.items()}
+    result = {}
     for x in "sd":
         rgb = f["v"]
         if started:
-            pairs = [zip(*rows, strict=True) for rows in zip(maps["v"], a[x], strict=True)]
-            rgb = [[g(model.head, torch.tensor(pool_of(*pair)).double()) for pair in rows] for rows in pairs]
+            pooled = [
+                [pool_of(*pair) for pair in zip(*rows, strict=True)] for rows in zip(maps["v"], a[x], strict=True)
+            ]
+            rgb = project(model.head, np.array(pooled))
+        result[f"v{x}"] = dual_of(rgb, f[x])
         if x == "d" and started:
-            slow = [g(model.key_head, map_of(model.key_encoder, "d", 0, n).mean((1, 2, 3))) for n in range(videos)]
-            ring = model.queues["d"].keys.numpy()
-            scores = np.array(slow) @ ring[:, :128].T
+            slow = project(model.key_head, maps_of(model.key_encoder, "d")[0].mean((2, 3, 4)))
+            keys, *found = np.split(model.queues["d"].keys.numpy(), 3, 1)
+            scores = slow @ keys.T
             best = np.argsort(-scores, 1)[:, : config.retrieved]
             weight = np.take_along_axis(scores, best, 1).clip(1e-6)
-            weight, (found_v, found_d) = weight / weight.sum(1, keepdims=True), np.split(ring[best][..., 128:], 2, 2)
-            keys = [*f["d"][0], *f["d"][1]]
-            lists = (x.tolist() for x in (found_v, found_d, weight))
-            result["vd"] = retrieved_loop(rgb[0], f["d"][0], *lists, keys, t)
-        else:
-            result[f"v{x}"] = dual_loop(rgb, f[x], temperature=t)
-    result["sd"] = -dual_loop(f["s"], f["d"], same_view=True, temperature=t)
-    v, s, d = (torch.stack([row for rows in a[x] for row in rows]) for x in "vsd")
+            weight, found = weight / weight.sum(1, keepdims=True), [part[best] for part in found]
+            result["vd"] = retrieved_of(rgb[0], f["d"][0], *found, weight, np.concatenate(f["d"]))
+    result["sd"] = -dual_of(f["s"], f["d"], same_view=True)
+    v, s, d = (a[x].flatten(0, 1) for x in "vsd")
     return result | {"ac": config.ac_weight * alignment_of(v, s + d)}
 
 

@@ -15,7 +15,6 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import augment
-import cli
 import data
 import losses
 import mcl
@@ -199,17 +198,10 @@ def folder(tmp_path):
 
 
 @pytest.fixture
-def command(monkeypatch, capsys):
+def command(run):
     """Runs `mcl.py maps` in this process; gives exit code, output and errors."""
-
-    def call(root, *flags):
-        words = ["mcl.py", "maps", "--dataset", "folder", "--data", str(root), "--workers", "2", *map(str, flags)]
-        monkeypatch.setattr(sys, "argv", words)
-        with pytest.raises(SystemExit) as stop:
-            cli.command_line(mcl.main)
-        return stop.value.code, *capsys.readouterr()
-
-    return call
+    words = ["maps", "--dataset", "folder", "--workers", 2, "--data"]
+    return lambda root, *flags: run(mcl, *words, root, *flags, dataset=None)
 
 
 def test_a_motion_map_is_that_of_each_pair_of_frames_averaged_over_cells(folder, without_flow):
