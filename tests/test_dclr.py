@@ -176,10 +176,8 @@ def oracle(model, views):
     for x in "sd":
         rgb = f["v"]
         if started:
-            pooled = [
-                [pool_of(*pair) for pair in zip(*rows, strict=True)] for rows in zip(maps["v"], a[x], strict=True)
-            ]
-            rgb = project(model.head, np.array(pooled))
+            pairs = zip(*(rows.flatten(0, 1) for rows in (maps["v"], a[x])), strict=True)
+            rgb = project(model.head, np.array([pool_of(*pair) for pair in pairs])).reshape(f["v"].shape)
         result[f"v{x}"] = dual_of(rgb, f[x])
         if x == "d" and started:
             slow = project(model.key_head, maps_of(model.key_encoder, "d")[0].mean((2, 3, 4)))
