@@ -63,7 +63,7 @@ def run(videos, tmp_path, monkeypatch, capsys):
         where = ["--dataset", dataset, "--data", str(videos)] if dataset else []
         own = [*(SMALL if small else []), *(DECODER if small and script is fima else []), "--workers=0"]
         monkeypatch.chdir(tmp_path)
-        own = [] if script is evaluate or "maps" in flags else own  # which are sub-commands
+        own = [] if script is evaluate or flags[:1] == ("maps",) else own  # which are sub-commands
         arguments = [*own, *flags, *where]  # the last of a kind counts
         monkeypatch.setattr(sys, "argv", [script.__name__ + ".py", *map(str, arguments)])
         method = METHODS.get(script)
