@@ -19,18 +19,9 @@ import math
 import torch
 from torch import Tensor, nn
 
+import losses
+import moco
 from cli import command_line
-from losses import (
-    activation_alignment,
-    activation_pool,
-    dual_contrast,
-    pixel_activation,
-    retrieve,
-    retrieved_contrast,
-    static_frame,
-)
-from moco import PRESETS as MOCO_PRESETS
-from moco import MoCo, MoCoConfig
 from models import MomentumQueue, momentum_update
 from pretrain import main, pool
 from train import SWITCH, UserError, option
@@ -39,17 +30,16 @@ PARTS = {"none": "", "static": "s", "motion": "d", "both": "sd"}  # inputs that 
 
 
 @dataclasses.dataclass(frozen=True)
-class DCLRConfig(MoCoConfig):
+class DCLRConfig(moco.MoCoConfig):
     """Options of DCLR; the defaults are the paper's for UCF101, or ours where it gives none."""
 
     losses: str = option(
-        "vs,vd,sd,ac",
-        "losses to sum, of vv (Eq. 1), vs (Eq. 6), vd (Eq. 7, 10), sd (Eq. 8, which is maximised) and ac (Eq. 12)",
+        "vs,vd,sd,ac", "losses to sum, of vv (Eq. 1), vs (Eq. 6), vd (Eq. 7, 10), sd (Eq. 8, maximised) and ac (Eq. 12)"
     )
     ac_weight: float = option(0.5, "weight of ac, lambda (Eq. 16)", (0, 1000))
     same_view: str = option("off", "vs and vd within a view, not across the two (Table 4)", SWITCH)
     search: str = option(
-        "motion", "of which input, the still or the frame difference, positives are retrieved (Table 5)", tuple(PARTS)
+        "motion", "of which input, still or frame difference, positives are retrieved (Table 5)", tuple(PARTS)
     )
     retrieved: int = option(5, "positives retrieved for each clip, K (Table 6)", (1, 65_536))
     retrieved_weights: str = option("prior", "their weights: by similarity, or equal (Table 6)", ("prior", "uniform"))
@@ -78,13 +68,13 @@ class DCLRConfig(MoCoConfig):
 PAPER = dict(encoder="r2plus1d_18", crop=112, batch_size=16, lr=0.04)
 PRESETS = {
     # the pool is used from half of the run on: before, features know too little motion to find any
-    "synthetic": MOCO_PRESETS["synthetic"] | dict(momentum=0.0, delay=6.0, refresh=1),
+    "synthetic": moco.PRESETS["synthetic"] | dict(momentum=0.0, delay=6.0, refresh=1),
     "ucf101": PAPER | dict(epochs=200, queue=2048, delay=10.0, refresh=10),
     "k400": PAPER | dict(epochs=100, queue=16384, delay=5.0, refresh=5),
 }
 
 
-class DCLR(MoCo):
+class DCLR(moco.MoCo):
     """L = (L_VS + L_VD − L_SD) + λ L_ac (Eq. 16, Fig. 2), of v, s, d: RGB clip, still frame and frame difference.
 
     One encoder f sees all three, in separate forwards, and all of them get gradients. MoCo's key encoder is the slow
@@ -98,96 +88,77 @@ class DCLR(MoCo):
         width = 3 * self.head.net[-1].out_features
         self.queues = nn.ModuleDict({x: MomentumQueue(config.queue, width) for x in searched})
 
-    def warnings(self, line: dict[str, float]) -> list[str]:
-        """Those of MoCo, and of a delay that lasts for the whole run."""
-        config, found = self.config, super().warnings(line)
-        if config.delay >= config.epochs and (config.search, config.decouple) != ("none", "none"):
-            found.append(f"--delay {config.delay:g} of {config.epochs} epochs: nothing is retrieved or decoupled")
-        return found
-
     def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
         """Views as `data.PretrainingViews` makes them, batched, and "epoch", how many have passed → the named losses.
 
-        The slow extractor follows the encoder at the start of every `refresh`-th epoch.
+        At the start of every `refresh`-th epoch the slow extractor follows the encoder, and the pools start empty.
         """
         config, terms, started = self.config, self.config.terms, views["epoch"] >= self.config.delay
         if self.training and views["epoch"] % config.refresh == 0:
-            self.refresh()
+            momentum_update(self.encoder, self.key_encoder, config.momentum)  # f̃ ← f
+            momentum_update(self.head, self.key_head, config.momentum)
+            for queue in self.queues.values():  # no f̃ compares with the last one; zeros resemble nothing, weigh nothing
+                queue.keys = torch.zeros_like(queue.keys)
         inputs = self.inputs(views)  # v, s, d: Eq. 3, 4
         maps = {x: self.encoder(clips).unflatten(0, (2, -1)) for x, clips in inputs.items()}  # F(v), F(s), F(d)
         f = {x: self.project(self.head, pool(features)) for x, features in maps.items()}  # f(v), f(s), f(d), (2, N, D)
-        a = {x: pixel_activation(features) for x, features in maps.items()}  # A_v, A_s, A_d: Eq. 11
-        losses = {}
+        a = {x: losses.pixel_activation(features) for x, features in maps.items()}  # A_v, A_s, A_d: Eq. 11
+        values, temperature = {}, config.temperature
         if "vv" in terms:
-            losses["vv"] = dual_contrast(f["v"], f["v"], temperature=config.temperature)  # Eq. 1
+            values["vv"] = losses.dual_contrast(f["v"], f["v"], temperature=temperature)  # Eq. 1
         for x in "sd":
             if f"v{x}" in terms:
                 v = f["v"]
                 if started and x in PARTS[config.decouple]:
-                    v = self.project(self.head, activation_pool(maps["v"], a[x]))  # f_s(v), f_d(v): Eq. 13-15
-                losses[f"v{x}"] = self.alignment(x, v, f[x], inputs[x], started)  # Eq. 6, 7, 10
+                    v = self.project(self.head, losses.activation_pool(maps["v"], a[x]))  # f_s(v), f_d(v): Eq. 13-15
+                found = self.search(x, v, f[x], inputs[x]) if x in self.queues else None
+                if started and found:  # Eq. 10, of view i
+                    keys = f[x].flatten(0, 1)
+                    values[f"v{x}"] = losses.retrieved_contrast(v[0], f[x][0], *found, keys, temperature)
+                else:  # Eq. 6, 7
+                    values[f"v{x}"] = losses.dual_contrast(v, f[x], config.same_view == "on", temperature)
         if "sd" in terms:
-            losses["sd"] = -dual_contrast(f["s"], f["d"], same_view=True, temperature=config.temperature)  # Eq. 8
+            values["sd"] = -losses.dual_contrast(f["s"], f["d"], True, temperature)  # Eq. 8
         if "ac" in terms:
             v, reference = a["v"].flatten(0, 1), (a["s"] + a["d"]).flatten(0, 1)
-            losses["ac"] = config.ac_weight * activation_alignment(v, reference)  # Eq. 12
-            unrelated = activation_alignment(v.detach(), reference.roll(1, 0))  # another video's map
+            values["ac"] = config.ac_weight * losses.activation_alignment(v, reference)  # Eq. 12
+            unrelated = losses.activation_alignment(v.detach(), reference.roll(1, 0))  # another video's map
             self.metrics["chance/ac"] = config.ac_weight * unrelated
         chance = 2 * math.log(2 * len(views["clip"]) - 1)
-        self.metrics |= {f"chance/{x}": -chance if x == "sd" else chance for x in losses if x != "ac"}
+        self.metrics |= {f"chance/{x}": -chance if x == "sd" else chance for x in values if x != "ac"}
         self.metrics["feature_std"] = f["v"].detach().flatten(0, 1).std(0).mean()
-        return losses
+        return values
 
     def inputs(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
         """The encoder's inputs (2N, 3, T, H, W), as far as asked for: "v"; "s", a random frame of it that stands still,
         with colours of its own; "d", its frame difference, without colours."""
-        clips, color = self.both(views["clip"]), self.both(views["color"])
-        wanted = {x for x in "sd" if {f"v{x}", "sd", "ac"} & set(self.config.terms)}
+        clips, color, terms = self.both(views["clip"]), self.both(views["color"]), set(self.config.terms)
         inputs = {"v": self.encoder_input(clips, color[:, 0])}
-        if "s" in wanted:
+        if {"vs", "sd", "ac"} & terms:
             frame = torch.randint(clips.shape[2], (len(clips),), device=clips.device)
-            still = self.encoder_input(static_frame(clips, frame), color[:, 1])
+            still = self.encoder_input(losses.static_frame(clips, frame), color[:, 1])
             inputs["s"] = still.expand(-1, -1, clips.shape[2], -1, -1)
-        if "d" in wanted:
+        if {"vd", "sd", "ac"} & terms:
             inputs["d"] = self.encoder_input(clips, None, difference=True)
         return inputs
 
-    def alignment(self, x: str, v: Tensor, key: Tensor, clips: Tensor, started: bool) -> Tensor:
-        """L_VS or L_VD: Eq. 6, 7 or, where positives are searched for and once this has started, Eq. 10 of view i.
+    @torch.no_grad()
+    def search(self, x: str, v: Tensor, key: Tensor, clips: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """For view i of each video, ṽ and s̃ or d̃, (N, K, D) each, and their weights (N, K) (Sec. 3.2).
+
+        View j is put in the pool first, so that a clip may find the other one of its own video.
 
         Args:
             x: "s" or "d".
             v, key: f(v) and f(s) or f(d), (2, N, D).
             clips: s or d, (2N, 3, T, H, W).
         """
-        if x in self.queues:
-            found = self.search(x, v, key, clips)
-            if started:
-                return retrieved_contrast(v[0], key[0], *found, key.flatten(0, 1), self.config.temperature)
-        return dual_contrast(v, key, self.config.same_view == "on", self.config.temperature)
-
-    @torch.no_grad()
-    def search(self, x: str, v: Tensor, key: Tensor, clips: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """For view i of each video, ṽ and s̃ or d̃, (N, K, D) each, and their weights (N, K) (Sec. 3.2).
-
-        View j is put in the pool first, so that a clip may find the other one of its own video. Arguments as above.
-        """
         slow = self.project(self.key_head, pool(self.key_encoder(clips))).unflatten(0, (2, -1))  # f̃
         if self.training:
             self.queues[x].enqueue(torch.cat([slow[1], v[1], key[1]], 1))
         keys, found_v, found_key = self.queues[x].keys.chunk(3, 1)
-        index, weight = retrieve(slow[0], keys, self.config.retrieved, self.config.retrieved_weights)
+        index, weight = losses.retrieve(slow[0], keys, self.config.retrieved, self.config.retrieved_weights)
         return found_v[index], found_key[index], weight
-
-    def refresh(self) -> None:
-        """f̃ ← f. What the old extractor made cannot be compared with what the new one makes: the pools start empty.
-
-        An empty place holds zeros: nothing resembles them, and retrieved all the same they weigh next to nothing.
-        """
-        momentum_update(self.encoder, self.key_encoder, self.config.momentum)
-        momentum_update(self.head, self.key_head, self.config.momentum)
-        for queue in self.queues.values():
-            queue.keys = torch.zeros_like(queue.keys)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
 """FAME: Motion-aware Contrastive Video Representation Learning via Foreground-background Merging (CVPR 2022).
 
 MoCo-v2 in which one of the two clips of a video shows its moving foreground on the background of another video of the
-batch (Sec. 3.2, Fig. 4), so that a scene no longer gives away which clips belong together. The augmentation itself is
-`augment.ForegroundBackgroundMerging`; `python fima.py --fame single` puts it before FIMA.
+batch (Sec. 3.2, Fig. 4), by `augment.ForegroundBackgroundMerging`. `python fima.py --fame single` puts it before FIMA.
 
     python fame.py                                                          # small encoder, generated videos, on a CPU
     python fame.py --dataset ucf101 --data /data/ucf101                     # one GPU
@@ -13,31 +12,24 @@ Tables of the paper as flags: 1 --foreground 1, 0.7, 0.5, 0.3 and --branches; 3 
 
 import dataclasses
 
+import moco
 from augment import ForegroundBackgroundMerging as Merging
 from cli import command_line
-from moco import PRESETS as MOCO_PRESETS
-from moco import MoCo, MoCoConfig
 from pretrain import main
 from train import UserError, option
 
 
 @dataclasses.dataclass(frozen=True)
-class FAMEConfig(MoCoConfig):
+class FAMEConfig(moco.MoCoConfig):
     """Options of FAME; the defaults are the paper's."""
 
     foreground: float = option(0.5, "portion of the picture that is foreground, beta (Table 1)", (0.01, 1))
     branches: str = option("single", "merge one clip of each video, or both (Table 1)", Merging.BRANCHES)
     background: str = option(
-        "inter",
-        "where the background comes from (Table 3). inter: another video of the batch; intra: the video's other clip; "
-        "none: nothing is merged, which is MoCo",
-        Merging.BACKGROUNDS,
+        "inter", "that of another video, of the video's other clip, or none, as MoCo (Table 3)", Merging.BACKGROUNDS
     )
     mask: str = option(
-        "fame",
-        "how the foreground is found (Table 4). fame: by the colours of what moves; gauss: the middle of the picture; "
-        "seed: what moves; grid: the cells of a 4 x 4 grid that move most",
-        Merging.MASKS,
+        "fame", "foreground by the colours of what moves, the middle, what moves, or its grid (Table 4)", Merging.MASKS
     )
 
     def __post_init__(self) -> None:
@@ -46,10 +38,10 @@ class FAMEConfig(MoCoConfig):
             raise UserError("--background inter takes another video of the batch: --batch_size 2 or more")
 
 
-PRESETS = MOCO_PRESETS | {"k400": MOCO_PRESETS["k400"] | dict(epochs=200)}
+PRESETS = moco.PRESETS | {"k400": moco.PRESETS["k400"] | dict(epochs=200)}
 
 
-class FAME(MoCo):
+class FAME(moco.MoCo):
     """L = L_nce (Eq. 1) on merged clips (Eq. 4), in both directions: each view is once the query, once the key.
 
     With `--losses vv,vd`, the frame differences are those of the clips before merging.

@@ -1,7 +1,7 @@
 """What every method shares besides the loop: options, views, encoder and head, and the run from options to checkpoint.
 
 A method of one's own is a config class, a subclass of `Method` with a `forward`, and a call of `main`: see
-examples/simclr.py.
+examples/simclr.py, and examples/tubelet_contrast.py, which builds on MoCo.
 """
 
 import copy

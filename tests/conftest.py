@@ -52,7 +52,8 @@ def run(videos, tmp_path, monkeypatch, capsys):
         where = ["--dataset", dataset, "--data", str(videos)] if dataset else []
         own = [*SMALL * small, *["--decoder_width=32"] * (small and script is fima), "--workers=0"]
         monkeypatch.chdir(tmp_path)
-        arguments = [*flags, *where] if script is evaluate else [*own, *flags, *where]  # the last of a kind counts
+        own = [] if script is evaluate or flags[:1] == ("maps",) else own  # which are sub-commands
+        arguments = [*own, *flags, *where]  # the last of a kind counts
         monkeypatch.setattr(sys, "argv", [script.__name__ + ".py", *map(str, arguments)])
         main = script.main
         if main is pretrain.main:  # a method's, which tells it class, config, presets and help

@@ -1,5 +1,7 @@
-"""examples/simclr.py: against a plain loop, one process against two, and its checkpoint in all that evaluates one."""
+"""The examples: against plain loops, one process against two, and their checkpoints in all that evaluates one."""
 
+import cmath
+import itertools
 import math
 import subprocess
 import sys
@@ -8,10 +10,12 @@ import conftest
 import pytest
 import simclr
 import torch
+import tubelet_contrast as tubelet
 from helpers import ROOT, make_views, weights
 
 import cli
 import evaluate
+import moco
 import processes
 import visualize
 
@@ -90,3 +94,81 @@ def test_it_runs_from_any_folder_and_is_short(tmp_path):
     done = subprocess.run([sys.executable, script, "--help"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "--warmup" in done.stdout and "--queue" not in done.stdout, done.stderr
     assert len(script.read_text().splitlines()) <= 70
+
+
+# ---------------------------------------------------------------------------------------------------- Tubelet-Contrast
+
+
+def draw(shape=(2, 2), frames=16, **options):
+    torch.manual_seed(0)
+    return tubelet.draw_tubelets(shape, frames, tubelet.TubeletContrastConfig(**options), torch.device("cpu"))
+
+
+def pixel(image, x, y):
+    """Bilinear, of (3, H, W), at x and y in pixels from the corner of the first."""
+    x, y = (min(max(place - 0.5, 0), 31) for place in (x, y))
+    weights = {(i, j): (1 - abs(y - i)) * (1 - abs(x - j)) for i in range(32) for j in range(32)}
+    return sum(w * image[:, i, j] for (i, j), w in weights.items() if abs(y - i) < 1 and abs(x - j) < 1)
+
+
+@pytest.mark.parametrize("transform", ["none", "scale", "rotation", "shear"])
+def test_pasted_pixels_are_those_of_a_loop(transform):
+    clips, source = make_views(2, 0, 32)["clip"], make_views(2, 0, 32, seed=1)["clip"][:, 0]
+    tubelets = draw(transform=transform)
+    tubelets["outline"] = torch.tensor([[0, 1], [2, 0]])
+    pasted = tubelet.paste(clips, source, tubelets)
+    for n, view, t, i, j in itertools.product(range(2), range(2), (0, 9, 15), range(0, 32, 5), range(2, 32, 5)):
+        color = clips[n, view, :, t, i, j].double()
+        for m in range(2):
+            one = {name: value[n, m].tolist() for name, value in tubelets.items()}
+            (x, y), (half_x, half_y), (base_x, base_y) = one["center"][t], one["half"][t], one["half"][0]
+            place = complex((j + 0.5) / 32 - x, (i + 0.5) / 32 - y) * cmath.exp(-1j * one["angle"][t])
+            u, v = (place.real - one["shear"][t] * place.imag) / half_x, place.imag / half_y
+            distance = (max(abs(u), abs(v)), math.hypot(u, v), abs(u) + abs(v))[one["outline"]]
+            alpha = one["opacity"] * min(max((1 - distance) / one["edge"], 0), 1)
+            if alpha:
+                shown = 32 * (one["patch"][0] + u * base_x), 32 * (one["patch"][1] + v * base_y)
+                color = (1 - alpha) * color + alpha * pixel(source[n, :, one["frame"]], *shown)
+        assert pasted[n, view, :, t, i, j].tolist() == pytest.approx(color.tolist(), abs=0.51)
+
+
+def test_tubelets_move_as_asked():
+    plain, linear = draw((50, 2)), draw((50, 2), motion="linear", transform="shear")
+    for tubelets in (plain, linear):
+        extent = tubelets["center"].amax(2) - tubelets["center"].amin(2)
+        assert tubelets["center"].min() >= 0 and tubelets["center"].max() <= 1
+        assert tubelets["half"][:, 0].prod(-1).ge(tubelets["half"][:, 1].prod(-1)).all()  # the largest lies below
+    assert extent.mean() > 0.1 and plain["angle"].any() and not plain["shear"].any() and not linear["angle"].any()
+    assert (plain["center"].amax(2) - plain["center"].amin(2)).max() <= 90 / 112 + 1e-6
+    slopes = linear["shear"].diff().flatten(0, 1)
+    assert slopes.abs().max() <= 0.066 and all(len(row.mul(1e5).round().unique()) <= 5 for row in slopes)
+    steps = plain["center"].diff(dim=2)
+    assert steps.diff(dim=2).abs().mean() < 0.8 * steps.abs().mean()  # of random points, about 1.7
+
+
+def test_a_pair_is_of_two_videos_and_shows_the_same_tubelets_of_a_third(monkeypatch):
+    seen = []
+    monkeypatch.setattr(moco.MoCo, "encode", lambda method, views, moving: seen.append(views["clip"]))
+    method = tubelet.TubeletContrast(tubelet.TubeletContrastConfig(encoder="conv4", width=0.25, crop=32))
+    values = 10 + 20 * torch.arange(4)[:, None] + torch.arange(2)  # of video and view
+    method.encode({"clip": values.byte()[..., None, None, None, None].expand(-1, -1, 3, 16, 32, 32)}, None)
+    clips = seen[0].float()
+    behind = torch.stack([values[:, 0], values[:, 1].roll(1)], 1)[..., None, None, None, None]
+    patch = values[:, 0].roll(-1)[:, None, None, None, None, None]
+    alpha = (clips - behind) / (patch - behind)
+    assert (alpha >= 0).all() and (alpha <= 1).all() and 0.02 < (alpha > 0.7).float().mean() < 0.6
+    torch.testing.assert_close(alpha[:, 0], alpha[:, 1], atol=0.06, rtol=0)  # of uint8
+    assert not torch.equal(alpha[0], alpha[1])
+
+
+@pytest.mark.slow
+def test_a_run_of_it_resumes_and_is_evaluated(run):
+    code, out, err = run(tubelet, *conftest.CONV4, "--epochs", 1, "--max_steps", 2, "--out", "run")
+    assert code == 0 and "python tubelet_contrast.py" in out, err
+    flags = ["--resume", "run/checkpoint.pt", "--max_steps", 3]
+    code, out, err = run(tubelet, *flags, small=False)
+    assert code == 0 and "resumed after step 2" in out, err
+    for words in (["retrieve"], ["linear", "--epochs", 1, "--batch_size", 6]):
+        flags = ["--checkpoint", "run/checkpoint.pt", "--clips", 2, "--device", "cpu", "--workers", 0]
+        code, _, err = run(evaluate, *words, *flags)
+        assert code == 0, err

@@ -12,7 +12,6 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from helpers import ALONE, FORK, Bare, alive, descendants
@@ -23,7 +22,6 @@ import data
 import evaluate
 import fima
 import find
-import mcl
 import runs
 import synthetic
 import train
@@ -295,27 +293,6 @@ def test_a_result_of_before_is_replaced(run):
     assert sorted(os.listdir(run.path)) == ["o.json", "o_confusion.png"]
 
 
-class Kept(mcl.MotionMaps):
-    def __init__(self, folder):
-        super().__init__(mcl.MapsConfig(dataset="folder", data=str(folder), maps=str(folder)))
-
-    def compute(self, path):
-        return np.ones((3, 2, 2))
-
-
-def test_maps_replace_no_arrays_of_others(tmp_path):
-    (tmp_path / "a.mp4").touch()
-    maps = Kept(tmp_path)
-    np.savez(tmp_path / "a.mp4.npz", features=np.zeros(9))
-    before = digests(tmp_path)
-    with pytest.raises(train.UserError, match=r"a\.mp4\.npz holds something else than maps"):
-        maps.make([str(tmp_path / "a.mp4")], 1)
-    (tmp_path / "bad_videos.txt").unlink()
-    assert digests(tmp_path) == before
-    (tmp_path / "a.mp4.npz").write_bytes(b"damaged")
-    assert "1 made" in maps.make([str(tmp_path / "a.mp4")], 1)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Full disks, interrupts, and what is left in the temporary folder
 # ---------------------------------------------------------------------------------------------------------------------
@@ -344,7 +321,6 @@ WRITERS = {
     "o.json": lambda folder: train.write_file(folder / "o.json", "new" * 99),
     "log.jsonl": lambda folder: log_of(folder).line(),
     "bad_videos.log": lambda folder: log_of(folder).add_bad([("new" * 99, "reason")]),
-    "a.mp4.npz": lambda folder: Kept(folder).visit(str(folder / "a.mp4")),
     "bad.txt": lambda folder: find.check_videos(folder, folder / "bad.txt", 1),
     "_0001.mp4": lambda folder: synthetic.make_synthetic(folder / "set", 20, 10, frames=2, size=(16, 16)),
 }
@@ -353,7 +329,6 @@ WRITERS = {
 @pytest.mark.parametrize("name", WRITERS)
 def test_a_full_disk_names_the_file_and_leaves_nothing_half(name, tmp_path, capsys):  # capsys: stderr is no file
     (tmp_path / f"{'long' * 50}.mp4").touch()
-    (tmp_path / "a.mp4").touch()
     old = b"" if name == "bad.txt" else b"old"
     if name != "_0001.mp4":
         (tmp_path / name).write_bytes(old)

@@ -4,6 +4,7 @@ import conftest
 import numpy as np
 import pytest
 import simclr
+import tubelet_contrast
 from helpers import ROOT, same, torchrun, weights
 
 import dclr
@@ -53,6 +54,11 @@ REFUSED = [
     (dclr, ["--retrieved", "9", "--queue", "8"], ["--retrieved 9", "--queue"]),
     (mcl, ["--losses", "t,s"], ["--losses t,s", "vv"]),
     (mcl, ["--compile", "on"], ["--compile on"]),
+    (simclr, ["--temperature", "0"], ["--temperature 0"]),
+    (simclr, ["--queue", "9"], ["--queue"]),
+    (simclr, ["--momentum", "0.9"], ["--momentum"]),
+    (tubelet_contrast, ["--batch_size", "1"], ["--batch_size 1", "2 or more"]),
+    (tubelet_contrast, ["--losses", "vd"], ["--losses vd", "vv"]),
 ]
 
 
@@ -69,6 +75,7 @@ RESUMED = {
     dclr: ["--refresh", 1, "--delay", 1, "--queue", 16],
     mcl: ["--maps", "maps"],
     simclr: ["--warmup", 1],
+    tubelet_contrast: [],
 }
 
 
