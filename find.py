@@ -266,20 +266,16 @@ def _read_official(
             classes = sorted(index, key=index.get)
             for entry in json.loads(read(f"{half}.json")):
                 named.append((str(entry["id"]), index[entry["template"].replace("[", "").replace("]", "")]))
-        if wrong := [label for _, label in named if not 0 <= label < len(classes)]:
-            raise ValueError(f"label {wrong[0]}, but {len(classes)} classes")
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         what = f"no entry {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"{file}: not a list of {dataset} as it is published ({what})") from error
 
-    def key(name: str) -> str:  # what follows a YouTube identifier is written in many ways
-        return name[:11] if dataset == "k400" else name.casefold()
-
     stems, rows = {}, []
+    length = 11 if dataset == "k400" else None  # what follows a YouTube identifier is written in many ways
     for path in videos:
-        stems.setdefault(key(os.path.splitext(os.path.basename(path))[0]), []).append(path)
+        stems.setdefault(os.path.splitext(os.path.basename(path))[0][:length].casefold(), []).append(path)
     for name, label in named:
-        paths = stems.get(key(name), [None])
+        paths = stems.get(name.casefold(), [None])
         if len(paths) > 1:
             paths = [p for p in paths if _letters(p.split(os.sep)[-2]) == _letters(classes[label])] or paths
         rows.append((paths[0], name, label))
@@ -349,10 +345,10 @@ def _read_list(root: str, list_file: str | Path) -> tuple[list[tuple[str | None,
         return found
 
     def paths_of(name: str) -> list[str]:
-        places = [os.path.split(os.path.normpath(os.path.join(root, n))) for n in (name, name.replace("\\", "/"))]
+        places = [os.path.split(os.path.normpath(os.path.join(root, n))) for n in {name: 0, name.replace("\\", "/"): 0}]
         return next((paths for folder, last in places if (paths := videos_in(folder).get(last))), [])
 
-    rows, strange, completed, columns, remark = [], "", False, 0, ""
+    rows, columns, remark, above = [], 0, "", os.path.join(root, "")
     for number, line in enumerate(_read_text(file).split("\n"), 1):
         where = f"{file}, line {number}"
         if len(line) > 9000:
@@ -369,20 +365,14 @@ def _read_list(root: str, list_file: str | Path) -> tuple[list[tuple[str | None,
         name, rest, paths = hits[0] if hits else (*ways[0], [])
         if len(paths) > 1:
             raise ValueError(f"{where}: {name!r} may be {' or '.join(map(os.path.basename, paths))}: write its suffix")
-        if paths and not paths[0].startswith(os.path.join(root, "")):
+        if paths and not paths[0].startswith(above):
             raise ValueError(f"{where}: {name!r} is not in {root}: give a folder that holds all (--data)")
-        if paths:
-            completed |= bare
-        elif line.startswith("#"):
+        if not paths and line.startswith("#"):
             continue
-        elif not rows and re.fullmatch(r"[^\d\\/.]*", line):
+        if not (paths or rows) and re.fullmatch(r"[^\d\\/.]*", line):
             columns, remark = len(re.split(r"[,;|\t]", line)), f" (line {number} is a header)"
             continue
-        else:
-            strange = strange or bare * f"{where}: no video file in {line!r}, and none that it names without suffix"
         rows.append((where, name, rest, *(paths or [None])))
-    if strange and not completed:  # else it is missing like others, without suffix too
-        raise ValueError(strange)
     labels, classes, more = _read_labels(file, [(where, rest) for where, _, rest, _ in rows], columns)
     return [(path, name, label) for (_, name, _, path), label in zip(rows, labels, strict=True)], classes, remark + more
 
@@ -398,7 +388,8 @@ def _read_labels(file: str, rows: list[tuple[str, str]], columns: int) -> tuple[
     for where, rest in rows:
         text = re.sub(r"(^|\s)#(\s.*)?$", "", rest).strip(" \t,;|")
         before, label = re.fullmatch(rf"((?:[\"']?{NUMBER}[\"']?{SEPARATED})*)(.*)", text).groups()
-        lines.append((where, text.strip("\"'"), re.findall(NUMBER, before), label.strip("\"'")))
+        text, label = (re.sub(r"""^(["'])(.*)\1$""", r"\2", field) for field in (text, label))
+        lines.append((where, text, re.findall(NUMBER, before), label))
     given = [(numbers, label) for _, text, numbers, label in lines if text]
     pairs = {(float(numbers[0]), label) for numbers, label in given if numbers}
     if all(re.fullmatch(NUMBER, label) for _, label in given):
@@ -407,8 +398,9 @@ def _read_labels(file: str, rows: list[tuple[str, str]], columns: int) -> tuple[
         counted = 2 * len(pairs) > len(given) and len({label for _, label in pairs}) < len(pairs)
     counted &= all(len(numbers) == 1 for numbers, _ in given) and all(frames > 1 for frames, _ in pairs)
     for where, text, numbers, label in lines:
-        times = len(numbers) > 1 or re.search(rf"(?:{SEPARATED}{NUMBER}){{2}}$", label)
-        if times or (not counted and (columns > 2 or (numbers and re.fullmatch(NUMBER, label)))):
+        times = len(numbers) > 1 or re.search(rf"({SEPARATED}{NUMBER}){{2}}$", label)
+        several = columns > 2 and re.search(SEPARATED, text)
+        if times or (not counted and (several or (numbers and re.fullmatch(NUMBER, label)))):
             raise ValueError(f"{where}: {text!r}, but lines are 'path label': start and end are not read")
     texts = [label if counted else text for _, text, _, label in lines]
     classes, remark = sorted({*texts} - {""}), " (lines of path, number of frames, label)" * counted
@@ -420,20 +412,19 @@ def _read_labels(file: str, rows: list[tuple[str, str]], columns: int) -> tuple[
     return labels, [str(i) for i in range(highest + 1)], remark
 
 
-def _read_bad(root: str, file: str | Path) -> set[str]:
+def _read_bad(root: str, files: str | Path) -> set[str]:
     """Paths named by a list of `check_videos`, by a run's bad_videos.log, or by a file of bare paths, one a line."""
-    if not os.path.exists(file) and "," in str(file):
-        return set().union(*(_read_bad(root, each) for each in str(file).split(",")))
     paths = set()
-    for number, line in enumerate(_read_text(file).split("\n"), 1):
-        fields = line.split("\t")
-        name = next((field for field in fields if field[:1] in ("'", '"')), "")
-        try:
-            name = os.fspath(ast.literal_eval(name)) if name else fields[0]
-        except (SyntaxError, TypeError, ValueError):
-            raise ValueError(f"{file}, line {number}: no path in quotes, {name}") from None
-        if name:
-            paths.add(os.path.normpath(os.path.join(root, name)))
+    for file in [files] if os.path.exists(files) else str(files).split(","):
+        for number, line in enumerate(_read_text(file).split("\n"), 1):
+            fields = line.split("\t")
+            quoted = [field for field in fields if field.startswith(("'", '"'))]
+            try:
+                name = os.fspath(ast.literal_eval(quoted[0])) if quoted else fields[0]
+            except (SyntaxError, TypeError, ValueError):
+                raise ValueError(f"{file}, line {number}: no path in quotes, {quoted[0]}") from None
+            if name:
+                paths.add(os.path.normpath(os.path.join(root, name)))
     return paths
 
 
