@@ -183,9 +183,7 @@ def test_limits_are_reasons(folder, monkeypatch):
         (MemoryError(), True, "Cannot allocate memory: take fewer"),
     ],
 )
-def test_pixels_that_cannot_be_converted_make_a_bad_video_unless_memory_is_short(
-    folder, monkeypatch, error, short, says
-):
+def test_pixels_that_cannot_be_converted_are_bad_unless_memory_is_short(folder, monkeypatch, error, short, says):
     monkeypatch.setattr(Video, "_pixels", Mock(side_effect=error))
     monkeypatch.setattr(reader, "is_memory_short", lambda: short)
     with Video(folder / "h264.mp4") as video, pytest.raises(OSError if short else BadVideo, match=says):

@@ -334,7 +334,7 @@ def test_suffixes_of_all_containers_are_found_and_others_counted(tmp_path):
     touch(tmp_path, *names, *others, "mp4", "srt", "list.txt", ".x.jpg")
     videos = find_videos("folder", tmp_path, train=True)
     assert found(videos, tmp_path).keys() == set(names)
-    assert "; 10 other files passed over (3 .jpg, 2 .zip, 2 without suffix, 1 " in videos.report
+    assert "; 10 other files passed over (3 .jpg, 2 without suffix, 2 .zip, 1 " in videos.report
 
 
 @pytest.mark.parametrize("name", ["mjpg mjpeg", "ogv libvpx", "mxf mpeg2video", "ivf libvpx", "3g2 mpeg4", "asf wmv2"])
@@ -498,7 +498,7 @@ def test_a_missing_or_broken_list_and_one_without_videos_are_named(tmp_path):
     ("dataset", "split", "list_file", "says"),
     [
         *(
-            ("ucf", 1, None, "known are synthetic, folder"),
+            ("ucf", 1, None, "known are synthetic"),
             ("ucf101", 4, None, "split 4"),
             ("k400", 0, None, "split 0"),
         ),
