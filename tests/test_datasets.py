@@ -6,10 +6,10 @@ import os
 import re
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import av
 import pytest
-from encoding import encode, moving_texture
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,7 +18,6 @@ import evaluate
 import find
 import video
 from find import find_videos
-from video import Video
 
 
 def touch(root: Path, *names: str) -> None:
@@ -199,16 +198,8 @@ TREES = {  # training videos and their classes, held-out ones, how many are outs
     "several classes": ("train/jump/a.mp4=jump train/run/b.mp4=run", "val/run/c.mp4=run", ""),
     "classes called as parts": ("train/bus/b.mp4=bus train/train/a.mp4=train", "test/train/c.mp4=train", ""),
     "wrapped": ("sets/UCF/Training/jump/a.mp4=jump", "sets/UCF/valid_256/jump/b.mp4=jump", "sets/c.mp4"),
-    "two wrapped": (
-        "h/train-set/run/c.mp4=h/run u/train/jump/a.mp4=u/jump",
-        "h/TEST/run/d.mp4=h/run u/test/jump/b.mp4=u/jump",
-        "",
-    ),
-    "parts in classes": (
-        "all/jump/train/a.mp4=jump all/run/train/c.mp4=run",
-        "all/jump/test/b.mp4=jump all/run/test/d.mp4=run",
-        "",
-    ),
+    "two wrapped": ("h/train-set/r/c.mp4=h/r u/train/j/a.mp4=u/j", "h/TEST/r/d.mp4=h/r u/test/j/b.mp4=u/j", ""),
+    "parts in classes": ("all/j/train/a.mp4=j all/r/train/c.mp4=r", "all/j/test/b.mp4=j all/r/test/d.mp4=r", ""),
     "parts apart": ("kinetics_train/train/jump/a.mp4=jump", "kinetics_val/val/jump/b.mp4=jump", ""),
     "a class called train": ("plane/b.mp4=plane train/a.mp4=train", "plane/b.mp4=plane train/a.mp4=train", ""),
 }
@@ -282,13 +273,9 @@ def test_links_of_folders_keep_their_part_and_end_in_circles(tmp_path):
 
 
 def test_folders_that_cannot_be_listed_are_counted_and_evaluation_refuses_them(tmp_path, monkeypatch):
-    def scan(folder, scandir=os.scandir):
-        if str(folder).endswith("run"):
-            raise PermissionError
-        return scandir(folder)
-
     touch(tmp_path, "jump/a.mp4", "run/b.mp4")
-    monkeypatch.setattr(os, "scandir", scan)
+    refuse, scan = Mock(side_effect=PermissionError), os.scandir
+    monkeypatch.setattr(os, "scandir", lambda folder: (refuse if folder.endswith("run") else scan)(folder))
     videos = find_videos("folder", tmp_path, train=True)
     assert videos.report.endswith(f"; 1 folders left out, for want of permission to list them, such as {tmp_path}/run")
     assert len(videos) == 1 and videos.closed == (str(tmp_path / "run"),)
@@ -335,17 +322,6 @@ def test_suffixes_of_all_containers_are_found_and_others_counted(tmp_path):
     videos = find_videos("folder", tmp_path, train=True)
     assert found(videos, tmp_path).keys() == set(names)
     assert "; 10 other files passed over (3 .jpg, 2 without suffix, 2 .zip, 1 " in videos.report
-
-
-@pytest.mark.parametrize("name", ["mjpg mjpeg", "ogv libvpx", "mxf mpeg2video", "ivf libvpx", "3g2 mpeg4", "asf wmv2"])
-def test_a_video_of_each_new_suffix_is_read(tmp_path, name):
-    suffix, codec = name.split()
-    images = moving_texture(24)
-    encode(tmp_path / f"a.{suffix}", images, codec, pix_fmt="yuvj420p" if codec == "mjpeg" else "yuv420p", b="2M")
-    (path,) = find_videos("folder", tmp_path, train=True).paths
-    with Video(path) as opened:
-        brightness = [image.mean() for image in opened.read(range(len(opened)))]
-    assert brightness == pytest.approx(images.mean((1, 2, 3)), abs=4)
 
 
 def test_synthetic_is_made_when_it_is_not_there(tmp_path, monkeypatch):
@@ -467,31 +443,31 @@ def test_links_below_the_root_are_followed_and_dots_do_not_go_through_them(tmp_p
         assert found(videos, tmp_path / "root").keys() == {"link/a.mp4", "b.mp4"}
 
 
-@pytest.mark.parametrize("dataset", [name for name in find.DATASETS if name != "synthetic"])
+@pytest.mark.parametrize("dataset", find.DATASETS[1:])
 def test_a_missing_or_empty_root_says_where_and_what_is_expected(tmp_path, dataset):
     for root in (tmp_path / "absent", tmp_path):
         with pytest.raises(FileNotFoundError) as caught:
             find_videos(dataset, root, train=True)
-        message = str(caught.value)
-        assert str(root) in message and find.LAYOUTS[dataset] in message and "\n" not in message
+        assert str(root) in str(caught.value) and find.LAYOUTS[dataset] in str(caught.value)
 
 
-def test_a_missing_or_broken_list_and_one_without_videos_are_named(tmp_path):
-    make_ucf101(tmp_path / "UCF-101", tmp_path / "lists")
-    with pytest.raises(FileNotFoundError, match=r"no list trainlist02\.txt"):
-        find_videos("ucf101", tmp_path, train=True, split=2)
-    for path in (tmp_path / "UCF-101").rglob("*.avi"):
-        path.unlink()
-    with pytest.raises(FileNotFoundError, match="4 of 4 listed videos are not on disk"):
-        find_videos("ucf101", tmp_path, train=True)
-    for dataset, name, line, says in (
-        ("ucf101", "lists/trainlist01.txt", "Dancing/v_Dancing_g01_c01.avi 1", "no entry 'dancing'"),
-        ("k400", "train.csv", "path label", "no entry 'youtube_id'"),
-        ("diving48", "Diving48_vocab.json", "{", ""),
-    ):
-        write(tmp_path / name, line, "a.mp4 3")
-        with pytest.raises(ValueError, match=f"{name}: not a list of {dataset} .*{says}"):
-            find_videos(dataset, tmp_path, train=True)
+@pytest.mark.parametrize(
+    ("name", "lines", "says"),
+    [
+        ("trainlist01.txt", None, r"no list trainlist01\.txt"),
+        ("trainlist01.txt", ["Hammering/v_gone.avi 3"], "1 of 1 listed videos are not on disk"),
+        ("trainlist01.txt", ["Dancing/v_1.avi 1"], r"trainlist01\.txt: not a list of ucf101 .*no entry 'dancing'"),
+        ("train.csv", ["path label", "a.mp4 3"], r"train\.csv: not a list of k400 .*no entry 'youtube_id'"),
+        ("Diving48_vocab.json", ["{"], r"Diving48_vocab\.json: not a list of diving48"),
+    ],
+)
+def test_a_missing_or_broken_list_and_one_without_videos_are_named(tmp_path, name, lines, says):
+    make_ucf101(tmp_path, tmp_path)
+    (tmp_path / name).unlink(missing_ok=True)
+    if lines:
+        write(tmp_path / name, *lines)
+    with pytest.raises((FileNotFoundError, ValueError), match=says):
+        find_videos({"txt": "ucf101", "csv": "k400", "json": "diving48"}[name.partition(".")[2]], tmp_path, True)
 
 
 @pytest.mark.parametrize(
