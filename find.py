@@ -358,10 +358,9 @@ def _read_list(root: str, list_file: str | Path) -> tuple[list[tuple[str | None,
         texts = [line]
         if quoted := QUOTED.match(line):
             texts.append(quoted[2].replace(2 * quoted[1], quoted[1]) + line[quoted.end() :])
-        bare = not any(map(SUFFIXED.search, texts))
-        ends = [(text, m.end()) for text in texts for m in [*(BARE if bare else SUFFIXED).finditer(text)][::-1]]
-        ways = [(text[:end], text[end:]) for text, end in ends]
-        hits = [(*way, paths) for way in ways if (paths := paths_of(way[0] + "." * bare))]
+        ends = SUFFIXED if any(map(SUFFIXED.search, texts)) else BARE
+        ways = [(text[: m.end()], text[m.end() :]) for text in texts for m in [*ends.finditer(text)][::-1]]
+        hits = [(*way, paths) for way in ways if (paths := paths_of(way[0] + "." * (ends is BARE)))]
         name, rest, paths = hits[0] if hits else (*ways[0], [])
         if len(paths) > 1:
             raise ValueError(f"{where}: {name!r} may be {' or '.join(map(os.path.basename, paths))}: write its suffix")
@@ -451,7 +450,7 @@ def check_videos(root: str | Path, out: str | Path, workers: int, full: bool = F
     root = os.path.abspath(root)
     paths, _, _, closed = _walk(root)
     if closed:
-        raise PermissionError(f"{closed[0]}: no permission to list this folder, one of {len(closed)} such folders")
+        raise PermissionError(f"{closed[0]}: no permission to list this folder")
     if not paths:
         raise FileNotFoundError(f"{root}: no videos (.{', .'.join(SUFFIXES)}) below it")
     return len(paths), visit_videos(_Checker(full), paths, root, out, workers, f"checking {root}")
