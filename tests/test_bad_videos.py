@@ -310,9 +310,11 @@ def test_too_few_open_files_are_no_videos_fault(folder, check, monkeypatch):
     views, clips = views_of([path]), data.TestClips(views_of([path]).videos, 16, 4)
     for more in range(5):  # for memory to share, two; for a pipe, two; and for the process
         no_more_files(more)
-        with pytest.raises(OSError, match=r"Too many open files\)?: raise `ulimit -n`"):
-            next(load_batches(views, BatchSampler([(0, 0)], 1, False), workers=1)) if more else Video(path)
-        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        try:
+            with pytest.raises(OSError, match=r"Too many open files\)?: raise `ulimit -n`"):
+                next(load_batches(views, BatchSampler([(0, 0)], 1, False), workers=1)) if more else Video(path)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, before)
     for items, key in ((views, (0, 0)), (clips, 0)):
         with pytest.raises(OSError, match=r"Too many open files: raise `ulimit -n`.*h264\.mp4"):
             next(load_batches(items, BatchSampler([key], 1, False), 1, no_more_files))
