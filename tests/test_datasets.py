@@ -67,6 +67,7 @@ def make_ucf101(videos: Path, lists: Path, split: int = 1) -> None:
 )
 def test_ucf101(tmp_path, videos, lists, split, expected):
     make_ucf101(tmp_path / videos, tmp_path / lists, split)
+    touch(tmp_path / lists, "an_old_classInd.txt", f"an_old_trainlist0{split}.txt")
     train, test = parts("ucf101", tmp_path, split=split)
     assert train.classes == UCF_CLASSES
     assert train.labels == [label - 1 for label in UCF_TRAIN.values()] and test.labels == [1, 3]
@@ -239,7 +240,7 @@ def test_what_is_hidden_is_never_read(tmp_path):
 
 
 def test_a_training_video_that_a_link_makes_a_test_video_is_left_out(tmp_path):
-    touch(tmp_path, "train/jump/a.mp4", "test/jump/b.mp4", "test/jump/c.mp4")
+    touch(tmp_path, "train/jump/a.mp4", "test/jump/b.mp4", "test/jump/c.mp4", "outside/d.mp4")
     (tmp_path / "train" / "jump" / "soft.mp4").symlink_to("../../test/jump/b.mp4")
     os.link(tmp_path / "test" / "jump" / "c.mp4", tmp_path / "train" / "jump" / "hard.mp4")
     (tmp_path / "train" / "more").symlink_to("../test")
@@ -368,6 +369,7 @@ SHAPES = {  # lines: class of each of a.mp4 and b.mp4
     "a.mp4 2 hands clap\nb.mp4 brush hair": ["2 hands clap", "brush hair"],
     "a.mp4 1 hand wave\nb.mp4 2 hands clap": ["1 hand wave", "2 hands clap"],
     "a.mp4 3 jump\nb.mp4 3 jump": ["3 jump", "3 jump"],
+    "a.mp4 2 hands\nb.mp4 3 hands\ngone.mp4 2 hands\nlost.mp4 3 hands": ["2 hands", "3 hands"],
     "a.mp4 163 0\nb.mp4 98 1": ["0", "1"],
     "path num_frames label\na.mp4,163,1\nb.mp4,98,0": ["1", "0"],
     "a 163 0\nb 98 1": ["0", "1"],
