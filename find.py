@@ -5,17 +5,16 @@
 
 import ast
 import codecs
+import contextlib
 import csv
 import functools
-import itertools
 import json
 import math
 import os
 import re
 import shlex
-import stat
 import sys
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,22 +40,18 @@ PART = re.compile(  # names of folders that divide a data set
     r"(?:(train)(?:ing)?|(test)(?:ing)?|(val)(?:id(?:at(?:e|ion))?)?)(?:[_ -]?set)?[_ -]?(?:\d+(?:p|x\d+)?)?",
     re.IGNORECASE,
 )
-SEPARATED = r"[\s,;|]+"  # what may stand between the fields of a list
-SUFFIXED, BARE = rf"\.({'|'.join(SUFFIXES)})(?=[\s,;|]|$)", r"(?<=[^\s,;|])(?=[\s,;|]|$)"  # ends of a video's name
-LABEL = r"\s*\S*|(\s+[+-]?\d+(\.\d*)?)*|\s*[,;|\t].*"  # after a name without suffix; of "a b c", "b c" may be its name
-QUOTED = r"""(["'])((?:(?!\1).|\1\1)*)\1(?=[\s,;|]|$)"""  # a field in quotes, in which a quote is doubled
-HEADER = (
-    r"sep=.|[^\d\\/.]*(\b|_)(path|video|file|clip|name|id|label|class|category|action)s?_?(path|name|id)?\b[^\d\\/]*"
-)
-K400_TRAIN, K400_VALIDATION = r".*train\.csv", r".*(val|valid|validate|validation)\.csv"
+NUMBER, SEPARATED = r"[+-]?\d+(?:\.\d*)?", r"[\s,;|]+"  # in a list, and what may stand between its fields
+# Ends of a video's name in a line of a list, with suffix and without: of "a b c", "a b" may be it, and "b c" its label.
+SUFFIXED = re.compile(rf"\.(?:{'|'.join(SUFFIXES)})(?=[\s,;|]|$)", re.IGNORECASE)
+BARE = re.compile(rf"(?<=[^\s,;|])(?=(?:\s+\S+|(?:\s+{NUMBER})*|\s*[,;|\t].*)$)")
+QUOTED = re.compile(r"""(["'])((?:(?!\1).|\1\1)*)\1(?=[\s,;|]|$)""")  # a field in quotes, in which a quote is doubled
+K400_TRAIN, K400_VALIDATION = ("train.csv",), ("val.csv", "valid.csv", "validate.csv", "validation.csv")
 LAYOUTS = {
     "synthetic": "train/CLASS/*.mp4 and test/CLASS/*.mp4, and perhaps unlabeled/*.mp4 for pretraining",
     "folder": "videos anywhere below it, a folder a class, and if wanted train/ and test/ (or val/) side by side",
-    "ucf101": "UCF-101/Class/v_Class_gGG_cCC.avi and ucfTrainTestlist/{classInd,trainlist0K,testlist0K}.txt "
-    "(or data/Class/ and anno/)",
-    "hmdb51": "class/*.avi (or data/class/) and testTrainMulti_7030_splits/class_test_splitK.txt (or anno/)",
-    "k400": "train/ and val/ (or train_256/, val_256/) of ID_000417_000427.mp4, flat or in class folders, train.csv "
-    "and val.csv with columns label and youtube_id (or, without them, class folders)",
+    "ucf101": "UCF-101/Class/v_Class_gGG_cCC.avi and ucfTrainTestlist/{classInd,trainlist0K,testlist0K}.txt",
+    "hmdb51": "class/*.avi and testTrainMulti_7030_splits/class_test_splitK.txt",
+    "k400": "train/ and val/ of ID_000417_000427.mp4, and train.csv and val.csv (label, youtube_id) or class folders",
     "diving48": "rgb/VID_NAME.mp4, Diving48_V2_train.json, Diving48_V2_test.json and Diving48_vocab.json",
     "ssv2": "ID.webm below any folder, labels.json, train.json and validation.json",
 }
@@ -79,32 +74,26 @@ def find_videos(
 ) -> VideoList:
     """List the training or test videos of a data set (validation where the test labels are not public: k400, ssv2).
 
-    Reads directory listings and the data set's own lists, never a video. Videos and lists are found by their names
-    anywhere below `root`, so that flat folders, class folders and other people's folder names all work (`LAYOUTS`).
-    Videos that are listed and not on disk are left out and counted in the report. Class indices follow the data set's
-    own list where it has one (UCF101: classInd.txt), else the sorted names.
+    Videos and lists are found by their names anywhere below `root` (`LAYOUTS`). Listed videos that are not on disk are
+    left out and counted. Class indices follow the data set's own list where it has one, else the sorted names.
 
-    Without such lists, a folder that holds a training part (train, training, trainset, train_256, …; any case) and
-    a held-out one (test, testing, testset, val, valid, validation, …) divides the videos, at whatever depth; what lies
-    outside of these parts is left out and counted in the report. A part without the other divides nothing (a class may
-    be called "train"), unless all videos lie in parts. Where there are both, "test" is held out and "val" is not used
-    (k400: the other way round). Hidden files and folders, and those of `NOT_READ`, are never read. A training video
-    that is a held-out one too, by a link, is left out of training and counted.
+    Without lists, a folder that holds a training part (`PART`) and a held-out one divides the videos, at whatever
+    depth; what lies outside of the parts is left out and counted. A part without the other divides nothing (a class may
+    be called "train"), unless all videos lie in parts. Of "test" and "val" the first is held out (k400: the other).
+    Files and folders of `NOT_READ` are never read. A training video that is a held-out one too, by a link, is left out.
 
-    `list_file`, for "folder" only, names a file of "path label" lines instead (`_read_list`): paths below `root`,
-    relative to it or absolute (`root` "/" takes any), spaces allowed; labels optional, all integers or names. Links
-    below `root` are followed, wherever they lead. `exclude` names a file of videos to leave out, as `check_videos`
-    writes it, or several with commas between. `unlabeled` takes those of "synthetic" that are for pretraining, where
-    there are any (`make_synthetic`).
+    Args:
+        list_file: for "folder" only, a file of "path label" lines (`_read_list`), labels optional.
+        exclude: a file of videos to leave out, as `check_videos` writes it, or several with commas between.
+        unlabeled: take those of "synthetic" that are for pretraining, where there are any (`make_synthetic`).
 
-    Raises ValueError for an unknown data set or split and for a list that can't be understood or names a path outside
-    `root`, FileNotFoundError for a missing folder or list or when no video is found.
+    Raises:
+        ValueError: an unknown data set or split; a list that can't be understood or names a path outside `root`.
+        FileNotFoundError: a missing folder or list, or no video at all.
     """
-    if dataset not in DATASETS:
-        raise ValueError(f"unknown data set {dataset!r}; known are {', '.join(DATASETS)}")
     splits = len(OFFICIAL_COUNTS.get(dataset, [None]))
-    if not 1 <= split <= splits:
-        raise ValueError(f"{dataset} has no split {split}; it has {splits}")
+    if dataset not in DATASETS or not 1 <= split <= splits:
+        raise ValueError(f"no data set {dataset!r} with a split {split}; known are {', '.join(DATASETS)}")
     if list_file is not None and dataset != "folder":
         raise ValueError(f"a list file goes with the data set 'folder', not with {dataset!r}")
     root = os.path.abspath(root)
@@ -117,8 +106,6 @@ def find_videos(
             raise ValueError(f"{root}: not made by this project; with videos of your own, give --dataset folder")
     if not os.path.isdir(root):
         raise FileNotFoundError(f"{root}: no such folder; {dataset} expects {LAYOUTS[dataset]}")
-    if not os.access(root, os.R_OK | os.X_OK):
-        raise PermissionError(f"{root}: no permission to list this folder")
     part = "train" if train else "validation" if dataset in ("k400", "ssv2") else "test"
     title = f"{dataset} {part} split {split}" if splits > 1 else f"{dataset} {part}"
     expected = f" of {OFFICIAL_COUNTS[dataset][split - 1][not train]} expected" if dataset in OFFICIAL_COUNTS else ""
@@ -129,41 +116,34 @@ def find_videos(
         title = f"{dataset} list {list_file}{note}"
     else:
         videos, lists, passed, closed = _walk(root)
-        apart = {path for path in videos if dataset == "synthetic" and Path(path).is_relative_to(Path(root, UNLABELED))}
+        above = os.path.join(root, UNLABELED, "")
+        apart = {path for path in videos if dataset == "synthetic" and path.startswith(above)}
         if unlabeled and apart:
             rows, classes, title = [(path, path, -1) for path in sorted(apart)], [], f"{dataset} {UNLABELED}"
-        elif dataset in OFFICIAL_COUNTS or (dataset == "k400" and lists.named(rf"{K400_TRAIN}|{K400_VALIDATION}")):
-            named, classes = _read_official(dataset, root, lists, train, split)
-            rows = _match(named, classes, videos, id_only=dataset == "k400")
+        elif dataset in OFFICIAL_COUNTS or (dataset == "k400" and _named(lists, *K400_TRAIN, *K400_VALIDATION)):
+            rows, classes = _read_official(dataset, root, videos, lists, train, split)
             expected = expected or f" of {len(rows)} listed"  # copies of k400 differ
         else:
             tree = [path for path in videos if path not in apart]
             rows, classes, held, outside, halved = _read_tree(root, tree, train, dataset == "k400")
             title = title if halved else f"{dataset} (no train/ and test/ folders: one list for both)"
-            # By numbers of files first, as few have one in common. They are no proof: each file system has its own.
-            paths = [path for path, _, _ in rows]
-            numbers = {videos[path] for path in held} & {videos[path] for path in paths} if train else ()
-            twice = {*same_files(*([path for path in part if videos[path] in numbers] for part in (paths, held)))}
+            twice = {*same_files([path for path, _, _ in rows], held)} if train and held else set()
     excluded = _read_bad(root, exclude) if exclude else set()
     twice -= excluded
     left_out = excluded | twice
     found = [(path, label) for path, _, label in rows if path and path not in left_out]
     missing = [name for path, name, _ in rows if not path]
-    report = f"{title}: {len(found)} videos{expected}, {f'{len(classes)} classes' if classes else 'no labels'}"
-    if missing:
-        some = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
-        report += f"; {len(missing)} of {len(rows)} listed videos are not on disk: {some}"
-    if excluded:
-        report += f"; {sum(path in excluded for path, _, _ in rows)} of the {len(excluded)} named in {exclude} left out"
-    if outside:
-        report += f"; {outside} videos outside of the training and the held-out folder left out"
-    if twice:
-        report += f"; {len(twice)} that are held-out videos too (links) left out"
-    if passed:
-        kinds = [f"{count} {kind}" for kind, count in passed.most_common(5)] + ["…"] * (len(passed) > 5)
-        report += f"; {passed.total()} other files passed over ({', '.join(kinds)})"
-    if closed:
-        report += f"; {len(closed)} folders left out, for want of permission to list them, such as {closed[0]}"
+    kinds = ", ".join(f"{count} {kind}" for kind, count in passed.most_common(5))
+    notes = [
+        missing and f"{len(missing)} of {len(rows)} listed videos are not on disk: {', '.join(missing[:3])}",
+        excluded and f"{sum(row[0] in excluded for row in rows)} of the {len(excluded)} named in {exclude} left out",
+        outside and f"{outside} videos outside of the training and the held-out folder left out",
+        twice and f"{len(twice)} that are held-out videos too (links) left out",
+        passed and f"{passed.total()} other files passed over ({kinds})",
+        closed and f"{len(closed)} folders left out, for want of permission to list them, such as {closed[0]}",
+    ]
+    head = f"{title}: {len(found)} videos{expected}, {f'{len(classes)} classes' if classes else 'no labels'}"
+    report = "; ".join([head, *filter(None, notes)])
     if not found:
         raise FileNotFoundError(f"{root}: no videos found ({report}); {dataset} expects {LAYOUTS[dataset]}")
     paths, labels = [path for path, _ in found], [label for _, label in found]
@@ -173,94 +153,56 @@ def find_videos(
 def same_files(paths: Iterable[str], others: Iterable[str]) -> list[str]:
     """Those of the paths whose file is among the others, by whatever name or link, symbolic or hard."""
 
-    def identity(path: str) -> tuple[int, int] | str:
-        try:
-            status = os.stat(path)
-        except OSError:  # a link to nothing
-            return path
-        return status.st_dev, status.st_ino
+    def identity(path: str) -> tuple[int, ...] | str:
+        with contextlib.suppress(OSError):
+            return os.stat(path)[1:3]  # its number, and its device's
+        return path  # a link to nothing
 
     known = set(map(identity, others))
     return [path for path in paths if identity(path) in known]
 
 
 def _read_text(file: str | Path) -> str:
-    """A list's text, UTF-16 with its mark (as Excel writes it) or UTF-8, lines ended by "\\n"; other bytes stay as in
-    file names. Raises ValueError for what is no file, such as a pipe, which might have no end."""
-    state = os.stat(file)
-    if not stat.S_ISREG(state.st_mode):
-        raise ValueError(f"{file}: not a file on a disk")
-    content = Path(file).read_bytes() if state.st_size else b""  # files of /proc say 0
-    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        text = content.decode("utf-16", "replace")
-    else:
-        text = content.decode("utf-8-sig", "surrogateescape")
-    return text.replace("\r\n", "\n").replace("\r", "\n")
+    """A list's text, UTF-16 with its mark (as Excel writes it) or UTF-8; other bytes stay as in file names. Raises
+    ValueError for what is no file, such as a pipe, which might have no end."""
+    if not os.path.isfile(file):
+        raise ValueError(f"{file}: no file on a disk")
+    with open(file, "rb") as opened:
+        marked = opened.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    return Path(file).read_text(*(("utf-16", "replace") if marked else ("utf-8-sig", "surrogateescape")))
 
 
-class _Lists:
-    """The lists (.txt, .csv, .json) below a folder, by name; of equal names the topmost."""
+def _walk(root: str) -> tuple[list[str], dict[str, str], Counter, list[str]]:
+    """Paths of all videos below a folder; of its lists (.txt, .csv, .json) by name, of equal names the topmost; how
+    many other files there are, by suffix; the folders that may not be listed."""
+    videos, lists, passed, closed, seen, suffixes = [], {}, Counter(), [], set(), frozenset(SUFFIXES)
 
-    def __init__(self):
-        self.paths: dict[str, str] = {}
-        self.last_read = ""
-
-    def named(self, pattern: str) -> list[str]:
-        """Names that match a regular expression, whatever their case, in alphabetical order."""
-        return sorted(name for name in self.paths if re.fullmatch(pattern, name, re.IGNORECASE))
-
-    def read(self, pattern: str) -> str:
-        """Text of the first list whose name matches; raises FileNotFoundError."""
-        if not (names := self.named(pattern)):
-            raise FileNotFoundError(pattern.replace("\\", "").replace("(something-something-v2-)?", ""))
-        self.last_read = self.paths[names[0]]
-        return _read_text(self.last_read)
-
-    def lines(self, pattern: str) -> list[str]:
-        return [line.strip() for line in self.read(pattern).splitlines() if line.strip()]
-
-
-def _walk(root: str) -> tuple[dict[str, int], _Lists, Counter, list[str]]:
-    """Paths of all videos below a folder with the numbers (inodes) of their files, its lists, how many other files
-    there are, by suffix, and the folders that may not be listed."""
-    videos, lists, passed, closed, seen = {}, _Lists(), Counter(), [], set()
-    suffixes = frozenset(SUFFIXES)
-    folders = [(root, os.path.realpath(root), "")]
-    while folders:
-        folder, real, part = folders.pop()
-        if (part, real) in seen or re.match(r"/(proc|sys)(/|$)", real):  # seen: by a link, in the same part of the set
-            continue
-        seen.add((part, real))
+    def visit(folder: str, part: str, above: tuple) -> None:
         try:
-            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+            place, entries = os.stat(folder)[1:3], sorted(os.scandir(folder), key=lambda entry: entry.name)
         except PermissionError:
             closed.append(folder)
-            continue
+            return
+        if place in above or (part, place) in seen:  # by a link, upwards or in the same part of the set
+            return
+        seen.add((part, place))
         below = []
         for entry in entries:
-            name, state = entry.name, None
-            suffix = os.path.splitext(name)[1][1:].lower()
-            if NOT_READ.fullmatch(name):
+            suffix = os.path.splitext(entry.name)[1][1:].lower()
+            if NOT_READ.fullmatch(entry.name):
                 continue
-            if entry.is_symlink():
-                try:
-                    state = os.stat(entry.path)
-                except OSError as error:  # of a video, reading it will say so
-                    if isinstance(error, PermissionError) and suffix not in suffixes:
-                        closed.append(entry.path)
-                        continue
-            if stat.S_ISDIR(state.st_mode) if state else entry.is_dir(follow_symlinks=False):
-                target = os.path.realpath(entry.path) if state else os.path.join(real, name)
-                if not f"{real}{os.sep}".startswith(f"{target}{os.sep}"):  # a link upwards would find all once more
-                    below.append((entry.path, target, part or (entry.path if PART.fullmatch(name) else "")))
-                continue
-            if suffix in suffixes:
-                videos[entry.path] = state.st_ino if state else entry.inode()
+            if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
+                below.append((entry.path, part or (entry.path if PART.fullmatch(entry.name) else "")))
+            elif suffix in suffixes:  # if it is a link to nothing, reading it will say so
+                videos.append(entry.path)
             elif suffix in ("txt", "csv", "json"):
-                lists.paths.setdefault(name, entry.path)
+                lists.setdefault(entry.name, entry.path)
             else:
                 passed[f".{suffix}" if suffix else "without suffix"] += 1
-        folders += reversed(below)
+        for inner in below:
+            visit(*inner, (*above, place))
+
+    visit(root, "", ())
     return videos, lists, passed, closed
 
 
@@ -269,90 +211,75 @@ def _letters(name: str) -> str:
     return "".join(character for character in name.casefold() if character.isalnum())
 
 
-def _match(
-    named: list[tuple[str, int]], classes: list[str], videos: Iterable[str], id_only: bool
-) -> list[tuple[str | None, str, int]]:
-    """The path of each named video (its file name without suffix), by preference in a folder with its class's name.
-
-    id_only: compare only the first 11 characters, a YouTube identifier; what follows it is written in several ways.
-    """
-    stems, rows = {}, []
-    for path in videos:
-        stem = os.path.splitext(os.path.basename(path))[0]
-        stems.setdefault(stem[:11] if id_only else stem.casefold(), []).append(path)
-    for name, label in named:
-        paths = stems.get(name if id_only else name.casefold(), [None])
-        if len(paths) > 1:
-            paths = [p for p in paths if _letters(p.split(os.sep)[-2]) == _letters(classes[label])] or paths
-        rows.append((paths[0], name, label))
-    return rows
+def _named(lists: Iterable[str], *ends: str) -> list[str]:
+    """Those of the names that end, whatever their case, with one of the ends, in alphabetical order."""
+    return sorted(name for name in lists if name.lower().endswith(ends))
 
 
 def _read_official(
-    dataset: str, root: str, lists: _Lists, train: bool, split: int
-) -> tuple[list[tuple[str, int]], list[str]]:
-    """Name (without suffix) and label of each listed video, and the classes, by the data set's own lists."""
-    read = {"ucf101": _ucf101, "hmdb51": _hmdb51, "k400": _k400, "diving48": _diving48, "ssv2": _ssv2}[dataset]
+    dataset: str, root: str, videos: Iterable[str], lists: dict[str, str], train: bool, split: int
+) -> tuple[list[tuple[str | None, str, int]], list[str]]:
+    """Path (None: not on disk), name and label of each listed video, and the classes, by the data set's own lists."""
+    file = root
+
+    def read(*ends: str) -> str:
+        nonlocal file
+        if not (names := _named(lists, *ends)):
+            raise FileNotFoundError(f"{root}: no list {ends[0]} below it; {dataset} expects {LAYOUTS[dataset]}")
+        file = lists[min(names, key=len)]
+        return _read_text(file)
+
+    def lines(*ends: str) -> list[str]:
+        return [line.strip() for line in read(*ends).split("\n") if line.strip()]
+
+    half = "train" if train else "validation" if dataset == "ssv2" else "test"
+    named, tables, end = [], {}, f"_test_split{split}.txt"  # of each video: name without suffix, and label
     try:
-        named, classes = read(lists, train, split)
-        if wrong := [label for _, label in named if not 0 <= label < len(classes)]:
-            raise ValueError(f"label {wrong[0]}, but {len(classes)} classes")
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{root}: no list {error} below it; {dataset} expects {LAYOUTS[dataset]}") from None
+        if dataset == "ucf101":
+            classes = [line.split()[1] for line in lines("classind.txt")]
+            index = {_letters(name): i for i, name in enumerate(classes)}
+            for line in lines(f"{half}list0{split}.txt"):
+                folder, _, name = line.split()[0].partition("/")  # what follows, in training lists, is the class again
+                named.append((os.path.splitext(name)[0], index[_letters(folder)]))
+        elif dataset == "hmdb51":
+            classes = [name[: -len(end)] for name in _named(lists, end)] or read(end)
+            for label, name in enumerate(classes):
+                for line in lines(name.lower() + end):
+                    name, tag = line.rsplit(maxsplit=1)
+                    if int(tag) == (1 if train else 2):  # 0: not in this split
+                        named.append((os.path.splitext(name)[0], label))
+        elif dataset == "k400":
+            for part, ends in ((True, K400_TRAIN), (False, K400_VALIDATION)):
+                if part == train or _named(lists, *ends):
+                    header, *rest = lines(*ends)
+                    fields = [field.strip().lower() for field in header.split(",")]
+                    tables[part] = [(row["youtube_id"], row["label"]) for row in csv.DictReader(rest, fields)]
+            classes = sorted({label for table in tables.values() for _, label in table})
+            index = {name: i for i, name in enumerate(classes)}
+            named = [(str(name), index[label]) for name, label in tables[train]]
+        elif dataset == "diving48":
+            classes = [" ".join(dive) for dive in json.loads(read("diving48_vocab.json"))]
+            entries = json.loads(read(f"diving48_v2_{half}.json"))
+            named = [(str(entry["vid_name"]), entry["label"]) for entry in entries]
+        else:
+            index = {name: int(i) for name, i in json.loads(read("labels.json")).items()}
+            classes = sorted(index, key=index.get)
+            for entry in json.loads(read(f"{half}.json")):
+                named.append((str(entry["id"]), index[entry["template"].replace("[", "").replace("]", "")]))
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         what = f"no entry {error}" if isinstance(error, KeyError) else error
-        raise ValueError(f"{lists.last_read}: not a list of {dataset} as it is published ({what})") from error
-    return named, classes
+        raise ValueError(f"{file}: not a list of {dataset} as it is published ({what})") from error
 
-
-def _ucf101(lists: _Lists, train: bool, split: int) -> tuple[list[tuple[str, int]], list[str]]:
-    classes = [line.split()[1] for line in lists.lines(r"classInd\.txt")]
-    index = {_letters(name): i for i, name in enumerate(classes)}
-    rows = []
-    for line in lists.lines(rf"{'train' if train else 'test'}list0{split}\.txt"):
-        folder, _, name = line.split()[0].partition("/")  # what follows, in training lists only, is the class again
-        rows.append((os.path.splitext(name)[0], index[_letters(folder)]))
+    stems, rows = {}, []
+    length = 11 if dataset == "k400" else None  # what follows a YouTube identifier is written in many ways
+    for path in videos:
+        stems.setdefault(os.path.splitext(os.path.basename(path))[0][:length].casefold(), []).append(path)
+    for name, label in named:
+        paths = stems.get(name.casefold(), [None])
+        if len(paths) > 1:
+            paths = [p for p in paths if _letters(p.split(os.sep)[-2]) == _letters(classes[label])] or paths
+        rows.append((paths[0], name, label))
     return rows, classes
-
-
-def _hmdb51(lists: _Lists, train: bool, split: int) -> tuple[list[tuple[str, int]], list[str]]:
-    end = f"_test_split{split}.txt"
-    files = lists.named(rf".+_test_split{split}\.txt")
-    if not files:
-        raise FileNotFoundError("CLASS" + end)
-    rows = []
-    for label, file in enumerate(files):
-        for line in lists.lines(re.escape(file)):
-            name, tag = line.rsplit(maxsplit=1)
-            if int(tag) == (1 if train else 2):  # 0: not in this split
-                rows.append((os.path.splitext(name)[0], label))
-    return rows, [file[: -len(end)] for file in files]
-
-
-def _k400(lists: _Lists, train: bool, split: int) -> tuple[list[tuple[str, int]], list[str]]:
-    tables = {}
-    for half, pattern in ((True, K400_TRAIN), (False, K400_VALIDATION)):
-        if half == train or lists.named(pattern):
-            header, *lines = lists.lines(pattern)
-            fields = [field.strip().lower() for field in header.split(",")]
-            tables[half] = [(row["youtube_id"], row["label"]) for row in csv.DictReader(lines, fields)]
-    classes = sorted({label for table in tables.values() for _, label in table})
-    index = {name: i for i, name in enumerate(classes)}
-    return [(name, index[label]) for name, label in tables[train]], classes
-
-
-def _diving48(lists: _Lists, train: bool, split: int) -> tuple[list[tuple[str, int]], list[str]]:
-    classes = [" ".join(dive) for dive in json.loads(lists.read(r"Diving48_vocab\.json"))]
-    entries = json.loads(lists.read(rf"Diving48_V2_{'train' if train else 'test'}\.json"))
-    return [(str(entry["vid_name"]), entry["label"]) for entry in entries], classes
-
-
-def _ssv2(lists: _Lists, train: bool, split: int) -> tuple[list[tuple[str, int]], list[str]]:
-    prefix = r"(something-something-v2-)?"
-    index = {name: int(i) for name, i in json.loads(lists.read(prefix + r"labels\.json")).items()}
-    entries = json.loads(lists.read(prefix + ("train" if train else "validation") + r"\.json"))
-    rows = [(str(entry["id"]), index[entry["template"].replace("[", "").replace("]", "")]) for entry in entries]
-    return rows, sorted(index, key=index.get)
 
 
 def _read_tree(
@@ -374,35 +301,25 @@ def _read_tree(
     divided = {above for above, kinds in kinds_in.items() if "train" in kinds and len(kinds) > 1}
     if apart := not divided and (kinetics or all(places.values())):
         divided = set(kinds_in)
-    alike = [len(set(level)) == 1 for level in zip(*divided, strict=False)]  # levels of folders above the parts
-    common = [*alike, False].index(False)
+    common = len(os.path.commonprefix([*divided]))  # noqa: RUF071, as they are tuples: folders above all parts
     rows = {}  # of a folder, its part and class
     for folder, names in folders.items():
         inside = [place for place in places[folder] if place[0] in divided]
         if inside:
             above, kind, below = inside[0]
-            rows[folder] = kind, "/".join(below if apart and below else [*above[common:], *below])
+            name = "/".join(below if apart and below else [*above[common:], *below])
+            rows[folder] = kind, name.replace("_", " ") if kinetics else name
         elif not (divided or kinetics):
             rows[folder] = None, "/".join(names)
-    fold = _letters if kinetics else str
-    classes = {fold(name): name.replace("_", " ") if kinetics else name for _, name in rows.values() if name}
-    index = {fold(name): i for i, name in enumerate(sorted(classes.values()))}
+    classes = sorted({name for _, name in rows.values()} - {""})
+    index = {name: i for i, name in enumerate(classes)}
     held_out = "val" if kinetics or "test" not in {kind for kind, _ in rows.values()} else "test"
     found = [(*rows.get(os.path.dirname(path), ("outside", "")), path) for path in videos]
     wanted = (None, "train" if train else held_out)
-    kept = [(path, path, index.get(fold(name), -1)) for kind, name, path in found if kind in wanted]
+    kept = [(path, path, index.get(name, -1)) for kind, name, path in found if kind in wanted]
     held = [path for kind, _, path in found if kind == held_out]
     outside = sum(kind not in (None, "train", held_out) for kind, _, _ in found)
-    return kept, sorted(classes.values()), held, outside, kinetics or bool(divided)
-
-
-def _ways(line: str, ends: str) -> list[tuple[str, str]]:
-    """Ways to read a line of a list as a name, which stops at a match of `ends`, and the rest; long names first."""
-    ways = [(line[: match.end()], line[match.end() :]) for match in re.finditer(ends, line, re.IGNORECASE)][::-1]
-    if quoted := re.match(QUOTED, line):
-        inner = quoted[2].replace(2 * quoted[1], quoted[1])
-        ways += [(name, rest + line[quoted.end() :]) for name, rest in _ways(inner, ends)]
-    return ways
+    return kept, classes, held, outside, kinetics or bool(divided)
 
 
 def _read_list(root: str, list_file: str | Path) -> tuple[list[tuple[str | None, str, int]], list[str], str]:
@@ -410,132 +327,103 @@ def _read_list(root: str, list_file: str | Path) -> tuple[list[tuple[str | None,
 
     Fields stand apart by blanks, tabs, commas, semicolons or bars, and may be quoted; folders may stand apart as on
     Windows, and a suffix may be missing where one video fits. The first way to read a line by which a video is there
-    counts, and names as they stand are tried before all others: "#20; (a, b).avi" may be one. Else lines that begin
-    with "#" are comments, and the first one may be a header. `_read_labels` tells what lines of more fields mean.
+    counts, the longest name first: "#20; (a, b).avi" may be one. Else lines that begin with "#" are comments, and first
+    ones without digit, dot and folder are headers. `_read_labels` tells what lines of more fields mean.
     """
     file = next((f for f in (os.path.abspath(list_file), os.path.join(root, list_file)) if os.path.isfile(f)), None)
     if file is None:
         raise FileNotFoundError(f"{os.path.abspath(list_file)}: no such list file, and none by that name in {root}")
 
     @functools.cache
-    def names_in(folder: str) -> set[str]:
-        names = os.listdir(folder) if os.path.isdir(folder) else []
-        return {name for name in names if not NOT_READ.fullmatch(name)}
-
-    @functools.cache
-    def stems_in(folder: str) -> dict[str, list[str]]:
-        stems = {}
-        for name in sorted(names_in(folder)):
+    def videos_in(folder: str) -> dict[str, list[str]]:
+        """Paths of a folder's videos by their names, and by these up to the suffix's dot."""
+        found = {}
+        for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
             stem, suffix = os.path.splitext(name)
-            if suffix[1:].lower() in SUFFIXES:
-                stems.setdefault(stem, []).append(name)
-        return stems
+            for key in (name, f"{stem}.") if suffix[1:].lower() in SUFFIXES and not NOT_READ.fullmatch(name) else ():
+                found.setdefault(key, []).append(os.path.join(folder, name))
+        return found
 
-    def path_of(name: str) -> str | None:
-        path = os.path.normpath(os.path.join(root, name))
-        return path if path.startswith(root.rstrip(os.sep) + os.sep) else None
+    def paths_of(name: str) -> list[str]:
+        places = [os.path.split(os.path.normpath(os.path.join(root, n))) for n in {name: 0, name.replace("\\", "/"): 0}]
+        return next((paths for folder, last in places if (paths := videos_in(folder).get(last))), [])
 
-    def fits(name: str, bare: bool) -> list[str]:
-        for path in filter(None, map(path_of, dict.fromkeys((name, name.replace("\\", "/"))))):
-            folder, last = os.path.split(path)
-            if fit := stems_in(folder).get(last, []) if bare else [last] * (last in names_in(folder)):
-                return [os.path.join(folder, found) for found in fit]
-        return []
-
-    rows, strange, completed, columns, remark = [], "", False, 0, ""
-    for number, line in enumerate(map(str.strip, _read_text(file).split("\n")), 1):
+    rows, columns, remark, above = [], 0, "", os.path.join(root, "")
+    for number, line in enumerate(_read_text(file).split("\n"), 1):
         where = f"{file}, line {number}"
         if len(line) > 9000:
-            raise ValueError(f"{where}: {len(line)} characters, more than a path and a label: not a list of lines")
-        ways = _ways(line, SUFFIXED)
-        bare = not ways
-        ways = ways or [way for way in _ways(line, BARE) if re.fullmatch(LABEL, way[1])]
-        name, rest, paths = next(((*way, fit) for way in ways if (fit := fits(way[0], bare))), ("", "", []))
+            raise ValueError(f"{where}: {len(line)} characters, more than a path and a label")
+        if not (line := re.sub(rf"{SEPARATED}$", "", line).lstrip()):
+            continue
+        texts = [line]
+        if quoted := QUOTED.match(line):
+            texts.append(quoted[2].replace(2 * quoted[1], quoted[1]) + line[quoted.end() :])
+        ends = SUFFIXED if any(map(SUFFIXED.search, texts)) else BARE
+        ways = [(text[: m.end()], text[m.end() :]) for text in texts for m in [*ends.finditer(text)][::-1]]
+        hits = [(*way, paths) for way in ways if (paths := paths_of(way[0] + "." * (ends is BARE)))]
+        name, rest, paths = hits[0] if hits else (*ways[0], [])
         if len(paths) > 1:
             raise ValueError(f"{where}: {name!r} may be {' or '.join(map(os.path.basename, paths))}: write its suffix")
-        completed |= bool(paths) and bare
-        if not paths:
-            if not line.strip(" \t,;|") or line.startswith("#"):
-                continue
-            if re.match(r"[\"']?[a-z]:[\\/]", line, re.IGNORECASE):
-                raise ValueError(f"{where}: {line!r} has a drive of Windows: name videos by their path from {root}")
-            if bare and not rows and re.fullmatch(HEADER, line, re.IGNORECASE):
-                columns, remark = len(re.split(r"[,;|\t]", line)), f" (line {number} is a header)"
-                continue
-            if bare and not strange:
-                strange = f"{where}: no video file in {line!r}, and none that it names without suffix, in {root}"
-            name, rest = ways[:2][-1] if bare else ways[0]
-            if path_of(name.replace("\\", "/")) is None and not bare:
-                raise ValueError(
-                    f"{where}: {name!r} is not in {root}: give a folder that holds all (--data), and paths from there"
-                )
+        if paths and not paths[0].startswith(above):
+            raise ValueError(f"{where}: {name!r} is not in {root}: give a folder that holds all (--data)")
+        if not paths and line.startswith("#"):
+            continue
+        if not (paths or rows) and re.fullmatch(r"[^\d\\/.]*", line):
+            columns, remark = len(re.split(r"[,;|\t]", line)), f" (line {number} is a header)"
+            continue
         rows.append((where, name, rest, *(paths or [None])))
-    if strange and not completed:  # else it is missing like others, without suffix too
-        raise ValueError(strange)
-    labels, classes, more = _read_labels([row[:3] for row in rows], columns)
-    listed = [(path, name, label) for (_, name, _, path), label in zip(rows, labels, strict=True)]
-    return listed, classes, remark + more
+    labels, classes, more = _read_labels(file, [(where, rest) for where, _, rest, _ in rows], columns)
+    return [(path, name, label) for (_, name, _, path), label in zip(rows, labels, strict=True)], classes, remark + more
 
 
-def _read_labels(rows: list[tuple[str, str, str]], columns: int) -> tuple[list[int], list[str], str]:
-    """Labels (-1: none) of the lines of a list, of which (where, name, rest) is given; the classes, a remark.
+def _read_labels(file: str, rows: list[tuple[str, str]], columns: int) -> tuple[list[int], list[str], str]:
+    """Labels (-1: none) of the lines of a list, of which (where, what follows the name) is given; classes, a remark.
 
-    What numbers before the label are is told by all lines together. One on every line is the number of frames, if it is
+    What a number before the label is is told by all lines together. One on every line is the number of frames, if it is
     never below 2 and once not below a label that is a number (else the two may be start and end), or if names come with
     several; else it is part of the class's name. Two (start and end) are refused, as videos are read as a whole.
     """
-    given, lines = [], []
-    for where, name, rest in rows:
+    lines = []  # of each, where it is, what stands there, and of this the leading numbers and the rest
+    for where, rest in rows:
         text = re.sub(r"(^|\s)#(\s.*)?$", "", rest).strip(" \t,;|")
-        if (quoted := re.match(QUOTED, text)) and quoted.end() == len(text):
-            text = quoted[2].replace(2 * quoted[1], quoted[1])
-        given.append(text)
-        fields = [field.strip("\"'") for field in re.split(SEPARATED, text)]
-        numbers = [bool(re.fullmatch(r"[+-]?\d+(\.\d*)?", field)) for field in fields]
-        before, after = (len([*itertools.takewhile(bool, flags)]) for flags in (numbers, numbers[::-1]))
-        extra = before - all(numbers) or (after if after > 1 and not before else 0)
-        if text:
-            label = re.split(SEPARATED, text, maxsplit=1)[-1].strip("\"'")
-            many = {2: "two", 3: "three"}.get(extra + all(numbers), extra + all(numbers))
-            lines.append((f"{where}: {many} numbers after {name!r}", extra, all(numbers), fields[0], label))
-    fewest = min((extra for _, extra, *_ in lines), default=0)
-    pairs = {line[3:] for line in lines}
-    counted = fewest == 1 and all(re.fullmatch(r"0*([2-9]|[1-9]\d+)", frames) for frames, _ in pairs)
-    if counted and all(numeric for _, _, numeric, _, _ in lines):
-        counted = all(line[1] == 1 for line in lines) and any(int(frames) >= float(label) for frames, label in pairs)
-    elif counted:
-        counted = 2 * len(pairs) > len(lines) and len({label for _, label in pairs}) < len(pairs)
-    for where, extra, numeric, _, _ in lines:
-        if fewest > 1 or (numeric and extra > counted):
-            raise ValueError(f"{where}; lines are 'path label': start and end are not read, cut the videos instead")
-    if columns > 2 and not fewest and any(re.search(SEPARATED, text) for text in given):
-        raise ValueError(f"{rows[0][0]}: {columns} columns; lines are 'path label': keep these two")
-    if counted:
-        given = [re.split(SEPARATED, text, maxsplit=1)[-1].strip("\"'") for text in given]
-    named = sorted({label for label in given if label})
-    remark = " (lines of path, number of frames, label)" if counted else ""
-    if all(re.fullmatch(r"-?\d+", label) for label in named):
-        labels = [max(int(label), -1) if label else -1 for label in given]
-        if max(labels, default=0) > 1_000_000:
-            raise ValueError(f"{rows[0][0].rpartition(',')[0]}: label {max(labels)}; labels count the classes from 0")
-        return labels, [str(i) for i in range(max(labels, default=-1) + 1)], remark
-    return [named.index(label) if label else -1 for label in given], named, remark
+        before, label = re.fullmatch(rf"((?:[\"']?{NUMBER}[\"']?{SEPARATED})*)(.*)", text).groups()
+        text, label = (re.sub(r"""^(["'])(.*)\1$""", r"\2", field) for field in (text, label))
+        lines.append((where, text, re.findall(NUMBER, before), label))
+    given = [(numbers, label) for _, text, numbers, label in lines if text]
+    pairs = {(float(numbers[0]), label) for numbers, label in given if numbers}
+    if all(re.fullmatch(NUMBER, label) for _, label in given):
+        counted = any(frames >= float(label) for frames, label in pairs)
+    else:
+        counted = 2 * len(pairs) > len(given) and len({label for _, label in pairs}) < len(pairs)
+    counted &= all(len(numbers) == 1 for numbers, _ in given) and all(frames > 1 for frames, _ in pairs)
+    for where, text, numbers, label in lines:
+        times = len(numbers) > 1 or re.search(rf"({SEPARATED}{NUMBER}){{2}}$", label)
+        several = columns > 2 and re.search(SEPARATED, text)
+        if times or (not counted and (several or (numbers and re.fullmatch(NUMBER, label)))):
+            raise ValueError(f"{where}: {text!r}, but lines are 'path label': start and end are not read")
+    texts = [label if counted else text for _, text, _, label in lines]
+    classes, remark = sorted({*texts} - {""}), " (lines of path, number of frames, label)" * counted
+    if not all(re.fullmatch(r"-?\d+", label) for label in classes):
+        return [classes.index(label) if label else -1 for label in texts], classes, remark
+    labels = [max(int(label or -1), -1) for label in texts]
+    if (highest := max(labels, default=-1)) > 1_000_000:
+        raise ValueError(f"{file}: label {highest}; labels count the classes from 0")
+    return labels, [str(i) for i in range(highest + 1)], remark
 
 
-def _read_bad(root: str, file: str | Path) -> set[str]:
+def _read_bad(root: str, files: str | Path) -> set[str]:
     """Paths named by a list of `check_videos`, by a run's bad_videos.log, or by a file of bare paths, one a line."""
-    if not os.path.exists(file) and "," in str(file):
-        return set().union(*(_read_bad(root, each) for each in str(file).split(",")))
     paths = set()
-    for number, line in enumerate(_read_text(file).split("\n"), 1):
-        fields = line.split("\t")
-        name = next((field for field in fields if field[:1] in ("'", '"')), "")
-        try:
-            name = os.fspath(ast.literal_eval(name)) if name else fields[0]
-        except (SyntaxError, TypeError, ValueError):
-            raise ValueError(f"{file}, line {number}: no path in quotes, {name}") from None
-        if name:
-            paths.add(os.path.normpath(os.path.join(root, name)))
+    for file in [files] if os.path.exists(files) else str(files).split(","):
+        for number, line in enumerate(_read_text(file).split("\n"), 1):
+            fields = line.split("\t")
+            quoted = [field for field in fields if field.startswith(("'", '"'))]
+            try:
+                name = os.fspath(ast.literal_eval(quoted[0])) if quoted else fields[0]
+            except (SyntaxError, TypeError, ValueError):
+                raise ValueError(f"{file}, line {number}: no path in quotes, {quoted[0]}") from None
+            if name:
+                paths.add(os.path.normpath(os.path.join(root, name)))
     return paths
 
 
@@ -550,23 +438,19 @@ class _Checker:
             last = max(len(video) - 32, 0)
             step = 32 if self.full else max(math.ceil(last / 2), 1)
             for start in (*range(0, last, step), last):
-                for _ in video.stream(range(start, min(start + 32, len(video)))):
-                    pass  # they are of no more use
+                deque(video.stream(range(start, min(start + 32, len(video)))), maxlen=0)  # they are of no more use
 
 
 def check_videos(root: str | Path, out: str | Path, workers: int, full: bool = False) -> tuple[int, int]:
-    """Reads frames of all videos below a folder, in processes; returns how many there are and how many are bad.
-
-    Reads the first, middle and last 32 frames of each, or with `full` all, several times slower. The bad ones are
-    listed in the file `out` (see `visit_videos`).
+    """Reads the first, middle and last 32 frames of all videos below a folder, or with `full` all, in processes; lists
+    the bad ones in the file `out` (see `visit_videos`); returns how many videos there are and how many are bad.
 
     Raises FileNotFoundError when there is no video, PermissionError when there is a folder that may not be listed.
     """
     root = os.path.abspath(root)
     paths, _, _, closed = _walk(root)
-    paths = [*paths]
     if closed:
-        raise PermissionError(f"{closed[0]}: no permission to list this folder, one of {len(closed)} such folders")
+        raise PermissionError(f"{closed[0]}: no permission to list this folder")
     if not paths:
         raise FileNotFoundError(f"{root}: no videos (.{', .'.join(SUFFIXES)}) below it")
     return len(paths), visit_videos(_Checker(full).visit, paths, root, out, workers, f"checking {root}")
