@@ -25,7 +25,7 @@ from cli import parse
 from models import ENCODERS, ProjectionHead, build_encoder
 from processes import loader_workers, start_process
 from runs import continued, fit_in_folder, unused_folder
-from train import Options, TrainConfig, UserError, method_name, option, user_errors
+from train import Options, TrainConfig, UserError, method_name, option, program, user_errors
 
 MEMORY_FORMATS = {"channels_last": torch.channels_last_3d, "contiguous": torch.contiguous_format}
 
@@ -185,7 +185,13 @@ def pretrain(method_class: type[Method], config: PretrainConfig) -> None:
         shape = config.crop, config.frames, config.frame_stride
         encoders = {"untrained": untrained, name: method.encoder}
         evaluate.first_look(encoders, config.root, shape, process, loader_workers(config, process))
-    process.say(f"\nnext:\n  python evaluate.py retrieve --checkpoint {shlex.quote(str(checkpoint))}")
+    quoted, script = shlex.quote(str(checkpoint)), shlex.join(program())
+    process.say(
+        f"\nnext:\n  python evaluate.py retrieve --checkpoint {quoted}    # R@k, 10 clips a video\n"
+        f"  python evaluate.py linear --checkpoint {quoted} --cached 10    # accuracy of a linear classifier\n"
+        f"  python {script} --dataset folder --data YOUR_VIDEOS --encoder {config.encoder} --width {config.width} "
+        f"--crop {config.crop}    # your own videos"
+    )
 
 
 def main(method_class: type[Method], config_class: type[PretrainConfig], presets: dict[str, dict], doc: str) -> None:

@@ -22,8 +22,7 @@ from train import option
 
 
 class Gather(torch.autograd.Function):
-    """Concatenates the rows of all processes, by rank. Unlike `dist.all_gather`, it has a gradient: that of each row,
-    summed over the processes."""
+    """Rows of all processes, by rank; unlike `dist.all_gather`, with gradients, summed over the processes."""
 
     @staticmethod
     def forward(_ctx, rows: Tensor) -> Tensor:

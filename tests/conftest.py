@@ -57,7 +57,7 @@ def run(videos, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", [script.__name__ + ".py", *map(str, arguments)])
         main = script.main
         if main is pretrain.main:  # a method's, which tells it class, config, presets and help
-            (name,) = (name for name in vars(script) if name.lower() == script.__name__)
+            (name,) = (name for name in vars(script) if name.lower() == script.__name__.replace("_", ""))
             options = getattr(script, name), getattr(script, f"{name}Config"), script.PRESETS, script.__doc__
             main = functools.partial(main, *options)
         with pytest.raises(SystemExit) as stop:

@@ -209,7 +209,8 @@ def test_backgrounds_are_those_of_other_videos_and_differ_between_the_views(bran
 
 def test_every_other_video_lends_its_background_equally_often():
     torch.manual_seed(0)
-    picked = torch.stack([Merging().backgrounds(videos_by_colour(4), 1)[:, 0, 0, 0, 0, 0] // 10 for _ in range(600)])
+    clips, merging = videos_by_colour(4), Merging(0.1, "gauss")
+    picked = torch.stack([merging(clips)[:, 0, 0, 0, 0, 0] // 10 for _ in range(600)])  # of a corner, the background's
     counts = F.one_hot(picked.long()).sum(0)
     off_diagonal = counts[~torch.eye(4, dtype=torch.bool)]
     assert counts.diagonal().sum() == 0 and ((off_diagonal - 200).abs() < 4 * (600 * 2 / 9) ** 0.5).all()

@@ -186,7 +186,7 @@ def test_processes_whose_launcher_is_killed_save_and_end(videos, tmp_path):
     launcher.kill()
     launcher.wait()
     assert len(ranks) >= 4  # two, and their loaders' workers
-    while any(map(alive, ranks)):
+    while alive(ranks):
         assert time.monotonic() < until
         time.sleep(0.1)
     said = (tmp_path / "out.txt").read_text()

@@ -93,7 +93,8 @@ def test_workers_end_with_the_iteration_and_take_nothing_of_dev_shm():
             next(batches)
         workers = torch.multiprocessing.active_children()
         assert len(workers) == 2 and os.listdir("/dev/shm") == before
-        assert os.getpgid(workers[0].pid) != os.getpgid(0)  # which a terminal's Ctrl-C reaches whole
+        apart = [os.getpgid(worker.pid) != os.getpgid(0) for worker in workers]
+        assert sum(apart) >= min(take, 2)  # of the process group, which a terminal's Ctrl-C reaches whole
         batches.close()
         assert not torch.multiprocessing.active_children()
 

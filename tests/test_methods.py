@@ -11,10 +11,19 @@ import dclr
 import fame
 import fima
 import mcl
+import moco
 from cli import parse
 from train import UserError
 
-CONFIGS = {script: config for script, (_, config) in conftest.METHODS.items()} | {mcl: mcl.MCLConfig}
+CONFIGS = {
+    dclr: dclr.DCLRConfig,
+    fame: fame.FAMEConfig,
+    fima: fima.FIMAConfig,
+    mcl: mcl.MCLConfig,
+    moco: moco.MoCoConfig,
+    simclr: simclr.SimCLRConfig,
+    tubelet_contrast: tubelet_contrast.TubeletContrastConfig,
+}
 
 OF_FIMA = dict(encoder="i3d", crop=224, momentum=0.999, losses="vv,pix,fra", threshold=0.7, foreground=0.5)
 OF_FAME = dict(encoder="i3d", crop=224, epochs=200, momentum=0.999, foreground=0.5, branches="single", mask="fame")
