@@ -298,9 +298,7 @@ def command() -> tuple[Callable, type]:
         frames: int = option(48, "frames of a shot", (2, 10_000))
         size: int = option(40, "height and width in pixels", (1, 2048))
         shake: float = option(0.008, "how far the camera moves at most, in sides of the frame", (0, 1))
-        shots: int = option(
-            1, "from 2 on: as many videos again, unlabeled, of so many shots, for pretraining", (1, len(MOTIONS))
-        )
+        shots: int = option(1, "from 2 on: as many unlabeled videos of so many shots, too", (1, len(MOTIONS)))
 
     def make(config: SyntheticConfig, words: list[str]) -> None:
         """Makes videos in which the class is the motion alone: ROOT/train, ROOT/test and perhaps ROOT/unlabeled."""

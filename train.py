@@ -115,21 +115,14 @@ class TrainConfig(Options):
     seed: int = option(0, "seed of everything random", (0, 2**31 - 1))
     out: str = option("", "run folder (default: runs/METHOD-DATASET-TIME, or the folder of --resume)")
     resume: str = option(
-        "",
-        "checkpoint to continue, with its options unless others are given; auto: the one of most steps in --out, or "
-        "else beside --checkpoint or below runs/, whose options and videos are these, or a new run",
+        "", "checkpoint to continue, with its options; auto: the one of most steps with these options and videos, or none"
     )
     changed_data: str = option("off", "resume although the videos, their labels or sizes have changed", SWITCH)
     max_steps: int = option(0, "stop and save after this step of the schedule; 0: run all of it", (0, 2**31 - 1))
     log_every: int = option(10, "steps between two lines of log.jsonl", (1, 10**6))
     keep_every: int = option(0, "epochs between two checkpoints kept for good; 0: keep the latest only", (0, 10**6))
     save_minutes: float = option(30.0, "minutes after which a line of the log comes with a checkpoint, too", (0, 1e6))
-    on_nan: str = option(
-        "stop",
-        "what to do where a loss or its gradient is not finite. stop: the run ends; skip: leave the step out, which "
-        "costs a copy of the model's state and a wait for the GPU each step",
-        ("stop", "skip"),
-    )
+    on_nan: str = option("stop", "at a loss or gradient not finite: stop, or skip the step (slower)", ("stop", "skip"))
     deterministic: str = option("off", "deterministic algorithms on a GPU, too, where torch has them; slower", SWITCH)
     timeout: float = option(10.0, "minutes after which a process gives up waiting for another one", (0.01, 1e6))
     max_bad: float = option(0.05, "stop when more than this share of an epoch's videos cannot be read", (0, 1))
