@@ -87,9 +87,8 @@ def find_videos(
         exclude: a file of videos to leave out, as `check_videos` writes it, or several with commas between.
         unlabeled: take those of "synthetic" that are for pretraining, where there are any (`make_synthetic`).
 
-    Raises:
-        ValueError: an unknown data set or split; a list that can't be understood or names a path outside `root`.
-        FileNotFoundError: a missing folder or list, or no video at all.
+    Raises ValueError for an unknown data set or split, and a list that can't be understood or names a path outside
+    `root`; FileNotFoundError for a missing folder or list, or no video at all.
     """
     splits = len(OFFICIAL_COUNTS.get(dataset, [None]))
     if dataset not in DATASETS or not 1 <= split <= splits:

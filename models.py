@@ -217,11 +217,8 @@ ENCODERS = {
 
 
 def build_encoder(name: str, width: float = 1.0) -> nn.Module:
-    """The encoder `name` (a key of ENCODERS) with every number of channels times `width`, randomly initialised.
-
-    Raises:
-        ValueError: a width other than 1 for s3d.
-    """
+    """The encoder `name` (a key of ENCODERS) with every number of channels times `width`, randomly initialised. Raises
+    ValueError for a width other than 1 of s3d."""
     return ENCODERS[name](width)
 
 
@@ -302,10 +299,8 @@ def load_weights(encoder: nn.Module, weights: dict[str, Tensor]) -> str:
     """Loads what `encoder_weights` has found into an encoder; says what was matched and ignored.
 
     Names may be ours, which are FIMA's, FAME's and torchvision's, or those of piergiaj's I3D, of which factors of batch
-    norm are changed to suit the eps of an `i3d`. Only counters of batches may be missing; they start at 0.
-
-    Raises:
-        ValueError: an entry is missing, or has another shape.
+    norm are changed to suit the eps of an `i3d`. Only counters of batches may be missing; they start at 0. Raises
+    ValueError where another entry is missing, or has another shape.
     """
     piergiaj = isinstance(encoder, I3D) and any(name.startswith("Mixed_") for name in weights)
     ours = encoder.state_dict()
@@ -329,8 +324,7 @@ def export_weights(encoder: nn.Module, to: str) -> dict[str, Tensor]:
         to: "torchvision", for its r2plus1d_18, r3d_18 and s3d, or "piergiaj", for its I3D, which takes clips normalised
             as here, of an `i3d_piergiaj` RGB in [-1, 1]. Factors of batch norm are changed to suit its eps, 1e-3.
 
-    Raises:
-        ValueError: the other project has no such network.
+    Raises ValueError where the other project has no such network.
     """
     if not isinstance(encoder, EXPORTS[to]):
         raise ValueError(f"no {type(encoder).__name__} there: torchvision has r2plus1d_18, r3d_18, s3d, piergiaj I3D")

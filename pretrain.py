@@ -91,8 +91,7 @@ class Method(nn.Module):
     losses. What else the loop asks of a method, and what `metrics` are, says train.py. A method that takes sub-clips
     says in `sub_clips` how many of each view.
 
-    Raises:
-        UserError: width, crop or number of frames do not suit the encoder, or --compile on finds no compiler.
+    Raises UserError where width, crop or number of frames do not suit the encoder, or --compile on finds no compiler.
     """
 
     sub_clips = 0

@@ -44,9 +44,8 @@ def start_process(device: str = "auto", timeout: float = 10, deterministic: bool
         timeout: minutes after which it gives up waiting for another process.
         deterministic: have torch choose deterministic algorithms, and warn where it has none.
 
-    Raises:
-        UserError: CUDA asked for where there is none, more processes than GPUs, an environment that is not torchrun's,
-            or one whose other processes are not there.
+    Raises UserError: CUDA asked for where there is none, more processes than GPUs, an environment that is not
+    torchrun's, or one whose other processes are not there.
     """
     rank, world_size, local_rank = _places()
     if deterministic:

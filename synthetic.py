@@ -248,9 +248,8 @@ def make_synthetic(
         shots: from 2 on, there are as many videos again, root/unlabeled/0001.mp4, on which pretraining is done instead:
             of so many shots of the same objects before the same background, each in another motion.
 
-    Raises:
-        ValueError: a part without videos, fewer than two frames, no pixel, a negative number, more shots than motions.
-        FileExistsError: `root` holds other files than those of a synthetic set; it is left alone.
+    Raises ValueError for a part without videos, fewer than two frames, no pixel, a negative number, or more shots than
+    motions; FileExistsError where `root` holds other files than those of a synthetic set, and leaves it alone.
     """
     recipe = {"version": SYNTHETIC_VERSION, "train": train, "test": test, "seed": seed, "frames": frames, "size": size}
     recipe |= {"shake": shake, "shots": shots}

@@ -115,7 +115,8 @@ class TrainConfig(Options):
     seed: int = option(0, "seed of everything random", (0, 2**31 - 1))
     out: str = option("", "run folder (default: runs/METHOD-DATASET-TIME, or the folder of --resume)")
     resume: str = option(
-        "", "checkpoint to continue, with its options; auto: the one of most steps with these options and videos, or none"
+        "",
+        "checkpoint to continue, with its options; auto: the one of most steps with these options and videos, or none",
     )
     changed_data: str = option("off", "resume although the videos, their labels or sizes have changed", SWITCH)
     max_steps: int = option(0, "stop and save after this step of the schedule; 0: run all of it", (0, 2**31 - 1))
@@ -488,11 +489,8 @@ class Run:
 
     def save(self, folder: Path, extra: dict) -> None:
         """Writes checkpoint.pt, with extra entries, and epoch_N.pt where one is due. Running statistics of batch norm,
-        the one thing in which the processes differ, are averaged over them before.
-
-        Raises:
-            UserError: it cannot be written, or the processes differ.
-        """
+        the one thing in which the processes differ, are averaged over them before. Raises UserError where a file can't
+        be written, or the processes differ."""
         process, config = self.process, self.config
         if process.world_size > 1:
             for module in self.method.modules():
