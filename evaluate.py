@@ -134,7 +134,7 @@ class ExportConfig(Options):
 def find_labelled(dataset: str, root: str, train: bool, split: int, listed="", exclude="") -> data.VideoList:
     """`find.find_videos`, for protocols that need to know the classes. Raises ValueError for a video without a label,
     one that a list names twice, or a folder that may not be listed."""
-    videos = find.find_videos(dataset, root, train, split, listed or None, exclude or None)
+    videos = find.find_videos(dataset, root, train, split, listed, exclude)
     if videos.closed:
         raise ValueError(f"{videos.report}: evaluation leaves none out, run `chmod -R u+rX {shlex.quote(root)}`")
     if listed and len({*videos.paths}) < len(videos):
@@ -376,9 +376,6 @@ class CachedViews(data.Items):
 
     def __init__(self, views: data.PretrainingViews, count: int):
         self.views, self.videos, self.count = views, views.videos, count
-
-    def __len__(self) -> int:
-        return len(self.views)
 
     def empty(self, *batch: int) -> dict[str, Tensor]:
         return {"clips": self.views.empty(*batch, self.count)["clip"].squeeze(-5)}

@@ -245,7 +245,7 @@ def make_maps(config: MapsConfig) -> None:
     with user_errors((OSError,)):
         maps.folder.mkdir(parents=True, exist_ok=True)
         bad = maps.folder / "bad_videos.txt"
-        count = data.visit_videos(maps, videos.paths, config.root, bad, config.workers, f"making {maps.folder}")
+        count = data.visit_videos(maps.visit, videos.paths, config.root, bad, config.workers, f"making {maps.folder}")
     print(f"{maps.folder} holds the maps of {len(videos) - count} videos; {count} can't be read: {bad}")
 
 

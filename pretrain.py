@@ -47,9 +47,8 @@ class VideosConfig(Options):
 
     def find_videos(self) -> "data.VideoList":  # quoted, as data is an option here
         """`find.find_videos` by these options; of `synthetic`, the unlabeled videos if there are any."""
-        files = self.list_file or None, self.exclude or None
         with user_errors():
-            return find.find_videos(self.dataset, self.root, True, self.split, *files, unlabeled=True)
+            return find.find_videos(self.dataset, self.root, True, self.split, self.list_file, self.exclude, True)
 
 
 @dataclasses.dataclass(frozen=True)

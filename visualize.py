@@ -116,7 +116,7 @@ def find_part(config: FigureConfig, train: bool) -> data.VideoList:
     """`find.find_videos` by the options."""
     list_file = config.list_file if train else config.test_list
     with user_errors():
-        return find.find_videos(config.dataset, config.data, train, config.split, list_file or None)
+        return find.find_videos(config.dataset, config.data, train, config.split, list_file)
 
 
 def draw_videos(config: FigureConfig, count: int) -> data.VideoList:
