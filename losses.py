@@ -24,32 +24,20 @@ def similarity(x: Tensor, y: Tensor, temperature: float) -> Tensor:
 
 
 def bin_centers(box: Tensor, height: int, width: int) -> Tensor:
-    """Where the feature pixels of a crop lie in the original frame (Sec. 3.1).
-
-    Args:
-        box: (B, 4), the crop's x0, y0, x1, y1, all in one unit; x0 > x1 after a horizontal flip.
-        height, width: H, W of the feature map.
-
-    Returns:
-        (B, HW, 2): x, y of each bin's centre in the units of the box, row-major.
-    """
+    """Where the feature pixels of a crop lie in the original frame (Sec. 3.1): boxes (B, 4), x0, y0, x1, y1 in one
+    unit, x0 > x1 after a horizontal flip, and H, W of the map → x, y of each bin's centre, in that unit (B, HW, 2)."""
     x, y = ((torch.arange(n, device=box.device, dtype=box.dtype) + 0.5) / n for n in (width, height))
     places = torch.stack(torch.meshgrid(x, y, indexing="xy"), 2).flatten(0, 1)  # (HW, 2), in sides of the crop
     return box[:, None, :2] + places * (box[:, 2:] - box[:, :2])[:, None]
 
 
 def seen_box(box: Tensor, size: int, pixels: int, stride: int, offset: float) -> Tensor:
-    """The part of the frame whose bins have their centres where the feature pixels of a crop look (Sec. 3.1).
-
-    That is the crop itself where `stride * pixels` is `size` and `offset` is 0.
+    """The part of the frame whose bins have their centres where the feature pixels of a crop look (Sec. 3.1): the crop
+    itself where `stride * pixels` is `size` and `offset` is 0. Boxes (..., 4) as in `bin_centers` → the same.
 
     Args:
-        box: (..., 4), as in `bin_centers`.
         size, pixels: rows, and columns, of the clip and of its feature map.
         stride, offset: of the encoder, in pixels of the clip (`strides` and `offsets` in models.py).
-
-    Returns:
-        (..., 4), in the units of the box.
     """
     corner, sides = box[..., :2], box[..., 2:] - box[..., :2]
     return torch.cat([corner + offset / size * sides, corner + (offset + stride * pixels) / size * sides], -1)
@@ -80,17 +68,11 @@ def activation_map(features: Tensor) -> Tensor:
 
 
 def foreground_mask(activation: Tensor, ratio: float = 0.5) -> Tensor:
-    """A of Eq. 6: the pixels strictly above the (1 − ratio) quantile of their map.
+    """A of Eq. 6, the pixels strictly above the (1 − ratio) quantile of their map: (B, H, W) → bool, ⌈ratio · (HW − 1)⌉
+    pixels a map where values differ, none where it is constant; `ratio` is β in [0, 1] (Table 3d: 0.3, 0.5, 0.7).
 
     The paper writes "β-th quantile" but means the portion β that is foreground (Table 3d, Fig. 8). A value lies above
     the (linearly interpolated) quantile exactly when it lies above the order statistic just below it.
-
-    Args:
-        activation: (B, H, W).
-        ratio: β in [0, 1] (Table 3d: 0.3, 0.5, 0.7).
-
-    Returns:
-        (B, H, W) bool; ⌈ratio · (HW − 1)⌉ pixels a map where values differ, none where a map is constant.
     """
     pixels = activation.flatten(1)
     last = pixels.shape[1] - 1
@@ -101,12 +83,7 @@ def foreground_mask(activation: Tensor, ratio: float = 0.5) -> Tensor:
 def info_nce(query: Tensor, positive: Tensor, negatives: Tensor, temperature: float = 0.1) -> Tensor:
     """L_VV of Eq. 1, and L_VD of Eq. 2 with motion keys: −log h(q, k⁺) / (h(q, k⁺) + Σ h(q, k⁻)), mean over B.
 
-    Args:
-        query, positive: (B, D), the positive of row b is row b.
-        negatives: (N, D), the queue.
-
-    Returns:
-        Scalar ≥ 0; log(N + 1) if all similarities are equal.
+    Queries (B, D), their positives (B, D), the queue (N, D) → scalar ≥ 0; log(N + 1) if all similarities are equal.
     """
     own = similarity(query[:, None], positive[:, None], temperature)[:, 0]  # (B, 1)
     logits = torch.cat([own, similarity(query, negatives, temperature)], 1)
@@ -152,13 +129,8 @@ def _video_mean(rows: Tensor, counts: Tensor) -> Tensor:
 def frame_info_nce(prediction: Tensor, target: Tensor, negatives: Tensor, temperature: float = 0.1) -> Tensor:
     """L_Fra of Eq. 10: each y_cls against its sub-clip's motion feature, the other sub-clips and the queue.
 
-    Args:
-        prediction, target: (N, D) for all N sub-clips of the mini-batch (both views); row n belongs to row n, the other
-            rows are its negatives.
-        negatives: (K, D), the queue.
-
-    Returns:
-        Scalar ≥ 0; log(N + K) if all similarities are equal.
+    Predictions and targets (N, D) of all sub-clips of the mini-batch (both views), of which row n belongs to row n, and
+    the queue (K, D) → scalar ≥ 0; log(N + K) if all similarities are equal.
     """
     logits = torch.cat([similarity(prediction, keys, temperature) for keys in (target, negatives)], 1)
     return F.cross_entropy(logits, torch.arange(len(logits), device=logits.device))
@@ -212,11 +184,7 @@ def dual_contrast(query: Tensor, key: Tensor, same_view: bool = False, temperatu
     """I(x_i; y_j) + I(x_j; y_i), L_VV, L_VS and L_VD of Eq. 1, 6 and 7, or of one view, I(x_i; y_i) + I(x_j; y_j), L_SD
     of Eq. 8; mean over the videos. The negatives are the 2 (N − 1) features y of the other videos.
 
-    Args:
-        query, key: x and y, (V, N, D).
-
-    Returns:
-        Scalar ≥ 0; 2 log(2N − 1) if all similarities are equal.
+    x and y (V, N, D) → scalar ≥ 0; 2 log(2N − 1) if all similarities are equal.
     """
     positive = key if same_view else key.flip(0)
     own = torch.eye(key.shape[1], dtype=torch.bool, device=key.device).repeat(2, 2)
@@ -225,14 +193,9 @@ def dual_contrast(query: Tensor, key: Tensor, same_view: bool = False, temperatu
 
 
 def retrieve(query: Tensor, pool: Tensor, count: int, weights: str = "prior") -> tuple[Tensor, Tensor]:
-    """The `count` entries of a pool (L, D) that are most similar to each query (N, D), and their p_i of Eq. 10.
-
-    Args:
-        weights: "prior", proportional to the similarity, of which nothing below 1e-6 is taken, or "uniform" (Table 6).
-
-    Returns:
-        Indices into the pool, best first, and weights, which sum to 1: (N, count) each.
-    """
+    """The `count` entries of a pool (L, D) that are most similar to each query (N, D), best first, and their p_i of Eq.
+    10, which sum to 1, (N, count) each: in proportion to the similarity, of which nothing below 1e-6 is taken, for
+    weights "prior", else equal (Table 6)."""
     scores, index = similarity(query, pool, 1.0).topk(count)
     weight = scores.clamp(min=1e-6) if weights == "prior" else torch.ones_like(scores)
     return index, weight / weight.sum(1, keepdim=True)
@@ -294,11 +257,8 @@ def activation_pool(features: Tensor, activation: Tensor) -> Tensor:
 def motion_map(flow: Tensor) -> Tensor:
     """m of Eq. 1, the magnitude of the derivatives of optical flow, which do not see a camera that moves evenly.
 
-    Args:
-        flow: (N, 2, H, W), how far each pixel moves to the right and down, in pixels; H, W ≥ 2.
-
-    Returns:
-        (N, H, W) ≥ 0, in pixels per pixel; differences are central, and one-sided at the border.
+    How far each pixel moves to the right and down, in pixels (N, 2, H, W), with H, W ≥ 2 → (N, H, W) ≥ 0, in pixels per
+    pixel; differences are central, and one-sided at the border.
     """
     return torch.stack(torch.gradient(flow, dim=(2, 3))).square().sum((0, 2)).sqrt()
 
@@ -311,12 +271,8 @@ def pool_motion(maps: Tensor, part: str) -> Tensor:
 def moving_windows(movement: Tensor, window: int, stride: int) -> Tensor:
     """Temporal sampling (Sec. 3.2): the windows whose clips move at least as much as the median one of their video.
 
-    Args:
-        movement: m^T of the frames of a video, (N,). A shorter video is continued by frames that do not move.
-        window, stride: frames of a window, of which a clip takes every stride-th.
-
-    Returns:
-        (max(N − window, 0) + 1,) bool, by first frame; at least half of them.
+    m^T of the frames of a video (N,), the frames of a window, of which a clip takes every stride-th → (max(N − window,
+    0) + 1,) bool, by first frame; at least half of them. A shorter video is continued by frames that do not move.
     """
     padded = F.pad(movement, (0, max(window - len(movement), 0)))
     clips = padded.unfold(0, window, 1)[:, ::stride].mean(1)
@@ -326,12 +282,8 @@ def moving_windows(movement: Tensor, window: int, stride: int) -> Tensor:
 def crop_motion(motion: Tensor, box: Tensor, size: int) -> Tensor:
     """The motion map of a tubelet (Sec. 3.3): of size × size bins of a crop, the motion where each has its centre.
 
-    Args:
-        motion: (T, H, W), of the whole frames.
-        box: (4,), the crop's x0, y0, x1, y1 in units of the frame's width and height; x0 > x1 after a horizontal flip.
-
-    Returns:
-        (T, size, size).
+    Maps of whole frames (T, H, W), and a box (4,), x0, y0, x1, y1 in the frame's widths and heights, x0 > x1 after a
+    horizontal flip → (T, size, size).
     """
     x, y = (bin_centers(box[None], size, size)[0] * box.new_tensor(motion.shape[:0:-1])).long().unbind(1)
     return motion[:, y, x].unflatten(1, (size, size))
@@ -340,14 +292,8 @@ def crop_motion(motion: Tensor, box: Tensor, size: int) -> Tensor:
 def response_map(features: Tensor, gradient: Tensor | None = None, version: str = "v3") -> Tensor:
     """What is aligned with motion: Σ h_c (v1, Eq. 4), ReLU(Σ w_c h_c) (v2, Eq. 5) or ReLU(Σ w_c g_c) (v3, Eq. 6).
 
-    w_c is the mean of g_c over time and space; gradients pass through it.
-
-    Args:
-        features: h, (B, C, T, H, W).
-        gradient: g, the same shape; v1 does without.
-
-    Returns:
-        (B, T, H, W), float32 or float64; ≥ 0 for v2 and v3.
+    w_c is the mean of g_c over time and space; gradients pass through it. h (B, C, T, H, W), and g of the same shape,
+    which v1 does without → (B, T, H, W), float32 or float64; ≥ 0 for v2 and v3.
     """
     dtype = torch.promote_types(features.dtype, torch.float32)
     if version == "v1":
@@ -361,14 +307,8 @@ def motion_alignment(response: Tensor, motion: Tensor, part: str = "st") -> Tens
     """A term of L_MAL, ‖⟨pooled response⟩ − ⟨pooled motion⟩‖² (Eq. 4 to 7), ⟨·⟩ the L2 norm; mean over the clips.
 
     Eq. 7 normalises the response before pooling; here it is done after, as for motion, so that the term is 0 for equal
-    maps. Motion gets no gradient.
-
-    Args:
-        response, motion: (B, T, H, W).
-        part: "st", "s" or "t", what `pool_motion` makes of both.
-
-    Returns:
-        Scalar in [0, 4], in [0, 2] for maps ≥ 0; a map of zeros is at a distance of 1 from all others.
+    maps. Motion gets no gradient. Both (B, T, H, W), pooled to a `part` by `pool_motion` → scalar in [0, 4], in [0, 2]
+    for maps ≥ 0; a map of zeros is at a distance of 1 from all others.
     """
     units = [F.normalize(pool_motion(maps, part).flatten(1), dim=1) for maps in (response, motion.detach())]
     return (units[0] - units[1]).square().sum(1).mean()

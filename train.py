@@ -114,7 +114,7 @@ class TrainConfig(Options):
     workers: int = option(-1, "loader processes of each process; -1: its share of the CPU cores, at most 8", (-1, 1024))
     seed: int = option(0, "seed of everything random", (0, 2**31 - 1))
     out: str = option("", "run folder (default: runs/METHOD-DATASET-TIME, or the folder of --resume)")
-    resume: str = option("", "checkpoint to continue, with its options; auto: the furthest with these, or none")
+    resume: str = option("", "checkpoint to continue; auto: the one of most steps with these options and videos")
     changed_data: str = option("off", "resume although the videos, their labels or sizes have changed", SWITCH)
     max_steps: int = option(0, "stop and save after this step of the schedule; 0: run all of it", (0, 2**31 - 1))
     log_every: int = option(10, "steps between two lines of log.jsonl", (1, 10**6))
