@@ -206,7 +206,6 @@ class PretrainingViews(Items):
     windows: int = 2
 
     def empty(self, *batch: int) -> dict[str, Tensor]:
-        """Memory for an item, or for `batch` of them."""
         views, parts, size = self.windows, self.sub_clips, (self.crop, self.crop)
         memory = {name: torch.empty(batch, dtype=torch.int64) for name in ("index", "label")}
         memory["clip"] = empty_clips(*batch, views, 3, self.frames, *size)
@@ -219,7 +218,6 @@ class PretrainingViews(Items):
         return memory
 
     def write(self, key: tuple[int, int], item: dict[str, Tensor]) -> list[tuple[str, str]]:
-        """Make an item in memory of `empty`; returns its "bad"."""
         epoch, index = key
         bad = []
         for attempt in range(self.attempts):
@@ -296,12 +294,10 @@ class TestClips(Items):
         self.videos, self.crop, self.frames, self.frame_stride, self.clips = videos, crop, frames, frame_stride, clips
 
     def empty(self, *batch: int) -> dict[str, Tensor]:
-        """Memory for an item, or for `batch` of them."""
         clips = empty_clips(*batch, self.clips, 3, self.frames, self.crop, self.crop)
         return {"clips": clips} | {name: torch.empty(batch, dtype=torch.int64) for name in ("label", "index")}
 
     def write(self, index: int, item: dict[str, Tensor]) -> list[tuple[str, str]]:
-        """Make an item in memory of `empty`; returns its "bad"."""
         path, times, out = self.videos.paths[index], np.arange(self.frames) * self.frame_stride, item["clips"]
         item["label"].fill_(self.videos.labels[index])
         item["index"].fill_(index)

@@ -138,8 +138,7 @@ def frame_info_nce(prediction: Tensor, target: Tensor, negatives: Tensor, temper
 
 def frame_triplet(prediction: Tensor, target: Tensor, negatives: Tensor, margin: float = 1.0) -> Tensor:
     """Triplet form of L_Fra (Table 9): max(0, ‖y − l‖² − ‖y − l⁻‖² + margin), mean over all pairs (y, l⁻): a scalar in
-    [0, 4 + margin]. Neither the paper nor its code has a margin; 1 is torch's default.
-    """
+    [0, 4 + margin]. Neither the paper nor its code has a margin; 1 is torch's default."""
     cosine = torch.cat([similarity(prediction, keys, 1.0) for keys in (target, negatives)], 1)
     own = cosine.diagonal()[:, None]  # ‖y − l‖² = 2 − 2 y·l for unit vectors
     loss = (2 * (cosine - own) + margin).clamp(min=0)
@@ -167,13 +166,8 @@ def static_frame(clips: Tensor, frame: Tensor) -> Tensor:
 def batch_contrast(query: Tensor, positive: Tensor, keys: Tensor, own: Tensor, temperature: float = 0.1) -> Tensor:
     """I of Eq. 2, row by row: −log exp(q·k⁺/τ) / (exp(q·k⁺/τ) + Σ exp(q·k/τ)) over the keys of other videos.
 
-    Args:
-        query, positive: (..., R, D).
-        keys: (M, D), the mini-batch.
-        own: (R, M) bool, the keys of a query's own video, which are no negatives.
-
-    Returns:
-        (..., R), each ≥ 0; log(1 + number of negatives) if all similarities are equal.
+    Queries and positives (..., R, D), keys of the mini-batch (M, D), and which of them are of a query's own video, and
+    no negatives, (R, M) bool → (..., R), each ≥ 0; log(1 + number of negatives) if all similarities are equal.
     """
     pull = similarity(query[..., None, :], positive[..., None, :], temperature)[..., 0]  # (..., R, 1)
     push = similarity(query, keys, temperature).masked_fill(own, -math.inf)  # (..., R, M)
@@ -230,8 +224,7 @@ def pixel_activation(features: Tensor) -> Tensor:
 
 def activation_alignment(activation: Tensor, reference: Tensor) -> Tensor:
     """L_ac of Eq. 12: the mean distance, in [0, 1], of A_v (N, T, H, W) from A_s + A_d, which gets no gradient. Each
-    map is scaled to [0, 1] by its least and its greatest, a constant one to 0.
-    """
+    map is scaled to [0, 1] by its least and its greatest, a constant one to 0."""
 
     def scaled(maps: Tensor) -> Tensor:
         low, high = (extreme((1, 2, 3), keepdim=True) for extreme in (maps.amin, maps.amax))
@@ -242,8 +235,7 @@ def activation_alignment(activation: Tensor, reference: Tensor) -> Tensor:
 
 def activation_pool(features: Tensor, activation: Tensor) -> Tensor:
     """f_d(v) of Eq. 13, and f_s(v): the mean of F(v), (..., C, T, H, W), over time and space with the weights A_d or
-    A_s ≥ 0, (..., T, H, W), which get no gradient: (..., C), 0 where all weights are.
-    """
+    A_s ≥ 0, (..., T, H, W), which get no gradient: (..., C), 0 where all weights are."""
     weight = activation.detach().unsqueeze(-4)
     total = weight.sum((-3, -2, -1)).clamp(min=torch.finfo(weight.dtype).tiny)
     return (features * weight).sum((-3, -2, -1)) / total

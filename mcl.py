@@ -167,7 +167,6 @@ class MotionViews(data.PretrainingViews):
         self.maps, self.temporal, self.spatial = maps, temporal, spatial
 
     def empty(self, *batch: int) -> dict[str, Tensor]:
-        """As of every view, with "motion"."""
         return super().empty(*batch) | {"motion": torch.empty(*batch, self.windows, self.frames, self.SIZE, self.SIZE)}
 
     def write_views(self, rng: np.random.Generator, path: str, item: dict[str, Tensor]) -> np.ndarray:

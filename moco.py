@@ -48,10 +48,9 @@ class MoCoConfig(PretrainConfig):
         return tuple(dict.fromkeys(name.strip() for name in self.losses.split(",") if name.strip()))
 
 
-PRESETS = {
+PRESETS = pretrain.PRESETS | {
     "synthetic": pretrain.PRESETS["synthetic"] | dict(momentum=0.99, queue=256),
-    "ucf101": pretrain.PRESETS["ucf101"] | dict(momentum=0.999, queue=2048),
-    "k400": pretrain.PRESETS["k400"] | dict(momentum=0.999, queue=65536),
+    "k400": pretrain.PRESETS["k400"] | dict(queue=65536),
 }
 
 

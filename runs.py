@@ -303,8 +303,7 @@ def continued(config: Config, process: Process, seen: dict) -> Config:
 
 def find_run(config: Config, seen: dict, say: Callable[[str], None]) -> str:
     """The readable checkpoint of most steps whose method, options (but FREE ones) and seen videos are these; "" for
-    none. Says which, what speaks against the nearest other one, and which can't be read.
-    """
+    none. Says which, what speaks against the nearest other one, and which can't be read."""
     method, found, others = method_name(type(config)), [], {}
     beside = getattr(config, "checkpoint", "")
     folder = Path(config.out or (Path(beside).parent if beside else "runs"))

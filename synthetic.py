@@ -224,14 +224,7 @@ def _is_complete(root: Path, recipe: dict) -> bool:
 
 
 def make_synthetic(
-    root: str | Path,
-    train: int = 1500,
-    test: int = 500,
-    seed: int = 0,
-    frames: int = 48,
-    size: tuple[int, int] = (40, 40),
-    shake: float = 0.008,
-    shots: int = 1,
+    root: str | Path, train=1500, test=500, seed=0, frames=48, size=(40, 40), shake=0.008, shots=1
 ) -> None:
     """Writes the embedded data set once: root/{train,test}/<motion>/<motion>_0001.mp4, classes `MOTIONS` in turn.
 

@@ -304,12 +304,6 @@ class Log:
         self.waited, self.since, self.warned = 0.0, time.perf_counter(), set()
         self.bar = progress(run.process, total=run.config.epochs * run.steps_per_epoch, initial=run.done, unit="step")
 
-    def add(self, step: Step | None, waited: float) -> None:
-        """Counts a step, unless it was left out, and the seconds it waited for data."""
-        self.waited += waited
-        self.steps += [] if step is None else [step]
-        self.bar.update()
-
     def add_bad(self, bad: list[tuple[str, str]]) -> None:
         """Names videos that could not be read, and why, each once."""
         path = self.folder / "bad_videos.log"
@@ -584,10 +578,12 @@ def fit(
             waiting = time.perf_counter()
             with user_errors((OSError,)):
                 batch = next(batches)
-            waited = time.perf_counter() - waiting
+            log.waited += time.perf_counter() - waiting
             bad += batch.pop("bad", [])
             videos = [paths[i] for i in batch["index"].tolist()] if paths and "index" in batch else []
-            log.add(run.step(batch, videos), waited)
+            step = run.step(batch, videos)
+            log.steps += [] if step is None else [step]
+            log.bar.update()
 
             ends = run.done % run.steps_per_epoch == 0 or run.done == run.stop
             line_due = ends or run.done % config.log_every == 0
