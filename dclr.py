@@ -39,7 +39,7 @@ class DCLRConfig(moco.MoCoConfig):
     search: str = option("motion", "stills or differences of which positives are retrieved (Table 5)", tuple(PARTS))
     retrieved: int = option(5, "positives retrieved for each clip, K (Table 6)", (1, 65_536))
     retrieved_weights: str = option("prior", "their weights: by similarity, or equal (Table 6)", ("prior", "uniform"))
-    decouple: str = option("both", "vs or vd with RGB pooled by activation (Eq. 14, 15; Table 7)", tuple(PARTS))
+    decouple: str = option("both", "which of vs, vd pools RGB by activation (Eq. 14, 15; Table 7)", tuple(PARTS))
     delay: float = option(10.0, "epochs before retrieval and decoupling start", (0, 1e6))
     refresh: int = option(10, "epochs between two updates of the slow extractor", (1, 10**6))
     momentum: float = option(0.0, "what the slow extractor keeps of itself at an update", (0, 1))

@@ -36,7 +36,7 @@ class FIMAConfig(MoCoConfig):
 
     losses: str = option("vv,pix,fra", "losses to sum, of vv (Eq. 1), vd (Eq. 2), pix (Eq. 8) and fra (Eq. 10)")
     threshold: float = option(0.7, "distance below which pixels are positive, in bin diagonals (Table 3a)", (0.01, 100))
-    centres: str = option("nominal", "where feature pixels look: nominally, or by the padding", ("nominal", "measured"))
+    centres: str = option("nominal", "centres of bins that tile the crop, or by the padding", ("nominal", "measured"))
     foreground: float = option(0.5, "portion of the pixels that is foreground, beta (Table 3d)", (0.01, 1))
     mask_source: str = option("both", "maps that make the mask (Table 3e)", ("rgb", "difference", "both"))
     mask_position: str = option("both", "views to mask (Table 3f)", ("none", "prediction", "target", "both"))
@@ -47,7 +47,7 @@ class FIMAConfig(MoCoConfig):
     frame_loss: str = option("infonce", "form of fra (Table 9)", tuple(FRAME_LOSSES))
     pixel_negatives: str = option("batch", "whose pixels the denominator of pix has (Table 10)", ("video", "batch"))
     pixel_queue: int = option(0, "motion pixels of earlier batches added to the denominator (Table 10)", (0, 2**24))
-    fame: str = option("none", "views to put on another video, by FAME; motion stays", ("none", *Merging.BRANCHES))
+    fame: str = option("none", "views whose foreground is put on another video", ("none", *Merging.BRANCHES))
 
     KNOWN_LOSSES = ("vv", "vd", "pix", "fra")
 

@@ -32,7 +32,7 @@ class MoCoConfig(PretrainConfig):
     temperature: float = option(0.1, "temperature of every contrast", (0.001, 1000))
     momentum: float = option(0.999, "momentum of the key encoder; small data sets want 0.99", (0, 1))
     queue: int = option(2048, "length of each queue of keys; keep it below the number of videos", (1, 2**24))
-    bn: str = option("shuffle", "batch norm of keys: dealt out to all processes, or not", ("shuffle", "local"))
+    bn: str = option("shuffle", "batch norm of keys: shuffled over processes, or local", ("shuffle", "local"))
 
     KNOWN_LOSSES = ("vv", "vd")
     TUNED = PretrainConfig.TUNED | {"bn"}
