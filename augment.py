@@ -195,8 +195,7 @@ class ForegroundBackgroundMerging:
             none: clips stay as they are.
         branches: merge the first view only ("single") or "both" (Table 1).
 
-    Raises:
-        ValueError: an unknown mask, background or branches, or a portion outside (0, 1].
+    Raises ValueError for an unknown mask, background or branches, or a portion outside (0, 1].
     """
 
     MASKS, BACKGROUNDS, BRANCHES = ("fame", "gauss", "seed", "grid"), ("inter", "intra", "none"), ("single", "both")

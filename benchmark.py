@@ -287,12 +287,10 @@ def step(config: BenchmarkConfig) -> None:
     write(config, "step", process.device, results)
 
 
-COMMANDS = {"data": (reading, BenchmarkConfig), "step": (step, BenchmarkConfig)}
-
-
 def main() -> None:
     """`benchmark.py COMMAND --flag value …`"""
-    name, command, config, _ = dispatch(COMMANDS, __doc__)
+    commands = {"data": (reading, BenchmarkConfig), "step": (step, BenchmarkConfig)}
+    name, command, config, _ = dispatch(commands, __doc__)
     default = 8 if name == "data" or torch.cuda.is_available() else 2
     config = dataclasses.replace(config, batch_size=config.batch_size or default)
     for path in Path(config.out).glob(f"benchmark_{name}_*"):

@@ -151,9 +151,7 @@ def parse(
     return config_class(**made | given)
 
 
-def dispatch(
-    commands: dict[str, tuple], doc: str, words: bool = False
-) -> tuple[str, Callable[..., Any], Options, list[str]]:
+def dispatch(commands: dict[str, tuple], doc: str, words: bool = False) -> tuple[str, Callable, Options, list[str]]:
     """Which command `PROGRAM NAME [WORD …] --flag value …` names: its name, function, options and words, for the caller
     to run. `--help` alone prints `doc`, `NAME --help` the command's own help, and both end the program.
 

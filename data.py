@@ -206,7 +206,6 @@ class PretrainingViews(Items):
     windows: int = 2
 
     def empty(self, *batch: int) -> dict[str, Tensor]:
-        """Memory for an item, or for `batch` of them."""
         views, parts, size = self.windows, self.sub_clips, (self.crop, self.crop)
         memory = {name: torch.empty(batch, dtype=torch.int64) for name in ("index", "label")}
         memory["clip"] = empty_clips(*batch, views, 3, self.frames, *size)
@@ -219,7 +218,6 @@ class PretrainingViews(Items):
         return memory
 
     def write(self, key: tuple[int, int], item: dict[str, Tensor]) -> list[tuple[str, str]]:
-        """Make an item in memory of `empty`; returns its "bad"."""
         epoch, index = key
         bad = []
         for attempt in range(self.attempts):
@@ -296,12 +294,10 @@ class TestClips(Items):
         self.videos, self.crop, self.frames, self.frame_stride, self.clips = videos, crop, frames, frame_stride, clips
 
     def empty(self, *batch: int) -> dict[str, Tensor]:
-        """Memory for an item, or for `batch` of them."""
         clips = empty_clips(*batch, self.clips, 3, self.frames, self.crop, self.crop)
         return {"clips": clips} | {name: torch.empty(batch, dtype=torch.int64) for name in ("label", "index")}
 
     def write(self, index: int, item: dict[str, Tensor]) -> list[tuple[str, str]]:
-        """Make an item in memory of `empty`; returns its "bad"."""
         path, times, out = self.videos.paths[index], np.arange(self.frames) * self.frame_stride, item["clips"]
         item["label"].fill_(self.videos.labels[index])
         item["index"].fill_(index)
@@ -526,20 +522,18 @@ def _visited(visit: Callable[[str], None], path: str) -> tuple[str, str]:
     return path, ""
 
 
-def visit_videos(
-    visit: Callable[[str], None], paths: Sequence[str], root: str, out: str | Path, workers: int, what: str, mode="w"
-) -> int:
+def visit_videos(visit: Callable, paths: Sequence[str], root: str, out: str | Path, workers: int, what: str) -> int:
     """Calls `visit`, which raises BadVideo, for videos in processes, and says how far it is; returns how many are bad.
 
-    Each bad video is a line of the file `out`, written anew or (`mode` "a") added to, for `find_videos` to exclude: its
-    path from `root` in quotes, a tab, the reason. Raises FileExistsError when `out` is a file of another kind.
+    Each bad video is a line of the file `out`, for `find_videos` to exclude: its path from `root` in quotes, a tab, the
+    reason. Raises FileExistsError when `out` is a file of another kind.
     """
     if os.path.isfile(out) and Path(out).read_bytes()[:1] not in (b"", b"'", b'"'):
         raise FileExistsError(f"{out} is no list of bad videos: name another file")
     bad, pause = 0, 0.5 if sys.stderr.isatty() else 30  # seconds, as in training
     try:
         with (
-            open(out, mode, encoding="utf-8", buffering=1) as file,  # by lines: an interrupt loses none
+            open(out, "w", encoding="utf-8", buffering=1) as file,  # by lines: an interrupt loses none
             contextlib.closing(_in_processes(functools.partial(_visited, visit), workers, paths, 8)) as visited,
         ):
             for path, reason in tqdm(visited, what, len(paths), dynamic_ncols=True, mininterval=pause):
@@ -556,12 +550,14 @@ def visit_videos(
 def main() -> None:
     """`data.py check ROOT` finds videos that can't be read, `data.py synthetic ROOT` makes videos to train on."""
     import find
-    import synthetic
     from cli import dispatch
+    from train import UserError
 
-    commands = {"check": (find.check, find.CheckConfig), "synthetic": synthetic.command()}
-    _, function, config, words = dispatch(commands, inspect.getdoc(main), words=True)
-    function(config, words)
+    commands = {"check": (find.check, find.CheckConfig), "synthetic": (find.generate, find.SyntheticConfig)}
+    name, function, config, words = dispatch(commands, inspect.getdoc(main), words=True)
+    if len(words) != 1:
+        raise UserError(f"name the folder after {name}, before all flags (--help lists these)")
+    function(config, *words)
 
 
 if __name__ == "__main__":

@@ -33,19 +33,13 @@ PARTS = {"none": "", "static": "s", "motion": "d", "both": "sd"}  # inputs that 
 class DCLRConfig(moco.MoCoConfig):
     """Options of DCLR; the defaults are the paper's for UCF101, or ours where it gives none."""
 
-    losses: str = option(
-        "vs,vd,sd,ac", "losses to sum, of vv (Eq. 1), vs (Eq. 6), vd (Eq. 7, 10), sd (Eq. 8, maximised) and ac (Eq. 12)"
-    )
+    losses: str = option("vs,vd,sd,ac", "losses to sum, of vv, vs, vd, sd, ac (Eq. 1, 6, 10, 8, 12); sd is maximised")
     ac_weight: float = option(0.5, "weight of ac, lambda (Eq. 16)", (0, 1000))
     same_view: str = option("off", "vs and vd within a view, not across the two (Table 4)", SWITCH)
-    search: str = option(
-        "motion", "of which input, still or frame difference, positives are retrieved (Table 5)", tuple(PARTS)
-    )
+    search: str = option("motion", "stills or differences of which positives are retrieved (Table 5)", tuple(PARTS))
     retrieved: int = option(5, "positives retrieved for each clip, K (Table 6)", (1, 65_536))
     retrieved_weights: str = option("prior", "their weights: by similarity, or equal (Table 6)", ("prior", "uniform"))
-    decouple: str = option(
-        "both", "which of vs and vd pools RGB features by activation maps (Eq. 14, 15; Table 7)", tuple(PARTS)
-    )
+    decouple: str = option("both", "which of vs, vd pools RGB by activation (Eq. 14, 15; Table 7)", tuple(PARTS))
     delay: float = option(10.0, "epochs before retrieval and decoupling start", (0, 1e6))
     refresh: int = option(10, "epochs between two updates of the slow extractor", (1, 10**6))
     momentum: float = option(0.0, "what the slow extractor keeps of itself at an update", (0, 1))

@@ -132,12 +132,9 @@ class ExportConfig(Options):
 
 
 def find_labelled(dataset: str, root: str, train: bool, split: int, listed="", exclude="") -> data.VideoList:
-    """`find.find_videos`, for protocols that need to know the classes.
-
-    Raises:
-        ValueError: a video without a label, one that a list names twice, or a folder that may not be listed.
-    """
-    videos = find.find_videos(dataset, root, train, split, listed or None, exclude or None)
+    """`find.find_videos`, for protocols that need to know the classes. Raises ValueError for a video without a label,
+    one that a list names twice, or a folder that may not be listed."""
+    videos = find.find_videos(dataset, root, train, split, listed, exclude)
     if videos.closed:
         raise ValueError(f"{videos.report}: evaluation leaves none out, run `chmod -R u+rX {shlex.quote(root)}`")
     if listed and len({*videos.paths}) < len(videos):
@@ -149,11 +146,7 @@ def find_labelled(dataset: str, root: str, train: bool, split: int, listed="", e
 
 def with_same_classes(train: data.VideoList, test: data.VideoList) -> tuple[data.VideoList, data.VideoList]:
     """Both lists with one list of classes, as a list file by itself knows those that it names: first the training
-    videos', then those of test videos alone, which their report names.
-
-    Raises:
-        ValueError: they have no class in common.
-    """
+    videos', then those of test videos alone, which their report names. Raises ValueError if none is in common."""
     unseen = [name for name in test.classes if name not in train.classes]
     if len(unseen) == len(test.classes):
         raise ValueError(f"no class of the test videos ({unseen[0]}, …) has training videos ({train.classes[0]}, …)")
@@ -231,11 +224,8 @@ def knn_scores(queries: Tensor, gallery: Tensor, labels: Tensor, classes: int, k
 
 def svm_scores(queries: Tensor, gallery: Tensor, labels: Tensor, classes: int, cost: float) -> Tensor:
     """w·x + b of linear SVMs, one class against the rest, trained on a gallery with the squared hinge loss:
-    queries (Q, C), gallery (G, C), its labels (G,) → (Q, classes); −∞ for a class that is not in the gallery.
-
-    Raises:
-        ValueError: the gallery holds fewer than two classes.
-    """
+    queries (Q, C), gallery (G, C), its labels (G,) → (Q, classes); −∞ for a class that is not in the gallery. Raises
+    ValueError where this holds fewer than two classes."""
     from sklearn.svm import LinearSVC  # here, so that nothing else needs scikit-learn
 
     machine = LinearSVC(C=cost, dual="auto", random_state=0, max_iter=10_000)
@@ -387,9 +377,6 @@ class CachedViews(data.Items):
     def __init__(self, views: data.PretrainingViews, count: int):
         self.views, self.videos, self.count = views, views.videos, count
 
-    def __len__(self) -> int:
-        return len(self.views)
-
     def empty(self, *batch: int) -> dict[str, Tensor]:
         return {"clips": self.views.empty(*batch, self.count)["clip"].squeeze(-5)}
 
@@ -504,6 +491,8 @@ def export(config: ExportConfig) -> None:
     RGB in [-1, 1]. For piergiaj, whose batch norm has eps 1e-3, that of an i3d gets factors with which its outputs in
     eval mode stay the same; to evaluate such a file here, say --encoder i3d.
     """
+    if not config.checkpoint:
+        raise UserError("export needs a --checkpoint")
     out = Path(config.out or Path(config.checkpoint).parent / f"{config.to}.pt")
     if out.exists():
         raise UserError(f"{out} is there already: name another --out")
@@ -511,6 +500,8 @@ def export(config: ExportConfig) -> None:
     memory = io.BytesIO()
     with user_errors():
         weights = export_weights(encoder, config.to)
+        if broken := [name for name, value in weights.items() if not value.isfinite().all()]:
+            raise UserError(f"{config.checkpoint}: {len(broken)} tensors are not finite, such as {broken[0]}")
         torch.save(weights, memory)
         write_file(out, memory.getbuffer())
     print(f"{len(weights)} entries written to {out}")

@@ -25,12 +25,8 @@ class FAMEConfig(moco.MoCoConfig):
 
     foreground: float = option(0.5, "portion of the picture that is foreground, beta (Table 1)", (0.01, 1))
     branches: str = option("single", "merge one clip of each video, or both (Table 1)", Merging.BRANCHES)
-    background: str = option(
-        "inter", "that of another video, of the video's other clip, or none, as MoCo (Table 3)", Merging.BACKGROUNDS
-    )
-    mask: str = option(
-        "fame", "foreground by the colours of what moves, the middle, what moves, or its grid (Table 4)", Merging.MASKS
-    )
+    background: str = option("inter", "another video's, the other clip's, or none (Table 3)", Merging.BACKGROUNDS)
+    mask: str = option("fame", "colours of what moves, the middle, what moves, its grid (Table 4)", Merging.MASKS)
 
     def __post_init__(self) -> None:
         super().__post_init__()

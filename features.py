@@ -53,8 +53,7 @@ def load_encoder(config: EncoderConfig, say=print, key: bool = False) -> tuple[n
     """The encoder of the checkpoint, or of the run to resume, its key encoder with `key` where there is one, and the
     options with those that were left open filled in; `say` is told what was taken from another project's checkpoint.
 
-    Raises:
-        UserError: no such checkpoint, none of a known encoder, or one of another encoder; clips too small for it.
+    Raises UserError: no such checkpoint, none of a known encoder, or one of another encoder; clips too small for it.
     """
     resume = getattr(config, "resume", "")
     path = config.checkpoint if resume in ("", "auto") else resume
@@ -113,12 +112,9 @@ def clip_outputs(
         function: uint8 clips (n, 3, frames, crop, crop) on the device → (n, D).
         clips: a data set like `data.TestClips`, with the list `videos`.
 
-    Returns:
-        (videos, clips, D) on the CPU, or with `average` the means over clips (videos, D); whether each video could be
-        read (videos,); path and reason of those that could not. The same on every process.
-
-    Raises:
-        UserError: no video can be read, or the outputs of one are not all finite.
+    Returns, the same on every process, (videos, clips, D) on the CPU, or with `average` the means over clips (videos,
+    D); whether each video could be read (videos,); path and reason of those that could not. Raises UserError if none
+    can, or if the outputs of one are not all finite.
     """
     batches = [range(i, min(i + size, len(clips))) for i in range(0, len(clips), size)]
     mine = batches[process.rank :: process.world_size]

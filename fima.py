@@ -20,17 +20,9 @@ import math
 import torch
 from torch import Tensor
 
-from augment import ForegroundBackgroundMerging
+from augment import ForegroundBackgroundMerging as Merging
 from cli import command_line
-from losses import (
-    FRAME_LOSSES,
-    activation_map,
-    foreground_mask,
-    pixel_chance,
-    pixel_contrast,
-    positive_pairs,
-    seen_box,
-)
+from losses import FRAME_LOSSES, activation_map, foreground_mask, pixel_chance, pixel_contrast, positive_pairs, seen_box
 from moco import PRESETS as MOCO_PRESETS
 from moco import FeatureMaps, MoCo, MoCoConfig
 from models import MomentumQueue, MotionDecoder
@@ -44,34 +36,18 @@ class FIMAConfig(MoCoConfig):
 
     losses: str = option("vv,pix,fra", "losses to sum, of vv (Eq. 1), vd (Eq. 2), pix (Eq. 8) and fra (Eq. 10)")
     threshold: float = option(0.7, "distance below which pixels are positive, in bin diagonals (Table 3a)", (0.01, 100))
-    centres: str = option(
-        "nominal",
-        "where feature pixels look: in the middle of bins that tile the crop, or where the encoder's padding has them",
-        ("nominal", "measured"),
-    )
+    centres: str = option("nominal", "centres of bins that tile the crop, or by the padding", ("nominal", "measured"))
     foreground: float = option(0.5, "portion of the pixels that is foreground, beta (Table 3d)", (0.01, 1))
-    mask_source: str = option(
-        "both", "activation maps that make the foreground mask (Table 3e)", ("rgb", "difference", "both")
-    )
-    mask_position: str = option(
-        "both", "views whose background is left out (Table 3f)", ("none", "prediction", "target", "both")
-    )
-    decoder: str = option(
-        "shared", "motion decoder shared by pix and fra, or one each (Table 8)", ("shared", "separate", "none")
-    )
+    mask_source: str = option("both", "maps that make the mask (Table 3e)", ("rgb", "difference", "both"))
+    mask_position: str = option("both", "views to mask (Table 3f)", ("none", "prediction", "target", "both"))
+    decoder: str = option("shared", "one for pix and fra, or one each (Table 8)", ("shared", "separate", "none"))
     decoder_depth: int = option(2, "blocks of the motion decoder (Table 3b)", (1, 64))
     decoder_width: int = option(512, "channels of the motion decoder (Tables 3c, 7)", (1, 8192))
     decoder_heads: int = option(4, "attention heads of the motion decoder (Table 3c)", (1, 1024))
     frame_loss: str = option("infonce", "form of fra (Table 9)", tuple(FRAME_LOSSES))
-    pixel_negatives: str = option(
-        "batch", "whose motion pixels are in the denominator of pix, beside the queue's (Table 10)", ("video", "batch")
-    )
+    pixel_negatives: str = option("batch", "whose pixels the denominator of pix has (Table 10)", ("video", "batch"))
     pixel_queue: int = option(0, "motion pixels of earlier batches added to the denominator (Table 10)", (0, 2**24))
-    fame: str = option(
-        "none",
-        "FAME's augmentation: the foreground of the first view, or of both, on another video; motion stays the video's",
-        ("none", *ForegroundBackgroundMerging.BRANCHES),
-    )
+    fame: str = option("none", "views whose foreground is put on another video", ("none", *Merging.BRANCHES))
 
     KNOWN_LOSSES = ("vv", "vd", "pix", "fra")
 
@@ -106,7 +82,7 @@ class FIMA(MoCo):
     def __init__(self, config: FIMAConfig):
         super().__init__(config)
         if config.fame != "none":
-            self.merge = ForegroundBackgroundMerging(branches=config.fame)
+            self.merge = Merging(branches=config.fame)
         self.decoder = self.cls_decoder = None
         wanted = {"pix", "fra"} & set(config.terms)
         size = self.encoder.out_channels, config.decoder_width, config.decoder_depth, config.decoder_heads

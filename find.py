@@ -16,12 +16,12 @@ import shlex
 import sys
 from collections import Counter, deque
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from data import VideoList, visit_videos
-from synthetic import SYNTHETIC_MARKER, SYNTHETIC_VERSION, UNLABELED, make_synthetic
-from train import SWITCH, Options, UserError, option, user_errors
+from synthetic import MOTIONS, SYNTHETIC_MARKER, SYNTHETIC_VERSION, UNLABELED, make_synthetic
+from train import SWITCH, Options, option, user_errors
 from video import Video
 
 DATASETS = ("synthetic", "folder", "ucf101", "hmdb51", "k400", "diving48", "ssv2")
@@ -64,13 +64,7 @@ OFFICIAL_COUNTS = {  # train and test videos of each split
 
 
 def find_videos(
-    dataset: str,
-    root: str | Path,
-    train: bool,
-    split: int = 1,
-    list_file: str | Path | None = None,
-    exclude: str | Path | None = None,
-    unlabeled: bool = False,
+    dataset: str, root: str | Path, train: bool, split: int = 1, list_file="", exclude="", unlabeled: bool = False
 ) -> VideoList:
     """List the training or test videos of a data set (validation where the test labels are not public: k400, ssv2).
 
@@ -87,14 +81,13 @@ def find_videos(
         exclude: a file of videos to leave out, as `check_videos` writes it, or several with commas between.
         unlabeled: take those of "synthetic" that are for pretraining, where there are any (`make_synthetic`).
 
-    Raises:
-        ValueError: an unknown data set or split; a list that can't be understood or names a path outside `root`.
-        FileNotFoundError: a missing folder or list, or no video at all.
+    Raises ValueError for an unknown data set or split, and a list that can't be understood or names a path outside
+    `root`; FileNotFoundError for a missing folder or list, or no video at all.
     """
     splits = len(OFFICIAL_COUNTS.get(dataset, [None]))
     if dataset not in DATASETS or not 1 <= split <= splits:
         raise ValueError(f"no data set {dataset!r} with a split {split}; known are {', '.join(DATASETS)}")
-    if list_file is not None and dataset != "folder":
+    if list_file and dataset != "folder":
         raise ValueError(f"a list file goes with the data set 'folder', not with {dataset!r}")
     root = os.path.abspath(root)
     if dataset == "synthetic":
@@ -111,7 +104,7 @@ def find_videos(
     expected = f" of {OFFICIAL_COUNTS[dataset][split - 1][not train]} expected" if dataset in OFFICIAL_COUNTS else ""
     outside, passed, twice, closed = 0, Counter(), set(), []
     # Of each video its path (None: not on disk), its name in a list, and its label (-1: none).
-    if list_file is not None:
+    if list_file:
         rows, classes, note = _read_list(root, list_file)
         title = f"{dataset} list {list_file}{note}"
     else:
@@ -427,18 +420,13 @@ def _read_bad(root: str, files: str | Path) -> set[str]:
     return paths
 
 
-class _Checker:
+def _check_video(full: bool, path: str) -> None:
     """Reads the first, middle and last 32 frames of a video, or all."""
-
-    def __init__(self, full: bool):
-        self.full = full
-
-    def visit(self, path: str) -> None:
-        with Video(path) as video:
-            last = max(len(video) - 32, 0)
-            step = 32 if self.full else max(math.ceil(last / 2), 1)
-            for start in (*range(0, last, step), last):
-                deque(video.stream(range(start, min(start + 32, len(video)))), maxlen=0)  # they are of no more use
+    with Video(path) as video:
+        last = max(len(video) - 32, 0)
+        step = 32 if full else max(math.ceil(last / 2), 1)
+        for start in (*range(0, last, step), last):
+            deque(video.stream(range(start, min(start + 32, len(video)))), maxlen=0)  # they are of no more use
 
 
 def check_videos(root: str | Path, out: str | Path, workers: int, full: bool = False) -> tuple[int, int]:
@@ -453,7 +441,8 @@ def check_videos(root: str | Path, out: str | Path, workers: int, full: bool = F
         raise PermissionError(f"{closed[0]}: no permission to list this folder")
     if not paths:
         raise FileNotFoundError(f"{root}: no videos (.{', .'.join(SUFFIXES)}) below it")
-    return len(paths), visit_videos(_Checker(full).visit, paths, root, out, workers, f"checking {root}")
+    visit = functools.partial(_check_video, full)
+    return len(paths), visit_videos(visit, paths, root, out, workers, f"checking {root}")
 
 
 @dataclass(frozen=True)
@@ -465,13 +454,30 @@ class CheckConfig(Options):
     full: str = option("off", "read all frames, not only 32 at three places: slower", SWITCH)
 
 
-def check(config: CheckConfig, words: list[str]) -> None:
+def check(config: CheckConfig, root: str) -> None:
     """Finds videos that can't be read below ROOT, the --data of training; exit code 1 if there are any."""
-    if len(words) != 1:
-        raise UserError("name the folder to check, before all flags (--help lists these)")
     with user_errors():
-        count, bad = check_videos(*words, config.out, config.workers, config.full == "on")
+        count, bad = check_videos(root, config.out, config.workers, config.full == "on")
     advice = f": leave them out with --exclude {shlex.quote(config.out)}" if bad else ""
     print(f"{bad} of {count} videos can't be read{advice}", flush=True)
     if bad:
         sys.exit(1)
+
+
+@dataclass(frozen=True)
+class SyntheticConfig(Options):
+    """Options of `data.py synthetic`."""
+
+    train: int = option(1500, "training videos", (1, 10**6))
+    test: int = option(500, "test videos", (1, 10**6))
+    seed: int = option(0, "seed of all that is drawn", (0, 2**31 - 1))
+    frames: int = option(48, "frames of a shot", (2, 10_000))
+    size: int = option(40, "height and width in pixels", (1, 2048))
+    shake: float = option(0.008, "how far the camera moves at most, in sides of the frame", (0, 1))
+    shots: int = option(1, "from 2 on: as many unlabeled videos of so many shots, for pretraining", (1, len(MOTIONS)))
+
+
+def generate(config: SyntheticConfig, root: str) -> None:
+    """Makes videos in which the class is the motion alone: ROOT/train, ROOT/test and perhaps ROOT/unlabeled."""
+    with user_errors():
+        make_synthetic(root, **asdict(config) | {"size": (config.size, config.size)})

@@ -166,8 +166,7 @@ def frame_info_nce(prediction: Tensor, target: Tensor, negatives: Tensor, temper
 
 def frame_triplet(prediction: Tensor, target: Tensor, negatives: Tensor, margin: float = 1.0) -> Tensor:
     """Triplet form of L_Fra (Table 9): max(0, ‖y − l‖² − ‖y − l⁻‖² + margin), mean over all pairs (y, l⁻): a scalar in
-    [0, 4 + margin]. Neither the paper nor its code has a margin; 1 is torch's default.
-    """
+    [0, 4 + margin]. Neither the paper nor its code has a margin; 1 is torch's default."""
     cosine = torch.cat([similarity(prediction, keys, 1.0) for keys in (target, negatives)], 1)
     own = cosine.diagonal()[:, None]  # ‖y − l‖² = 2 − 2 y·l for unit vectors
     loss = (2 * (cosine - own) + margin).clamp(min=0)
@@ -195,13 +194,8 @@ def static_frame(clips: Tensor, frame: Tensor) -> Tensor:
 def batch_contrast(query: Tensor, positive: Tensor, keys: Tensor, own: Tensor, temperature: float = 0.1) -> Tensor:
     """I of Eq. 2, row by row: −log exp(q·k⁺/τ) / (exp(q·k⁺/τ) + Σ exp(q·k/τ)) over the keys of other videos.
 
-    Args:
-        query, positive: (..., R, D).
-        keys: (M, D), the mini-batch.
-        own: (R, M) bool, the keys of a query's own video, which are no negatives.
-
-    Returns:
-        (..., R), each ≥ 0; log(1 + number of negatives) if all similarities are equal.
+    Queries and positives (..., R, D), keys of the mini-batch (M, D), and which of them are of a query's own video, and
+    no negatives, (R, M) bool → (..., R), each ≥ 0; log(1 + number of negatives) if all similarities are equal.
     """
     pull = similarity(query[..., None, :], positive[..., None, :], temperature)[..., 0]  # (..., R, 1)
     push = similarity(query, keys, temperature).masked_fill(own, -math.inf)  # (..., R, M)
@@ -212,11 +206,7 @@ def dual_contrast(query: Tensor, key: Tensor, same_view: bool = False, temperatu
     """I(x_i; y_j) + I(x_j; y_i), L_VV, L_VS and L_VD of Eq. 1, 6 and 7, or of one view, I(x_i; y_i) + I(x_j; y_j), L_SD
     of Eq. 8; mean over the videos. The negatives are the 2 (N − 1) features y of the other videos.
 
-    Args:
-        query, key: x and y, (V, N, D).
-
-    Returns:
-        Scalar ≥ 0; 2 log(2N − 1) if all similarities are equal.
+    x and y (V, N, D) → scalar ≥ 0; 2 log(2N − 1) if all similarities are equal.
     """
     positive = key if same_view else key.flip(0)
     own = torch.eye(key.shape[1], dtype=torch.bool, device=key.device).repeat(2, 2)
@@ -267,8 +257,7 @@ def pixel_activation(features: Tensor) -> Tensor:
 
 def activation_alignment(activation: Tensor, reference: Tensor) -> Tensor:
     """L_ac of Eq. 12: the mean distance, in [0, 1], of A_v (N, T, H, W) from A_s + A_d, which gets no gradient. Each
-    map is scaled to [0, 1] by its least and its greatest, a constant one to 0.
-    """
+    map is scaled to [0, 1] by its least and its greatest, a constant one to 0."""
 
     def scaled(maps: Tensor) -> Tensor:
         low, high = (extreme((1, 2, 3), keepdim=True) for extreme in (maps.amin, maps.amax))
@@ -279,8 +268,7 @@ def activation_alignment(activation: Tensor, reference: Tensor) -> Tensor:
 
 def activation_pool(features: Tensor, activation: Tensor) -> Tensor:
     """f_d(v) of Eq. 13, and f_s(v): the mean of F(v), (..., C, T, H, W), over time and space with the weights A_d or
-    A_s ≥ 0, (..., T, H, W), which get no gradient: (..., C), 0 where all weights are.
-    """
+    A_s ≥ 0, (..., T, H, W), which get no gradient: (..., C), 0 where all weights are."""
     weight = activation.detach().unsqueeze(-4)
     total = weight.sum((-3, -2, -1)).clamp(min=torch.finfo(weight.dtype).tiny)
     return (features * weight).sum((-3, -2, -1)) / total
@@ -294,11 +282,8 @@ def activation_pool(features: Tensor, activation: Tensor) -> Tensor:
 def motion_map(flow: Tensor) -> Tensor:
     """m of Eq. 1, the magnitude of the derivatives of optical flow, which do not see a camera that moves evenly.
 
-    Args:
-        flow: (N, 2, H, W), how far each pixel moves to the right and down, in pixels; H, W ≥ 2.
-
-    Returns:
-        (N, H, W) ≥ 0, in pixels per pixel; differences are central, and one-sided at the border.
+    How far each pixel moves to the right and down, in pixels (N, 2, H, W), with H, W ≥ 2 → (N, H, W) ≥ 0, in pixels per
+    pixel; differences are central, and one-sided at the border.
     """
     return torch.stack(torch.gradient(flow, dim=(2, 3))).square().sum((0, 2)).sqrt()
 
@@ -311,12 +296,8 @@ def pool_motion(maps: Tensor, part: str) -> Tensor:
 def moving_windows(movement: Tensor, window: int, stride: int) -> Tensor:
     """Temporal sampling (Sec. 3.2): the windows whose clips move at least as much as the median one of their video.
 
-    Args:
-        movement: m^T of the frames of a video, (N,). A shorter video is continued by frames that do not move.
-        window, stride: frames of a window, of which a clip takes every stride-th.
-
-    Returns:
-        (max(N − window, 0) + 1,) bool, by first frame; at least half of them.
+    m^T of the frames of a video (N,), the frames of a window, of which a clip takes every stride-th → (max(N − window,
+    0) + 1,) bool, by first frame; at least half of them. A shorter video is continued by frames that do not move.
     """
     padded = F.pad(movement, (0, max(window - len(movement), 0)))
     clips = padded.unfold(0, window, 1)[:, ::stride].mean(1)
@@ -340,14 +321,8 @@ def crop_motion(motion: Tensor, box: Tensor, size: int) -> Tensor:
 def response_map(features: Tensor, gradient: Tensor | None = None, version: str = "v3") -> Tensor:
     """What is aligned with motion: Σ h_c (v1, Eq. 4), ReLU(Σ w_c h_c) (v2, Eq. 5) or ReLU(Σ w_c g_c) (v3, Eq. 6).
 
-    w_c is the mean of g_c over time and space; gradients pass through it.
-
-    Args:
-        features: h, (B, C, T, H, W).
-        gradient: g, the same shape; v1 does without.
-
-    Returns:
-        (B, T, H, W), float32 or float64; ≥ 0 for v2 and v3.
+    w_c is the mean of g_c over time and space; gradients pass through it. h (B, C, T, H, W), and g of the same shape,
+    which v1 does without → (B, T, H, W), float32 or float64; ≥ 0 for v2 and v3.
     """
     dtype = torch.promote_types(features.dtype, torch.float32)
     if version == "v1":
@@ -361,14 +336,8 @@ def motion_alignment(response: Tensor, motion: Tensor, part: str = "st") -> Tens
     """A term of L_MAL, ‖⟨pooled response⟩ − ⟨pooled motion⟩‖² (Eq. 4 to 7), ⟨·⟩ the L2 norm; mean over the clips.
 
     Eq. 7 normalises the response before pooling; here it is done after, as for motion, so that the term is 0 for equal
-    maps. Motion gets no gradient.
-
-    Args:
-        response, motion: (B, T, H, W).
-        part: "st", "s" or "t", what `pool_motion` makes of both.
-
-    Returns:
-        Scalar in [0, 4], in [0, 2] for maps ≥ 0; a map of zeros is at a distance of 1 from all others.
+    maps. Motion gets no gradient. Both (B, T, H, W), pooled to a `part` by `pool_motion` → scalar in [0, 4], in [0, 2]
+    for maps ≥ 0; a map of zeros is at a distance of 1 from all others.
     """
     units = [F.normalize(pool_motion(maps, part).flatten(1), dim=1) for maps in (response, motion.detach())]
     return (units[0] - units[1]).square().sum(1).mean()

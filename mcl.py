@@ -51,9 +51,7 @@ class MapsConfig(pretrain.VideosConfig):
 class MCLConfig(moco.MoCoConfig, MapsConfig):
     """Options of MCL; the defaults are the paper's."""
 
-    losses: str = option(
-        "vv,t,s,st", "losses to sum, of vv (Eq. 3), and t, s, st (Eq. 7), which align over time, space and both"
-    )
+    losses: str = option("vv,t,s,st", "losses to sum, of vv (Eq. 3), and t, s, st (Eq. 7): over time, space and both")
     alignment: str = option("v3", "what is aligned with motion (Table 2): Eq. 4, 5 or 6", ("v1", "v2", "v3"))
     temporal_sampling: str = option("motion", "windows that move most, or any (TA of Table 1)", ("motion", "random"))
     spatial_sampling: str = option("motion", "crops of what moves most, or any (SA of Table 1)", ("motion", "random"))
@@ -100,7 +98,6 @@ def tvl1_flow(images: Sequence[np.ndarray], side: int, warps: int = 5) -> Tensor
 
 class MotionMaps:
     """m of Eq. 1 for each frame of each video, averaged over cells, made once: when first read, or by `mcl.py maps`.
-
 
     FOLDER/flow_SIDE_WARPS/a/b.mp4.BYTES.npz holds the maps of ROOT/a/b.mp4, a file of so many bytes, as square roots in
     8 bits. Each video has a scale of its own, which neither sampling nor alignment knows.
@@ -170,7 +167,6 @@ class MotionViews(data.PretrainingViews):
         self.maps, self.temporal, self.spatial = maps, temporal, spatial
 
     def empty(self, *batch: int) -> dict[str, Tensor]:
-        """As of every view, with "motion"."""
         return super().empty(*batch) | {"motion": torch.empty(*batch, self.windows, self.frames, self.SIZE, self.SIZE)}
 
     def write_views(self, rng: np.random.Generator, path: str, item: dict[str, Tensor]) -> np.ndarray:

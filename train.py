@@ -114,22 +114,13 @@ class TrainConfig(Options):
     workers: int = option(-1, "loader processes of each process; -1: its share of the CPU cores, at most 8", (-1, 1024))
     seed: int = option(0, "seed of everything random", (0, 2**31 - 1))
     out: str = option("", "run folder (default: runs/METHOD-DATASET-TIME, or the folder of --resume)")
-    resume: str = option(
-        "",
-        "checkpoint to continue, with its options unless others are given; auto: the one of most steps in --out, or "
-        "else beside --checkpoint or below runs/, whose options and videos are these, or a new run",
-    )
+    resume: str = option("", "checkpoint to continue; auto: the one of most steps with these options and videos")
     changed_data: str = option("off", "resume although the videos, their labels or sizes have changed", SWITCH)
     max_steps: int = option(0, "stop and save after this step of the schedule; 0: run all of it", (0, 2**31 - 1))
     log_every: int = option(10, "steps between two lines of log.jsonl", (1, 10**6))
     keep_every: int = option(0, "epochs between two checkpoints kept for good; 0: keep the latest only", (0, 10**6))
     save_minutes: float = option(30.0, "minutes after which a line of the log comes with a checkpoint, too", (0, 1e6))
-    on_nan: str = option(
-        "stop",
-        "what to do where a loss or its gradient is not finite. stop: the run ends; skip: leave the step out, which "
-        "costs a copy of the model's state and a wait for the GPU each step",
-        ("stop", "skip"),
-    )
+    on_nan: str = option("stop", "at a loss or gradient not finite: stop, or skip the step (slower)", ("stop", "skip"))
     deterministic: str = option("off", "deterministic algorithms on a GPU, too, where torch has them; slower", SWITCH)
     timeout: float = option(10.0, "minutes after which a process gives up waiting for another one", (0.01, 1e6))
     max_bad: float = option(0.05, "stop when more than this share of an epoch's videos cannot be read", (0, 1))
@@ -313,12 +304,6 @@ class Log:
         self.waited, self.since, self.warned = 0.0, time.perf_counter(), set()
         self.bar = progress(run.process, total=run.config.epochs * run.steps_per_epoch, initial=run.done, unit="step")
 
-    def add(self, step: Step | None, waited: float) -> None:
-        """Counts a step, unless it was left out, and the seconds it waited for data."""
-        self.waited += waited
-        self.steps += [] if step is None else [step]
-        self.bar.update()
-
     def add_bad(self, bad: list[tuple[str, str]]) -> None:
         """Names videos that could not be read, and why, each once."""
         path = self.folder / "bad_videos.log"
@@ -495,11 +480,8 @@ class Run:
 
     def save(self, folder: Path, extra: dict) -> None:
         """Writes checkpoint.pt, with extra entries, and epoch_N.pt where one is due. Running statistics of batch norm,
-        the one thing in which the processes differ, are averaged over them before.
-
-        Raises:
-            UserError: it cannot be written, or the processes differ.
-        """
+        the one thing in which the processes differ, are averaged over them before. Raises UserError where a file can't
+        be written, or the processes differ."""
         process, config = self.process, self.config
         if process.world_size > 1:
             for module in self.method.modules():
@@ -596,10 +578,12 @@ def fit(
             waiting = time.perf_counter()
             with user_errors((OSError,)):
                 batch = next(batches)
-            waited = time.perf_counter() - waiting
+            log.waited += time.perf_counter() - waiting
             bad += batch.pop("bad", [])
             videos = [paths[i] for i in batch["index"].tolist()] if paths and "index" in batch else []
-            log.add(run.step(batch, videos), waited)
+            step = run.step(batch, videos)
+            log.steps += [] if step is None else [step]
+            log.bar.update()
 
             ends = run.done % run.steps_per_epoch == 0 or run.done == run.stop
             line_due = ends or run.done % config.log_every == 0

@@ -116,7 +116,7 @@ def find_part(config: FigureConfig, train: bool) -> data.VideoList:
     """`find.find_videos` by the options."""
     list_file = config.list_file if train else config.test_list
     with user_errors():
-        return find.find_videos(config.dataset, config.data, train, config.split, list_file or None)
+        return find.find_videos(config.dataset, config.data, train, config.split, list_file)
 
 
 def draw_videos(config: FigureConfig, count: int) -> data.VideoList:
@@ -203,6 +203,19 @@ def grid(rows: int, columns: int, cell: float, **options) -> tuple[Figure, np.nd
     return fig, axes
 
 
+def draw_rows(rows: list[list[tuple]], heat: str = "") -> Figure:
+    """A figure of rows of (title, picture, …), as `show` takes them; columns but the first have one title. `heat` says
+    what the maps show, each scaled to its own range."""
+    fig, axes = grid(len(rows), len(rows[0]), 1.5, layout="constrained")
+    for i, row in enumerate(rows):
+        for j, (title, picture, *more) in enumerate(row):
+            show(axes[i, j], picture, "" if i and j else title, *more)
+    if heat:
+        bar = fig.colorbar(ScalarMappable(cmap="viridis"), ax=axes, label=heat, shrink=0.6, aspect=30, pad=0.02)
+        bar.set_ticks([0, 1], labels=["least", "most"])
+    return fig
+
+
 def on_clip(encoder: nn.Module, maps: Tensor, size: int, mode: str = "bicubic") -> Tensor:
     """Maps of an encoder's feature pixels, (N, h, w), laid on what these look at: (N, size, size), on the CPU."""
     scale = size / (encoder.strides[1] * maps.shape[-1])
@@ -212,8 +225,9 @@ def on_clip(encoder: nn.Module, maps: Tensor, size: int, mode: str = "bicubic") 
     return F.grid_sample(maps[:, None].cpu(), places, mode, "border", align_corners=False)[:, 0]
 
 
-def show(ax: Axes, picture: Tensor, title: str = "", heat: Tensor | None = None) -> None:
-    """Shows a picture (3, H, W) in [0, 1]; with a map (h, w), in the map's colours, from its least to its greatest."""
+def show(ax: Axes, picture: Tensor, title: str = "", heat: Tensor | None = None, spot: Tensor | None = None) -> None:
+    """Shows a picture (3, H, W) in [0, 1]; with a map (h, w), in the map's colours, from its least to its greatest, and
+    with a circle around x, y of a spot, in pixels."""
     pixels = picture.permute(1, 2, 0).numpy()
     if heat is not None:
         heat = F.interpolate(heat[None, None].cpu(), size=picture.shape[1:], mode="bicubic")[0, 0].numpy()
@@ -221,6 +235,8 @@ def show(ax: Axes, picture: Tensor, title: str = "", heat: Tensor | None = None)
         pixels = matplotlib.colormaps["viridis"](heat)[..., :3] * (0.3 + 0.7 * gray)
     ax.imshow(pixels)
     ax.set_title(title)
+    for color, line in (("white", 3), (ORANGE, 1.5)) if spot is not None else ():
+        ax.plot(*spot, "o", ms=9, mfc="none", mec=color, mew=line)
 
 
 def middle(clip: Tensor) -> Tensor:
@@ -233,16 +249,15 @@ def difference_of(clip: Tensor) -> Tensor:
     return (4 * frame_difference(clip[None] / 255)[0] - 1.5).clamp(0, 1)
 
 
+def with_difference(clip: Tensor, title: str) -> list[tuple]:
+    """The first two columns of `draw_rows` on a clip (3, frames, H, W): the middle frame, and what moves in it."""
+    return [(title, middle(clip)), ("frame difference × 4", middle(255 * difference_of(clip)))]
+
+
 def strip(clip: Tensor, count: int) -> Tensor:
     """`count` frames of a clip (3, frames, H, W) in [0, 1] side by side, with white lines: (3, H, count · (W + 2))."""
     frames = clip[:, np.linspace(0, clip.shape[1] - 1, count).round()].unbind(1)
     return torch.cat([F.pad(frame, (1, 1), value=1) for frame in frames], 2)
-
-
-def scale_bar(fig: Figure, axes: np.ndarray, label: str) -> None:
-    """A colour bar of maps that are each scaled to their own range."""
-    bar = fig.colorbar(ScalarMappable(cmap="viridis"), ax=axes, label=label, shrink=0.6, aspect=30, pad=0.02)
-    bar.set_ticks([0, 1], labels=["least", "most"])
 
 
 def draw_boxes(ax: Axes, boxes: Tensor) -> None:
@@ -258,16 +273,13 @@ def draw_activations(config: FigureConfig, inputs: list[str]) -> Figure:
     """
     models = load_models(config, inputs)
     videos = draw_videos(models[0].config, config.count or 4)
-    fig, axes = grid(len(videos), 2 + len(models), 1.5, layout="constrained")
-    for column, model in enumerate(models, 2):
-        for row, clip in enumerate(middle_clips(videos, model.config)):
-            if column == 2:
-                show(axes[row, 0], middle(clip), class_name(videos, row))
-                show(axes[row, 1], middle(difference_of(clip) * 255), "" if row else "frame difference × 4")
+    rows = [[] for _ in videos.paths]
+    for model in models:
+        for i, (row, clip) in enumerate(zip(rows, middle_clips(videos, model.config), strict=True)):
+            row += [] if row else with_difference(clip, class_name(videos, i))
             heat = on_clip(model.encoder, activation_map(feature_maps(model.encoder, clip[None])), clip.shape[-1])[0]
-            show(axes[row, column], middle(clip), "" if row else model.name, heat)
-    scale_bar(fig, axes, "activation, in each map")
-    return fig
+            row.append((model.name, middle(clip), heat))
+    return draw_rows(rows, "activation, in each map")
 
 
 def draw_affinity(config: FigureConfig, inputs: list[str]) -> Figure:
@@ -315,11 +327,10 @@ def draw_attention(config: FigureConfig, inputs: list[str]) -> Figure:
     model, decoder = load_decoder(config, inputs)
     options, encoder = model.config, model.encoder
     videos, shape = draw_videos(options, config.count or 4), (options.crop, options.frames, options.frame_stride)
-    views = data.PretrainingViews(videos, *shape, sub_clips=0, seed=config.seed, attempts=1)
-    fig, axes = grid(len(videos), 4, 1.5, layout="constrained")
-    for row in range(len(videos)):
+    views, rows = data.PretrainingViews(videos, *shape, sub_clips=0, seed=config.seed, attempts=1), []
+    for i in range(len(videos)):
         with user_errors():
-            clips = views[0, row]["clip"]
+            clips = views[0, i]["clip"]
         maps = feature_maps(encoder, clips)
         step = maps.shape[2] // 2  # one feature frame of the source asks the same of the target
         source, target = maps[:, :, step].flatten(2).mT.split(1)  # (1, HW, C)
@@ -330,14 +341,13 @@ def draw_attention(config: FigureConfig, inputs: list[str]) -> Figure:
         whole = torch.tensor([[0.0, 0.0, options.crop, options.crop]])
         whole = seen_box(whole, options.crop, maps.shape[4], encoder.strides[1], encoder.offsets[1])
         spots = bin_centers(whole, *maps.shape[3:])[0] - 0.5
-        for column, query, kind in ((0, activity.argmax(), "most"), (2, activity.argmin(), "least")):
-            show(axes[row, column], clips[0, :, seen] / 255, "" if row else f"source, {kind} active")
-            for color, line in (("white", 3), (ORANGE, 1.5)):
-                axes[row, column].plot(*spots[query], "o", ms=9, mfc="none", mec=color, mew=line)
+        row = []
+        for query, kind in ((activity.argmax(), "most"), (activity.argmin(), "least")):
             heat = on_clip(encoder, weights[query].view(1, *maps.shape[3:]), options.crop)[0]
-            show(axes[row, column + 1], clips[1, :, seen] / 255, "" if row else "target, attention", heat)
-    scale_bar(fig, axes, "attention, in each picture")
-    return fig
+            row.append((f"source, {kind} active", clips[0, :, seen] / 255, None, spots[query]))
+            row.append(("target, attention", clips[1, :, seen] / 255, heat))
+        rows.append(row)
+    return draw_rows(rows, "attention, in each picture")
 
 
 def draw_masks(config: FigureConfig, inputs: list[str]) -> Figure:
@@ -351,15 +361,11 @@ def draw_masks(config: FigureConfig, inputs: list[str]) -> Figure:
     clips = middle_clips(videos, model.config)
     masks = foreground_masks(*both_modalities(model.encoder, clips), config.foreground).float()
     masks = on_clip(model.encoder, masks.flatten(0, 1), model.config.crop, "nearest").unflatten(0, (3, -1))
-    fig, axes = grid(len(videos), 5, 1.4, layout="constrained")
-    titles = "", "frame difference × 4", "by RGB", "by frame difference", "by both"
-    for row, clip in enumerate(clips):
-        darkened = middle(clip) * (0.15 + 0.85 * masks[:, row, None])
-        pictures = middle(clip), middle(255 * difference_of(clip)), *darkened
-        for ax, picture, title in zip(axes[row], pictures, titles, strict=True):
-            show(ax, picture, "" if row else title)
-        axes[row, 0].set_title(class_name(videos, row))
-    return fig
+    rows, titles = [], ("by RGB", "by frame difference", "by both")
+    for i, clip in enumerate(clips):
+        darkened = middle(clip) * (0.15 + 0.85 * masks[:, i, None])
+        rows.append([*with_difference(clip, class_name(videos, i)), *zip(titles, darkened, strict=True)])
+    return draw_rows(rows)
 
 
 def draw_tsne(config: FigureConfig, inputs: list[str]) -> Figure:
@@ -371,8 +377,8 @@ def draw_tsne(config: FigureConfig, inputs: list[str]) -> Figure:
     chosen = sorted(rng.permutation(sorted(set(videos.labels)))[: config.classes].tolist())
     found = [i for i in rng.permutation(len(videos)).tolist() if videos.labels[i] in chosen][: config.count or 1000]
     videos, width = subset(videos, found), (PAGE - 1.4) / max(2, len(models))
-    size = width * len(models) + 1.4, width
-    fig, axes = plt.subplots(1, len(models), figsize=size, squeeze=False, layout="constrained")
+    fig, axes = grid(1, len(models), width, layout="constrained")
+    fig.set_figwidth(width * len(models) + 1.4)
     for ax, model in zip(axes[0], models, strict=True):
         features, readable = video_features(model, videos, "test videos")
         if len(readable) < 4:
@@ -382,7 +388,7 @@ def draw_tsne(config: FigureConfig, inputs: list[str]) -> Figure:
         for label, marker, color in zip(chosen, itertools.cycle(MARKERS), itertools.cycle(COLORS), strict=False):
             name = plain(videos.classes[label]) if label >= 0 else "no label"
             ax.scatter(*places[labels == label].T, s=12, marker=marker, color=color, lw=0, alpha=0.8, label=name)
-        ax.set(title=model.name, xticks=[], yticks=[])
+        ax.set_title(model.name)
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", fontsize=7, markerscale=1.5)
     return fig
 
@@ -400,16 +406,15 @@ def draw_retrieval(config: FigureConfig, inputs: list[str]) -> Figure:
     keys, gallery = video_features(model, gallery, "training videos")
     neighbours = neighbours_of(features, queries.paths, keys, gallery.paths, config.neighbours)
     rows, width = 1 + max(map(len, neighbours)), PAGE / max(len(queries), 3)
-    size = width * len(queries), rows * (width / 4 + 0.2)
-    fig, axes = plt.subplots(rows, len(queries), figsize=size, squeeze=False, layout="constrained")
-    for ax in axes.flat:
-        ax.axis("off")
+    fig, axes = grid(rows, len(queries), width, layout="constrained")
+    fig.set_figheight(rows * (width / 4 + 0.2))
+    plt.setp(axes, frame_on=False)
     for column, (clip, found) in enumerate(zip(middle_clips(queries, model.config), neighbours, strict=True)):
         label = queries.labels[column]
         show(axes[0, column], strip(clip / 255, 4), f"query: {class_name(queries, column)}")
         for row, (i, cosine) in enumerate(found, 1):
-            sign, color = ("✓ ", GREEN) if gallery.labels[i] == label else ("✗ ", ORANGE)
-            sign, color = (sign, color) if label >= 0 else ("", GRAY)
+            hit = gallery.labels[i] == label if label >= 0 else None
+            sign, color = {True: ("✓ ", GREEN), False: ("✗ ", ORANGE), None: ("", GRAY)}[hit]
             show(axes[row, column], strip(middle_clips(subset(gallery, [i]), model.config)[0] / 255, 4))
             axes[row, column].set_title(f"{sign}{class_name(gallery, i)}  {cosine:.2f}", color=color)
     return fig
@@ -457,8 +462,7 @@ def draw_curves(config: FigureConfig, inputs: list[str]) -> Figure:
     logs = [read_log(run) for run in inputs]
     names = {key for log in logs for key in log[-1] if key.startswith("loss/") or key in MEASURES}
     names = sorted(names, key=lambda name: (name in MEASURES, name))
-    columns = min(3, len(names))
-    rows = math.ceil(len(names) / columns)
+    columns, rows = min(3, len(names)), math.ceil(len(names) / 3)
     size = PAGE * columns / 3, 1.9 * rows
     fig, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     for ax in axes.flat[len(names) :]:
@@ -482,11 +486,6 @@ SECTIONS = ("curves", "sample", "masks", "activations", "attention", "retrieval"
 CSS = "body { max-width: 60rem; margin: auto; font-family: sans-serif } img { width: 100% } pre { text-wrap: wrap }"
 
 
-def escape(text: object) -> str:
-    """A name, or what holds names, for a page."""
-    return html.escape(shown(str(text), "\n"))
-
-
 def write_report(config: FigureConfig, inputs: list[str]) -> str:
     """One HTML file on a run, which opens offline in any browser: curves, a sample, foreground masks, activation maps,
     attention of the decoder, neighbours, results of evaluate.py beside the checkpoint, options and environment."""
@@ -494,7 +493,7 @@ def write_report(config: FigureConfig, inputs: list[str]) -> str:
     start, last = read_starts(run / "run.json")[-1], read_log(inputs[0])[-1]
     state = load_checkpoint(run / "checkpoint.pt")
     config = dataclasses.replace(config, gallery=min(config.gallery or 200, 200))  # a report is not to take long
-    title, body = escape(f"{state['method']} on {state['config'].get('dataset', 'videos')}"), []
+    title, body = html.escape(f"{state['method']} on {state['config'].get('dataset', 'videos')}"), []
     for name in SECTIONS:
         if name != "attention" or any(key.startswith("decoder.") for key in state["model"]):
             draw, memory = FIGURES[name][0], io.BytesIO()
@@ -506,11 +505,11 @@ def write_report(config: FigureConfig, inputs: list[str]) -> str:
     for path in filter(Path.is_file, sorted(run.rglob("*.json"))):
         record = {"result": start} if path == run / "run.json" else read_json(path)
         if isinstance(record, dict) and "result" in record:  # of evaluate.py
-            text = escape(json.dumps(record["result"], indent=1))
-            body.append(f"<h2>{escape(path.relative_to(run))}</h2><pre>{text}</pre>")
+            text = html.escape(json.dumps(record["result"], indent=1))
+            body.append(f"<h2>{html.escape(shown(str(path.relative_to(run))))}</h2><pre>{text}</pre>")
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{CSS}</style></head>
-<body><h1>{title}</h1><p>{escape(run)}: {last["step"]} steps, {last["epoch"]:g} epochs</p>
+<body><h1>{title}</h1><p>{html.escape(shown(inputs[0]))}: {last["step"]} steps, {last["epoch"]:g} epochs</p>
 {"".join(body)}
 </body></html>
 """

@@ -325,7 +325,7 @@ def test_too_few_open_files_are_no_videos_fault(folder, check, monkeypatch):
     for items, key in ((views, (0, 0)), (clips, 0)):
         with pytest.raises(OSError, match=r"Too many open files: raise `ulimit -n`.*h264\.mp4"):
             next(load_batches(lacking(items, no_more_files), BatchSampler([key], 1, False), 1))
-    monkeypatch.setattr(find._Checker, "visit", lambda checker, path: (no_more_files(), Video(path)))
+    monkeypatch.setattr(find, "_check_video", lambda full, path: (no_more_files(), Video(path)))
     code, out, err, listed = check(folder, "--workers", 1)
     assert (code, out, listed) == (2, "", "")
     one_line(err, "Too many open files: raise `ulimit -n`")
@@ -418,6 +418,6 @@ def test_what_the_check_cannot_do_is_one_line(tmp_path, check):
 def test_check_names_a_video_that_kills_its_process(tmp_path, monkeypatch):
     for name in ("a", "fatal", "z"):
         (tmp_path / f"{name}.mp4").touch()
-    monkeypatch.setattr(find._Checker, "visit", lambda _, path: "fatal" in path and os.kill(os.getpid(), 9))
+    monkeypatch.setattr(find, "_check_video", lambda full, path: "fatal" in path and os.kill(os.getpid(), 9))
     assert find.check_videos(tmp_path, tmp_path / "bad.txt", workers=1) == (3, 1)
     assert (tmp_path / "bad.txt").read_text() == "'fatal.mp4'\tthe process that read it died (exit code -9)\n"
