@@ -33,7 +33,7 @@ import find
 import losses
 import moco
 from cli import command_line, dispatch
-from models import ENCODERS, momentum_update
+from models import ENCODERS, momentum_update, recorded_inputs
 from processes import start_process
 from runs import check_replaceable, made_by
 from train import Options, Process, UserError, autocast_bf16, option, progress, user_errors, write_file
@@ -172,16 +172,13 @@ def plain_losses(method: fima.FIMA, views: dict[str, Tensor]) -> dict[str, Tenso
     def instance(head: nn.Module, maps: Tensor) -> Tensor:
         return method.project(head, moco.pool(maps))  # (B, D)
 
-    def pixels(maps: Tensor, i: int) -> Tensor:
-        return maps[:, :, i].flatten(2).mT  # (B, HW, C)
-
     clips = views["clip"].unbind(1)
     query = [method.encoder(method.encoder_input(clips[v], color[:, v, 0])) for v in (0, 1)]
     frames, grid = range(query[0].shape[2]), query[0].shape[3:]
     with torch.no_grad():
         key, motion = ([key_maps(clips[v], v, draw) for v in (0, 1)] for draw in (0, 1))
         k = [instance(method.key_head, maps) for maps in key]
-        m = [[method.project(method.key_head, pixels(maps, i)) for i in frames] for maps in motion]
+        m = [[method.project(method.key_head, maps[:, :, i].flatten(2).mT) for i in frames] for maps in motion]
         masks = [losses.foreground_mask(sum(map(losses.activation_map, x))) for x in zip(key, motion, strict=True)]
         parts = [(v, i, views["sub_clips"][:, v, i]) for v in (0, 1) for i in frames]
         local = [instance(method.key_head, key_maps(part, v, 2 + i)) for v, i, part in parts]
@@ -189,9 +186,8 @@ def plain_losses(method: fima.FIMA, views: dict[str, Tensor]) -> dict[str, Tenso
         q, queues = instance(method.head, query[v]), method.queues
         found["vv"].append(losses.info_nce(q, k[other], queues["vv"].keys, config.temperature))
         for i in frames:
-            y, y_cls = (
-                method.project(method.head, x) for x in method.decoder(pixels(query[v], i), pixels(query[other], i))
-            )
+            source, target = (query[view][:, :, i].flatten(2).mT for view in (v, other))  # (B, HW, C)
+            y, y_cls = (method.project(method.head, x) for x in method.decoder(source, target))
             pairs = losses.positive_pairs(views["box"][:, v], views["box"][:, other], grid)
             pairs = pairs & masks[v].flatten(1)[:, :, None] & masks[other].flatten(1)[:, None]
             found["pix"].append(losses.pixel_contrast(y, m[other][i], pairs, torch.stack(m[other]).flatten(0, 2)))
@@ -239,12 +235,9 @@ class Training:
 
     def encoder_inputs(self) -> tuple[list[Tensor], list[Tensor]]:
         """What a step gives to the query and to the key encoder, pass by pass."""
-        inputs = [], []
-        with contextlib.ExitStack() as hooks:
-            for encoder, seen in zip((self.method.encoder, self.method.key_encoder), inputs, strict=True):
-                hooks.enter_context(encoder.register_forward_pre_hook(lambda _, clips, seen=seen: seen.extend(clips)))
+        with recorded_inputs([self.method.encoder]) as query, recorded_inputs([self.method.key_encoder]) as key:
             self.step()
-        return inputs
+        return query, key
 
     def encoders_alone(self, query_clips: list[Tensor], key_clips: list[Tensor]) -> None:
         """The floor of a step: its encoder passes, backward from a random gradient of the feature maps."""

@@ -7,10 +7,6 @@ activation maps say where the clip's features are static and where dynamic. The 
     python dclr.py                                                          # small encoder, generated videos, on a CPU
     python dclr.py --dataset ucf101 --data /data/ucf101                     # one GPU
     torchrun --nproc_per_node=4 dclr.py --dataset k400 --data /data/k400    # four GPUs
-
-Tables of the paper as flags: 4 --losses of vv, vs, vd, sd, and --same_view, with --search none --decouple none; 5
---search; 6 --retrieved 1, 5, 10 and --retrieved_weights; 7 --losses vs,vd,sd without and vs,vd,sd,ac with L_ac, and
---decouple, with --search none.
 """
 
 import dataclasses

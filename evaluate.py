@@ -7,8 +7,6 @@
     svm         a linear SVM on the videos' features: top-1, top-5, per class
     export      writes the encoder for other code, evaluates nothing
 
-From nothing to numbers on UCF101, and further:
-
     python fima.py --dataset ucf101 --data /data/ucf101 --out runs/fima
     python evaluate.py linear --checkpoint runs/fima/checkpoint.pt          # --cached 10: nearly the same, much faster
     python evaluate.py finetune --checkpoint runs/fima/checkpoint.pt

@@ -6,8 +6,6 @@ batch (Sec. 3.2, Fig. 4), by `augment.ForegroundBackgroundMerging`. `python fima
     python fame.py                                                          # small encoder, generated videos, on a CPU
     python fame.py --dataset ucf101 --data /data/ucf101                     # one GPU
     torchrun --nproc_per_node=8 fame.py --dataset k400 --data /data/k400    # eight GPUs, the paper's setting
-
-Tables of the paper as flags: 1 --foreground 1, 0.7, 0.5, 0.3 and --branches; 3 --background; 4 --mask.
 """
 
 import dataclasses

@@ -7,11 +7,6 @@ method is `FIMA.forward`.
     python fima.py                                                          # small encoder, generated videos, on a CPU
     python fima.py --dataset ucf101 --data /data/ucf101                     # one GPU
     torchrun --nproc_per_node=8 fima.py --dataset k400 --data /data/k400    # eight GPUs, the paper's setting
-
-Tables of the paper as flags: 1 --losses; 2 --mask_position none leaves FS out, --decoder none leaves MD out; 3a
---threshold; 3b --decoder_depth; 3c, 7 --decoder_width, --decoder_heads; 3d --foreground; 3e --mask_source; 3f
---mask_position; 8 --decoder; 9 --frame_loss; 10 --pixel_negatives video (98 pixels at 2×7×7) or batch (784 at 8 videos
-a process), and --pixel_queue 784 (1568). --fame single puts FAME's augmentation (fame.py) before the method.
 """
 
 import dataclasses
@@ -36,7 +31,7 @@ class FIMAConfig(MoCoConfig):
 
     losses: str = option("vv,pix,fra", "losses to sum, of vv (Eq. 1), vd (Eq. 2), pix (Eq. 8) and fra (Eq. 10)")
     threshold: float = option(0.7, "distance below which pixels are positive, in bin diagonals (Table 3a)", (0.01, 100))
-    centres: str = option("nominal", "centres of bins that tile the crop, or by the padding", ("nominal", "measured"))
+    centres: str = option("nominal", "feature pixels' places: bins' centres, or by padding", ("nominal", "measured"))
     foreground: float = option(0.5, "portion of the pixels that is foreground, beta (Table 3d)", (0.01, 1))
     mask_source: str = option("both", "maps that make the mask (Table 3e)", ("rgb", "difference", "both"))
     mask_position: str = option("both", "views to mask (Table 3f)", ("none", "prediction", "target", "both"))

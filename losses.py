@@ -215,14 +215,9 @@ def dual_contrast(query: Tensor, key: Tensor, same_view: bool = False, temperatu
 
 
 def retrieve(query: Tensor, pool: Tensor, count: int, weights: str = "prior") -> tuple[Tensor, Tensor]:
-    """The `count` entries of a pool (L, D) that are most similar to each query (N, D), and their p_i of Eq. 10.
-
-    Args:
-        weights: "prior", proportional to the similarity, of which nothing below 1e-6 is taken, or "uniform" (Table 6).
-
-    Returns:
-        Indices into the pool, best first, and weights, which sum to 1: (N, count) each.
-    """
+    """The `count` entries of a pool (L, D) that are most similar to each query (N, D), best first, and their p_i of Eq.
+    10, which sum to 1, (N, count) each: in proportion to the similarity, of which nothing below 1e-6 is taken, for
+    weights "prior", else equal (Table 6)."""
     scores, index = similarity(query, pool, 1.0).topk(count)
     weight = scores.clamp(min=1e-6) if weights == "prior" else torch.ones_like(scores)
     return index, weight / weight.sum(1, keepdim=True)
@@ -307,12 +302,8 @@ def moving_windows(movement: Tensor, window: int, stride: int) -> Tensor:
 def crop_motion(motion: Tensor, box: Tensor, size: int) -> Tensor:
     """The motion map of a tubelet (Sec. 3.3): of size × size bins of a crop, the motion where each has its centre.
 
-    Args:
-        motion: (T, H, W), of the whole frames.
-        box: (4,), the crop's x0, y0, x1, y1 in units of the frame's width and height; x0 > x1 after a horizontal flip.
-
-    Returns:
-        (T, size, size).
+    Maps of whole frames (T, H, W), and a box (4,), x0, y0, x1, y1 in the frame's widths and heights, x0 > x1 after a
+    horizontal flip → (T, size, size).
     """
     x, y = (bin_centers(box[None], size, size)[0] * box.new_tensor(motion.shape[:0:-1])).long().unbind(1)
     return motion[:, y, x].unflatten(1, (size, size))

@@ -9,9 +9,6 @@ derivatives of TV-L1 flow (Sec. 3.1), made once for each video.
     python mcl.py maps --dataset ucf101 --data /data/ucf101                 # all maps before training, on many cores
     python mcl.py --dataset ucf101 --data /data/ucf101                      # one GPU
     torchrun --nproc_per_node=8 mcl.py --dataset k400 --data /data/k400     # eight GPUs, the paper's setting
-
-Tables of the paper as flags: 1 --temporal_sampling, --spatial_sampling, and --losses vv with the terms to add of t, s,
-st; 2 --losses vv, and --alignment v1, v2, v3.
 """
 
 import dataclasses

@@ -109,11 +109,8 @@ def git_commit() -> str:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that results may depend on."""
-    found = {"python": platform.python_version()}
-    for package in ("torch", "torchvision", "av", "numpy"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found
+    packages = ("torch", "torchvision", "av", "numpy")
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
 
 
 def made_by(config: Options) -> dict[str, Any]:

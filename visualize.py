@@ -475,7 +475,7 @@ def draw_curves(config: FigureConfig, inputs: list[str]) -> Figure:
                 points = [(entry["epoch"], entry[part]) for entry in log if part in entry] or [(math.nan, math.nan)]
                 alone = "o" if len(points) == 1 else None  # a line of one point is none
                 ax.plot(*zip(*points, strict=True), line, color=color, lw=width, ms=3, marker=alone, label=label)
-        ax.set(title=key + " (dashed: chance)" * key.startswith("loss/"), xlabel="epoch")
+        ax.set(title=key + " (dashed: chance)" * any(chance in log[-1] for log in logs), xlabel="epoch")
         ax.grid(alpha=0.3)
     if len(inputs) > 1:
         fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
