@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from helpers import generator
 from hypothesis import given
 from hypothesis import strategies as st
 from torchvision.transforms.v2 import functional as tv
@@ -16,7 +17,7 @@ drawn = st.integers(0, 2**32 - 1).map(lambda seed: data.draw_color(np.random.def
 
 def random_clips(n: int = 1, frames: int = 3, size: int = 32, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Noise that also holds gray, black, white and saturated pixels, where hue is a special case."""
-    clips = torch.rand(n, 3, frames, size, size, generator=torch.Generator().manual_seed(0)).to(dtype)
+    clips = torch.rand(n, 3, frames, size, size, generator=generator(0)).to(dtype)
     clips[..., 0, :8] = clips[:, :1, ..., 0, :8]
     clips[..., 1, :8] = torch.linspace(0, 1, 8).round().to(dtype)
     clips[..., 2, :] = clips[..., 2, :].round()
@@ -122,8 +123,7 @@ def test_normalize_takes_out_the_mean_and_deviation_of_each_channel():
 
 
 def uint8_clips(n: int, height: int, width: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, 256, (n, 4, height, width, 3), dtype=torch.uint8, generator=generator).movedim(-1, 1)
+    return torch.randint(256, (n, 4, height, width, 3), dtype=torch.uint8, generator=generator(0)).movedim(-1, 1)
 
 
 @pytest.mark.parametrize("difference", [False, True])

@@ -96,9 +96,7 @@ def test_twenty_thousand_files_are_found_in_seconds(tmp_path):
 HMDB = {"#20_Rhythm_u_nm_0.avi": 1, "A & B; (2)!_clap_f_cm_np1_ba_bad_1.avi": 2, "x_clap_0.avi": 0, "b_0.avi": 1}
 
 
-@pytest.mark.parametrize(
-    ("videos", "lists", "split"), [(".", "testTrainMulti_7030_splits", 1), ("data", "anno", 2), (".", ".", 3)]
-)
+@pytest.mark.parametrize(("videos", "lists", "split"), [(".", "testTrainMulti_7030_splits", 1), ("data", ".", 3)])
 def test_hmdb51_whose_names_are_odd_and_in_two_classes(tmp_path, videos, lists, split):
     touch(tmp_path / videos, "brush hair/b_0.avi", *[f"clap/{name}" for name in HMDB])
     write(tmp_path / lists / f"clap_test_split{split}.txt", *[f"{name} {tag} " for name, tag in HMDB.items()])
@@ -191,8 +189,8 @@ TREES = {  # training videos and their classes, held-out ones, how many are outs
     "two wrapped": ("h/train-set/r/c.mp4=h/r u/train/j/a.mp4=u/j", "h/TEST/r/d.mp4=h/r u/test/j/b.mp4=u/j", ""),
     "parts in classes": ("all/j/train/a.mp4=j all/r/train/c.mp4=r", "all/j/test/b.mp4=j all/r/test/d.mp4=r", ""),
     "parts apart": ("kinetics_train/train/jump/a.mp4=jump", "kinetics_val/val/jump/b.mp4=jump", ""),
-    "no parts": ("a.webm= j/a.mp4=j j/high/B.MOV=j/high r/c.avi=r",) * 2 + ("",),
-    "a class called train": ("plane/b.mp4=plane train/a.mp4=train", "plane/b.mp4=plane train/a.mp4=train", ""),
+    "no parts": (*["a.webm= j/a.mp4=j j/high/B.MOV=j/high r/c.avi=r"] * 2, ""),
+    "a class called train": (*["plane/b.mp4=plane train/a.mp4=train"] * 2, ""),
 }
 
 
@@ -209,16 +207,11 @@ def test_a_split_that_exists_is_used_wherever_it_is(tmp_path, name):
         assert videos.report.endswith(left_out if outside else f"{len(videos.classes)} classes")
 
 
-PARTS = {
-    "train": ["train", "Training", "trainset", "train_set", "train set", "train-2", "train_340x256", "TRAIN_256p"],
-    "test": ["test", "testing", "TestSet", "Test set"],
-    "val": ["val", "valid", "validate", "validation", "valset", "Validation-256"],
-}
-
-
 def test_parts_may_have_any_of_these_names_and_no_others():
-    for kind, names in PARTS.items():
-        assert {match[match.lastindex].lower() for match in map(find.PART.fullmatch, names)} == {kind}
+    parts = ["train Training trainset train_set train-2 train_340x256 TRAIN_256p", "test testing TestSet Test-set"]
+    for names in (*parts, "val valid validate validation valset Validation-256"):
+        kinds = {match[match.lastindex].lower() for match in map(find.PART.fullmatch, names.split())}
+        assert kinds == {names.split()[0]}
     assert not any(map(find.PART.fullmatch, ("trains", "tester", "retrain", "value", "train_me", "test.old")))
 
 
@@ -232,8 +225,6 @@ def test_what_is_hidden_is_never_read(tmp_path):
     train, test = parts("folder", tmp_path)
     assert found(train, tmp_path) | found(test, tmp_path) == {"train/jump/a.mp4": "jump", "test/jump/b.mp4": "jump"}
     assert train.report == "folder train: 1 videos, 1 classes"
-    write(tmp_path / "list.txt", "train/jump/._a.mp4 0", "train/jump/a.mp4 0")
-    assert len(find_videos("folder", tmp_path, train=True, list_file="list.txt")) == 1
     make_ucf101(tmp_path, tmp_path / "lists")
     touch(tmp_path, "lists/._trainlist01.txt", ".Trash-1000/trainlist01.txt", ".Trash-1000/classInd.txt")
     assert len(find_videos("ucf101", tmp_path, train=True)) == 4
@@ -358,14 +349,12 @@ SHAPES = {  # lines: class of each of a.mp4 and b.mp4
     '"a.mp4 1"\n\t"b.mp4"\t0': ["1", "0"],
     "# made by hand\na.mp4 1 # a note\n#c/d e.avi 5\n# c/d e.avi 5\n\nb.mp4 0 #": ["1", "0"],
     "a.mp4;1;\n;;\nb.mp4;0;\n;;": ["1", "0"],
-    "a.mp4|run\nb.mp4|jump": ["run", "jump"],
     ".\\a.mp4 1\nno\\..\\b.mp4 0": ["1", "0"],
     "a.mp4 2\nb.mp4 -1": ["2", None],
     "a.mp4 run\nb.mp4": ["run", None],
     "a 1\nb 0": ["1", "0"],
     "a\nb": [None, None],
     "a\tbrush hair\nb\trun": ["brush hair", "run"],
-    '"a" 1\n./b,0': ["1", "0"],
     "a.mp4 2 hands clap\nb.mp4 brush hair": ["2 hands clap", "brush hair"],
     "a.mp4 1 hand wave\nb.mp4 2 hands clap": ["1 hand wave", "2 hands clap"],
     "a.mp4 3 jump\nb.mp4 3 jump": ["3 jump", "3 jump"],
@@ -391,12 +380,9 @@ def test_lists_of_all_shapes(tmp_path, text):
 TIMES = "'path label': start and end are not read"
 REFUSED = {
     "a.mp4 0 31 0\nb.mp4 5 36 1": f"line 1: .*{TIMES}",
-    "path,start,end,label\na.mp4,0,31,0": f"line 2: .*{TIMES}",
     "a.mp4 0 31 jump\nb.mp4 5 36 brush hair": TIMES,
     "a.mp4 0.5 3.25 jump\nb.mp4 1.0 2.0 run": TIMES,
-    "a.mp4 jump 0 31\nb.mp4 run 5 36": TIMES,
     "a.mp4 0 31\nb.mp4 5 36": TIMES,
-    "a.mp4 5 31\nb.mp4 6 36": TIMES,
     "a.mp4 0 3\nb.mp4 5 2": TIMES,
     "a.mp4 163 1\nb.mp4 98 5 1": TIMES,
     "a.mp4 1\nb.mp4 0 31 0": f"line 2: .*{TIMES}",
@@ -438,36 +424,28 @@ def test_a_missing_or_empty_root_says_where_and_what_is_expected(tmp_path, datas
         assert str(root) in str(caught.value) and find.LAYOUTS[dataset] in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("name", "lines", "says"),
-    [
-        ("trainlist01.txt", None, r"no list trainlist01\.txt"),
-        ("trainlist01.txt", ["Hammering/v_gone.avi 3"], "1 of 1 listed videos are not on disk"),
-        ("trainlist01.txt", ["Dancing/v_1.avi 1"], r"trainlist01\.txt: not a list of ucf101 .*no entry 'dancing'"),
-        ("train.csv", ["path label", "a.mp4 3"], r"train\.csv: not a list of k400 .*no entry 'youtube_id'"),
-        ("Diving48_vocab.json", ["{"], r"Diving48_vocab\.json: not a list of diving48"),
-    ],
-)
-def test_a_missing_or_broken_list_and_one_without_videos_are_named(tmp_path, name, lines, says):
+BROKEN = [
+    ("ucf101", "trainlist01.txt", None, r"no list trainlist01\.txt"),
+    ("ucf101", "trainlist01.txt", "Hammering/v_gone.avi 3", "1 of 1 listed videos are not on disk"),
+    ("ucf101", "trainlist01.txt", "Dancing/v_1.avi 1", r"trainlist01\.txt: not a list of ucf101 .*no entry 'dancing'"),
+    ("k400", "train.csv", "path label\na.mp4 3", r"train\.csv: not a list of k400 .*no entry 'youtube_id'"),
+    ("diving48", "Diving48_vocab.json", "{", r"Diving48_vocab\.json: not a list of diving48"),
+]
+
+
+@pytest.mark.parametrize(("dataset", "name", "text", "says"), BROKEN)
+def test_a_missing_or_broken_list_and_one_without_videos_are_named(tmp_path, dataset, name, text, says):
     make_ucf101(tmp_path, tmp_path)
-    (tmp_path / name).unlink(missing_ok=True)
-    if lines:
-        write(tmp_path / name, *lines)
+    (tmp_path / name).write_text(text) if text else (tmp_path / name).unlink()
     with pytest.raises((FileNotFoundError, ValueError), match=says):
-        find_videos({"txt": "ucf101", "csv": "k400", "json": "diving48"}[name.partition(".")[2]], tmp_path, True)
+        find_videos(dataset, tmp_path, True)
 
 
-@pytest.mark.parametrize(
-    ("dataset", "split", "list_file", "says"),
-    [
-        *(
-            ("ucf", 1, None, "known are synthetic"),
-            ("ucf101", 4, None, "split 4"),
-            ("k400", 0, None, "split 0"),
-        ),
-        *(("ucf101", 1, "a.txt", "'folder'"), ("folder", 1, "a.txt", "no such list file")),
-    ],
-)
+WRONG = [("ucf", 1, None, "known are synthetic"), ("ucf101", 4, None, "split 4"), ("k400", 0, None, "split 0")]
+WRONG += [("ucf101", 1, "a.txt", "'folder'"), ("folder", 1, "a.txt", "no such list file")]
+
+
+@pytest.mark.parametrize(("dataset", "split", "list_file", "says"), WRONG)
 def test_wrong_arguments_are_named(tmp_path, dataset, split, list_file, says):
     touch(tmp_path, "a.mp4")
     with pytest.raises((ValueError, FileNotFoundError), match=says):
