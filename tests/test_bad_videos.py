@@ -211,33 +211,25 @@ def fatal(folder, tmp_path):
     return shutil.copy(folder / "h264.mp4", tmp_path / "fatal.mp4")
 
 
-class Mortal(PretrainingViews):
-    """Its process dies of videos named fatal, in even epochs or where a file is, which it takes away."""
+def mortal(paths: list, number: int, dies) -> PretrainingViews:
+    """Views whose process dies of a signal before it reads a video named fatal, if `dies`, given the epoch."""
+    views = views_of(paths)
+    write, write_views = views.write, views.write_views
 
-    def __init__(self, paths: list, number: int = signal.SIGKILL, file: Path | None = None):
-        super().__init__(views_of(paths).videos, 16, 4)
-        self.number, self.file = number, file
-        if file:
-            file.touch()
-
-    def write(self, key, item):
-        if not self.number:
-            os._exit(3)
-        self.dies = self.file.exists() if self.file else key[0] % 2 == 0
-        return super().write(key, item)
-
-    def write_views(self, rng, path, item):
-        if "fatal" in path and self.dies:
-            if self.file:
-                self.file.unlink()
+    def write_or_die(rng, path, item):
+        if "fatal" in path and dies(views.epoch):
             faulthandler.disable()  # pytest's
-            os.kill(os.getpid(), self.number)
-        return super().write_views(rng, path, item)
+            os.kill(os.getpid(), number)
+        return write_views(rng, path, item)
+
+    views.write = lambda key, item: (setattr(views, "epoch", key[0]), write(key, item))[1]
+    views.write_views = write_or_die
+    return views
 
 
 @pytest.mark.slow
 def test_a_video_that_kills_its_process_is_replaced_whatever_the_number_of_workers(folder, fatal):
-    views = Mortal([folder / "h264.mp4", fatal, folder / "packed.avi"])
+    views = mortal([folder / "h264.mp4", fatal, folder / "packed.avi"], signal.SIGKILL, lambda epoch: epoch % 2 == 0)
     sampler = data.StepSampler(3, batch_size=3, epochs=4)
     one, three = (list(map(copy.deepcopy, load_batches(views, sampler, workers))) for workers in (1, 3))
     assert all(map(same, one, three))
@@ -261,18 +253,20 @@ def test_processes_that_always_die_end_the_run_and_lack_of_memory_costs_no_video
 ):
     counts = map(str, itertools.count(step=kills))
     monkeypatch.setattr(data, "_memory_kills", lambda: next(counts))
+    views = mortal([fatal], number, lambda epoch: True) if number else lacking(views_of([fatal]), lambda: os._exit(3))
     with pytest.raises(OSError, match=says):
-        next(load_batches(Mortal([fatal], number), data.StepSampler(1, 1, 1), workers=1))
+        next(load_batches(views, data.StepSampler(1, 1, 1), workers=1))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGBUS, signal.SIGKILL])
 def test_a_process_that_dies_once_costs_no_video(folder, fatal, tmp_path, number):
     """As where somebody or something ends it: another one makes the same again."""
-    views = Mortal([folder / "h264.mp4", fatal], number, tmp_path / "mortal")
-    expected = data.collate([PretrainingViews.__getitem__(views_of(views.videos.paths), (0, i)) for i in range(2)])
+    paths, once = [folder / "h264.mp4", fatal], tmp_path / "once"
+    once.touch()
+    views = mortal(paths, number, lambda epoch: once.exists() and not once.unlink())
     (batch,) = load_batches(views, BatchSampler([(0, 0), (0, 1)], 2, False), workers=1)
-    assert same(batch, expected) and batch["bad"] == [] and not views.file.exists()
+    assert same(batch, data.collate([views_of(paths)[0, i] for i in range(2)])) and not once.exists()
 
 
 def no_more_files(more: int = 0) -> None:

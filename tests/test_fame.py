@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import generator, views_without_colours
+from helpers import assert_trains, generator, views_without_colours
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from matplotlib.colors import rgb_to_hsv
@@ -180,18 +180,13 @@ def test_backgrounds_are_those_of_other_videos_and_differ_between_the_views(bran
     clips = videos_by_colour(batch)
     merged = Merging(0.5, "gauss", branches=branches)(clips)
     mask = Merging(0.5, "gauss").foreground_of(clips[:1, 0])[0]
-    partners = []
+    partners, own = merged[..., 0, 0, 0, 0].T.long() // 10, torch.arange(batch)  # by view; a corner is background
     for view in range(2):
-        front, behind = merged[:, view, ..., mask], merged[:, view, ..., ~mask]
-        assert (front == 10 * torch.arange(batch)[:, None, None, None] + view).all()
-        assert (behind == behind[..., :1, :1, :1]).all()
-        video, other_view = behind[:, 0, 0, 0] // 10, behind[:, 0, 0, 0] % 10
-        assert (other_view == view).all()
-        partners.append(video.long())
-    own = torch.arange(batch)
+        assert torch.equal(merged[:, view, ..., mask], clips[:, view, ..., mask])
+        assert torch.equal(merged[:, view, ..., ~mask], clips[partners[view], view][..., ~mask])
     assert (partners[0] != own).all() and sorted(partners[0].tolist()) == own.tolist()  # each lends its own once
     if branches == "single":
-        assert torch.equal(merged[:, 1], clips[:, 1])
+        assert torch.equal(partners[1], own)
     else:
         assert (partners[1] != own).all() and (batch == 2 or (partners[0] != partners[1]).all())
 
@@ -263,17 +258,15 @@ def test_rgb_is_merged_and_motion_is_that_of_the_video_itself(method, branches, 
         return original(self, clips, color, difference)
 
     monkeypatch.setattr(moco.MoCo, "encoder_input", watched)
-    losses = losses_of(model, views)
+    assert_trains(model, losses_of(model, views))
     torch.manual_seed(0)
     merged = Merging(branches=branches)(views["clip"])
     assert len(seen[False]) == 1 and torch.equal(seen[False][0], model.both(merged))
     assert torch.equal(seen[True][0], model.both(views["clip"]))
     assert method is fame.FAME or torch.equal(seen[True][1], model.both(views["sub_clips"]).flatten(0, 1))
-    torch.stack(list(losses.values())).sum().backward()
-    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
 def test_one_video_a_batch_is_enough_without_another_videos_background():
-    assert all(fame.FAMEConfig(batch_size=1, background=background) for background in ("intra", "none"))
+    fame.FAMEConfig(batch_size=1, background="intra")
     with pytest.raises(UserError):
         fame.FAMEConfig(batch_size=1)

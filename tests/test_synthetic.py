@@ -114,11 +114,8 @@ def test_files_of_others_below_a_set_are_left_alone(made, tmp_path, name, recipe
 
 @pytest.mark.slow
 def test_what_a_kill_has_left_is_removed_and_two_at_once_take_turns(made, tmp_path, monkeypatch):
-    here, written, write = (
-        tmp_path / "here",
-        FORK.RawValue("i"),
-        synthetic._write_video,
-    )  # no lock: a kill would hold it
+    written, write = FORK.RawValue("i"), synthetic._write_video  # no lock, as a kill would leave it held
+    here = tmp_path / "here"
 
     def counted(path: Path, video: np.ndarray) -> None:
         write(path, video)
