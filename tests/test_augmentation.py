@@ -15,11 +15,11 @@ IDENTITY = (1.0, 1.0, 1.0, 0.0, 0.0, 0.0)
 drawn = st.integers(0, 2**32 - 1).map(lambda seed: data.draw_color(np.random.default_rng(seed)))
 
 
-def random_clips(n: int = 1, frames: int = 3, size: int = 32, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def random_clips(n: int = 1, frames: int = 3, size: int = 32) -> torch.Tensor:
     """Noise that also holds gray, black, white and saturated pixels, where hue is a special case."""
-    clips = torch.rand(n, 3, frames, size, size, generator=generator(0)).to(dtype)
+    clips = torch.rand(n, 3, frames, size, size, generator=generator(0))
     clips[..., 0, :8] = clips[:, :1, ..., 0, :8]
-    clips[..., 1, :8] = torch.linspace(0, 1, 8).round().to(dtype)
+    clips[..., 1, :8] = torch.linspace(0, 1, 8).round()
     clips[..., 2, :] = clips[..., 2, :].round()
     return clips
 
@@ -93,7 +93,7 @@ def test_identity_changes_nothing_and_other_draws_change_each_clip_differently()
 
 
 def test_precision_is_kept():
-    clips, row = random_clips(dtype=torch.float64), torch.tensor(data.draw_color(np.random.default_rng(3)))[None]
+    clips, row = random_clips().double(), torch.tensor(data.draw_color(np.random.default_rng(3)))[None]
     out = augment.color_augment(clips, row)
     assert out.dtype == torch.float64
     close(augment.color_augment(clips.float(), row), out.float())
