@@ -1,5 +1,7 @@
 """Finding videos: official layouts and lists, the ways people keep them, and what is said when something is missing."""
 
+import contextlib
+import itertools
 import json
 import os
 import re
@@ -7,6 +9,7 @@ import time
 from pathlib import Path
 from unittest.mock import Mock
 
+import av
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,6 +17,7 @@ from hypothesis import strategies as st
 import data
 import evaluate
 import find
+import video
 from find import find_videos
 
 
@@ -289,7 +293,11 @@ def test_no_tree_gives_a_training_video_that_is_evaluated(folders, kinetics):
         assert next(m for m in marks[name] if name[: m.start()] in divided)[0] == "train"
 
 
-def test_all_suffixes_are_found_and_others_counted(tmp_path):
+def test_suffixes_of_all_containers_are_found_and_others_counted(tmp_path):
+    sound = {"avif", "heic", "heif", "isma", "ism", "m4a", "m4b", "mj2", "psp", "mka", "mks", "mpo", "wma"}
+    for name, mode in itertools.product({*video.CONTAINERS.split(",")} - {"jpeg_pipe"}, "rw"):
+        with contextlib.suppress(ValueError):
+            assert av.format.ContainerFormat(name, mode).extensions <= {*find.SUFFIXES} | sound, name
     names = [f"{n}.{suffix.upper() if n % 2 else suffix}" for n, suffix in enumerate(find.SUFFIXES)]
     others = [f"other {n}.{suffix}" for n, suffix in enumerate(("jpg", "JPG", "jpg", "zip", "zip", "wav", "md", "py"))]
     touch(tmp_path, *names, *others, "mp4", "srt", "list.txt", ".x.jpg")
