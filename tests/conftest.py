@@ -44,7 +44,7 @@ def videos(tmp_path_factory):
 
 
 @pytest.fixture
-def script(monkeypatch, capsys):
+def in_process(monkeypatch, capsys):
     """Runs a script in this process as a command line of these words would; gives exit code, output and errors."""
 
     def call(module, *words, main=None):
@@ -57,7 +57,7 @@ def script(monkeypatch, capsys):
 
 
 @pytest.fixture
-def run(videos, tmp_path, monkeypatch, script):
+def run(videos, tmp_path, monkeypatch, in_process):
     """The same with small models and the generated data set. `run.ok` gives the output of what ends well,
     `run.refused` checks that it ends with one line that says these words."""
 
@@ -71,7 +71,7 @@ def run(videos, tmp_path, monkeypatch, script):
             (name,) = (name for name in vars(module) if name.lower() == module.__name__)
             options = getattr(module, name), getattr(module, f"{name}Config"), module.PRESETS, module.__doc__
             main = functools.partial(main, *options)
-        return script(module, *own, *flags, *where, main=main)  # the last of a kind counts
+        return in_process(module, *own, *flags, *where, main=main)  # the last of a kind counts
 
     def ok(*arguments, **options):
         code, out, err = call(*arguments, **options)

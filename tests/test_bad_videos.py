@@ -94,12 +94,12 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def check(script, tmp_path):
+def check(in_process, tmp_path):
     """Runs `data.py check` in this process; gives exit code, output, errors and the list written."""
 
     def call(root, *flags):
         out = tmp_path / "bad.txt"
-        said = script(data, "check", root, "--out", out, *flags)
+        said = in_process(data, "check", root, "--out", out, *flags)
         return *said, out.read_text(encoding="ascii") if out.exists() else ""
 
     return call

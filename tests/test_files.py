@@ -188,7 +188,7 @@ COMMANDS = {  # what is written → script and its flags
 
 
 @pytest.fixture
-def command(run, script, monkeypatch):
+def command(run, in_process, monkeypatch):
     """Runs one of COMMANDS in this process; gives exit code, output and errors."""
 
     def call(name):
@@ -198,7 +198,7 @@ def command(run, script, monkeypatch):
             return run(module, *words[:1], *(SHORT if module is evaluate else QUICK), *words[1:])
         words = [*words, *QUICK, "--dataset=synthetic", f"--data={run.videos}"] if "sample" in words else words
         monkeypatch.chdir(run.path)
-        return script(module, *words)
+        return in_process(module, *words)
 
     return call
 

@@ -178,7 +178,7 @@ def test_a_motion_map_is_that_of_each_pair_of_frames_averaged_over_cells(folder,
 
 
 @pytest.mark.slow
-def test_the_command_makes_what_an_interrupt_has_left_and_names_what_it_cannot_read(folder, without_flow, script):
+def test_the_command_makes_what_an_interrupt_has_left_and_names_what_it_cannot_read(folder, without_flow, in_process):
     def interrupted(items, *rest, **options):
         for n, item in enumerate(items, 1):
             yield item
@@ -187,10 +187,10 @@ def test_the_command_makes_what_an_interrupt_has_left_and_names_what_it_cannot_r
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "tqdm", interrupted)
-        assert script(*COMMAND, "--data", folder)[0] == 130 and not torch.multiprocessing.active_children()
+        assert in_process(*COMMAND, "--data", folder)[0] == 130 and not torch.multiprocessing.active_children()
     made = folder.parent / "clips_maps" / "flow_120_5"
     before = {file: file.stat().st_mtime_ns for file in made.rglob("*.npz")}
-    code, out, err = script(*COMMAND, "--data", folder)
+    code, out, err = in_process(*COMMAND, "--data", folder)
     assert code == 0 and f"maps of 3 videos; 1 can't be read: {made}/bad_videos.txt" in out and "4/4" in err
     assert (made / "bad_videos.txt").read_text().startswith("'not a video.mp4'\t")
     sizes = {name: (folder / name).stat().st_size for name in ("a.mp4", "below/b.mp4", "c.mp4")}
@@ -200,8 +200,8 @@ def test_the_command_makes_what_an_interrupt_has_left_and_names_what_it_cannot_r
 
 
 @pytest.mark.parametrize("flags", [["--data", "nowhere"], ["--flow_side", "4"], ["--maps", "/dev/null"], ["--lr", "1"]])
-def test_bad_input_of_the_command_is_one_line(flags, folder, script):
-    code, _, err = script(*COMMAND, "--data", folder, *flags)
+def test_bad_input_of_the_command_is_one_line(flags, folder, in_process):
+    code, _, err = in_process(*COMMAND, "--data", folder, *flags)
     assert code == 2
     one_line(err, flags[0] if "4" in flags or "1" in flags else flags[1])
 

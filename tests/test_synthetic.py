@@ -256,16 +256,16 @@ def test_numbers_that_make_no_set_are_refused(tmp_path):
             synthetic.make_synthetic(tmp_path / "set", **SMALL | {name: value})
 
 
-def test_the_command_makes_a_set_and_says_in_one_line_what_it_cannot(tmp_path, monkeypatch, script):
+def test_the_command_makes_a_set_and_says_in_one_line_what_it_cannot(tmp_path, monkeypatch, in_process):
     monkeypatch.chdir(tmp_path)
     flags = ["--train=3", "--test=2", "--seed=1", "--frames=8", "--size=32", "--shots=2"]
-    code, _, err = script(data, "synthetic", "set", *flags)
+    code, _, err = in_process(data, "synthetic", "set", *flags)
     assert code == 0 and "8/8" in err
     synthetic.make_synthetic("other", train=3, test=2, seed=1, frames=8, size=(32, 32), shots=2)
     assert len(tree(Path("set"))) == 8 and tree(Path("set")) == tree(Path("other"))
     Path("mine").mkdir()
     Path("mine", "thesis.txt").touch()
     for words in ([], ["one", "two"], ["one", "--shake=2"], ["one", "--size=0"], ["mine"]):
-        code, _, err = script(data, "synthetic", *words)
+        code, _, err = in_process(data, "synthetic", *words)
         one_line(err)
         assert code == 2 and sorted(os.listdir()) == ["mine", "other", "set"]
