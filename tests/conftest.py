@@ -44,26 +44,34 @@ def videos(tmp_path_factory):
 
 
 @pytest.fixture
-def run(videos, tmp_path, monkeypatch, capsys):
-    """Runs a script in this process as its command line would; gives exit code, output and errors. `run.ok` gives the
-    output of what ends well, `run.refused` checks that it ends with one line that says these words."""
+def in_process(monkeypatch, capsys):
+    """Runs a script in this process as a command line of these words would; gives exit code, output and errors."""
 
-    def call(script, *flags, dataset="synthetic", small=True):
-        where = ["--dataset", dataset, "--data", str(videos)] if dataset else []
-        own = [*SMALL * small, *["--decoder_width=32"] * (small and script is fima), "--workers=0"]
-        monkeypatch.chdir(tmp_path)
-        own = [] if script is evaluate or flags[:1] == ("maps",) else own  # which are sub-commands
-        arguments = [*own, *flags, *where]  # the last of a kind counts
-        monkeypatch.setattr(sys, "argv", [script.__name__ + ".py", *map(str, arguments)])
-        main = script.main
-        if main is pretrain.main:  # a method's, which tells it class, config, presets and help
-            (name,) = (name for name in vars(script) if name.lower() == script.__name__.replace("_", ""))
-            options = getattr(script, name), getattr(script, f"{name}Config"), script.PRESETS, script.__doc__
-            main = functools.partial(main, *options)
+    def call(module, *words, main=None):
+        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, words)])
         with pytest.raises(SystemExit) as stop:
-            cli.command_line(main)
-        out, err = capsys.readouterr()
-        return stop.value.code, out, err
+            cli.command_line(main or module.main)
+        return stop.value.code, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def run(videos, tmp_path, monkeypatch, in_process):
+    """The same with small models and the generated data set. `run.ok` gives the output of what ends well,
+    `run.refused` checks that it ends with one line that says these words."""
+
+    def call(module, *flags, dataset="synthetic", small=True):
+        where = ["--dataset", dataset, "--data", videos] if dataset else []
+        own = [*SMALL * small, *["--decoder_width=32"] * (small and module is fima), "--workers=0"]
+        monkeypatch.chdir(tmp_path)
+        own = [] if module is evaluate or flags[:1] == ("maps",) else own  # which are sub-commands
+        main = module.main
+        if main is pretrain.main:  # a method's, which tells it class, config, presets and help
+            (name,) = (name for name in vars(module) if name.lower() == module.__name__.replace("_", ""))
+            options = getattr(module, name), getattr(module, f"{name}Config"), module.PRESETS, module.__doc__
+            main = functools.partial(main, *options)
+        return in_process(module, *own, *flags, *where, main=main)  # the last of a kind counts
 
     def ok(*arguments, **options):
         code, out, err = call(*arguments, **options)

