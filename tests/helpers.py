@@ -19,6 +19,7 @@ import train
 ROOT = Path(__file__).parents[1]
 ALONE = train.Process(0, 1, torch.device("cpu"))
 FORK = multiprocessing.get_context("fork") if hasattr(os, "fork") else None
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 FAST = {"clips_per_s", "data_wait"}  # numbers of a line of the log that no two runs share
 
 
@@ -58,9 +59,8 @@ def free_port():
 
 def torchrun(script, *flags, processes=2, folder=None):
     """A script in so many processes, with one thread each: what `subprocess.run` gives."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [*launch, str(script), *map(str, flags)]
+    command = [*TORCHRUN, f"--nproc_per_node={processes}", str(script), *map(str, flags)]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
 
 
