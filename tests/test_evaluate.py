@@ -421,7 +421,7 @@ def test_what_is_left_open_is_as_in_the_checkpoints_training(pretrained, videos,
 
 
 def test_help_teaches_commands_that_are_right(run):
-    lines = run.ok(evaluate, "--help", dataset=None).splitlines()
+    lines = run(evaluate, "--help", dataset=None)[1].splitlines()
     commands = [line.partition("#")[0].split() for line in lines if "evaluate.py " in line[:50]]
     assert len(commands) > 4
     for name, *flags in (command[command.index("evaluate.py") + 1 :] for command in commands):

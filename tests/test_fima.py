@@ -13,7 +13,6 @@ import augment
 import fima
 import moco
 import processes
-from train import UserError
 
 SMALL = dict(encoder="r3d_18", width=0.0625, crop=48, frames=16, queue=12, decoder_width=32, momentum=0.9, batch_size=3)
 
@@ -297,12 +296,3 @@ def test_moco_is_fima_without_its_losses():
     expected, losses = baseline(views), same(views)
     assert losses.keys() == expected.keys() == {"vv", "vd"}
     assert all(torch.equal(losses[name], expected[name]) for name in expected)
-
-
-UNSUITABLE = [dict(crop=16), dict(encoder="i3d", crop=48), dict(frames=12), dict(decoder_heads=5)]
-
-
-@pytest.mark.parametrize("flags", UNSUITABLE, ids=str)
-def test_settings_that_do_not_suit_the_encoder_are_refused_by_name(flags):
-    with pytest.raises(UserError, match=f"--{list(flags)[-1]} {list(flags.values())[-1]}"):
-        build(**flags)

@@ -2,8 +2,6 @@
 
 import ast
 import contextlib
-import errno
-import io
 import json
 import multiprocessing
 import os
@@ -59,9 +57,9 @@ def live(folder, flags, environment, kill, file_size, at_step_6, output) -> None
     os.chdir(folder)
     os.environ.update(environment)
     output = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOCTTY)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(output, number)
+        setattr(sys, name, os.fdopen(number, "w", buffering=1, closefd=False))
     torch.set_num_threads(1)
     sys.argv = ["fima.py", *flags]
     if file_size:
@@ -90,18 +88,19 @@ def start(folder, *flags, environment=None, kill=(), file_size=0, at_step_6="", 
     file_size bytes, or spoiling a weight ("spoil") or sending itself a signal after step 6. It writes to out0.txt, or
     `output`.
     """
-    output = output or f"out{(environment or {}).get('RANK', 0)}.txt"
+    environment = environment or {}
+    output = output or f"out{environment.get('RANK', 0)}.txt"
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["test_reliability"])
-    arguments = environment or {}, kill, file_size, at_step_6, output
-    process = context.Process(target=live, args=(str(folder), [str(flag) for flag in flags], *arguments))
+    arguments = str(folder), [str(flag) for flag in flags], environment, kill, file_size, at_step_6, output
+    process = context.Process(target=live, args=arguments)
     process.start()
     return process
 
 
-def finish(process, folder, rank=0, seconds=300, output=""):
+def finish(process, folder, rank=0, output=""):
     """Exit code (−N for signal N) and output of a process that was started."""
-    process.join(seconds)
+    process.join(300)
     assert process.exitcode is not None, "it does not end"
     return process.exitcode, (folder / (output or f"out{rank}.txt")).read_text()
 
@@ -199,31 +198,6 @@ def test_an_evaluation_that_nobody_reads_writes_its_result(streams, videos, tmp_
     assert json.loads((tmp_path / "k.json").read_text())["result"]["test_videos"] == 10
 
 
-class Gone(io.TextIOWrapper):
-    """A terminal that is gone."""
-
-    def write(self, _text):
-        raise OSError(errno.EIO, "Input/output error")
-
-
-@pytest.fixture
-def unread():
-    """Streams that nobody reads, as before `| head`, and of a terminal that is gone."""
-    reader, writer = os.pipe()
-    os.close(reader)
-    with open(writer, "w") as broken, Gone(open(os.devnull, "wb")) as gone:
-        yield broken, gone
-
-
-def test_output_that_nobody_reads_is_lost_and_the_end_of_a_terminal_ends_a_command(unread, monkeypatch):
-    for stream, expected in zip(unread, ((0, 9), (130, 1)), strict=True):
-        steps = []
-        monkeypatch.setattr(sys, "stdout", stream)
-        with pytest.raises(SystemExit) as stop:
-            cli.command_line(lambda steps=steps: [(steps.append(n), print(n, flush=True)) for n in range(9)])
-        assert (stop.value.code, len(steps)) == expected
-
-
 @pytest.mark.slow
 def test_a_full_disk_stops_the_run_and_spoils_nothing(undisturbed, tmp_path):
     expected, flags = undisturbed
@@ -255,31 +229,30 @@ def test_deterministic_is_passed_on_to_torch():
 
 def test_a_checkpoint_of_the_conv4_of_old_is_refused_wherever_one_is_taken(run):
     path = run.path / "runs" / "old" / "checkpoint.pt"
-    assert run(fima, "--max_steps", 1, "--out", path.parent, *CONV4)[0] == 0
+    run.ok(fima, "--max_steps", 1, "--out", path.parent, *CONV4)
     state = weights(path)
-    names = {name: name.replace("encoder.layers.1.weight", "encoder.units.0.conv3d.weight") for name in state["model"]}
-    train.save_checkpoint(path, state | {"model": {names[name]: value for name, value in state["model"].items()}})
+    model = {name.replace("layers.1.weight", "units.0.conv3d.weight"): v for name, v in state["model"].items()}
+    train.save_checkpoint(path, state | {"model": model})
     for script, *words in (
         (fima, "--resume", path),
         (evaluate, "retrieve", "--checkpoint", path),
         (evaluate, "linear", "--resume", path),
         (evaluate, "export", "--checkpoint", path),
     ):
-        code, _, err = run(script, *words, small=False, dataset=None)
-        assert code == 2 and err.count("\n") == 1 and f"{path} is of conv4 before" in err
+        run.refused(script, *words, small=False, dataset=None, says=[f"{path} is of conv4 before"])
     with pytest.raises(train.UserError, match="is of conv4 before"):
         visualize.load_models(visualize.FigureConfig(), [str(path)])
-    code, out, _ = run(fima, "--resume", "auto", "--max_steps", 1, *CONV4)
-    assert code == 0 and f"passes over a checkpoint: runs/old/{path.name} is of conv4 before" in out
+    out = run.ok(fima, "--resume", "auto", "--max_steps", 1, *CONV4)
+    assert f"passes over a checkpoint: runs/old/{path.name} is of conv4 before" in out
 
 
 def test_a_run_from_before_there_was_an_option_goes_on_with_its_default(run):
     path = run.path / "run" / "checkpoint.pt"
-    assert run(fima, "--max_steps", 2, "--out", "run")[0] == 0
+    run.ok(fima, *CONV4, "--max_steps", 2, "--out", "run")
     state = weights(path)
     assert (state["config"].pop("fame"), state["config"].pop("centres")) == ("none", "nominal")
     train.save_checkpoint(path, state)
-    assert run(fima, "--resume", path, "--max_steps", 4, small=False)[0] == 0
+    run.ok(fima, "--resume", path, "--max_steps", 4, small=False)
     assert weights(path)["config"]["fame"] == "none"
 
 
@@ -294,9 +267,8 @@ def test_a_checkpoint_with_code_in_it_is_refused_and_the_code_never_runs(tmp_pat
     assert not (tmp_path / "it ran").exists()
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("*.py")), ids=lambda path: path.stem)
-def test_nothing_is_unpickled(path):
-    for node in ast.walk(ast.parse(path.read_text())):
+def test_nothing_is_unpickled():
+    for node in (node for path in ROOT.glob("*.py") for node in ast.walk(ast.parse(path.read_text()))):
         if isinstance(node, ast.Import | ast.ImportFrom):
             assert not {"pickle", "dill", "joblib", "shelve"} & {alias.name for alias in node.names}
         if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.load", "np.load"):
@@ -307,7 +279,7 @@ def test_nothing_is_unpickled(path):
 
 def start_two(*folders, flags, at_step_6="", **environment):
     """Two processes of a run without a launcher, in epochs of 4 steps; something may befall the second after step 6."""
-    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"} | environment
     started = []
     for rank, (folder, fault) in enumerate(zip(folders * 2, ("", at_step_6), strict=False)):
         folder.mkdir(exist_ok=True)
@@ -401,25 +373,20 @@ def test_an_environment_that_a_scheduler_has_left_is_one_clear_line(left, run, m
 @pytest.mark.slow
 def test_processes_that_do_not_meet_say_so_in_one_line_each_within_the_time_out(tmp_path):
     """Some are missing, or meet a program that never answers."""
-    groups = ["0/2"], ["1/2"], ["0/3", "1/3"]
     with contextlib.ExitStack() as stack:
-        servers = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in groups]
+        servers = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(4)]
         ports = [server.getsockname()[1] for server in servers]
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        places = [(place, port) for group, port in zip(groups, ports, strict=True) for place in group]
-        places.append(("1/2", silent.getsockname()[1]))
-        processes = []
-        for n, (place, port) in enumerate(places):
-            rank, count = place.split("/")
-            environment = dict(RANK=rank, WORLD_SIZE=count, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-            processes.append(start(tmp_path, *TINY, "--timeout", 0.05, environment=environment, output=f"{n}.txt"))
-        for process in processes:
-            process.join(120)
-            process.kill()
-    for n, (process, (place, port)) in enumerate(zip(processes, places, strict=True)):
-        says = f"error: process {place.replace('/', ' of ')} does not meet the others at 127.0.0.1:{port} ("
-        (line,) = (tmp_path / f"{n}.txt").read_text().splitlines()
-        assert process.exitcode == 2 and line.startswith(says) and "start all of them" in line
+        for server in servers[:3]:
+            server.close()
+        places = zip(("0 of 2", "1 of 2", "0 of 3", "1 of 3", "1 of 2"), (0, 1, 2, 2, 3), strict=True)  # 3 is silent
+        started = {}
+        for n, (place, group) in enumerate(places):
+            setting = dict(RANK=place[0], WORLD_SIZE=place[-1], MASTER_ADDR="127.0.0.1", MASTER_PORT=str(ports[group]))
+            says = f"error: process {place} does not meet the others at 127.0.0.1:{ports[group]} ("
+            started[says] = start(tmp_path, *TINY, "--timeout", 0.05, environment=setting, output=f"{n}.txt")
+        for n, (says, process) in enumerate(started.items()):
+            code, out = finish(process, tmp_path, output=f"{n}.txt")
+            assert code == 2 and out.startswith(says) and "start all of them" in out and out.count("\n") == 1
 
 
 @pytest.mark.slow
