@@ -15,6 +15,7 @@ import evaluate
 import fima
 import pretrain
 import synthetic
+import visualize
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "examples"))  # where simclr is
 
@@ -52,7 +53,7 @@ def run(videos, tmp_path, monkeypatch, capsys):
         where = ["--dataset", dataset, "--data", str(videos)] if dataset else []
         own = [*SMALL * small, *["--decoder_width=32"] * (small and script is fima), "--workers=0"]
         monkeypatch.chdir(tmp_path)
-        own = [] if script is evaluate or flags[:1] == ("maps",) else own  # which are sub-commands
+        own = [] if script in (evaluate, visualize) or flags[:1] == ("maps",) else own  # which are sub-commands
         arguments = [*own, *flags, *where]  # the last of a kind counts
         monkeypatch.setattr(sys, "argv", [script.__name__ + ".py", *map(str, arguments)])
         main = script.main
