@@ -259,18 +259,21 @@ def test_too_little_memory_is_one_line(error, capsys):
 
 @pytest.mark.slow
 def test_run_folder_holds_config_command_versions_and_every_loss_with_its_chance(run):
-    out = run.ok(fima, "--epochs", 1, "--log_every", 2, "--out", "run", "--lr", 0.1)
-    (start,) = json.loads((run.path / "run" / "run.json").read_text())
+    flags = ["--epochs", 1, "--log_every", 2, "--out", "a run", "--lr", 0.1, "--queue", 99, "--seed", 2**31 - 1]
+    out = run.ok(fima, *flags, "--losses", "vv,vd,pix,fra", dataset="folder")
+    (start,) = json.loads((run.path / "a run" / "run.json").read_text())
     assert start["config"]["lr"] == 0.1 and start["config"]["epochs"] == 1  # explicit flags win over the preset
     assert "fima.py" in start["command"] and start["versions"] == runs.versions()
-    records = [json.loads(line) for line in (run.path / "run" / "log.jsonl").open()]
+    records = [json.loads(line) for line in (run.path / "a run" / "log.jsonl").open()]
     assert [line["step"] for line in records] == [2, 4]
     for line in records:
-        assert line["loss"] == pytest.approx(sum(line[f"loss/{name}"] for name in ("vv", "pix", "fra")))
-        assert line["chance/vv"] == pytest.approx(math.log(9)) and line["chance/pix"] > 0
+        assert line["loss"] == pytest.approx(sum(line[f"loss/{name}"] for name in ("vv", "vd", "pix", "fra")))
+        assert line["chance/vv"] == pytest.approx(math.log(100)) and line["chance/pix"] > 0
         assert line["clips_per_s"] > 0 and 0 <= line["data_wait"] <= 1
     assert all(name in out for name in start["config"])  # the settings are printed in full
-    assert "chance" in out and "own other half" in out and "evaluate.py retrieve" in out
+    assert "chance" in out and "own other half" in out and "--queue 99 exceeds" in out
+    command = next(line for line in out.splitlines() if "evaluate.py retrieve" in line)
+    assert shlex.split(command, comments=True)[-1] == "a run/checkpoint.pt"  # can be pasted
 
 
 def test_a_base_method_warns_of_collapse_where_it_logs_the_spread_of_features_and_of_windows_that_overlap():
@@ -278,14 +281,6 @@ def test_a_base_method_warns_of_collapse_where_it_logs_the_spread_of_features_an
     said = [{"epoch": 2, "feature_std": 0.005}, {"epoch": 1, "overlap": 0.9}]
     silent = [{"epoch": 2, "feature_std": 0.05}, {"epoch": 2}, {"epoch": 1, "feature_std": 0, "overlap": 0.7}]
     assert [len(method.warnings(line)) for line in said + silent] == [1, 1, 0, 0, 0]
-
-
-def test_moco_trains_with_the_same_command_line_and_the_largest_seed(run):
-    flags = [*conftest.CONV4, "--epochs", 1, "--losses", "vv,vd", "--max_steps", 2, "--seed", 2**31 - 1]
-    out = run.ok(moco, *flags, "--queue", 99, "--out", "a run", dataset="folder")
-    assert "vd" in out and "--queue 99 exceeds" in out
-    command = next(line for line in out.splitlines() if "evaluate.py retrieve" in line)
-    assert shlex.split(command, comments=True)[-1] == "a run/checkpoint.pt"  # can be pasted
 
 
 def test_a_run_is_not_overwritten(tmp_path):
