@@ -100,23 +100,12 @@ def test_losses_equal_the_plain_loop_oracle(centres):
         assert float(value) == pytest.approx(expected[name], rel=2e-4), name
 
 
-SWITCHES = {
-    "losses": ["vv", "vv,vd", "vv,fra"],
-    "threshold": [2.8],
-    "centres": ["measured"],
-    "decoder_depth": [1],
-    "decoder_width": [16],
-    "decoder_heads": [8],
-    "foreground": [0.3],
-    "mask_source": ["rgb", "difference"],
-    "mask_position": ["none", "prediction", "target"],
-    "decoder": ["separate"],
-    "frame_loss": ["triplet", "mse"],
-    "pixel_negatives": ["video"],
-    "pixel_queue": [40],
-}
-SWITCHES = [{name: value} for name, values in SWITCHES.items() for value in values]
-SWITCHES += [dict(losses="vv,pix", decoder="none"), dict(encoder="i3d", crop=64)]
+SWITCHES = [dict(losses=losses) for losses in ("vv", "vv,vd", "vv,fra")] + [dict(losses="vv,pix", decoder="none")]
+SWITCHES += [dict(decoder_depth=1), dict(decoder_width=16), dict(decoder_heads=8), dict(decoder="separate")]
+SWITCHES += [dict(mask_position=position) for position in ("none", "prediction", "target")] + [dict(foreground=0.3)]
+SWITCHES += [dict(mask_source="rgb"), dict(mask_source="difference"), dict(threshold=2.8), dict(centres="measured")]
+SWITCHES += [dict(frame_loss="triplet"), dict(frame_loss="mse"), dict(pixel_negatives="video"), dict(pixel_queue=40)]
+SWITCHES += [dict(encoder="i3d", crop=64)]
 
 
 @pytest.mark.parametrize("flags", SWITCHES, ids=str)

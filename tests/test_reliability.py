@@ -199,20 +199,6 @@ def test_an_evaluation_that_nobody_reads_writes_its_result(streams, videos, tmp_
 
 
 @pytest.mark.slow
-def test_a_full_disk_stops_the_run_and_spoils_nothing(undisturbed, tmp_path):
-    expected, flags = undisturbed
-    end_well(tmp_path, *flags, "--max_steps", "9")
-    saved = tmp_path / "run" / "checkpoint.pt"
-    resume = [*flags, "--resume", saved]
-    code, out = finish(start(tmp_path, *resume, file_size=saved.stat().st_size // 2), tmp_path)
-    assert code == 2
-    one_line(out, "File too large", "run/checkpoint.pt")
-    assert weights(saved)["step"] == 9 and not list(saved.parent.glob("*.partial"))
-    end_well(tmp_path, *resume)
-    assert equal_ends(expected, tmp_path / "run")
-
-
-@pytest.mark.slow
 def test_the_same_seed_gives_the_same_weights_whatever_the_number_of_workers(undisturbed, tmp_path):
     expected, flags = undisturbed
     end_well(tmp_path, *flags, "--workers", 2, "--deterministic")
@@ -293,17 +279,14 @@ def test_a_process_leaves_while_a_thread_still_holds_tensors():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("at_step_6", ["SIGKILL", "SIGSTOP"])
-def test_a_process_that_dies_or_hangs_ends_the_others_with_a_message(at_step_6, undisturbed, tmp_path):
-    timeout = ["--timeout", "0.3"] if at_step_6 == "SIGSTOP" else []  # a death is noticed at once
-    first, second = start_two(tmp_path, flags=[*undisturbed[1], *timeout], at_step_6=at_step_6)
+def test_a_process_that_hangs_ends_the_others_with_a_message(undisturbed, tmp_path):
+    first, second = start_two(tmp_path, flags=[*undisturbed[1], "--timeout", "0.3"], at_step_6="SIGSTOP")
     try:
         code, out = finish(first, tmp_path)
     finally:
         second.kill()
     assert code == 1
     one_line(out, "process 0 has lost another one", "--resume auto")
-    assert weights(tmp_path / "run" / "checkpoint.pt")["step"] == 4
 
 
 @pytest.mark.slow
@@ -315,7 +298,10 @@ def test_two_processes_go_on_after_a_kill_as_if_nothing_had_been_and_one_alone_s
     (record,), last = json.loads((whole / "run" / "run.json").read_text()), log(whole / "run")[-1]
     assert record["overlap"] == pytest.approx(last["overlap"], abs=0.3)  # of the last epoch
     first, second = start_two(broken := tmp_path / "broken", flags=flags, at_step_6="SIGKILL")
-    assert (finish(first, broken)[0], finish(second, broken)[0]) == (1, -signal.SIGKILL)
+    code, out = finish(first, broken)
+    assert (code, finish(second, broken)[0]) == (1, -signal.SIGKILL)
+    one_line(out, "process 0 has lost another one", "--resume auto")  # at once, without a --timeout
+    assert weights(broken / "run" / "checkpoint.pt")["step"] == 4
     shutil.copytree(broken, alone := tmp_path / "alone")
     for process in start_two(broken, flags=[*flags, "--resume", "auto"]):
         assert finish(process, broken)[0] == 0
