@@ -22,13 +22,9 @@ def pixel_contrast_loop(prediction, target, positives, keys, temperature=0.1):
     videos = []
     for b, rows in enumerate(positives):
         own_keys = keys[b] if isinstance(keys[0][0], list) else keys
-        pixels = []
-        for s, row in enumerate(rows):
-            chosen = [m for m, positive in zip(target[b], row, strict=True) if positive]
-            if chosen:
-                pixels.append(log_ratio(prediction[b][s], chosen, own_keys, temperature))
-        if pixels:
-            videos.append(mean(pixels))
+        chosen = [[m for m, positive in zip(target[b], row, strict=True) if positive] for row in rows]
+        pairs = [(y, near) for y, near in zip(prediction[b], chosen, strict=True) if near]
+        videos += [mean([log_ratio(*pair, own_keys, temperature) for pair in pairs])] if pairs else []
     return mean(videos)
 
 
@@ -61,9 +57,8 @@ def centers_loop(crop: tuple, height: int, width: int) -> list[tuple[float, floa
     """A flipped view shows the crop's last column first."""
     x, y, w, h, flipped = crop
     columns = range(width)[::-1] if flipped else range(width)
-    return [
-        (x + w * (2 * c + 1) / (2 * width), y + h * (2 * r + 1) / (2 * height)) for r in range(height) for c in columns
-    ]
+    places = [((2 * c + 1) / (2 * width), (2 * r + 1) / (2 * height)) for r in range(height) for c in columns]
+    return [(x + w * along, y + h * down) for along, down in places]
 
 
 def distances_loop(source: tuple, target: tuple, height: int, width: int) -> Tensor:

@@ -325,10 +325,3 @@ def test_too_many_unreadable_videos_stop_the_run_and_are_named_once(tmp_path, ca
     assert capsys.readouterr().out.count("  8 unreadable videos") == 2
     log = (tmp_path / "many" / "bad_videos.log").read_text()
     assert log == "step 1\t'a/0.mp4'\tempty\nstep 1\t'b\\n.mp4'\tcut\n"
-
-
-def test_all_videos_unreadable_is_a_clear_error(run):
-    for n in range(8):
-        (run.path / f"{n}.mp4").write_bytes(b"not a video")
-    flags, says = ["--dataset", "folder", "--data", run.path], ["10 videos in a row", ".mp4"]
-    run.refused(moco, *conftest.CONV4, *flags, dataset=None, says=says)

@@ -29,12 +29,10 @@ from test_reliability import TINY, end_well, equal_ends, finish, start  # noqa: 
 
 import synthetic  # noqa: E402
 
-FLAGS = [*TINY, "--epochs=3", "--out=run", "--save_minutes=0", "--workers=1"]
-
 
 def digests(*places: Path) -> dict[str, str]:
     """What is in the files that are not the runs' own."""
-    files = (path for place in places for path in [place, *sorted(place.rglob("*"))] if path.is_file())
+    files = (path for place in places for path in [place, *place.rglob("*")] if path.is_file())
     return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
@@ -52,7 +50,7 @@ class Torture:
     def __init__(self, folder: Path):
         self.folder, self.videos, self.undisturbed = folder, folder / "videos", folder / "undisturbed"
         synthetic.make_synthetic(self.videos, train=18, test=10, frames=40, size=(56, 56))
-        self.flags = [*FLAGS, "--data", self.videos]
+        self.flags = [*TINY, "--epochs=3", "--out=run", "--save_minutes=0", "--workers=1", "--data", self.videos]
         self.undisturbed.mkdir()
         self.expected = [self.undisturbed / "run", self.undisturbed / "of_two"]
         began = time.monotonic()
