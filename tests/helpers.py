@@ -3,6 +3,7 @@
 import json
 import math
 import multiprocessing
+import operator
 import os
 import socket
 import subprocess
@@ -92,14 +93,10 @@ def units(seed: int, *shape: int):
     return F.normalize(torch.randn(*shape, generator=generator(seed), dtype=torch.float64), dim=-1)
 
 
-def log_h(x: list[float], y: list[float], temperature: float) -> float:
-    return sum(a * b for a, b in zip(x, y, strict=True)) / temperature
-
-
 def log_ratio(query: list, chosen: list, everything: list, temperature: float) -> float:
-    """−log of Σ h over `chosen` by Σ h over `everything`."""
-    above, below = (sum(math.exp(log_h(query, k, temperature)) for k in keys) for keys in (chosen, everything))
-    return -math.log(above / below)
+    """−log of Σ h over `chosen` by Σ h over `everything`, where h(x, y) = exp(x · y / temperature)."""
+    h = [[math.exp(sum(map(operator.mul, query, key)) / temperature) for key in keys] for keys in (chosen, everything)]
+    return -math.log(sum(h[0]) / sum(h[1]))
 
 
 def mean(values: list[float]) -> float:

@@ -300,29 +300,28 @@ def test_resuming_is_exact_to_the_last_bit_and_the_encoder_moves_in_finetune_alo
     assert code == 2 and "another run is in half: another encoder" in out, err
 
 
-def evaluate_as(rank, pretrained, videos, out, ports):
-    """Process `rank` of 3 and of 1: three probe a checkpoint, all test the probe, and vote; scores are kept.
+def evaluate_as(rank, world, port, pretrained, videos, out):
+    """Process `rank` of 3 or of 1: three probe a checkpoint, all test the probe, and vote; scores are kept.
 
     Only the first can write results, as where each node has a disk of its own: for others there is a file in the way.
     """
     save, own = evaluate.save_accuracy, out / "file" if rank else out
-    for world, port in zip((3, 1)[: 2 - min(rank, 1)], ports, strict=False):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
-        os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1")
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1")
 
-        def keep(process, config, test, scores, *rest, world=world):
-            torch.save(scores, out / f"{config.protocol}-{rank}-{world}.pt")
-            save(process, config, test, scores, *rest)
+    def keep(process, config, test, scores, *rest):
+        torch.save(scores, out / f"{config.protocol}-{rank}-{world}.pt")
+        save(process, config, test, scores, *rest)
 
-        evaluate.save_accuracy = keep
-        start = ["--checkpoint", pretrained, "--data", videos, *FAST]
-        probe = ["linear", *start, "--test_batch", 3, "--epochs", 2, "--batch_size", 4, "--out", own / "run"]
-        test = ["linear", "--resume", out / "run" / "checkpoint.pt", "--batch_size", 12 // world, "--out", own / "run"]
-        vote = ["knn", *start, "--test_batch", 8, "--out", own / f"{world}.json"]  # 2 batches, fewer than 3 processes
-        for flags in (probe if world == 3 else test, vote):
-            sys.argv = ["evaluate.py", *map(str, flags)]
-            evaluate.main()
-        processes.end_process()
+    evaluate.save_accuracy = keep
+    start = ["--checkpoint", pretrained, "--data", videos, *FAST]
+    probe = ["linear", *start, "--test_batch", 3, "--epochs", 2, "--batch_size", 4, "--out", own / "run"]
+    test = ["linear", "--resume", out / "run" / "checkpoint.pt", "--batch_size", 12, "--out", own / "run"]
+    vote = ["knn", *start, "--test_batch", 8, "--out", own / f"{world}.json"]  # 2 batches, fewer than 3 processes
+    for flags in (probe if world == 3 else test, vote):
+        sys.argv = ["evaluate.py", *map(str, flags)]
+        evaluate.main()
+    processes.end_process()
 
 
 @pytest.mark.slow
@@ -330,7 +329,8 @@ def test_one_and_three_processes_test_the_same_to_the_last_bit(pretrained, video
     """And the probe's encoder stays bit for bit, which averaging over three processes would not leave it."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     (tmp_path / "file").touch()
-    torch.multiprocessing.spawn(evaluate_as, (pretrained, videos, tmp_path, [free_port(), free_port()]), 3)
+    for world in (3, 1):
+        torch.multiprocessing.spawn(evaluate_as, (world, free_port(), pretrained, videos, tmp_path), world)
     assert same(*(encoder_of(weights(path)) for path in (pretrained, tmp_path / "run" / "checkpoint.pt")))
     for protocol in ("linear", "knn"):
         alone, *others = (torch.load(tmp_path / f"{protocol}-{name}.pt") for name in ("0-1", "0-3", "1-3", "2-3"))
@@ -340,10 +340,9 @@ def test_one_and_three_processes_test_the_same_to_the_last_bit(pretrained, video
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("protocol", ["retrieve", "knn", "linear"])
+@pytest.mark.parametrize("protocol", ["retrieve", "linear"])
 def test_an_unreadable_test_video_counts_as_wrong_and_is_named(run, pretrained, videos, protocol):
-    damaged = run.path / "damaged"
-    shutil.copytree(videos, damaged)
+    shutil.copytree(videos, damaged := run.path / "damaged")
     for path in [*sorted(damaged.glob("test/*/*.mp4"))[:4], *sorted(damaged.glob("train/*/*.mp4"))[:2]]:
         path.write_bytes(b"not a video")
     where = ["--out", "run", "--cached", 1, "--epochs", 1] if protocol == "linear" else ["--out", "run/result.json"]
@@ -355,21 +354,16 @@ def test_an_unreadable_test_video_counts_as_wrong_and_is_named(run, pretrained, 
         assert result["recall_percent"]["R@50"] == 60 and result["queries"] == 10
         assert list(result["recall_percent"]) == ["R@1", "R@5", "R@10", "R@20", "R@50"]
     else:
-        unreadable = {Path(path).parent.name for path, _ in result["unreadable"]}
-        assert {name for name, value in result["per_class_percent"].items() if value is None} <= unreadable
+        assert result["test_videos"] == 10 and None not in result["per_class_percent"].values()
 
 
 def test_results_lie_beside_the_checkpoint_or_in_a_folder_of_the_untrained_encoder():
     knn = evaluate.KnnConfig(checkpoint="here/checkpoint.pt", dataset="hmdb51", split=2)
     linear = evaluate.LinearConfig(checkpoint="here/checkpoint.pt", dataset="k400", split=1, fraction=0.5)
-    untrained = dataclasses.replace(knn, checkpoint="", encoder="i3d")
-    for config, path in (
-        (knn, "here/knn_hmdb51_split2.json"),
-        (linear, "here/linear_k400_0.5/result.json"),
-        (dataclasses.replace(linear, out="there"), "there/result.json"),
-        (untrained, "runs/untrained_i3d/knn_hmdb51_split2.json"),
-    ):
-        assert evaluate.result_files(config)[0] == Path(path)
+    untrained, named = dataclasses.replace(knn, checkpoint="", encoder="i3d"), dataclasses.replace(linear, out="there")
+    found = [str(evaluate.result_files(config)[0]) for config in (knn, linear, named, untrained)]
+    assert found[:2] == ["here/knn_hmdb51_split2.json", "here/linear_k400_0.5/result.json"]
+    assert found[2:] == ["there/result.json", "runs/untrained_i3d/knn_hmdb51_split2.json"]
 
 
 def test_an_untrained_encoder_is_drawn_from_the_seed():

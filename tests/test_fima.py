@@ -139,16 +139,14 @@ def test_chance_values_are_what_equal_features_give():
 
 def test_keys_follow_the_query_encoder_by_momentum():
     model, views = build(), make_views()
-    modules = ((model.encoder, model.key_encoder), (model.head, model.key_head))
-    pairs = [pair for pair in modules for pair in zip(*(module.parameters() for module in pair), strict=True)]
-    with torch.no_grad():
-        for query, _ in pairs:
-            query.add_(torch.randn_like(query))
+    pairs = [(model.encoder, model.key_encoder), (model.head, model.key_head)]
+    pairs = [pair for modules in pairs for pair in zip(*(module.parameters() for module in modules), strict=True)]
+    for query, _ in pairs:
+        query.data += torch.randn_like(query)
     expected = [0.9 * key + 0.1 * query.detach() for query, key in pairs]
     for mode in (True, False):  # an evaluation changes nothing
         model.train(mode)(views)
-        for (_, key), value in zip(pairs, expected, strict=True):
-            torch.testing.assert_close(key, value)
+        torch.testing.assert_close([key.detach() for _, key in pairs], expected)
         assert model.queues["vv"].pointer == 6
 
 

@@ -106,22 +106,20 @@ def test_changed_data_are_said_and_need_a_flag(run, videos):
     run.ok(moco, *small, "--batch_size", 4, "--out", "moco", dataset=None)
     run.ok(evaluate, "linear", *small, *probe, "--out", "linear", dataset=None)
     tree = tree.rename(run.path / "moved")
-    kinds = {"moco": [moco], "linear": [evaluate, "linear"]}
-    resume = {name: [*words, "--resume", f"{name}/checkpoint.pt", "--data", tree] for name, words in kinds.items()}
     options = dict(small=False, dataset=None)
-    for words in resume.values():  # which move with their folder
-        out = run.ok(*words, "--max_steps", 2, **options)
-        assert "resumed after step 1" in out and "other data" not in out
+    resume = [moco, "--resume=moco/checkpoint.pt", "--data", tree, "--max_steps"]
+    out = run.ok(*resume, 2, **options)  # they move with their folder
+    assert "resumed after step 1" in out and "other data" not in out
     with open(tree / first, "ab") as file:
         file.write(b"\0")
-    for name, title in (("moco", "videos"), ("linear", "training videos")):
-        says = [f"{title}: 1 of another size ({str(first)!r})", "--changed_data"]
-        run.refused(*resume[name], "--max_steps", 3, says=says, **options)
     write("test", -1)
-    run.refused(*resume["linear"], "--max_steps", 3, says=["test videos: in another order"], **options)
-    out = run.ok(*resume["moco"], "--max_steps", 3, "--changed_data", **options)
+    says = [f"videos: 1 of another size ({str(first)!r})", "--changed_data"]
+    run.refused(*resume, 3, says=says, **options)
+    says += ["training videos: 1 of", "test videos: in another order"]
+    run.refused(evaluate, "linear", "--resume=linear/checkpoint.pt", "--data", tree, says=says, **options)
+    out = run.ok(*resume, 3, "--changed_data", **options)
     assert "note: goes on with other data" in out and "1 of another size" in out
-    assert "other data" not in run.ok(*resume["moco"], "--max_steps", 4, **options)  # it has seen these now
+    assert "other data" not in run.ok(*resume, 4, **options)  # it has seen these now
 
 
 def save(path, step, was=None, method="MoCo", **options):
