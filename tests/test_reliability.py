@@ -53,7 +53,10 @@ def kill_at_line(count: int, within: tuple[str, ...]) -> None:
     sys.settrace(at_call)
 
 
-def live(folder, flags, environment, kill, file_size, at_step_6, output) -> None:
+def live(folder, flags, environment=(), kill=(), file_size=0, at_step_6="", output="out0.txt") -> None:
+    """A run of fima.py that writes to a file `output`: killed while it trains (see `kill_at_line`), unable to write
+    files above file_size bytes, or spoiling a weight ("spoil") or sending itself a signal after step 6.
+    """
     os.chdir(folder)
     os.environ.update(environment)
     output = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOCTTY)
@@ -83,26 +86,20 @@ def live(folder, flags, environment, kill, file_size, at_step_6, output) -> None
     cli.command_line(lambda: pretrain.main(fima.FIMA, fima.FIMAConfig, fima.PRESETS, ""))
 
 
-def start(folder, *flags, environment=None, kill=(), file_size=0, at_step_6="", output=""):
-    """A run of fima.py in its own process: killed while it trains (see `kill_at_line`), unable to write files above
-    file_size bytes, or spoiling a weight ("spoil") or sending itself a signal after step 6. It writes to out0.txt, or
-    `output`.
-    """
-    environment = environment or {}
-    output = output or f"out{environment.get('RANK', 0)}.txt"
+def start(folder, *flags, **options):
+    """`live` in a process of its own."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["test_reliability"])
-    arguments = str(folder), [str(flag) for flag in flags], environment, kill, file_size, at_step_6, output
-    process = context.Process(target=live, args=arguments)
+    process = context.Process(target=live, args=(str(folder), [str(flag) for flag in flags]), kwargs=options)
     process.start()
     return process
 
 
-def finish(process, folder, rank=0, output=""):
+def finish(process, folder, output="out0.txt"):
     """Exit code (−N for signal N) and output of a process that was started."""
     process.join(300)
     assert process.exitcode is not None, "it does not end"
-    return process.exitcode, (folder / (output or f"out{rank}.txt")).read_text()
+    return process.exitcode, (folder / output).read_text()
 
 
 def end_well(folder, *flags, **options):
@@ -253,12 +250,11 @@ def test_nothing_is_unpickled():
 
 def start_two(*folders, flags, at_step_6="", **environment):
     """Two processes of a run without a launcher, in epochs of 4 steps; something may befall the second after step 6."""
-    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"} | environment
-    started = []
+    common, started = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), WORLD_SIZE="2"), []
     for rank, (folder, fault) in enumerate(zip(folders * 2, ("", at_step_6), strict=False)):
         folder.mkdir(exist_ok=True)
-        place = {"LOCAL_RANK": str(rank), "RANK": str(rank)} | environment
-        started.append(start(folder, *flags, environment=place, at_step_6=fault))
+        place = common | {"LOCAL_RANK": str(rank), "RANK": str(rank)} | environment
+        started.append(start(folder, *flags, environment=place, at_step_6=fault, output=f"out{rank}.txt"))
     return started
 
 
@@ -324,7 +320,7 @@ def test_two_nodes_need_no_common_disk(undisturbed, videos, tmp_path):
     nodes[1].mkdir()
     (nodes[1] / "run").touch()
     for rank, process in enumerate(start_two(*nodes, flags=flags, LOCAL_RANK="0")):
-        code, out = finish(process, nodes[rank], rank)
+        code, out = finish(process, nodes[rank], f"out{rank}.txt")
         assert code == 0, out
     assert weights(nodes[0] / "run" / "checkpoint.pt")["step"] == 8
     named = (nodes[0] / "run" / "bad_videos.log").read_text()
@@ -359,14 +355,14 @@ def test_processes_that_do_not_meet_say_so_in_one_line_each_within_the_time_out(
             says = f"error: process {place} does not meet the others at 127.0.0.1:{ports[group]} ("
             started[says] = start(tmp_path, *TINY, "--timeout", 0.05, environment=setting, output=f"{n}.txt")
         for n, (says, process) in enumerate(started.items()):
-            code, out = finish(process, tmp_path, output=f"{n}.txt")
+            code, out = finish(process, tmp_path, f"{n}.txt")
             assert code == 2 and out.startswith(says) and "start all of them" in out and out.count("\n") == 1
 
 
 @pytest.mark.slow
 def test_processes_that_disagree_stop_before_they_save(undisturbed, tmp_path):
     for rank, process in enumerate(start_two(tmp_path, flags=undisturbed[1], at_step_6="spoil")):
-        code, out = finish(process, tmp_path, rank)
+        code, out = finish(process, tmp_path, f"out{rank}.txt")
         assert code == 2, out
         assert f"process {rank}: after step 8 the processes hold different values of head.net.2.bias" in out
     assert weights(tmp_path / "run" / "checkpoint.pt")["step"] == 4

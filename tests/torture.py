@@ -60,8 +60,7 @@ class Torture:
 
     def ended(self, folder: Path, *flags, **options) -> tuple[int, str]:
         """A run that ends well, or with one line of an error: exit code and output."""
-        output = options.get("output", "out0.txt")
-        code, out = finish(start(folder, *self.flags, *flags, **options), folder, output=output)
+        code, out = finish(start(folder, *self.flags, *flags, **options), folder, options.get("output", "out0.txt"))
         assert code in (0, 2) and "Traceback" not in out, out
         return code, out
 
@@ -126,7 +125,7 @@ class Torture:
         first = start(folder, *self.flags, output="first.txt")
         time.sleep(chance.uniform(0, self.seconds / 2))
         second = start(folder, *self.flags, *chance.choice(([], ["--resume", "auto"])), output="second.txt")
-        ends = [finish(first, folder, output="first.txt"), finish(second, folder, output="second.txt")]
+        ends = [finish(first, folder, "first.txt"), finish(second, folder, "second.txt")]
         assert sorted(code for code, _ in ends) in ([0, 0], [0, 2]) and "Traceback" not in str(ends), ends
         self.ends_as_if_nothing_had_been(folder)
 
