@@ -32,20 +32,14 @@ def frame_info_nce_loop(prediction, target, negatives, temperature=0.1):
     return mean([log_ratio(y, [target[n]], [*target, *negatives], temperature) for n, y in enumerate(prediction)])
 
 
-def squared_distance(x, y):
-    return sum((a - b) ** 2 for a, b in zip(x, y, strict=True))
-
-
 def frame_triplet_loop(prediction, target, negatives, margin=1.0):
-    terms = []
-    for n, y in enumerate(prediction):
-        for other in target[:n] + target[n + 1 :] + negatives:
-            terms.append(max(0.0, squared_distance(y, target[n]) - squared_distance(y, other) + margin))
-    return mean(terms)
+    others = [[math.dist(y, z) for z in target[:n] + target[n + 1 :] + negatives] for n, y in enumerate(prediction)]
+    own = [math.dist(y, z) for y, z in zip(prediction, target, strict=True)]
+    return mean([max(0.0, o**2 - far**2 + margin) for o, row in zip(own, others, strict=True) for far in row])
 
 
 def frame_mse_loop(prediction, target, negatives):
-    return mean([squared_distance(y, own) for y, own in zip(prediction, target, strict=True)])
+    return mean([math.dist(y, own) ** 2 for y, own in zip(prediction, target, strict=True)])
 
 
 def box_of(crop: tuple) -> list[float]:
