@@ -441,12 +441,25 @@ def test_lists_that_make_no_sense_are_refused(run, videos):
     refused("no label", "--dataset", "folder", "--data", run.path)
     flags = lists_of(videos, run.path, "one")
     refused("at least 2 classes", *flags)
-    one, two = (run.path / "test.txt").read_text().splitlines()[:2]
-    os.link(videos / two.split()[0], run.path / "link.mp4")
-    (run.path / "both.txt").write_text(f"{one}\n{run.path}/link.mp4 one\n")
-    refused("is a training video and a test video, one of 2 by name or link", *flags, "--list_file", "both.txt")
-    (run.path / "twice.txt").write_text(f"{one}\n{one}\n")
+    (run.path / "both.txt").write_text(line := (run.path / "test.txt").read_text().splitlines()[0])
+    refused("is a training video and a test video, one of 1 ", *flags, "--list_file", "both.txt")
+    (run.path / "twice.txt").write_text(f"{line}\n{line}\n")
     refused("more than once", *flags, "--test_list", "twice.txt")
+
+
+def test_videos_that_training_and_test_share_by_name_or_link_are_counted(run):
+    root = run.path / "set"
+    for name in ("train/jump/a.mp4", "train/run/b.mp4", "train/run/c.mp4", "test/run/e.mp4"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    (root / "soft.mp4").symlink_to("train/jump/a.mp4")
+    os.link(root / "train/run/b.mp4", root / "hard.mp4")
+    (root / "far").symlink_to("train")
+    (root / "train.txt").write_text("train/jump/a.mp4 jump\ntrain/run/b.mp4 run\ntrain/run/c.mp4 run\n")
+    (root / "test.txt").write_text("soft.mp4 jump\nhard.mp4 run\nfar/run/c.mp4 run\ntest/run/e.mp4 run\n")
+    flags = ["--dataset", "folder", "--data", root, "--list_file", "train.txt", "--test_list", "test.txt"]
+    says = [f"{root}/train/", "is a training video and a test video, one of 3 by name or link"]
+    run.refused(evaluate, "knn", *UNTRAINED, *FAST, *flags, dataset=None, says=says)
 
 
 def test_the_vote_is_by_the_options_and_training_videos_alone_are_left_out(run, monkeypatch):

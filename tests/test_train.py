@@ -257,7 +257,7 @@ def test_too_little_memory_is_one_line(error, capsys):
 @pytest.mark.slow
 def test_run_folder_holds_config_command_versions_and_every_loss_with_its_chance(run):
     flags = ["--epochs", 1, "--log_every", 2, "--out", "a run", "--lr", 0.1, "--queue", 99, "--seed", 2**31 - 1]
-    out = run.ok(fima, *flags, "--losses", "vv,vd,pix,fra", dataset="folder")
+    out = run.ok(fima, *flags, "--losses", "vv,vd,pix,fra")
     (start,) = json.loads((run.path / "a run" / "run.json").read_text())
     assert start["config"]["lr"] == 0.1 and start["config"]["epochs"] == 1  # explicit flags win over the preset
     assert "fima.py" in start["command"] and start["versions"] == runs.versions()
