@@ -15,6 +15,7 @@ import evaluate
 import fima
 import pretrain
 import synthetic
+import visualize
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "examples"))  # where simclr is
 
@@ -65,7 +66,7 @@ def run(videos, tmp_path, monkeypatch, in_process):
         where = ["--dataset", dataset, "--data", videos] if dataset else []
         own = [*SMALL * small, *["--decoder_width=32"] * (small and module is fima), "--workers=0"]
         monkeypatch.chdir(tmp_path)
-        own = [] if module is evaluate or flags[:1] == ("maps",) else own  # which are sub-commands
+        own = [] if module in (evaluate, visualize) or flags[:1] == ("maps",) else own  # which are sub-commands
         main = module.main
         if main is pretrain.main:  # a method's, which tells it class, config, presets and help
             (name,) = (name for name in vars(module) if name.lower() == module.__name__.replace("_", ""))

@@ -3,6 +3,7 @@
 import json
 import math
 import multiprocessing
+import operator
 import os
 import socket
 import subprocess
@@ -19,6 +20,7 @@ import train
 ROOT = Path(__file__).parents[1]
 ALONE = train.Process(0, 1, torch.device("cpu"))
 FORK = multiprocessing.get_context("fork") if hasattr(os, "fork") else None
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 FAST = {"clips_per_s", "data_wait"}  # numbers of a line of the log that no two runs share
 
 
@@ -58,9 +60,8 @@ def free_port():
 
 def torchrun(script, *flags, processes=2, folder=None):
     """A script in so many processes, with one thread each: what `subprocess.run` gives."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [*launch, str(script), *map(str, flags)]
+    command = [*TORCHRUN, f"--nproc_per_node={processes}", str(script), *map(str, flags)]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
 
 
@@ -106,14 +107,10 @@ def assert_trains(model, found):
         assert parameter.grad is None or parameter.grad.isfinite().all(), name
 
 
-def log_h(x: list[float], y: list[float], temperature: float) -> float:
-    return sum(a * b for a, b in zip(x, y, strict=True)) / temperature
-
-
 def log_ratio(query: list, chosen: list, everything: list, temperature: float) -> float:
-    """−log of Σ h over `chosen` by Σ h over `everything`."""
-    above, below = (sum(math.exp(log_h(query, k, temperature)) for k in keys) for keys in (chosen, everything))
-    return -math.log(above / below)
+    """−log of Σ h over `chosen` by Σ h over `everything`, where h(x, y) = exp(x · y / temperature)."""
+    h = [[math.exp(sum(map(operator.mul, query, key)) / temperature) for key in keys] for keys in (chosen, everything)]
+    return -math.log(sum(h[0]) / sum(h[1]))
 
 
 def mean(values: list[float]) -> float:

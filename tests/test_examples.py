@@ -11,9 +11,8 @@ import pytest
 import simclr
 import torch
 import tubelet_contrast as tubelet
-from helpers import ROOT, make_views, weights
+from helpers import ROOT, join_group, log_ratio, make_views, weights
 
-import cli
 import evaluate
 import moco
 import processes
@@ -32,16 +31,13 @@ def test_the_loss_is_that_of_a_loop():
     with torch.no_grad():
         z = method.head(method.encoder(method.encoder_input(clips, color[:, 0])).mean((2, 3, 4)))
     z = (z / z.norm(dim=1, keepdim=True)).tolist()
-    rows = []
-    for i, query in enumerate(z):
-        scores = [math.exp(sum(a * b for a, b in zip(query, key, strict=True)) / 0.1) for key in z]
-        rows.append(-math.log(scores[(i + 3) % 6] / (sum(scores) - scores[i])))
+    rows = [log_ratio(query, [z[(i + 3) % 6]], z[:i] + z[i + 1 :], 0.1) for i, query in enumerate(z)]
     assert method(views)["nce"].item() == pytest.approx(sum(rows) / 6, rel=1e-4)
     assert method.metrics["chance/nce"] == pytest.approx(math.log(5))
 
 
 def step_process(rank, folder):
-    torch.distributed.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    join_group(rank, folder)
     method, views = build(), make_views(4, 0, 32)
     parallel = torch.nn.parallel.DistributedDataParallel(method, broadcast_buffers=False)
     (loss,) = parallel({name: value.chunk(2)[rank] for name, value in views.items()}).values()
@@ -64,7 +60,7 @@ def test_two_processes_have_the_loss_and_the_gradient_of_one_with_the_same_batch
 
 
 @pytest.mark.slow
-def test_its_checkpoint_goes_through_evaluation_and_into_a_report(run, monkeypatch, capsys):
+def test_its_checkpoint_goes_through_evaluation_and_into_a_report(run):
     fast = [*conftest.CONV4, "--batch_size=4", "--device=cpu", "--epochs=1", "--out=run"]
     out = run.ok(simclr, *fast, small=False)
     assert "(chance 1.946)" in out and "own other half" in out
@@ -75,10 +71,7 @@ def test_its_checkpoint_goes_through_evaluation_and_into_a_report(run, monkeypat
     run.ok(evaluate, "retrieve", *quick)
     export = ["export", quick[0], "--to=torchvision"]
     run.refused(evaluate, *export, dataset=None, says=["torchvision has r2plus1d_18"])  # no conv4
-    monkeypatch.setattr(sys, "argv", ["visualize.py", "report", "run", "--device", "cpu", "--workers", "0"])
-    with pytest.raises(SystemExit) as stop:
-        cli.command_line(visualize.main)
-    assert stop.value.code == 0, capsys.readouterr().err
+    run.ok(visualize, "report", "run", "--device=cpu", "--workers=0", dataset=None)
     assert "SimCLR on synthetic" in (run.path / "run" / "report.html").read_text()
 
 
@@ -89,11 +82,10 @@ def test_the_learning_rate_rises_first():
 
 
 @pytest.mark.slow
-def test_it_runs_from_any_folder_and_is_short(tmp_path):
+def test_it_runs_from_any_folder(tmp_path):
     script = ROOT / "examples" / "simclr.py"
     done = subprocess.run([sys.executable, script, "--help"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "--warmup" in done.stdout and "--queue" not in done.stdout, done.stderr
-    assert len(script.read_text().splitlines()) <= 70
 
 
 # ---------------------------------------------------------------------------------------------------- Tubelet-Contrast
@@ -163,12 +155,8 @@ def test_a_pair_is_of_two_videos_and_shows_the_same_tubelets_of_a_third(monkeypa
 
 @pytest.mark.slow
 def test_a_run_of_it_resumes_and_is_evaluated(run):
-    code, out, err = run(tubelet, *conftest.CONV4, "--epochs", 1, "--max_steps", 2, "--out", "run")
-    assert code == 0 and "python tubelet_contrast.py" in out, err
-    flags = ["--resume", "run/checkpoint.pt", "--max_steps", 3]
-    code, out, err = run(tubelet, *flags, small=False)
-    assert code == 0 and "resumed after step 2" in out, err
+    out = run.ok(tubelet, *conftest.CONV4, "--epochs", 1, "--max_steps", 2, "--out", "run")
+    assert "python tubelet_contrast.py" in out
+    assert "resumed after step 2" in run.ok(tubelet, "--resume=run/checkpoint.pt", "--max_steps", 3, small=False)
     for words in (["retrieve"], ["linear", "--epochs", 1, "--batch_size", 6]):
-        flags = ["--checkpoint", "run/checkpoint.pt", "--clips", 2, "--device", "cpu", "--workers", 0]
-        code, _, err = run(evaluate, *words, *flags)
-        assert code == 0, err
+        run.ok(evaluate, *words, "--checkpoint=run/checkpoint.pt", "--clips=2", "--device=cpu", "--workers=0")

@@ -22,13 +22,9 @@ def pixel_contrast_loop(prediction, target, positives, keys, temperature=0.1):
     videos = []
     for b, rows in enumerate(positives):
         own_keys = keys[b] if isinstance(keys[0][0], list) else keys
-        pixels = []
-        for s, row in enumerate(rows):
-            chosen = [m for m, positive in zip(target[b], row, strict=True) if positive]
-            if chosen:
-                pixels.append(log_ratio(prediction[b][s], chosen, own_keys, temperature))
-        if pixels:
-            videos.append(mean(pixels))
+        chosen = [[m for m, positive in zip(target[b], row, strict=True) if positive] for row in rows]
+        pairs = [(y, near) for y, near in zip(prediction[b], chosen, strict=True) if near]
+        videos += [mean([log_ratio(*pair, own_keys, temperature) for pair in pairs])] if pairs else []
     return mean(videos)
 
 
@@ -36,20 +32,14 @@ def frame_info_nce_loop(prediction, target, negatives, temperature=0.1):
     return mean([log_ratio(y, [target[n]], [*target, *negatives], temperature) for n, y in enumerate(prediction)])
 
 
-def squared_distance(x, y):
-    return sum((a - b) ** 2 for a, b in zip(x, y, strict=True))
-
-
 def frame_triplet_loop(prediction, target, negatives, margin=1.0):
-    terms = []
-    for n, y in enumerate(prediction):
-        for other in target[:n] + target[n + 1 :] + negatives:
-            terms.append(max(0.0, squared_distance(y, target[n]) - squared_distance(y, other) + margin))
-    return mean(terms)
+    others = [[math.dist(y, z) for z in target[:n] + target[n + 1 :] + negatives] for n, y in enumerate(prediction)]
+    own = [math.dist(y, z) for y, z in zip(prediction, target, strict=True)]
+    return mean([max(0.0, o**2 - far**2 + margin) for o, row in zip(own, others, strict=True) for far in row])
 
 
 def frame_mse_loop(prediction, target, negatives):
-    return mean([squared_distance(y, own) for y, own in zip(prediction, target, strict=True)])
+    return mean([math.dist(y, own) ** 2 for y, own in zip(prediction, target, strict=True)])
 
 
 def box_of(crop: tuple) -> list[float]:
@@ -61,9 +51,8 @@ def centers_loop(crop: tuple, height: int, width: int) -> list[tuple[float, floa
     """A flipped view shows the crop's last column first."""
     x, y, w, h, flipped = crop
     columns = range(width)[::-1] if flipped else range(width)
-    return [
-        (x + w * (2 * c + 1) / (2 * width), y + h * (2 * r + 1) / (2 * height)) for r in range(height) for c in columns
-    ]
+    places = [((2 * c + 1) / (2 * width), (2 * r + 1) / (2 * height)) for r in range(height) for c in columns]
+    return [(x + w * along, y + h * down) for along, down in places]
 
 
 def distances_loop(source: tuple, target: tuple, height: int, width: int) -> Tensor:

@@ -10,7 +10,7 @@ from random import Random
 import conftest
 import pytest
 import torch
-from helpers import ALONE, Bare, same, weights
+from helpers import ALONE, Bare, generator, same, weights
 
 import cli
 import dclr
@@ -24,21 +24,15 @@ import runs
 import train
 import visualize
 
-CONFIGS = {
-    moco.MoCoConfig: moco.PRESETS,
-    fima.FIMAConfig: fima.PRESETS,
-    fame.FAMEConfig: fame.PRESETS,
-    dclr.DCLRConfig: dclr.PRESETS,
-    mcl.MCLConfig: mcl.PRESETS,
-    evaluate.LinearConfig: {},
-    evaluate.FinetuneConfig: {},
-}
+METHODS = (moco, "MoCo"), (fima, "FIMA"), (fame, "FAME"), (dclr, "DCLR"), (mcl, "MCL")
+CONFIGS = {vars(module)[f"{name}Config"]: module.PRESETS for module, name in METHODS}
+CONFIGS |= {evaluate.LinearConfig: {}, evaluate.FinetuneConfig: {}}
 
 
 def fit_tiny(config):
     def batches(start):
         while True:
-            yield {"x": torch.randn(config.batch_size, 3, generator=torch.Generator().manual_seed(start))}
+            yield {"x": torch.randn(config.batch_size, 3, generator=generator(start))}
             start += 1
 
     path = runs.fit_in_folder(Bare(), config, ALONE, batches, 8 // config.batch_size, "", {})
@@ -70,16 +64,16 @@ def test_each_option_makes_a_resumed_run_another_or_is_refused_or_is_one_that_de
         if value is None or name == "resume":
             continue
         shutil.rmtree(tmp_path / "resumed", ignore_errors=True)
-        if name not in config_class.FREE | config_class.TUNED:
-            with pytest.raises(train.UserError, match=rf"with --{name} .*, not {value}: start anew"):
-                resumed(f"--{name}={value}")
-        elif name in train.TrainConfig.TUNED:
-            assert not same(fit_tiny(resumed(f"--{name}={value}")), undisturbed), name
+        try:
+            found = resumed(f"--{name}={value}")
+        except train.UserError as error:
+            says = (
+                "" if name in config_class.FREE | config_class.TUNED else f", not {value}: start anew"
+            )  # lists' pairs
+            assert f"--{name}" in str(error) and says in str(error) and name not in train.TrainConfig.TUNED
         else:
-            try:
-                assert getattr(resumed(f"--{name}={value}"), name) == value
-            except train.UserError as error:  # as lists that go in pairs
-                assert f"--{name}" in str(error)
+            assert name in config_class.FREE | config_class.TUNED and getattr(found, name) == value
+            assert name not in train.TrainConfig.TUNED or not same(fit_tiny(found), undisturbed), name
 
 
 def test_changed_data_are_named():
@@ -99,34 +93,33 @@ def test_changed_data_are_named():
 
 @pytest.mark.slow
 def test_changed_data_are_said_and_need_a_flag(run, videos):
-    tree = run.path / "tree"
-    shutil.copytree(videos, tree)
-    lists = {
-        part: sorted(path.relative_to(tree) for path in tree.glob(f"{part}/*/*.mp4")) for part in ("train", "test")
-    }
-    for part, paths in lists.items():
+    shutil.copytree(videos, tree := run.path / "tree")
+
+    def write(part, order=1):
+        paths = sorted(path.relative_to(tree) for path in tree.glob(f"{part}/*/*"))[::order]
         (run.path / f"{part}.txt").write_text("".join(f"{path} {path.parent.name}\n" for path in paths))
+        return paths[0]
+
+    first, _ = write("train"), write("test")
     small = [*conftest.CONV4, "--device", "cpu", "--max_steps", 1, "--dataset", "folder", "--data", tree]
     probe = ["--list_file", "train.txt", "--test_list", "test.txt", "--epochs", 2, "--batch_size", 6, "--clips", 1]
     run.ok(moco, *small, "--batch_size", 4, "--out", "moco", dataset=None)
     run.ok(evaluate, "linear", *small, *probe, "--out", "linear", dataset=None)
     tree = tree.rename(run.path / "moved")
-    kinds = {"moco": [moco], "linear": [evaluate, "linear"]}
-    resume = {name: [*words, "--resume", f"{name}/checkpoint.pt", "--data", tree] for name, words in kinds.items()}
     options = dict(small=False, dataset=None)
-    for words in resume.values():  # which move with their folder
-        out = run.ok(*words, "--max_steps", 2, **options)
-        assert "resumed after step 1" in out and "other data" not in out
-    with open(tree / lists["train"][0], "ab") as file:
+    resume = [moco, "--resume=moco/checkpoint.pt", "--data", tree, "--max_steps"]
+    out = run.ok(*resume, 2, **options)  # they move with their folder
+    assert "resumed after step 1" in out and "other data" not in out
+    with open(tree / first, "ab") as file:
         file.write(b"\0")
-    for name, title in (("moco", "videos"), ("linear", "training videos")):
-        says = [f"{title}: 1 of another size ({str(lists['train'][0])!r})", "--changed_data"]
-        run.refused(*resume[name], "--max_steps", 3, says=says, **options)
-    (run.path / "test.txt").write_text("".join(f"{path} {path.parent.name}\n" for path in reversed(lists["test"])))
-    run.refused(*resume["linear"], "--max_steps", 3, says=["test videos: in another order"], **options)
-    out = run.ok(*resume["moco"], "--max_steps", 3, "--changed_data", **options)
+    write("test", -1)
+    says = [f"videos: 1 of another size ({str(first)!r})", "--changed_data"]
+    run.refused(*resume, 3, says=says, **options)
+    says += ["training videos: 1 of", "test videos: in another order"]
+    run.refused(evaluate, "linear", "--resume=linear/checkpoint.pt", "--data", tree, says=says, **options)
+    out = run.ok(*resume, 3, "--changed_data", **options)
     assert "note: goes on with other data" in out and "1 of another size" in out
-    assert "other data" not in run.ok(*resume["moco"], "--max_steps", 4, **options)  # it has seen these now
+    assert "other data" not in run.ok(*resume, 4, **options)  # it has seen these now
 
 
 def save(path, step, was=None, method="MoCo", **options):
@@ -188,6 +181,7 @@ def test_resume_auto_passes_over_another_run_and_says_what_differs(tmp_path, mon
 
 def test_checkpoints_that_do_not_fit_are_refused_in_one_line(tmp_path, monkeypatch):
     save(path := tmp_path / "checkpoint.pt", 2, bn="local", width=0.5)
+    assert cli.parse(moco.MoCoConfig, "", argv=["--resume", str(path)]).bn == "shuffle"  # what is new has its default
     state = weights(path) | {"model": (method := Bare()).state_dict()}
 
     def refused(says, *flags, **changes):
@@ -212,7 +206,8 @@ def test_checkpoints_that_do_not_fit_are_refused_in_one_line(tmp_path, monkeypat
         runs.load_checkpoint(path)
 
 
-BAD = [None, True, "x", [], {}, -1, 2.5, math.nan, 10**30, torch.ones(2), torch.ones(2).to_sparse()]
+ILL = [None, True, "x", [], {}, -1, 2.5, math.nan, 10**30]
+BAD = [*ILL, torch.ones(2), torch.ones(2).to_sparse()]
 
 
 def places(value, place=()):
@@ -257,16 +252,12 @@ def test_ill_typed_values_in_a_checkpoint_change_nothing_or_are_one_clear_line(r
         counts = run.done, run.skipped, run.bad_videos
         return run.method.state_dict(), run.optimizer.state_dict()["state"], counts, runs.unpack(path, found)
 
-    def evaluated():
-        return features.load_encoder(evaluate.RetrieveConfig(checkpoint=str(path)), str)[0].state_dict()
-
-    def drawn():
-        return visualize.load_decoder(visualize.FigureConfig(device="cpu"), [str(path)])[1].state_dict()
-
-    def found():
-        return runs.find_run(asked, seen, str)
-
-    readers = (resumed, evaluated, drawn, found)
+    readers = (
+        resumed,
+        lambda: features.load_encoder(evaluate.RetrieveConfig(checkpoint=str(path)), str)[0].state_dict(),
+        lambda: visualize.load_decoder(visualize.FigureConfig(device="cpu"), [str(path)])[1].state_dict(),
+        found := lambda: runs.find_run(asked, seen, str),
+    )
     undisturbed = [reader() for reader in readers]
     assert path.samefile(undisturbed[-1])
     pairs = [(place, bad) for place in places(state) for bad in BAD]
@@ -287,7 +278,7 @@ def folder(run):
     return run.path / "run"
 
 
-ILL = [None, True, "x", [], {}, -1, 2.5, math.nan, 10**30, 10**400]  # as JSON has them
+ILL = [*ILL, 10**400]  # as JSON has them
 CUT = [b"", b"[", b"\xff", b"null", b"[" * 100_000, b'{"a": \xff}', b"1" * 5000]
 
 

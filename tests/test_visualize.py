@@ -1,11 +1,9 @@
 """Figures: the numbers behind them against plain loops, every command on a tiny checkpoint, and users' mistakes."""
 
 import dataclasses
-import itertools
 import json
 import math
 import shutil
-import sys
 from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
@@ -13,10 +11,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import one_line
 
 import augment
-import cli
 import data
 import fima
 import find
@@ -48,30 +44,17 @@ def runs(videos, tmp_path_factory):
 
 
 @pytest.fixture
-def draw(tmp_path, monkeypatch, capsys):
-    """Runs visualize.py in this process as its command line would; gives exit code, output and errors."""
-
-    def call(*words):
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", ["visualize.py", *map(str, words)])
-        with pytest.raises(SystemExit) as stop:
-            cli.command_line(visualize.main)
-        plt.close("all")
-        out, err = capsys.readouterr()
-        return stop.value.code, out, err
-
-    call.path = tmp_path
+def draw(run):
+    """Runs visualize.py in this process: it ends well."""
     with plt.rc_context():
-        yield call
+        yield lambda *words: run.ok(visualize, *words, dataset=None)
+    plt.close("all")
 
 
 def test_cosines_are_of_each_with_each_of_a_sample():
     x, y = torch.randn(2, 3, 5, dtype=torch.float64), torch.randn(2, 4, 5, dtype=torch.float64)
-    found = visualize.cosines(x, y)
-    assert found.shape == (2, 3, 4)
-    for n, i, j in itertools.product(range(2), range(3), range(4)):
-        product = sum(a * b for a, b in zip(x[n, i].tolist(), y[n, j].tolist(), strict=True))
-        assert found[n, i, j].item() == pytest.approx(product / float(x[n, i].norm() * y[n, j].norm()))
+    expected = [[[i @ j / (i.norm() * j.norm()) for j in other] for i in one] for one, other in zip(x, y, strict=True)]
+    torch.testing.assert_close(visualize.cosines(x, y), torch.tensor(expected, dtype=torch.float64))
 
 
 def test_masks_keep_the_brightest_pixels_of_each_modality_and_of_their_sum():
@@ -120,10 +103,8 @@ def test_key_encoders_see_both_modalities_by_the_statistics_of_their_own_batch(r
 
 @pytest.mark.parametrize(("size", "pixels", "stride", "offset"), [(64, 4, 16, -7.5), (50, 2, 32, 7.5), (48, 6, 8, 0.0)])
 def test_maps_lie_on_what_their_pixels_look_at(size, pixels, stride, offset):
-    encoder, maps = (
-        SimpleNamespace(strides=(8, stride, stride), offsets=(0, offset, offset)),
-        torch.rand(2, pixels, pixels),
-    )
+    encoder = SimpleNamespace(strides=(8, stride, stride), offsets=(0, offset, offset))
+    maps = torch.rand(2, pixels, pixels)
     places = [(k + 0.5 - offset) / stride for k in range(size)]
     near = [min(max(math.floor(place), 0), pixels - 1) for place in places]
     expected = torch.tensor([[[float(m[r, c]) for c in near] for r in near] for m in maps])
@@ -149,10 +130,9 @@ def test_maps_lie_on_what_their_pixels_look_at(size, pixels, stride, offset):
         pytest.param("tsne", ["moco", "fima"], [], marks=pytest.mark.slow),
     ],
 )
-def test_a_command_draws_a_picture(draw, runs, name, inputs, flags):
-    code, out, err = draw(name, *(runs / run for run in inputs), "--workers=0", "--clips=2", *flags)
-    assert code == 0, err
-    path = draw.path / next((flag[6:] for flag in flags if flag.startswith("--out=")), f"{name}.png")
+def test_a_command_draws_a_picture(draw, runs, tmp_path, name, inputs, flags):
+    out = draw(name, *(runs / run for run in inputs), "--workers=0", "--clips=2", *flags)
+    path = tmp_path / next((flag[6:] for flag in flags if flag.startswith("--out=")), f"{name}.png")
     content = path.read_bytes()
     assert f"written to {path.name}" in out and 5_000 < len(content) < 3_000_000
     assert content.startswith(visualize.PICTURES[path.suffix])
@@ -162,26 +142,23 @@ def test_a_command_draws_a_picture(draw, runs, name, inputs, flags):
 
 
 def test_one_file_and_an_untrained_encoder_are_enough(draw, videos):
-    video = find.find_videos("synthetic", videos, train=False).paths[0]
     for name in ("masks", "sample"):
-        assert draw(name, "--video", video, *CONV4)[0] == 0
-        assert (draw.path / f"{name}.png").is_file()
+        assert f"{name}.png" in draw(name, "--video", find.find_videos("synthetic", videos, False).paths[0], *CONV4)
 
 
 @pytest.mark.slow
-def test_videos_without_labels_or_parts(draw, videos):
-    (draw.path / "films").mkdir()
+def test_videos_without_labels_or_parts(draw, videos, tmp_path):
+    (tmp_path / "films").mkdir()
     for n, path in enumerate(find.find_videos("synthetic", videos, train=True).paths[:5]):
-        shutil.copy(path, draw.path / "films" / f"$ {n}.mp4")
+        shutil.copy(path, tmp_path / "films" / f"$ {n}.mp4")
     where = ["--dataset=folder", "--data=films", *CONV4]
-    assert draw("retrieval", *where, "--count=2", "--neighbours=9")[0] == 0
-    assert draw("tsne", *where)[0] == 0
+    draw("retrieval", *where, "--count=2", "--neighbours=9")
+    draw("tsne", *where)
 
 
 @pytest.mark.slow
 def test_the_report_is_one_file_that_holds_its_pictures(draw, runs):
-    code, _, err = draw("report", runs / "fima", "--workers=0", "--clips=1")
-    assert code == 0, err
+    draw("report", runs / "fima", "--workers=0", "--clips=1")
     page = (runs / "fima" / "report.html").read_text()
     assert page.count("<img ") == page.count('src="data:image/png;base64,') == len(visualize.SECTIONS)
     assert "://" not in page and "<script" not in page  # "http" alone may stand in a picture by chance
@@ -204,11 +181,9 @@ def test_the_report_is_one_file_that_holds_its_pictures(draw, runs):
         (["report", "nowhere"], "no such folder"),
     ],
 )
-def test_a_mistake_is_one_line(draw, runs, words, message):
+def test_a_mistake_is_one_line(run, runs, words, message):
     places = {"FIMA": runs / "fima", "MOCO": runs / "moco"}
-    code, _, err = draw(*(places.get(word, word) for word in words))
-    assert code == 2
-    one_line(err, message)
+    run.refused(visualize, *(places.get(word, word) for word in words), dataset=None, says=[message])
 
 
 def test_strips_are_frames_from_first_to_last():

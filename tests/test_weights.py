@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import one_line
+from helpers import generator
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ NARROW = ["--crop", 32, "--frames", 8, "--clips", 1, "--workers", 0, "--device",
 
 def i3d_file(names: dict[str, str], counters: bool = True) -> dict[str, Tensor]:
     """A state dict of a narrow I3D by someone's names, with variances so small that the eps of batch norm matters."""
-    generator, file, stem, wide = torch.Generator().manual_seed(0), {}, round(64 * WIDTH), round(192 * WIDTH)
+    drawn, file, stem, wide = generator(0), {}, round(64 * WIDTH), round(192 * WIDTH)
     units = {"1a_7x7": (3, stem, 7), "2b_1x1": (stem, stem, 1), "2c_3x3": (stem, wide, 3)}  # channels in, out; kernel
     units = {names["stem"] + name: size for name, size in units.items()}
     for block, sizes in BLOCKS.items():
@@ -44,11 +44,11 @@ def i3d_file(names: dict[str, str], counters: bool = True) -> dict[str, Tensor]:
             units[f"{names['block']}{block}.{names[branch]}"] = size
         wide = b0 + b1b + b2b + b3b
     for unit, (inputs, outputs, kernel) in units.items():
-        weight, bn = torch.randn(outputs, inputs, *(kernel,) * 3, generator=generator), f"{unit}.{names['bn']}"
+        weight, bn = torch.randn(outputs, inputs, *(kernel,) * 3, generator=drawn), f"{unit}.{names['bn']}"
         file[f"{unit}.conv3d.weight"] = weight * (2e-3 / (inputs * kernel**3)) ** 0.5
-        file[f"{bn}.weight"], file[f"{bn}.bias"] = torch.rand(2, outputs, generator=generator) + 0.5
-        file[f"{bn}.running_mean"] = 0.01 * torch.randn(outputs, generator=generator)
-        file[f"{bn}.running_var"] = 2e-3 * torch.rand(outputs, generator=generator) ** 4
+        file[f"{bn}.weight"], file[f"{bn}.bias"] = torch.rand(2, outputs, generator=drawn) + 0.5
+        file[f"{bn}.running_mean"] = 0.01 * torch.randn(outputs, generator=drawn)
+        file[f"{bn}.running_var"] = 2e-3 * torch.rand(outputs, generator=drawn) ** 4
         if counters:
             file[f"{bn}.num_batches_tracked"] = torch.tensor(7)
     return file
@@ -87,7 +87,7 @@ def i3d(file: dict[str, Tensor], x: Tensor, names: dict[str, str], eps: float) -
 
 def rgb(*size: int) -> Tensor:
     """Two clips in [0, 1]."""
-    return torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(1))
+    return torch.rand(2, 3, *size, generator=generator(1))
 
 
 def pretraining(backbone: dict[str, Tensor], outer: str = "module.", inner: str = "", **heads: Tensor) -> dict:
@@ -201,18 +201,15 @@ def test_exported_to_piergiajs_names_an_i3d_gives_equal_outputs_in_its_network_a
 def test_export_from_the_command_line_and_back(run):
     torch.save(pretraining(i3d_file(FIMA), "_orig_mod.module.", **HEAD), run.path / "fima.pth.tar")
     export = ["export", "--checkpoint", "fima.pth.tar", "--width", WIDTH, "--to", "piergiaj"]
-    assert run(evaluate, *export, dataset=None)[0] == 0
-    code, out, _ = run(evaluate, "retrieve", "--checkpoint", "piergiaj.pt", "--encoder", "i3d", *NARROW)
-    assert code == 0 and "piergiaj.pt: i3d, 342 of 342 entries matched" in out and "R@1" in out
-    code, _, err = run(evaluate, *export, dataset=None)
-    assert code == 2
-    one_line(err, "piergiaj.pt is there")
+    run.ok(evaluate, *export, dataset=None)
+    out = run.ok(evaluate, "retrieve", "--checkpoint", "piergiaj.pt", "--encoder", "i3d", *NARROW)
+    assert "piergiaj.pt: i3d, 342 of 342 entries matched" in out and "R@1" in out
+    run.refused(evaluate, *export, dataset=None, says=["piergiaj.pt is there"])
 
 
 def test_files_of_torch_before_1_6_are_read(run):
     torch.save(i3d_file(PIERGIAJ, counters=False), run.path / "old.pt", _use_new_zipfile_serialization=False)
-    code, out, _ = run(evaluate, "retrieve", "--checkpoint", "old.pt", *NARROW)
-    assert code == 0 and "i3d_piergiaj" in out
+    assert "i3d_piergiaj" in run.ok(evaluate, "retrieve", "--checkpoint", "old.pt", *NARROW)
 
 
 LOST = "Mixed_5c.b3b.conv3d.weight"
@@ -232,6 +229,4 @@ WRONG = {
 def test_mistakes_are_one_clear_line(run, case):
     content, flags, says = WRONG[case]
     torch.save(content, run.path / "theirs.pth")
-    code, _, err = run(evaluate, "linear", "--checkpoint", "theirs.pth", *NARROW, *flags)
-    assert code == 2
-    one_line(err, "theirs.pth", *says)
+    run.refused(evaluate, "linear", "--checkpoint", "theirs.pth", *NARROW, *flags, says=["theirs.pth", *says])

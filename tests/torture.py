@@ -1,4 +1,4 @@
-"""Runs are killed, doubled, starved of disk and damaged, at random, until the minutes are over.
+"""Runs are killed, doubled, starved of disk, damaged and given other videos, at random, until the minutes are over.
 
 Each try ends with a run whose weights, optimiser and log must equal those of an undisturbed one, and with every file
 that is not the run's own as it was. Not one of the quick tests: by hand, and for two minutes in `.ci/run`.
@@ -23,47 +23,59 @@ from random import Random
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from helpers import alive, descendants  # noqa: E402
+from helpers import TORCHRUN, alive, descendants, torchrun  # noqa: E402
 from helpers import lines as log  # noqa: E402
 from test_reliability import TINY, end_well, equal_ends, finish, start  # noqa: E402
 
 import synthetic  # noqa: E402
 
-FLAGS = [*TINY, "--epochs=3", "--out=run", "--save_minutes=0", "--workers=1"]
-
 
 def digests(*places: Path) -> dict[str, str]:
     """What is in the files that are not the runs' own."""
-    files = (path for place in places for path in [place, *sorted(place.rglob("*"))] if path.is_file())
+    files = (path for place in places for path in [place, *place.rglob("*")] if path.is_file())
     return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def within(seconds: float, holds) -> bool:
+    """Waits until something holds, for so long at most: whether it does."""
+    until = time.monotonic() + seconds
+    while not holds() and time.monotonic() < until:
+        time.sleep(0.1)
+    return holds()
 
 
 class Torture:
     """The tries: each is given chance and an empty folder, and raises AssertionError where a promise is not kept."""
 
     def __init__(self, folder: Path):
-        self.folder, self.videos, self.expected = folder, folder / "videos", folder / "undisturbed" / "run"
+        self.folder, self.videos, self.undisturbed = folder, folder / "videos", folder / "undisturbed"
         synthetic.make_synthetic(self.videos, train=18, test=10, frames=40, size=(56, 56))
-        self.flags = [*FLAGS, "--data", self.videos]
-        self.expected.parent.mkdir()
+        self.flags = [*TINY, "--epochs=3", "--out=run", "--save_minutes=0", "--workers=1", "--data", self.videos]
+        self.undisturbed.mkdir()
+        self.expected = [self.undisturbed / "run", self.undisturbed / "of_two"]
         began = time.monotonic()
-        end_well(self.expected.parent, *self.flags)
+        end_well(self.undisturbed, *self.flags)
         self.seconds = time.monotonic() - began
+        self.end_two(self.undisturbed, "--out=of_two")
 
     def ended(self, folder: Path, *flags, **options) -> tuple[int, str]:
         """A run that ends well, or with one line of an error: exit code and output."""
-        output = options.get("output", "out0.txt")
-        code, out = finish(start(folder, *self.flags, *flags, **options), folder, output=output)
+        code, out = finish(start(folder, *self.flags, *flags, **options), folder, options.get("output", "out0.txt"))
         assert code in (0, 2) and "Traceback" not in out, out
         return code, out
 
-    def ends_as_if_nothing_had_been(self, folder: Path, stopped: bool = False) -> None:
+    def end_two(self, folder: Path, *flags) -> None:
+        """A run of two processes to its end."""
+        done = torchrun(ROOT / "fima.py", *self.flags, *flags, folder=folder)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    def ends_as_if_nothing_had_been(self, folder: Path, stopped: bool = False, two: bool = False) -> None:
         """Goes on to the end, which is the undisturbed one's, and so is the log, but for lines of where it `stopped`;
         nothing half is left.
         """
-        end_well(folder, *self.flags, "--resume", "auto")
-        assert equal_ends(self.expected, folder / "run"), "another end"
-        found, expected = log(folder / "run"), log(self.expected)
+        self.end_two(folder, "--resume=auto") if two else end_well(folder, *self.flags, "--resume=auto")
+        assert equal_ends(self.expected[two], folder / "run"), "another end"
+        found, expected = log(folder / "run"), log(self.expected[two])
         steps = [[line["step"] for line in lines] for lines in (found, expected)]
         assert found == expected or (stopped and set(steps[0]) > set(steps[1])), f"another log, of steps {steps[0]}"
         assert sorted(set(steps[0])) == steps[0], steps[0]
@@ -80,10 +92,7 @@ class Torture:
                     os.kill(one, signal.SIGKILL)
             process.join(120)
             assert process.exitcode in ((0, -signal.SIGKILL) if victim != "worker" else (0,)), process.exitcode
-            until = time.monotonic() + 10
-            while (left := alive(workers)) and time.monotonic() < until:
-                time.sleep(0.1)
-            assert not left, f"workers {left} outlive their process"
+            assert within(10, lambda workers=workers: not alive(workers)), f"of {workers} some outlive their process"
         self.ends_as_if_nothing_had_been(folder)
 
     def told_to_stop(self, chance: Random, folder: Path) -> None:
@@ -96,18 +105,33 @@ class Torture:
         assert code in (0, 128 + number, 128 + signal.SIGINT, -number) and "Traceback" not in out, out
         self.ends_as_if_nothing_had_been(folder, stopped=True)
 
+    def launcher(self, chance: Random, folder: Path) -> None:
+        """torchrun is killed, one of its two processes, or all of them at once."""
+        with open(folder / "out.txt", "w") as out:
+            command = [*TORCHRUN, "--nproc_per_node=2", ROOT / "fima.py", *map(str, self.flags)]
+            running = subprocess.Popen(command, cwd=folder, stdout=out, stderr=out)
+        within(60, (folder / "run" / "run.json").exists)
+        time.sleep(chance.uniform(0, self.seconds))
+        started = descendants(running.pid)
+        for victim in chance.choice(([running.pid], started[:1], started[1:2], [running.pid, *started])):
+            if alive([victim]):
+                os.kill(victim, signal.SIGKILL)
+        running.wait(120)
+        assert within(30, lambda: not alive(started)), f"of {started} some outlive torchrun"
+        self.ends_as_if_nothing_had_been(folder, stopped=True, two=True)
+
     def two_at_once(self, chance: Random, folder: Path) -> None:
         """A second run in the folder of the first, or one that would resume it."""
         first = start(folder, *self.flags, output="first.txt")
         time.sleep(chance.uniform(0, self.seconds / 2))
         second = start(folder, *self.flags, *chance.choice(([], ["--resume", "auto"])), output="second.txt")
-        ends = [finish(first, folder, output="first.txt"), finish(second, folder, output="second.txt")]
+        ends = [finish(first, folder, "first.txt"), finish(second, folder, "second.txt")]
         assert sorted(code for code, _ in ends) in ([0, 0], [0, 2]) and "Traceback" not in str(ends), ends
         self.ends_as_if_nothing_had_been(folder)
 
     def full_disk(self, chance: Random, folder: Path) -> None:
         """Of some size, in the middle of anything; afterwards there is room."""
-        most = (self.expected / "checkpoint.pt").stat().st_size
+        most = (self.expected[0] / "checkpoint.pt").stat().st_size
         size = chance.randint(4096, 5 * most // 2)
         mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "torture", folder]
         if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:  # no root: files have a largest size
@@ -121,6 +145,20 @@ class Torture:
             self.ends_as_if_nothing_had_been(folder)
         finally:
             subprocess.run(["umount", "-l", folder], check=True)
+
+    def changed_data(self, chance: Random, folder: Path) -> None:
+        """A video more, fewer or with another label: it is refused; with the old ones the run goes on."""
+        end_well(folder, *self.flags, "--max_steps", chance.randint(1, 20))
+        shutil.copytree(self.videos, folder / "other")
+        path, change = chance.choice(sorted(folder.glob("other/train/*/*"))), chance.choice(("more", "fewer", "label"))
+        if change != "fewer":
+            (new := path.parents[1] / (path.parent.name if change == "more" else "another")).mkdir(exist_ok=True)
+            shutil.copy(path, new / "more.mp4" if change == "more" else new)
+        if change != "more":
+            path.unlink()
+        code, out = self.ended(folder, "--data", folder / "other", "--resume", "run/checkpoint.pt")
+        assert code == 2 and change in out.splitlines()[-1], (change, out)
+        self.ends_as_if_nothing_had_been(folder, stopped=True)
 
     def damaged(self, chance: Random, folder: Path) -> None:
         """A bit, a hole or the end of the checkpoint is lost: it is refused, or nothing of it was."""
@@ -138,7 +176,7 @@ class Torture:
         self.ends_as_if_nothing_had_been(folder, stopped=True)
 
 
-TRIES = ("killed", "told_to_stop", "two_at_once", "full_disk", "damaged")
+TRIES = ("killed", "told_to_stop", "launcher", "two_at_once", "full_disk", "changed_data", "damaged")
 
 
 def main() -> int:
@@ -157,7 +195,7 @@ def main() -> int:
             chance, place = Random(f"{options.seed} {number}"), Path(folder) / f"{number}-{kind}"
             (place / "run").mkdir(parents=True)
             (place / "run" / "notes.txt").write_text("theirs")
-            theirs = [place / "run" / "notes.txt", torture.videos, torture.expected]
+            theirs = [place / "run" / "notes.txt", torture.videos, torture.undisturbed]
             before = digests(*theirs)
             try:
                 getattr(torture, kind)(chance, place)
