@@ -160,6 +160,8 @@ def _read_text(file: str | Path) -> str:
     ValueError for what is no file, such as a pipe, which might have no end."""
     if not os.path.isfile(file):
         raise ValueError(f"{file}: no file on a disk")
+    if not os.path.getsize(file):  # as files of /proc say, some of which have no end
+        return ""
     with open(file, "rb") as opened:
         marked = opened.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
     return Path(file).read_text(*(("utf-16", "replace") if marked else ("utf-8-sig", "surrogateescape")))
@@ -185,7 +187,8 @@ def _walk(root: str) -> tuple[list[str], dict[str, str], Counter, list[str]]:
             if NOT_READ.fullmatch(entry.name):
                 continue
             if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
-                below.append((entry.path, part or (entry.path if PART.fullmatch(entry.name) else "")))
+                if not (entry.is_symlink() and re.match(r"/(proc|sys)(/|$)", os.path.realpath(entry.path))):
+                    below.append((entry.path, part or (entry.path if PART.fullmatch(entry.name) else "")))
             elif suffix in suffixes:  # if it is a link to nothing, reading it will say so
                 videos.append(entry.path)
             elif suffix in ("txt", "csv", "json"):
@@ -435,7 +438,8 @@ def check_videos(root: str | Path, out: str | Path, workers: int, full: bool = F
 
     Raises FileNotFoundError when there is no video, PermissionError when there is a folder that may not be listed.
     """
-    root = os.path.abspath(root)
+    if not os.path.isdir(root := os.path.abspath(root)):
+        raise FileNotFoundError(f"{root}: no such folder")
     paths, _, _, closed = _walk(root)
     if closed:
         raise PermissionError(f"{closed[0]}: no permission to list this folder")

@@ -190,6 +190,11 @@ def test_only_files_on_a_disk_are_opened(tmp_path, folder, monkeypatch, check):
         server.bind(str(tmp_path / "socket"))
     for target in ("/dev/zero", "/dev/tty", "/proc/kmsg", folder / "pipe.mp4", tmp_path / "socket"):
         (root / f"{Path(target).stem}.mp4").symlink_to(target)
+    for name, target in (("everything", "/proc"), ("list.json", "/proc/kmsg")):  # by "self/root", all of the disk
+        (root / name).symlink_to(target)
+    assert len(find_videos("folder", root, True)) == 6
+    with pytest.raises(FileNotFoundError, match=r"list\.json: 0 videos"):
+        find_videos("folder", root, True, list_file=root / "list.json")
     monkeypatch.setattr(av, "open", lambda name, *rest, **options: opened.append(name) or av_open(name, **options))
     code, out, _, listed = check(root, "--workers", 1)
     assert code == 1 and out.startswith("5 of 6 videos") and listed.count("\tnot a file\n") == 4
