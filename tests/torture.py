@@ -98,6 +98,7 @@ class Torture:
     def told_to_stop(self, chance: Random, folder: Path) -> None:
         """Ctrl-C, a scheduler's SIGTERM, a terminal that hangs up."""
         process, number = start(folder, *self.flags), chance.choice((signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
+        assert within(120, (folder / "out0.txt").exists)  # it has begun
         time.sleep(chance.uniform(0.5, self.seconds))
         if process.is_alive():
             os.kill(process.pid, number)
