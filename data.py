@@ -18,6 +18,7 @@ import math
 import mmap
 import multiprocessing.connection
 import os
+import re
 import signal
 import sys
 import traceback
@@ -409,7 +410,7 @@ def _in_processes(function: Callable, count: int, tasks: Iterable, ahead: int) -
             process = PROCESSES.Process(target=_serve, args=(end, function, killers), daemon=True)
             process.start()
         except OSError as error:
-            advice = WANTS.get(error.errno, "raise `ulimit -u`, or take fewer --workers (0: none)")
+            advice = WANTS.get(error.errno, "raise `ulimit -u`, or take fewer --workers")
             raise OSError(f"a loader process can't be started: {error.strerror or error}: {advice}") from error
         processes[i], reading[i] = process, None
         end.close()  # the process has the only one, so that its death is the end of the pipe
@@ -444,7 +445,7 @@ def _in_processes(function: Callable, count: int, tasks: Iterable, ahead: int) -
                         killers[draw], deaths = how, 0
                     suspects.add(draw)
                 if deaths > 10:
-                    advice = "if memory is short, take fewer --workers (0: none) or smaller batches"
+                    advice = "if memory is short, take fewer --workers or smaller batches"
                     raise OSError(f"{deaths} times in a row, {how}: {advice}") from None
                 launch(i)
                 continue
@@ -528,7 +529,7 @@ def visit_videos(visit: Callable, paths: Sequence[str], root: str, out: str | Pa
     Each bad video is a line of the file `out`, for `find_videos` to exclude: its path from `root` in quotes, a tab, the
     reason. Raises FileExistsError when `out` is a file of another kind.
     """
-    if os.path.isfile(out) and Path(out).read_bytes()[:1] not in (b"", b"'", b'"'):
+    if os.path.isfile(out) and not re.match(rb"""\Z|(['"]).*\1\t""", Path(out).read_bytes()):
         raise FileExistsError(f"{out} is no list of bad videos: name another file")
     bad, pause = 0, 0.5 if sys.stderr.isatty() else 30  # seconds, as in training
     try:

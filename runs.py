@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import importlib.metadata
 import json
 import math
@@ -65,8 +66,8 @@ def claim_folder(path: Path, resume: str = "") -> None:
     if not resume or Path(resume).parent.resolve() != path.resolve():
         for saved in (path / "checkpoint.pt", *sorted(path.glob("epoch_*.pt"))):
             if saved.exists():
-                again = f"continue it with --resume {shlex.quote(str(saved))}, or name another --out"
-                raise UserError(f"{path} holds a run already: {again}")
+                again = f"continue it with --resume {shlex.quote(str(saved))}, move it away if it is damaged"
+                raise UserError(f"{path} holds a run already: {again}, or name another --out")
         for log in (path / "log.jsonl", path / "bad_videos.log"):
             if log.exists() and not (path / "run.json").exists():
                 raise UserError(f"{log} is of no run, as there is no run.json beside it: name another --out")
@@ -211,7 +212,8 @@ def load_checkpoint(path: str | Path, foreign: bool = False, whole: bool = True)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"no checkpoint at {path}") from error
     except OSError as error:
-        raise UserError(f"{path} can't be read: {error.strerror or error}") from error
+        why = "is damaged" if error.errno == errno.EINVAL else f"can't be read: {error.strerror or error}"
+        raise UserError(f"{path} {why}") from error  # torch seeks before the beginning of one that is cut off
     except MemoryError:
         raise
     except Exception as error:  # torch raises whatever its readers meet: pickle, zip, runtime and end-of-file errors
@@ -253,7 +255,10 @@ def pack(seen: dict) -> Tensor:
 def unpack(path: str | Path, state: dict) -> dict:
     """What the run of a checkpoint has seen; nothing, if it was written before that was kept."""
     try:
-        return json.loads(zlib.decompress(state["seen"].numpy())) if "seen" in state else {}
+        seen = json.loads(zlib.decompress(state["seen"].numpy())) if "seen" in state else {}
+        if any(len(row) != 4 for name, rows in seen.items() if name != "encoder" for row in rows):
+            raise ValueError
+        return seen
     except (AttributeError, TypeError, ValueError, zlib.error) as error:
         raise UserError(f"{path} is damaged, or of other code: no valid seen in it") from error
 

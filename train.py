@@ -354,7 +354,7 @@ class Log:
             last, means = self.lines[-1][1], mean(self.lines)
             record = self.folder / "run.json"
             if "overlap" in means and self.run.process.rank == 0 and record.exists():
-                with user_errors(path=record):
+                with user_errors((ValueError, TypeError, OSError), record):
                     *starts, this = json.loads(record.read_bytes())
                     write_file(record, json.dumps([*starts, this | {"overlap": means["overlap"]}], indent=1) + "\n")
             text = f"epoch {last['epoch']:g}/{self.run.config.epochs}  {describe(means)}  {means['clips_per_s']:.0f} "
@@ -597,9 +597,10 @@ def fit(
             run.bad_videos += len(found)
             if run.bad_videos > config.max_bad * run.steps_per_epoch * run.total_batch:
                 why = out / "bad_videos.log"
+                files = ",".join(filter(None, [getattr(config, "exclude", ""), str(why)]))
                 raise UserError(
                     f"{run.bad_videos} videos of this epoch could not be read, more than --max_bad {config.max_bad:g}; "
-                    f"{why} says why: leave them out by --exclude {shlex.quote(str(why))}, or allow more"
+                    f"{why} says why: leave them out by --exclude {shlex.quote(files)}, or allow more"
                 )
             if line_due or interrupted:
                 log.line()  # before saving, as it finds losses that are not finite

@@ -47,7 +47,7 @@ class BadVideo(Exception):
 WANTS = {  # of the machine, which no video is to blame for: by the number of the error, what to do
     errno.EMFILE: "raise `ulimit -n`, or take fewer --workers",
     errno.ENFILE: "raise `sysctl fs.file-max`, or take fewer --workers",
-    errno.ENOMEM: "take fewer --workers (0: none) or smaller batches",
+    errno.ENOMEM: "take fewer --workers or smaller batches",
     errno.ENOSPC: "make room on the disk",
 } | dict.fromkeys((errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN), "mount the disk again")
 

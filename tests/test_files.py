@@ -170,7 +170,12 @@ def test_processes_whose_launcher_is_killed_save_and_end(videos, tmp_path):
     assert runs.load_checkpoint(saved)["step"] == last["step"]
 
 
-OTHERS = {"checkpoint": b"PK\3\4" + b"weights" * 99, "json": b'{"years": "of work"}', "folder": None}
+OTHERS = {
+    "checkpoint": b"PK\3\4" + b"weights" * 99,
+    "json": b'{"years": "of work"}',
+    "csv": b'"name","score"\n',
+    "folder": None,
+}
 COMMANDS = {  # what is written → script and its flags
     "o.json": (evaluate, ["knn"]),
     "o_confusion.png": (evaluate, ["svm", "--out=o.json"]),

@@ -98,7 +98,7 @@ def test_a_resumed_run_equals_a_whole_one_bit_for_bit(script, run, monkeypatch):
         for path in mcl.MapsConfig(dataset="folder", data=str(run.videos)).find_videos().paths:
             maps.visit(path)
     own = conftest.SMALL if script is not simclr else [flag for flag in conftest.SMALL if "queue" not in flag]
-    flags = [*own, *conftest.CONV4, "--epochs", 2, *RESUMED[script], "--max_steps"]
+    flags = [*own, *conftest.CONV4, "--epochs", 2, "--keep_every", 1, *RESUMED[script], "--max_steps"]
     folder = dict(dataset="folder", small=False)
     assert run(script, *flags, 6, "--out", "whole", **folder)[0] == 0
     assert run(script, *flags, 3, "--out", "half", **folder)[0] == 0
@@ -107,6 +107,7 @@ def test_a_resumed_run_equals_a_whole_one_bit_for_bit(script, run, monkeypatch):
     whole, half = (weights(run.path / name / "checkpoint.pt") for name in ("whole", "half"))
     assert whole["method"] == CONFIGS[script].__name__.removesuffix("Config") and whole["step"] == half["step"] == 6
     assert same(whole["model"], half["model"]) and same(whole["optimizer"], half["optimizer"])
+    assert weights(run.path / "whole" / "epoch_0001.pt")["step"] == 4
     if script is dclr:
         assert int(whole["model"]["queues.d.keys"].any(1).sum()) == 8  # of the two steps since the refresh at step 4
 

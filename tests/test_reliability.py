@@ -191,8 +191,11 @@ def test_nohup_is_obeyed():
 @pytest.mark.parametrize("streams", ["<&- >&- 2>&-", "| head -1"])
 def test_an_evaluation_that_nobody_reads_writes_its_result(streams, videos, tmp_path):
     flags = [*CONV4, f"--data={videos}", "--device=cpu", "--clips=2", "--workers=1", f"--out={tmp_path / 'k.json'}"]
+    (tmp_path / "tmp").mkdir()
+    places = {"OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path / "tmp"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     command = shlex.join([sys.executable, str(ROOT / "evaluate.py"), "knn", *flags])
-    subprocess.run(f"{command} {streams}", shell=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    subprocess.run(f"{command} {streams}", shell=True, timeout=120, env=os.environ | places)
+    assert not os.listdir(tmp_path / "tmp")  # as pymp-*
     assert json.loads((tmp_path / "k.json").read_text())["result"]["test_videos"] == 10
 
 
@@ -360,3 +363,9 @@ def test_processes_that_disagree_stop_before_they_save(undisturbed, tmp_path):
         assert code == 2, out
         assert f"process {rank}: after step 8 the processes hold different values of head.net.2.bias" in out
     assert weights(tmp_path / "run" / "checkpoint.pt")["step"] == 4
+
+
+def test_names_reach_no_terminal_with_codes(in_process):
+    said = "\x1b[31m\udcff\x9b\rclass"
+    code, *streams = in_process(cli, main=lambda: [print(said, file=file) for file in (sys.stdout, sys.stderr)])
+    assert code == 0 and streams == ["\\x1b[31m\\udcff\\x9b\rclass\n"] * 2
