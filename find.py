@@ -198,7 +198,7 @@ def _walk(root: str) -> tuple[list[str], dict[str, str], Counter, list[str]]:
         for inner in below:
             visit(*inner, (*above, place))
 
-    visit(root, "", ())
+    visit(root, "", tuple(os.stat(folder)[1:3] for folder in Path(os.path.realpath(root)).parents))  # nor beyond it
     return videos, lists, passed, closed
 
 
@@ -323,8 +323,8 @@ def _read_list(root: str, list_file: str | Path) -> tuple[list[tuple[str | None,
 
     Fields stand apart by blanks, tabs, commas, semicolons or bars, and may be quoted; folders may stand apart as on
     Windows, and a suffix may be missing where one video fits. The first way to read a line by which a video is there
-    counts, the longest name first: "#20; (a, b).avi" may be one. Else lines that begin with "#" are comments, and first
-    ones without digit, dot and folder are headers. `_read_labels` tells what lines of more fields mean.
+    counts, the longest name first: "#20; (a, b).avi" may be one. Else lines with "#" before all are comments, and a first
+    one without digit, dot and folder is a header. `_read_labels` tells what lines of more fields mean.
     """
     file = next((f for f in (os.path.abspath(list_file), os.path.join(root, list_file)) if os.path.isfile(f)), None)
     if file is None:
@@ -364,7 +364,7 @@ def _read_list(root: str, list_file: str | Path) -> tuple[list[tuple[str | None,
             raise ValueError(f"{where}: {name!r} is not in {root}: give a folder that holds all (--data)")
         if not paths and line.startswith("#"):
             continue
-        if not (paths or rows) and re.fullmatch(r"[^\d\\/.]*", line):
+        if not (paths or rows or remark) and re.fullmatch(r"[^\d\\/.]*", line):
             columns, remark = len(re.split(r"[,;|\t]", line)), f" (line {number} is a header)"
             continue
         rows.append((where, name, rest, *(paths or [None])))

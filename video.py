@@ -21,7 +21,12 @@ from av.video.reformatter import VideoReformatter
 
 SKIPPING_CODECS = ("h264", "hevc", "mpeg4", "mpeg1video", "mpeg2video")  # others lose frames when told to skip some
 ONE_BY_ONE = {"mpeg4": b"\0\0\1\xb6", "mpeg1video": b"\0\0\1\0", "mpeg2video": b"\0\0\1\0"}  # and their pictures' mark
-PROGRESSIVE = 1  # AV_FIELD_PROGRESSIVE of FFmpeg
+CODE = "(?:" + "|".join("0" * n + "1" + "." * n for n in range(20)) + ")"  # Exp-Golomb (ISO/IEC 14496-10, 9.1)
+LOW = "(?:01000010|01001101|01011000)"  # profiles without chroma format and depths
+WHOLE = re.compile(  # bits of a parameter set that allows whole frames only (7.3.2.1.1); rare ones are not known to
+    f".{{8}}(?:{LOW}.{{16}}{CODE}|(?!{LOW}).{{24}}{CODE}(?:00100.|(?!00100){CODE}){CODE}{CODE}.0)"
+    f"{CODE}(?:1{CODE}|011){CODE}.{CODE}{CODE}1"
+)
 TINY = 19  # bytes of a packet of MPEG-4 that may stand for a picture which came in a packet before
 # No playlists: they open other files.
 CONTAINERS = "avi,mov,matroska,webm,mpeg,mpegts,mpegvideo,m4v,h264,hevc,flv,asf,ogg,mxf,dv,ivf,mjpeg,jpeg_pipe"
@@ -228,7 +233,14 @@ class Video(contextlib.AbstractContextManager):
         steps = np.diff([stamps[packet] for packet in self._order])
         if self._container.format.name == "mpegts" and steps.max() > 3 * np.median(steps):
             return False  # something is lost in between
-        return self._codec.name != "h264" or (self._codec.field_order == PROGRESSIVE and self._starts_anew())
+        return self._codec.name != "h264" or (self._is_progressive() and self._starts_anew())
+
+    def _is_progressive(self) -> bool:
+        """Whether the parameter set of H.264 allows no fields; the first pictures may be frames, and later ones not."""
+        held = self._codec.extradata or b""
+        found = re.match(rb"\x01.{7}", held, re.DOTALL) or re.search(rb"\0\0\x01(?=[\x07'Gg])", held)
+        content = held[found.end() : found.end() + 256].replace(b"\0\0\3", b"\0\0") if found else b""
+        return WHOLE.match("".join(f"{byte:08b}" for byte in content)) is not None
 
     def _starts_anew(self) -> bool:
         """Whether the first packet of H.264 holds an IDR picture (NAL unit type 5; ISO/IEC 14496-10, 7.4.1.2.4)."""

@@ -443,3 +443,10 @@ def test_wrong_arguments_and_lists_are_named(tmp_path, arguments, text, says):
         (tmp_path / name).write_text(text)
     with pytest.raises((ValueError, FileNotFoundError), match=says):
         find_videos(arguments[0], tmp_path, *arguments[1:])
+
+
+def test_links_upwards_lead_nowhere(tmp_path):
+    touch(tmp_path, "set/train/jump/a.mp4", "set/test/jump/b.mp4", "others/c.mp4")
+    (tmp_path / "set" / "train" / "up").symlink_to("../..")
+    train, test = parts("folder", tmp_path / "set")
+    assert [*found(train, tmp_path / "set"), *found(test, tmp_path / "set")] == ["train/jump/a.mp4", "test/jump/b.mp4"]

@@ -15,7 +15,7 @@ import encoding
 import numpy as np
 import pytest
 import torch
-from helpers import ALONE, free_port, generator, same, weights
+from helpers import ALONE, free_port, generator, one_line, same, weights
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -113,6 +113,27 @@ def test_features_are_means_over_time_and_space():
     maps = torch.randn(2, 5, 3, 4, 4)
     pooled = features.pooled_features(lambda _: maps, torch.zeros(2, 3, 2, 8, 8, dtype=torch.uint8))
     torch.testing.assert_close(pooled, maps.flatten(2).mean(2))
+
+
+FINITE = {
+    "retrieve": ["--out", "run/result.json"],
+    "svm": ["--out", "run/result.json"],
+    "linear": ["--epochs", 1, "--batch_size", 8, "--out", "run"],
+    "knn": ["--out", "run/result.json"],
+    "export": ["--to", "torchvision", "--out", "run.pt"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FINITE)
+def test_an_encoder_that_is_not_finite_gives_no_number(run, pretrained, name):
+    state = torch.load(pretrained)
+    state["model"]["encoder.stem.0.weight"][0] = math.nan
+    torch.save(state, run.path / "broken.pt")
+    where, dataset = ([], None) if name == "export" else (FAST, "synthetic")
+    code, out, err = run(evaluate, name, "--checkpoint", "broken.pt", *where, *FINITE[name], dataset=dataset)
+    assert code == 2 and "%  of" not in out and not list(run.path.glob("run*/result.json"))
+    one_line(err, "not finite", "stem.0.weight" if name == "export" else ".mp4'")
 
 
 def test_no_output_that_is_not_finite_and_none_of_unreadable_videos_alone(videos):

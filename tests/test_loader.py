@@ -2,17 +2,23 @@
 
 import errno
 import functools
+import json
 import mmap
 import os
+import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import CONV4
 from encoding import encode, moving_texture
 from helpers import same
 
 import data
+import evaluate
 from data import PretrainingViews, StepSampler, VideoList, collate, load_batches
 
 
@@ -115,3 +121,28 @@ def test_a_process_that_cannot_be_started_ends_the_run_and_says_what_to_do(monke
         with monkeypatch.context() as patched, pytest.raises(OSError, match=r"can't be started.*ulimit -u"):
             patched.setattr(owner, name, functools.partial(fail, errno.EAGAIN))
             next(load_batches(Counter(), ONE, workers=1))
+
+
+SHARED_MEMORY_IS_FULL = """
+mount -t tmpfs -o size=64k tmpfs /dev/shm || exit 77
+dd if=/dev/zero of=/dev/shm/other bs=1k 2> /dev/null
+exec "$@"
+"""
+
+
+@pytest.mark.slow
+def test_full_shared_memory_and_a_long_temporary_folder_cost_no_video(run, videos):
+    """Docker gives 64 MB of the former, and a socket in the latter would have too long a name; numbers stay."""
+    flags = [*CONV4, "--device=cpu", f"--data={videos}", "--clips=2"]
+    run.ok(evaluate, "retrieve", *flags, "--workers=0", "--out=0.json")
+    if not shutil.which("unshare") or subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
+        pytest.skip("only root may mount a small /dev/shm")
+    (long := run.path / ("long" * 40)).mkdir()
+    command = ["unshare", "-m", "sh", "-c", SHARED_MEMORY_IS_FULL, "sh", sys.executable, evaluate.__file__, "retrieve"]
+    command += [*flags, "--dataset=synthetic", "--workers=2", "--out=2.json"]
+    done = subprocess.run(command, cwd=run.path, env=os.environ | {"TMPDIR": str(long)}, capture_output=True, text=True)
+    if done.returncode == 77:
+        pytest.skip("no small /dev/shm can be mounted here")
+    assert done.returncode == 0, done.stderr
+    results = [json.loads((run.path / f"{n}.json").read_text())["result"] for n in (0, 2)]
+    assert results[0] == results[1] and results[0]["unreadable"] == []

@@ -303,3 +303,16 @@ def test_samples_are_the_same_in_however_small_parts_frames_come(folder, monkeyp
     with Video(paths[0]) as opened:
         assert max(len(images) for images in map(dict, opened.stream(range(40)))) == max(chunk // (48 * 64 * 3), 1)
     assert same([(views[3, i], clips[i]) for i in range(2)], samples)
+
+
+@pytest.mark.parametrize("name", ["fields.mp4", "fields.ts"])
+@pytest.mark.parametrize("pix_fmt", ["yuv420p", "yuv420p10le", "yuv422p", "yuv444p"])
+@pytest.mark.parametrize("params", ["interlaced=0", "interlaced=1", "fake-interlaced=1"])
+def test_h264_that_may_hold_fields_is_decoded_once(folder, monkeypatch, name, pix_fmt, params):
+    """Of which the first pictures may be frames: fake-interlaced ones are no fields, but later ones may be."""
+    path, runs, pictures = folder / name, [], Video._pictures
+    encode(path, moving_texture(4), "libx264", pix_fmt=pix_fmt, x264_params=f"bframes=0:{params}")
+    monkeypatch.setattr(reader, "_watched", {})
+    monkeypatch.setattr(Video, "_pictures", lambda video, *run: runs.append(run[:2]) or pictures(video, *run))
+    with Video(path) as video:
+        assert len(video) == 4 and runs == [(0, 3)] * (params != "interlaced=0")
