@@ -323,8 +323,8 @@ def _read_list(root: str, list_file: str | Path) -> tuple[list[tuple[str | None,
 
     Fields stand apart by blanks, tabs, commas, semicolons or bars, and may be quoted; folders may stand apart as on
     Windows, and a suffix may be missing where one video fits. The first way to read a line by which a video is there
-    counts, the longest name first: "#20; (a, b).avi" may be one. Else lines with "#" before all are comments, and a first
-    one without digit, dot and folder is a header. `_read_labels` tells what lines of more fields mean.
+    counts, the longest name first: "#20; (a, b).avi" may be one. Else lines that begin with "#" are comments, and one
+    without digit, dot and folder before all others is a header. `_read_labels` tells what lines of more fields mean.
     """
     file = next((f for f in (os.path.abspath(list_file), os.path.join(root, list_file)) if os.path.isfile(f)), None)
     if file is None:
