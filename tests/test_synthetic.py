@@ -114,13 +114,14 @@ def test_files_of_others_below_a_set_are_left_alone(made, tmp_path, name, recipe
 
 @pytest.mark.slow
 def test_what_a_kill_has_left_is_removed_and_two_at_once_take_turns(made, tmp_path, monkeypatch):
-    written, write = FORK.RawValue("i"), synthetic._write_video  # no lock, as a kill would leave it held
-    here = tmp_path / "here"
+    here, log, write = tmp_path / "here", tmp_path / "log", synthetic._write_video
+    waits = FORK.RawValue("b", 1)  # no lock, as a kill would leave it held
 
     def counted(path: Path, video: np.ndarray) -> None:
         write(path, video)
-        written.value += 1
-        while written.value == 1:  # the first process waits for its end
+        with log.open("a") as file:
+            file.write(".")
+        while waits.value:  # the first process, for its end
             time.sleep(0.01)
 
     def make() -> None:
@@ -130,17 +131,20 @@ def test_what_a_kill_has_left_is_removed_and_two_at_once_take_turns(made, tmp_pa
     monkeypatch.setattr(synthetic, "_write_video", counted)
     killed, *others = [FORK.Process(target=make) for _ in range(3)]
     killed.start()
-    while not written.value:
+    while not log.exists():
         time.sleep(0.01)
     killed.kill()
     killed.join()
     assert os.listdir(here) == [".set.partial"]
+    log.write_text("")
+    waits.value = 0
     for process in others:
         process.start()
     for process in others:
         process.join()
         assert process.exitcode == 0
-    assert tree(here / "set") == tree(made) and os.listdir(here) == ["set"] and written.value == 31  # 30 by one of them
+    assert tree(here / "set") == tree(made) and os.listdir(here) == ["set"]
+    assert len(log.read_text()) == 30  # by one of them
 
 
 @pytest.mark.slow
