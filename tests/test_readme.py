@@ -2,6 +2,7 @@
 
 import argparse
 import itertools
+import json
 import re
 import runpy
 import shlex
@@ -128,3 +129,11 @@ def test_every_promise_names_tests_that_exist():
     for promise in promises:
         named = re.findall(r"`(test_\w+\.py)`", promise)
         assert named and all((ROOT / "tests" / name).is_file() for name in named), promise
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_notebooks_show_no_progress_bar_and_no_path_of_a_machine(path):
+    outputs = [output for cell in json.loads(path.read_text())["cells"] for output in cell.get("outputs", ())]
+    assert outputs and not [output for output in outputs if output.get("name") == "stderr"]
+    texts = ["".join(output.get("text", "")) for output in outputs]
+    assert not [text for text in texts if re.search(r"/(tmp|root|home|work|Users)/|it/s\]|\d%\|", text)]
