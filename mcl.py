@@ -242,7 +242,8 @@ def make_maps(config: MapsConfig) -> None:
         maps.folder.mkdir(parents=True, exist_ok=True)
         bad = maps.folder / "bad_videos.txt"
         count = data.visit_videos(maps.visit, videos.paths, config.root, bad, config.workers, f"making {maps.folder}")
-    print(f"{maps.folder} holds the maps of {len(videos) - count} videos; {count} can't be read: {bad}")
+    advice = f"; {count} can't be read: {bad}, for --exclude" * (count > 0)
+    print(f"{maps.folder} holds the maps of {len(videos) - count} videos{advice}")
 
 
 def main() -> None:
