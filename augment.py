@@ -153,11 +153,17 @@ def encoder_input(
     line on stderr says so.
     """
     global _on_gpu
-    if _on_cpu(clips):  # clip by clip, as they then stay in its cache
-        made = torch.empty(clips.shape, memory_format=memory_format)
-        for i, clip in enumerate(clips.split(1)):
-            clip = frame_difference(clip / 255) if difference else clip / 255
-            made[i] = (clip if color is None else color_augment(clip.contiguous(), color[i : i + 1]))[0]
+    if _on_cpu(clips):  # what needs the same together, as many clips as its cache holds
+        made, few = torch.empty(clips.shape, memory_format=memory_format), max(2**18 // clips[0].numel(), 1)
+        changed = torch.zeros(len(clips), 6) if color is None else (color != color.new_tensor(IDENTITY)).float()
+        kinds = changed @ changed.new_tensor((1, 1, 1, 1, 8, 16))  # any of the first four, gray, blur
+        for kind in kinds.unique():
+            for index in (kinds == kind).nonzero()[:, 0].split(few):
+                some = clips.movedim(1, -1).index_select(0, index).movedim(-1, 1) / 255
+                some = frame_difference(some) if difference else some
+                some = color_augment(some.contiguous(), color[index]) if kind else some
+                for i, clip in zip(index.tolist(), some, strict=True):
+                    made[i] = clip
         rows = made.movedim(1, -1)
         if not rows.is_contiguous():
             return normalize(made)

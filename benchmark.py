@@ -1,7 +1,8 @@
 """Speed of this code, as ratios of variants that take turns in one run.
 
-    python benchmark.py data --data /videos     # reading, against decoding alone; the loader by number of workers
-    python benchmark.py step                    # a training step of FIMA, against its encoder passes alone
+    python benchmark.py data --data /videos        # reading, against decoding alone; the loader by number of workers
+    python benchmark.py step --dataset ucf101      # a training step of FIMA, against its encoder passes alone
+    python benchmark.py count --dataset ucf101     # bytes, FLOP and memory of a step on a GPU, without one
 
 A machine's speed wanders, so milliseconds of two runs do not compare. After a warm-up of each, variants go round robin
 (A B C A B C …), and what to quote is the ratio: the median over the rounds of a variant's time by the base's in the
@@ -18,44 +19,57 @@ import os
 import platform
 import statistics
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import av
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
+import augment
 import data
 import fima
 import find
 import losses
 import moco
 from cli import command_line, dispatch
-from models import ENCODERS, momentum_update, recorded_inputs
+from models import momentum_update, recorded_inputs
+from pretrain import Method
 from processes import start_process
 from runs import check_replaceable, made_by
-from train import Options, Process, UserError, autocast_bf16, option, progress, user_errors, write_file
+from train import Options, Process, UserError, autocast_bf16, option, progress, sgd, user_errors, write_file
 from video import BadVideo, Video
 
 
 @dataclasses.dataclass(frozen=True)
-class BenchmarkConfig(Options):
-    """Options of the benchmarks."""
+class DataConfig(Options):
+    """Options of the benchmark of reading."""
 
-    data: str = option("datasets/synthetic", "data: a folder of videos; the default's are made if need be")
-    samples: int = option(32, "data: samples a turn", (1, 100_000))
-    workers: int = option(2, "data: loader processes at most, tried are 0, 1, 2, 4 …", (0, 1024))
-    encoder: str = option("i3d", "step: video encoder", tuple(ENCODERS))
-    width: float = option(1.0, "step: factor on the encoder's numbers of channels", (0.01, 8))
-    queue: int = option(2048, "step: length of each queue of keys", (1, 2**24))
+    data: str = option("datasets/synthetic", "a folder of videos; the default's are made if need be")
+    samples: int = option(32, "samples a turn", (1, 100_000))
+    workers: int = option(2, "loader processes at most, tried are 0, 1, 2, 4 …", (0, 1024))
     crop: int = option(224, "height and width of a clip in pixels", (1, 1024))
     frames: int = option(16, "frames of a clip", (8, 4096))
-    batch_size: int = option(0, "videos; 0: the paper's 8, or 2 for steps on a CPU", (0, 65_536))
+    batch_size: int = option(8, "videos of a batch", (1, 65_536))
     rounds: int = option(5, "turns of each variant", (1, 10_000))
-    device: str = option("auto", "auto takes a GPU if there is one", ("auto", "cpu", "cuda"))
-    seed: int = option(0, "seed of weights, views and samples", (0, 2**31 - 1))
+    seed: int = option(0, "seed of views and samples", (0, 2**31 - 1))
+    out: str = option("results", "folder to write to")
+
+
+@dataclasses.dataclass(frozen=True)
+class StepConfig(fima.FIMAConfig):
+    """Options of FIMA, and of the benchmark of its step; the default is what `python fima.py` trains."""
+
+    rounds: int = option(5, "turns of each variant", (1, 10_000))
+    gpu: str = option("h100", "count: whose bandwidth, FLOP/s and memory to estimate by", ("h100", "a100", "2080ti"))
     out: str = option("results", "folder to write to")
 
 
@@ -91,7 +105,7 @@ def compare(title: str, seconds: dict[str, list[float]], base: str) -> dict[str,
     return rows
 
 
-def write(config: BenchmarkConfig, command: str, device: torch.device, results: dict[str, Any]) -> None:
+def write(config: DataConfig | StepConfig, command: str, device: torch.device, results: dict[str, Any]) -> None:
     """Writes results and where they come from to OUT/benchmark_COMMAND_DEVICE.json."""
     machine = {"cpu": platform.processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
     if Path("/proc/cpuinfo").exists():
@@ -114,12 +128,12 @@ class PicturesDropped(Video):
         return None
 
 
-def reading(config: BenchmarkConfig) -> None:
+def reading(config: DataConfig) -> None:
     """Times a sample against decoding alone, and the loader by its number of workers."""
     process = start_process("cpu")
     torch.set_num_threads(1)
     with user_errors():
-        dataset = "synthetic" if config.data == BenchmarkConfig.data else "folder"
+        dataset = "synthetic" if config.data == DataConfig.data else "folder"
         videos = find.find_videos(dataset, config.data, train=True)
         sampler = data.StepSampler(len(videos), config.batch_size, epochs=10**6)
     print(videos.report)
@@ -200,17 +214,15 @@ def plain_losses(method: fima.FIMA, views: dict[str, Tensor]) -> dict[str, Tenso
 
 
 class Training:
-    """Training steps of FIMA on one batch of noise, ours or plain; `flags` are options of `FIMAConfig`."""
+    """Training steps of FIMA on one batch of noise, ours or plain; `flags` are other options."""
 
-    def __init__(self, config: BenchmarkConfig, process: Process, plain: bool = False, **flags: Any):
-        names = ("encoder", "width", "crop", "frames", "queue", "batch_size")
+    def __init__(self, config: StepConfig, process: Process, plain: bool = False, **flags: Any):
         torch.manual_seed(config.seed)
         with user_errors():
-            options = fima.FIMAConfig(**{name: getattr(config, name) for name in names} | flags)
+            options = dataclasses.replace(config, **flags)
             self.method = fima.FIMA(options).to(process.device).train()
         self.forward = functools.partial(plain_losses, self.method) if plain else self.method
-        nothing, parts = data.VideoList([], [], [], ""), self.method.sub_clips
-        memory = data.PretrainingViews(nothing, config.crop, config.frames, options.frame_stride, parts)
+        memory = self.method.make_views(data.VideoList([], [], [], ""))
         self.views = {name: values.zero_() for name, values in memory.empty(config.batch_size).items()}
         for name in {"clip", "sub_clips"} & self.views.keys():
             self.views[name].random_(0, 256)
@@ -219,12 +231,11 @@ class Training:
             top, left, height, width = data.draw_region(rng, 240, 320)
             x = rng.permutation([left, left + width])  # flipped or not
             box.copy_(torch.tensor([x[0], top, x[1], top + height]))
-            colors.copy_(torch.from_numpy(np.stack([data.draw_color(rng) for _ in colors])))
+            colors.copy_(torch.from_numpy(np.stack([data.draw_color(rng, **memory.color) for _ in colors])))
         self.views = {name: values.to(process.device) for name, values in self.views.items()}
         bf16 = autocast_bf16(options, process)
         self.autocast = functools.partial(torch.autocast, process.device.type, torch.bfloat16, bf16)
-        trainable = [p for p in self.method.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.SGD(trainable, 0.0, 0.9, weight_decay=1e-4)  # rate 0: all steps do the same
+        self.optimizer = sgd(self.method, dataclasses.replace(options, lr=0.0))  # all steps do the same
 
     def step(self) -> None:
         self.optimizer.zero_grad()
@@ -239,6 +250,16 @@ class Training:
             self.step()
         return query, key
 
+    def augmentation(self) -> None:
+        """From uint8 to the encoder's input, all that a step needs."""
+        clips, color = (self.method.both(self.views[name]) for name in ("clip", "color"))
+        self.method.encoder_input(clips, color[:, 0])
+        if {"vd", "pix"} & set(self.method.config.terms):
+            self.method.encoder_input(clips, color[:, 1], difference=True)
+        if "sub_clips" in self.views:
+            parts = self.method.both(self.views["sub_clips"]).flatten(0, 1)
+            self.method.encoder_input(parts, color[:, 2:].flatten(0, 1), difference=True)
+
     def encoders_alone(self, query_clips: list[Tensor], key_clips: list[Tensor]) -> None:
         """The floor of a step: its encoder passes, backward from a random gradient of the feature maps."""
         self.optimizer.zero_grad()
@@ -250,8 +271,9 @@ class Training:
         torch.autograd.backward(maps, [torch.randn_like(features) for features in maps])
 
 
-def step(config: BenchmarkConfig) -> None:
-    """Times a training step against its encoder passes alone, and in other settings and with other losses."""
+def step(config: StepConfig) -> None:
+    """Times a training step against its encoder passes and the augmentation alone, and in other settings and with other
+    losses."""
     process = start_process(config.device)
     on_gpu = process.device.type == "cuda"
 
@@ -267,7 +289,7 @@ def step(config: BenchmarkConfig) -> None:
     title = f"a training step, {config.encoder}, {config.frames} × {config.crop}²"
     training = Training(config, process)
     floor = functools.partial(training.encoders_alone, *training.encoder_inputs())
-    seconds = turns({"step": training.step, "encoders alone": floor})
+    seconds = turns({"step": training.step, "encoders alone": floor, "augmentation": training.augmentation})
     results = {"floor": compare(title, seconds, "encoders alone")}
     settings = {"contiguous": dict(memory_format="contiguous")}
     settings["plain"] = settings["contiguous"] | dict(plain=True, precision="float32")
@@ -280,12 +302,118 @@ def step(config: BenchmarkConfig) -> None:
     write(config, "step", process.device, results)
 
 
+# Bytes/s of its memory, FLOP/s in float32 (convolutions in TF32 where it has that) and in 16 bit, dense, and GB.
+GPUS = {
+    "h100": (3.35e12, 494e12, 989e12, 80),
+    "a100": (2.04e12, 156e12, 312e12, 80),
+    "2080ti": (616e9, 13e12, 108e12, 11),
+}
+
+
+class Counter(TorchDispatchMode):
+    """Adds up what operators read and write, their FLOP, and the least time a GPU needs for them, by part of a step."""
+
+    def __init__(self, bandwidth: float, flops: float):
+        super().__init__()
+        self.limits, self.part = (bandwidth, flops), "losses"
+        self.parts: dict[str, dict[str, float]] = {}
+        self.held = weakref.WeakSet()  # storages
+        self.memory = self.peak = 0
+
+    def hold(self, tensor: Tensor) -> None:
+        """Counts a tensor's memory until it is freed."""
+        storage = tensor.untyped_storage()
+        if storage not in self.held:
+            self.held.add(storage)
+            self.memory += storage.nbytes()
+            self.peak = max(self.peak, self.memory)
+            weakref.finalize(storage, self.free, storage.nbytes())
+
+    def free(self, size: int) -> None:
+        self.memory -= size
+
+    def __torch_dispatch__(self, function: Any, types: Any, given: tuple = (), named: dict | None = None) -> Any:
+        result = function(*given, **(named or {}))
+        ins, outs = ([x for x in tree_leaves(part) if isinstance(x, Tensor)] for part in ((given, named), result))
+        if function.is_view or not outs:
+            return result
+        for x in ins + outs:
+            self.hold(x)
+        size = sum(min(x.numel() * x.itemsize, x.untyped_storage().nbytes()) for x in ins + outs)
+        count = flop_registry.get(function.overloadpacket, lambda *_, **__: 0)(*given, **(named or {}), out_val=result)
+        row = self.parts.setdefault(self.part, dict.fromkeys(("GB", "TFLOP", "operators", "ms"), 0.0))
+        least = max(size / self.limits[0], count / self.limits[1])
+        for name, value in zip(row, (size / 1e9, count / 1e12, 1, 1e3 * least), strict=True):
+            row[name] += value
+        return result
+
+    def of_part(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, whose operators count as this part."""
+
+        def counted(*given: Any, **named: Any) -> Any:
+            before, self.part = self.part, part
+            try:
+                return function(*given, **named)
+            finally:
+                self.part = before
+
+        return counted
+
+
+def counted_step(
+    method: Method, views: dict[str, Any], gpu: str, bf16: bool
+) -> tuple[dict[str, dict[str, float]], float]:
+    """Parts of a method's step as `Counter` has them, and its peak memory in GB, on tensors without data, in the
+    operators that run on a GPU. torch raises an error where a step would wait for values, or has a shape that depends
+    on them."""
+    bandwidth, *flops, _ = GPUS[gpu]
+    counter, fakes = Counter(bandwidth, flops[bf16]), FakeTensorMode(allow_non_fake_inputs=True)
+    for name, module in method.named_children():
+        if bf16 and name != "queues":  # autocast on a CPU leaves other operators in float32 than on a GPU
+            module.bfloat16().register_forward_pre_hook(lambda _, given: tuple(x.bfloat16() for x in given))
+    with mock.patch.object(torch.__future__, "get_overwrite_module_params_on_conversion", lambda: True):
+        method._apply(fakes.from_tensor)
+    views = {name: fakes.from_tensor(x) if isinstance(x, Tensor) else x for name, x in views.items()}
+    on_gpu = {"_on_cpu": lambda clips: False, "_on_gpu": augment._encoder_input}
+    with fakes, mock.patch.multiple(augment, **on_gpu):
+        optimizer = sgd(method, method.config)
+        method.encoder_input = counter.of_part("colours", method.encoder_input)
+        for part, name in (("query pass", "encoder"), ("key passes", "key_encoder"), ("decoder", "decoder")):
+            if module := getattr(method, name, None):
+                module.forward = counter.of_part(part, module.forward)
+        for x in (*method.parameters(), *method.buffers(), *views.values()):
+            if isinstance(x, Tensor):
+                counter.hold(x)
+        with counter:
+            loss = torch.stack(list(method(views).values())).sum()
+            counter.of_part("backward", loss.backward)()
+            counter.of_part("optimizer", optimizer.step)()
+    return counter.parts, counter.peak / 1e9
+
+
+def count(config: StepConfig) -> None:
+    """Counts what a training step reads, writes and computes on a GPU, operator by operator, without a GPU: a bound
+    from below of its time by `--gpu`, as an estimate, and its peak memory. Nothing is fused: colours, which are
+    compiled on a GPU, then move less (see docs/speed.md)."""
+    process, bf16 = start_process("cpu"), config.precision != "float32" and config.gpu != "2080ti"
+    training = Training(dataclasses.replace(config, precision="float32"), process)
+    parts, peak = counted_step(training.method, training.views, config.gpu, bf16)
+    parts["all"] = {name: sum(row[name] for row in parts.values()) for name in parts["losses"]}
+    shape = f"{config.batch_size} videos, {config.frames} × {config.crop}², {'bf16' if bf16 else 'float32'}"
+    print(f"a step of {config.encoder}, {shape}; ms: at least, by operators, on {config.gpu}")
+    print(" " * 12 + "".join(f"{name:>12}" for name in parts["all"]))
+    for name, row in parts.items():
+        print(f"{name:<12}" + "".join(f"{value:>12.{0 if value > 99 else 2}f}" for value in row.values()))
+    print(f"peak memory {peak:.1f} GB, of {GPUS[config.gpu][-1]} GB")
+    write(config, "count", process.device, {"parts": parts, "peak_GB": peak})
+
+
 def main() -> None:
     """`benchmark.py COMMAND --flag value …`"""
-    commands = {"data": (reading, BenchmarkConfig), "step": (step, BenchmarkConfig)}
-    name, command, config, _ = dispatch(commands, __doc__)
-    default = 8 if name == "data" or torch.cuda.is_available() else 2
-    config = dataclasses.replace(config, batch_size=config.batch_size or default)
+    of_step = StepConfig, fima.PRESETS
+    name, command, config, _ = dispatch(
+        {"data": (reading, DataConfig), "step": (step, *of_step), "count": (count, *of_step)}, __doc__
+    )
     for path in Path(config.out).glob(f"benchmark_{name}_*"):
         check_replaceable(path, b'{\n "command"')
     command(config)

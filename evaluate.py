@@ -505,15 +505,21 @@ def export(config: ExportConfig) -> None:
     print(f"{len(weights)} entries written to {out}")
 
 
-class CroppedHalves(data.TestClips):
-    """Two clips of a video, from its first and its last frames, each in a random crop and flip of its own."""
+class WithHalves(data.TestClips):
+    """Two clips of a video, from its first and its last frames, then each again in a random crop and flip of its own:
+    "clips" (4, 3, frames, crop, crop)."""
+
+    def empty(self, *batch: int) -> dict[str, Tensor]:
+        clips = data.empty_clips(*batch, 4, 3, self.frames, self.crop, self.crop)
+        return super().empty(*batch) | {"clips": clips}
 
     def write(self, index: int, item: dict[str, Tensor]) -> list:
-        bad, rng = super().write(index, item), np.random.default_rng(index)
-        for clip in item["clips"]:
+        clips, halves = item["clips"].split(2)
+        bad, rng = super().write(index, item | {"clips": clips}), np.random.default_rng(index)
+        for clip, half in zip(clips, halves, strict=True):
             region = data.draw_region(rng, self.crop, self.crop)
             images = clip.permute(1, 2, 3, 0).numpy()  # (frames, crop, crop, 3)
-            clip[:] = data.crop_resize(images, region, bool(rng.random() < 0.5), self.crop)[0]
+            data.crop_resize(images, region, bool(rng.random() < 0.5), self.crop, half)
         return bad
 
 
@@ -526,20 +532,20 @@ def first_look(encoders: dict, root: str, shape: tuple[int, int, int], process: 
     """
     train, test = (find_labelled("synthetic", root, part, 1) for part in (True, False))
     own, labels, known = torch.arange(len(test)), torch.tensor(test.labels), torch.tensor(train.labels)
+    functions = [unit_features(encoder.to(process.device)) for encoder in encoders.values()]
+    gallery, looked_at = (  # (videos, clips, encoders, C)
+        clip_outputs(lambda clips: torch.stack([f(clips) for f in functions], 1), clips, process, workers, 8, title)[0]
+        for title, clips in (
+            ("training videos", data.TestClips(train, *shape, 2)),
+            ("held-out videos", WithHalves(test, *shape, 2)),
+        )
+    )
     process.say(f"\n{len(test)} held-out videos    same motion R@1    own other half R@1")
     process.say(f"  {'chance':<20}{1 / len(test.classes):>15.1%}{1 / len(test):>22.1%}")
-    for name, encoder in encoders.items():
-        function = unit_features(encoder.to(process.device))
-        gallery, queries, halves = (
-            clip_outputs(function, kind(videos, *shape, 2), process, workers, 8, f"{name}, {title}")[0]
-            for kind, videos, title in (
-                (data.TestClips, train, "training videos"),
-                (data.TestClips, test, "held-out videos"),
-                (CroppedHalves, test, "their halves"),
-            )
-        )
-        motion = recall_at_k(queries.mean(1), labels, gallery.mean(1), known, (1,))[1]
-        half = torch.cat([recall_at_k(halves[:, i], own, halves[:, 1 - i], own, (1,))[1] for i in (0, 1)])
+    for i, name in enumerate(encoders):
+        queries, halves = looked_at[:, :, i].split(2, 1)
+        motion = recall_at_k(queries.mean(1), labels, gallery[:, :, i].mean(1), known, (1,))[1]
+        half = torch.cat([recall_at_k(halves[:, j], own, halves[:, 1 - j], own, (1,))[1] for j in (0, 1)])
         process.say(f"  {name:<20}{motion.float().mean():>15.1%}{half.float().mean():>22.1%}")
 
 

@@ -5,16 +5,21 @@ import json
 
 import pytest
 import torch
-from helpers import ALONE
+from torch._subclasses.fake_tensor import DataDependentOutputException
+from helpers import ALONE, views_without_colours
 
 import benchmark
+import dclr
+import fame
+import mcl
+import moco
 from train import UserError
 
 TINY = dict(encoder="r3d_18", width=0.0625, crop=32, batch_size=2, queue=8, rounds=1, device="cpu")
 
 
 def build(losses="vv,pix,fra", **flags):
-    return benchmark.Training(benchmark.BenchmarkConfig(**TINY | flags), ALONE, losses=losses)
+    return benchmark.Training(benchmark.StepConfig(**TINY | flags), ALONE, losses=losses)
 
 
 @pytest.mark.parametrize("frames", [8, 24])
@@ -71,19 +76,67 @@ def test_variants_take_turns_and_ratios_are_of_the_same_round():
     assert row == {"median_ms": 6000, "ratio": 2, "rounds_ms": [2000, 6000, 10000]}
 
 
+METHODS = {
+    "fima": lambda flags: benchmark.fima.FIMA(benchmark.fima.FIMAConfig(**flags)),
+    "moco": lambda flags: moco.MoCo(moco.MoCoConfig(**flags)),
+    "fame": lambda flags: fame.FAME(fame.FAMEConfig(**flags)),
+    "dclr": lambda flags: dclr.DCLR(dclr.DCLRConfig(**flags)),
+    "mcl": lambda flags: mcl.MCL(mcl.MCLConfig(**flags)),
+}
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_step_waits_for_no_value_and_has_no_shape_that_depends_on_one(name, bf16):
+    method = METHODS[name]({k: v for k, v in TINY.items() if k != "rounds"}).train()
+    views = views_without_colours(sub_clips=method.sub_clips) | {"motion": torch.rand(3, 2, 16, 32, 32), "epoch": 1.5}
+    parts, peak = benchmark.counted_step(method, views, "h100", bf16)
+    assert parts.keys() >= {"colours", "query pass", "key passes", "losses", "backward", "optimizer"}
+    assert all(row["GB"] > 0 and row["ms"] > 0 for row in parts.values()) and 0 < peak < 1
+
+
+def test_waiting_for_a_value_is_found():
+    method = METHODS["moco"]({k: v for k, v in TINY.items() if k != "rounds"})
+    method.project = lambda head, features: head(features)[: int(features.sum()) % 1 + 2]
+    with pytest.raises(DataDependentOutputException):
+        benchmark.counted_step(method, views_without_colours(sub_clips=0), "h100", False)
+
+
+def test_bytes_flop_and_memory_are_counted():
+    counter, a, b = benchmark.Counter(1e9, 1e12), torch.zeros(100, 50), torch.zeros(50, 10)
+    with counter:
+        c = counter.of_part("product", torch.mm)(a, b.expand(50, 10))
+        d = c.T + 1
+        del d
+        e = c * 2  # takes the place of d
+    sizes = [4 * x.numel() for x in (a, b, c)]
+    assert counter.parts["product"] == pytest.approx(
+        {"GB": sum(sizes) / 1e9, "TFLOP": 2 * 100 * 50 * 10 / 1e12, "operators": 1, "ms": sum(sizes) / 1e6}
+    )
+    assert counter.parts["losses"]["operators"] == 2
+    assert counter.peak == sum(sizes) + 4 * e.numel()
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("command", [benchmark.reading, benchmark.step])
+@pytest.mark.parametrize("command", [benchmark.reading, benchmark.step, benchmark.count])
 def test_a_command_writes_its_json(command, videos, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
-    command(benchmark.BenchmarkConfig(**TINY, data=str(videos), samples=2, workers=3, out=str(tmp_path)))
+    if command == benchmark.reading:
+        small = dict(crop=32, batch_size=2, rounds=1, samples=2, workers=3)
+        command(benchmark.DataConfig(**small, data=str(videos), out=str(tmp_path)))
+    else:
+        command(benchmark.StepConfig(**TINY, out=str(tmp_path)))
     (path,) = tmp_path.glob("benchmark_*_cpu.json")
     record = json.loads(path.read_text())
     assert record.keys() >= {"command", "config", "machine", "git_commit", "versions", "written"}
     if command == benchmark.reading:
         assert len(record["one_core"]) == 3 and list(record["loader"]) == ["workers 0", "workers 1", "workers 2"]
-    else:
-        assert [*record["floor"]] == ["step", "encoders alone"] and [*record["losses"]] == ["vv,vd", "vv,pix"]
+    elif command == benchmark.step:
+        assert [*record["floor"]] == ["step", "encoders alone", "augmentation"]
+        assert [*record["losses"]] == ["vv,vd", "vv,pix"]
         assert [*record["settings"]] == ["step", "contiguous", "plain"]
+    else:
+        assert record["parts"]["all"]["TFLOP"] > 0
 
 
 def test_decoding_alone_decodes_the_frames_and_makes_no_pixels(videos, monkeypatch):
@@ -96,6 +149,6 @@ def test_decoding_alone_decodes_the_frames_and_makes_no_pixels(videos, monkeypat
 
 def test_a_mistake_is_one_line():
     with pytest.raises(UserError, match="nowhere: no such folder"):
-        benchmark.reading(benchmark.BenchmarkConfig(**TINY, data="nowhere"))
+        benchmark.reading(benchmark.DataConfig(data="nowhere"))
     with pytest.raises(UserError, match="--crop 16"):
-        benchmark.step(benchmark.BenchmarkConfig(**TINY | {"crop": 16}))
+        benchmark.step(benchmark.StepConfig(**TINY | {"crop": 16}))
