@@ -109,9 +109,13 @@ def git_commit() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that results may depend on."""
+    """Versions of Python and of the packages that results may depend on; on a GPU, what float32 is computed in."""
     packages = ("torch", "torchvision", "av", "numpy")
-    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
+    found = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
+    if torch.cuda.is_available():
+        found["float32 convolutions"] = "TF32" if torch.backends.cudnn.allow_tf32 else "float32"
+        found["float32 products"] = "TF32" if torch.backends.cuda.matmul.allow_tf32 else "float32"
+    return found
 
 
 def made_by(config: Options) -> dict[str, Any]:

@@ -379,13 +379,16 @@ def autocast_bf16(config: TrainConfig, process: Process) -> bool:
 
 
 def to_device(batch: dict, device: torch.device, stream: "torch.cuda.Stream | None") -> dict:
-    """A batch with its tensors on the device; when it returns, the loader may use their memory again. On a GPU the
-    copies run in a stream of their own, while the step before, launched and not awaited, still computes."""
+    """A batch with its tensors on the device; when `stream`, if any, is done, the loader may use their memory again. On
+    a GPU the copies run in that stream, while the step before, launched and not awaited, still computes."""
     with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
-        batch = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
-    for value in batch.values() if stream is not None else ():
-        if isinstance(value, Tensor):
-            value.record_stream(torch.cuda.current_stream())  # not to be freed before this stream is done with it
+        batch = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    if stream is not None:
+        current = torch.cuda.current_stream()
+        current.wait_stream(stream)
+        for value in batch.values():
+            if isinstance(value, Tensor):
+                value.record_stream(current)  # not to be freed before this stream is done with it
     return batch
 
 
@@ -527,6 +530,8 @@ class Run:
         if "overlap" in batch:
             numbers["overlap"] = batch["overlap"].mean()
         numbers = {k: v.detach() if isinstance(v, Tensor) else v for k, v in (numbers | method.metrics).items()}
+        if self.copies is not None:
+            self.copies.synchronize()  # long done; from now on the loader may write where the batch was
         self.done += 1
         step = Step(self.done, numbers, videos)
         if before is None or not any(process.gather([not step.is_finite()])):  # all processes decide alike

@@ -5,8 +5,8 @@ import json
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import DataDependentOutputException
 from helpers import ALONE, views_without_colours
+from torch._subclasses.fake_tensor import DataDependentOutputException
 
 import benchmark
 import dclr

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -41,6 +42,30 @@ def test_batches_are_the_items_in_the_samplers_order_whatever_the_number_of_work
         assert all(batch[name].movedim(-4, -1).is_contiguous() for name in ("clip", "sub_clips"))  # as decoders write
         seen += len(batch["bad"])
     assert seen > 0
+
+
+@pytest.mark.parametrize("codes", [[0] * 9, [0, 0, 2, 2, 0, 0, 0, 0, 0]])  # of CUDA: success, out of memory
+def test_memory_that_a_gpu_copies_from_is_locked_while_there_are_batches_as_far_as_it_can_be(views, monkeypatch, codes):
+    held, given = {}, iter(codes)
+
+    def register(address, size, flags):
+        code = next(given)
+        held.update({address: size} if code == 0 else {})
+        return code
+
+    runtime = SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=held.pop)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    loader = load_batches(views, StepSampler(len(views), 2, 2), workers=1)
+    batch = next(loader)
+    inside = [
+        any(start <= x.data_ptr() and x.data_ptr() + x.nbytes <= start + size for start, size in held.items())
+        for x in batch.values()
+        if isinstance(x, torch.Tensor)
+    ]
+    assert sum(inside) == len(held) == codes[: len(inside)].count(0)
+    loader.close()
+    assert not held
 
 
 class Counter:
