@@ -28,8 +28,10 @@ from unittest import mock
 import av
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -69,6 +71,7 @@ class StepConfig(fima.FIMAConfig):
     """Options of FIMA, and of the benchmark of its step; the default is what `python fima.py` trains."""
 
     rounds: int = option(5, "turns of each variant", (1, 10_000))
+    processes: int = option(1, "count: processes, to count what they exchange", (1, 65_536))
     gpu: str = option("h100", "count: whose bandwidth, FLOP/s and memory to estimate by", ("h100", "a100", "2080ti"))
     out: str = option("results", "folder to write to")
 
@@ -318,7 +321,7 @@ class Counter(TorchDispatchMode):
         self.limits, self.part = (bandwidth, flops), "losses"
         self.parts: dict[str, dict[str, float]] = {}
         self.held = weakref.WeakSet()  # storages
-        self.memory = self.peak = 0
+        self.memory = self.peak = self.exchanged = 0
 
     def hold(self, tensor: Tensor) -> None:
         """Counts a tensor's memory until it is freed."""
@@ -335,7 +338,9 @@ class Counter(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, given: tuple = (), named: dict | None = None) -> Any:
         result = function(*given, **(named or {}))
         ins, outs = ([x for x in tree_leaves(part) if isinstance(x, Tensor)] for part in ((given, named), result))
-        if function.is_view or not outs:
+        if function.namespace == "c10d":
+            self.exchanged += sum(x.nbytes for x in ins)  # what it sends and what it receives
+        if function.is_view or not outs or function.namespace == "c10d":
             return result
         for x in ins + outs:
             self.hold(x)
@@ -360,12 +365,9 @@ class Counter(TorchDispatchMode):
         return counted
 
 
-def counted_step(
-    method: Method, views: dict[str, Any], gpu: str, bf16: bool
-) -> tuple[dict[str, dict[str, float]], float]:
-    """Parts of a method's step as `Counter` has them, and its peak memory in GB, on tensors without data, in the
-    operators that run on a GPU. torch raises an error where a step would wait for values, or has a shape that depends
-    on them."""
+def counted_step(method: Method, views: dict[str, Any], gpu: str, bf16: bool) -> Counter:
+    """What a method's step costs, on tensors without data, in the operators that run on a GPU. torch raises an error
+    where a step would wait for values, or has a shape that depends on them."""
     bandwidth, *flops, _ = GPUS[gpu]
     counter, fakes = Counter(bandwidth, flops[bf16]), FakeTensorMode(allow_non_fake_inputs=True)
     for name, module in method.named_children():
@@ -388,7 +390,7 @@ def counted_step(
             loss = torch.stack(list(method(views).values())).sum()
             counter.of_part("backward", loss.backward)()
             counter.of_part("optimizer", optimizer.step)()
-    return counter.parts, counter.peak / 1e9
+    return counter
 
 
 def count(config: StepConfig) -> None:
@@ -397,15 +399,21 @@ def count(config: StepConfig) -> None:
     compiled on a GPU, then move less (see docs/speed.md)."""
     process, bf16 = start_process("cpu"), config.precision != "float32" and config.gpu != "2080ti"
     training = Training(dataclasses.replace(config, precision="float32"), process)
-    parts, peak = counted_step(training.method, training.views, config.gpu, bf16)
+    if config.processes > 1:
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=config.processes)
+    counter = counted_step(training.method, training.views, config.gpu, bf16)
+    parts, memory = counter.parts, GPUS[config.gpu][-1]
     parts["all"] = {name: sum(row[name] for row in parts.values()) for name in parts["losses"]}
     shape = f"{config.batch_size} videos, {config.frames} × {config.crop}², {'bf16' if bf16 else 'float32'}"
     print(f"a step of {config.encoder}, {shape}; ms: at least, by operators, on {config.gpu}")
     print(" " * 12 + "".join(f"{name:>12}" for name in parts["all"]))
     for name, row in parts.items():
         print(f"{name:<12}" + "".join(f"{value:>12.{0 if value > 99 else 2}f}" for value in row.values()))
-    print(f"peak memory {peak:.1f} GB, of {GPUS[config.gpu][-1]} GB")
-    write(config, "count", process.device, {"parts": parts, "peak_GB": peak})
+    trained = sum(p.numel() for p in training.method.parameters() if p.requires_grad)
+    sizes = {"peak_memory": counter.peak / 1e9, "exchanged": counter.exchanged / 1e9}
+    sizes["gradient_exchanged"] = 4 * 4 * trained * (1 - 1 / config.processes) / 1e9  # float32, sent and received twice
+    print(f"GB: {', '.join(f'{name} {size:.3g}' for name, size in sizes.items())}; {config.gpu} has {memory}")
+    write(config, "count", process.device, {"parts": parts, "GB": sizes})
 
 
 def main() -> None:
