@@ -159,10 +159,13 @@ def encoder_input(
         kinds = changed @ changed.new_tensor((1, 1, 1, 1, 8, 16))  # any of the first four, gray, blur
         for kind in kinds.unique():
             for index in (kinds == kind).nonzero()[:, 0].split(few):
-                some = clips.movedim(1, -1).index_select(0, index).movedim(-1, 1) / 255
-                some = frame_difference(some) if difference else some
-                some = color_augment(some.contiguous(), color[index]) if kind else some
-                for i, clip in zip(index.tolist(), some, strict=True):
+                layout = torch.contiguous_format if kind else memory_format
+                some = torch.empty((len(index), *clips.shape[1:]), memory_format=layout)
+                for clip, i in zip(some, index.tolist(), strict=True):
+                    clip.copy_(clips[i])
+                some = frame_difference(some.div_(255)) if difference else some.div_(255)
+                some = color_augment(some, color[index]) if kind else some
+                for clip, i in zip(some, index.tolist(), strict=True):
                     made[i] = clip
         rows = made.movedim(1, -1)
         if not rows.is_contiguous():
