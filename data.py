@@ -549,15 +549,19 @@ def visit_videos(visit: Callable, paths: Sequence[str], root: str, out: str | Pa
 
 
 def main() -> None:
-    """`data.py check ROOT` finds videos that can't be read, `data.py synthetic ROOT` makes videos to train on."""
+    """`data.py check ROOT` finds videos that can't be read, `data.py synthetic ROOT` makes videos to train on, `data.py
+    shrink ROOT OUT` makes a smaller copy of all videos, quick to read."""
     import find
+    import shrink
     from cli import dispatch
     from train import UserError
 
     commands = {"check": (find.check, find.CheckConfig), "synthetic": (find.generate, find.SyntheticConfig)}
+    commands["shrink"] = shrink.shrink, shrink.ShrinkConfig
     name, function, config, words = dispatch(commands, inspect.getdoc(main), words=True)
-    if len(words) != 1:
-        raise UserError(f"name the folder after {name}, before all flags (--help lists these)")
+    if len(words) != (wanted := 1 + (name == "shrink")):
+        folders = ["folder", "two folders"][wanted - 1]
+        raise UserError(f"name the {folders} after {name}, before all flags (--help lists these)")
     function(config, *words)
 
 
