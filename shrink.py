@@ -116,7 +116,7 @@ def shrink(config: ShrinkConfig, data: str, folder: str) -> None:
         times = [[_reading_time(at, places) for at in (path, targets[path])] for path, places in sample]
     if done:
         (before, after), (slow, fast) = np.sum(sizes, 0), np.mean(times, 0)
-        cost = f"two windows of 32 frames, {slow:.1f} → {fast:.1f} ms"
+        cost = f"two windows of 32 frames, {slow:.1f} → {fast:.1f} ms a video"
         print(f"{len(done)} videos, {before:,.1f} → {after:,.1f} MB; {cost}")
     print(f"{bad} of {len(done) + bad} videos can't be read" + f": {out / FAILED} says why" * (bad > 0), flush=True)
     if bad:
