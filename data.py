@@ -22,6 +22,7 @@ import re
 import signal
 import sys
 import traceback
+import zlib
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -53,6 +54,12 @@ class VideoList:
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    def mark(self, root: str | Path) -> str:
+        """What tells this list from others: numbers, and a check sum of paths below `root` and labels."""
+        above = os.path.join(os.path.abspath(root), "")
+        listed = repr([path.removeprefix(above) for path in self.paths] + self.labels + self.classes)
+        return f"{len(self)} videos, {len(self.classes)} classes, check sum {zlib.crc32(listed.encode()):08x}"
 
     def seen(self, root: str | Path) -> list[list]:
         """Of each video its path below `root`, label, class, and size in bytes (−1: no file): what a run goes by."""
