@@ -40,14 +40,15 @@ def _encode(video: Video, config: ShrinkConfig) -> bytes:
     """All frames of a video, upright, each at its time from the first on: MP4 without B-frames, which cost time."""
     times, ready, done, content, scaler = video.times(), {}, 0, io.BytesIO(), VideoReformatter()
     base = Fraction(1, math.lcm(*(moment.denominator for moment in times)))
-    shape = video.read([0])[0].shape[:2]
-    height, width = (max(n * min(config.side, *shape) // min(shape) // 2 * 2, 2) for n in shape)
     options = {"preset": "faster", "tune": "fastdecode", "bf": "0", "crf": str(config.crf), "g": str(config.keyframes)}
     with av.open(content, "w", format="mp4") as container:
         stream = container.add_stream("libx264", round((len(times) - 1) / times[-1]) or 1, options)
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        stream.codec_context.time_base, stream.codec_context.thread_count = base, 1
+        stream.pix_fmt, stream.codec_context.time_base, stream.codec_context.thread_count = "yuv420p", base, 1
         for images in video.stream(range(len(video))):
+            shape = next(iter(images.values())).shape[:2]
+            height, width = (max(n * min(config.side, *shape) // min(shape) // 2 * 2, 2) for n in shape)
+            if not done:
+                stream.height, stream.width = height, width
             for k, image in images.items():  # of damaged videos, some come late
                 frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image))
                 ready[k] = scaler.reformat(frame, width, height, "yuv420p", interpolation="BICUBIC", threads=1)
@@ -112,7 +113,7 @@ def shrink(config: ShrinkConfig, data: str, folder: str) -> None:
         done = [path for path in first.values() if is_video(path) and targets[path].exists()]
         sizes = [[os.path.getsize(at) / 1e6 for at in (path, targets[path])] for path in done]
         rng = np.random.default_rng(0)
-        sample = [(path, rng.random(2)) for path in rng.permutation(done)[:20].tolist()]
+        sample = [(done[k], rng.random(2)) for k in rng.permutation(len(done))[:20]]
         times = [[_reading_time(at, places) for at in (path, targets[path])] for path, places in sample]
     if done:
         (before, after), (slow, fast) = np.sum(sizes, 0), np.mean(times, 0)

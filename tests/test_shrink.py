@@ -17,6 +17,7 @@ from torch.nn.functional import interpolate
 import cli
 import data
 import shrink
+import video
 from find import find_videos
 from video import Video
 
@@ -29,6 +30,7 @@ FILES = {
     "train/b/small.webm": dict(codec="libvpx-vp9", images=moving_texture(40, 17, 35)),
     "test/a/turned.mov": dict(codec="libx264"),
     "test/b/raw.h264": dict(codec="libx264", bf="2"),
+    "test/b/damaged.mp4": dict(codec="libx264", bf="0", g="1"),  # in the middle
 }
 
 
@@ -44,6 +46,10 @@ def tree(tmp_path_factory):
     )
     before, _, after = (root / "test/a/turned.mov").read_bytes().rpartition(upright)
     (root / "test/a/turned.mov").write_bytes(before + left + after)
+    with Video(path := root / "test/b/damaged.mp4") as damaged:
+        packet, content = damaged._packets[20], bytearray(path.read_bytes())
+    content[packet.pos : packet.pos + packet.size] = bytes(packet.size)
+    path.write_bytes(content)
     (root / "test/b/broken.mp4").write_bytes((root / "train/a/wide.mp4").read_bytes()[:3000])
     (root / "train/b/same.h264").hardlink_to(root / "test/b/raw.h264")
     write_sound(root / "sound.wav")
@@ -63,7 +69,8 @@ def listed(folder: Path) -> dict[str, tuple[int, int, int]]:
     return {str(path.relative_to(folder)): (s.st_ino, s.st_size, s.st_mtime_ns) for path, s in states.items()}
 
 
-def test_a_copy_has_all_frames_at_their_times_and_stands_in_for_the_original(tree, tmp_path, in_process):
+def test_a_copy_has_all_frames_at_their_times_and_stands_in_for_the_original(tree, tmp_path, monkeypatch, in_process):
+    monkeypatch.setattr(video, "CHUNK", 100_000)  # a few frames, of which the damaged one comes last
     before, out = listed(tree), tmp_path / "out"
     flags = ["shrink", tree, out, "--side=36", "--keyframes=8", "--crf=10", "--workers=2"]
     code, said, err = in_process(data, *flags)
@@ -81,7 +88,7 @@ def test_a_copy_has_all_frames_at_their_times_and_stands_in_for_the_original(tre
             assert len(times) == 40 or name not in FILES
             keys = [i for i, packet in enumerate(packets) if packet.is_keyframe]
             assert keys[0] == 0 and max(np.diff([*keys, len(packets)])) <= 8
-            images = [torch.from_numpy(np.stack(video.read(range(len(video))))).float() for video in (old, new)]
+            images = [torch.from_numpy(np.stack(part.read(range(len(part))))).float() for part in (old, new)]
         was, now = (part @ torch.tensor([[0.299], [0.587], [0.114]]) for part in images)  # colours are at half the size
         was, now = was.movedim(3, 1), now.movedim(3, 1)
         assert min(now.shape[2:]) == min(36, min(was.shape[2:]) // 2 * 2)
@@ -114,9 +121,9 @@ def test_a_copy_that_was_stopped_goes_on_and_nothing_is_ever_half(
 ):
     out, whole = tmp_path / "out", shrink._encode
 
-    def stopped(video, config):
-        content = whole(video, config)
-        if video.path.endswith("uneven.mkv"):
+    def stopped(opened, config):
+        content = whole(opened, config)
+        if opened.path.endswith("uneven.mkv"):
             os.kill(os.getppid(), number)
         return content
 
