@@ -22,6 +22,7 @@ import re
 import signal
 import sys
 import traceback
+import zlib
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -53,6 +54,12 @@ class VideoList:
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    def mark(self, root: str | Path) -> str:
+        """What tells this list from others: numbers, and a check sum of paths below `root` and labels."""
+        above = os.path.join(os.path.abspath(root), "")
+        listed = repr([path.removeprefix(above) for path in self.paths] + self.labels + self.classes)
+        return f"{len(self)} videos, {len(self.classes)} classes, check sum {zlib.crc32(listed.encode()):08x}"
 
     def seen(self, root: str | Path) -> list[list]:
         """Of each video its path below `root`, label, class, and size in bytes (−1: no file): what a run goes by."""
@@ -571,15 +578,19 @@ def visit_videos(visit: Callable, paths: Sequence[str], root: str, out: str | Pa
 
 
 def main() -> None:
-    """`data.py check ROOT` finds videos that can't be read, `data.py synthetic ROOT` makes videos to train on."""
+    """`data.py check ROOT` finds videos that can't be read, `data.py synthetic ROOT` makes videos to train on, `data.py
+    shrink ROOT OUT` makes a smaller copy of all videos, quick to read."""
     import find
+    import shrink
     from cli import dispatch
     from train import UserError
 
     commands = {"check": (find.check, find.CheckConfig), "synthetic": (find.generate, find.SyntheticConfig)}
+    commands["shrink"] = shrink.shrink, shrink.ShrinkConfig
     name, function, config, words = dispatch(commands, inspect.getdoc(main), words=True)
-    if len(words) != 1:
-        raise UserError(f"name the folder after {name}, before all flags (--help lists these)")
+    if len(words) != (wanted := 1 + (name == "shrink")):
+        folders = ["folder", "two folders"][wanted - 1]
+        raise UserError(f"name the {folders} after {name}, before all flags (--help lists these)")
     function(config, *words)
 
 

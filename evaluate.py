@@ -161,11 +161,15 @@ def prepare(config: RetrieveConfig) -> tuple:
     this a run to resume must have seen."""
     process = start_process(config.device, getattr(config, "timeout", 10), getattr(config, "deterministic", "") == "on")
     encoder, config = load_encoder(config, process.say)
-    with user_errors(), process.first():
-        train, test = with_same_classes(
-            find_labelled(config.dataset, config.data, True, config.split, config.list_file, config.exclude),
-            find_labelled(config.dataset, config.data, False, config.split, config.test_list),
+
+    def find_both() -> tuple[data.VideoList, data.VideoList]:
+        train = find_labelled(config.dataset, config.data, True, config.split, config.list_file, config.exclude)
+        return with_same_classes(
+            train, find_labelled(config.dataset, config.data, False, config.split, config.test_list)
         )
+
+    with user_errors():
+        train, test = process.first(find_both, lambda found: [videos.mark(config.data) for videos in found])
     if both := [*find.same_files(train.paths, test.paths), *train.shared]:
         raise UserError(
             f"{min(both)} is a training video and a test video, one of {len(both)} by name or link: divide them into "

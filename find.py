@@ -108,7 +108,14 @@ def find_videos(
         rows, classes, note = _read_list(root, list_file)
         title = f"{dataset} list {list_file}{note}"
     else:
-        videos, lists, passed, closed = _walk(root)
+        videos, others, closed = walk(root)
+        lists = {}  # paths by name, of equal names the topmost
+        for path in others:
+            suffix = os.path.splitext(path)[1][1:].lower()
+            if suffix in ("txt", "csv", "json"):
+                lists.setdefault(os.path.basename(path), path)
+            else:
+                passed[f".{suffix}" if suffix else "without suffix"] += 1
         above = os.path.join(root, UNLABELED, "")
         apart = {path for path in videos if dataset == "synthetic" and path.startswith(above)}
         if unlabeled and apart:
@@ -143,14 +150,15 @@ def find_videos(
     return VideoList(paths, labels, classes, report, tuple(sorted(twice)), tuple(closed))
 
 
+def identity(path: str) -> tuple[int, ...] | str:
+    """What the paths of one file have in common, by whatever name or link: its number, and its device's."""
+    with contextlib.suppress(OSError):
+        return os.stat(path)[1:3]
+    return path  # a link to nothing
+
+
 def same_files(paths: Iterable[str], others: Iterable[str]) -> list[str]:
     """Those of the paths whose file is among the others, by whatever name or link, symbolic or hard."""
-
-    def identity(path: str) -> tuple[int, ...] | str:
-        with contextlib.suppress(OSError):
-            return os.stat(path)[1:3]  # its number, and its device's
-        return path  # a link to nothing
-
     known = set(map(identity, others))
     return [path for path in paths if identity(path) in known]
 
@@ -167,10 +175,13 @@ def _read_text(file: str | Path) -> str:
     return Path(file).read_text(*(("utf-16", "replace") if marked else ("utf-8-sig", "surrogateescape")))
 
 
-def _walk(root: str) -> tuple[list[str], dict[str, str], Counter, list[str]]:
-    """Paths of all videos below a folder; of its lists (.txt, .csv, .json) by name, of equal names the topmost; how
-    many other files there are, by suffix; the folders that may not be listed."""
-    videos, lists, passed, closed, seen, suffixes = [], {}, Counter(), [], set(), frozenset(SUFFIXES)
+def is_video(name: str) -> bool:
+    return os.path.splitext(name)[1][1:].lower() in SUFFIXES
+
+
+def walk(root: str) -> tuple[list[str], list[str], list[str]]:
+    """Paths of all videos below a folder; of all other files, the upper ones first; of folders that can't be listed."""
+    videos, others, closed, seen = [], [], [], set()
 
     def visit(folder: str, part: str, above: tuple) -> None:
         try:
@@ -183,23 +194,31 @@ def _walk(root: str) -> tuple[list[str], dict[str, str], Counter, list[str]]:
         seen.add((part, place))
         below = []
         for entry in entries:
-            suffix = os.path.splitext(entry.name)[1][1:].lower()
             if NOT_READ.fullmatch(entry.name):
                 continue
             if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
                 if not (entry.is_symlink() and re.match(r"/(proc|sys)(/|$)", os.path.realpath(entry.path))):
                     below.append((entry.path, part or (entry.path if PART.fullmatch(entry.name) else "")))
-            elif suffix in suffixes:  # if it is a link to nothing, reading it will say so
-                videos.append(entry.path)
-            elif suffix in ("txt", "csv", "json"):
-                lists.setdefault(entry.name, entry.path)
-            else:
-                passed[f".{suffix}" if suffix else "without suffix"] += 1
+            else:  # if a video is a link to nothing, reading it will say so
+                (videos if is_video(entry.name) else others).append(entry.path)
         for inner in below:
             visit(*inner, (*above, place))
 
     visit(root, "", tuple(os.stat(folder)[1:3] for folder in Path(os.path.realpath(root)).parents))  # nor beyond it
-    return videos, lists, passed, closed
+    return videos, others, closed
+
+
+def walk_whole(root: str) -> tuple[list[str], list[str]]:
+    """Paths of all videos below a folder, and of all other files. Raises FileNotFoundError when there is no video,
+    PermissionError when there is a folder that may not be listed."""
+    if not os.path.isdir(root):
+        raise FileNotFoundError(f"{root}: no such folder")
+    videos, others, closed = walk(root)
+    if closed:
+        raise PermissionError(f"{closed[0]}: no permission to list this folder")
+    if not videos:
+        raise FileNotFoundError(f"{root}: no videos (.{', .'.join(SUFFIXES)}) below it")
+    return videos, others
 
 
 def _letters(name: str) -> str:
@@ -335,8 +354,8 @@ def _read_list(root: str, list_file: str | Path) -> tuple[list[tuple[str | None,
         """Paths of a folder's videos by their names, and by these up to the suffix's dot."""
         found = {}
         for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
-            stem, suffix = os.path.splitext(name)
-            for key in (name, f"{stem}.") if suffix[1:].lower() in SUFFIXES and not NOT_READ.fullmatch(name) else ():
+            stem = os.path.splitext(name)[0]
+            for key in (name, f"{stem}.") if is_video(name) and not NOT_READ.fullmatch(name) else ():
                 found.setdefault(key, []).append(os.path.join(folder, name))
         return found
 
@@ -436,15 +455,9 @@ def check_videos(root: str | Path, out: str | Path, workers: int, full: bool = F
     """Reads the first, middle and last 32 frames of all videos below a folder, or with `full` all, in processes; lists
     the bad ones in the file `out` (see `visit_videos`); returns how many videos there are and how many are bad.
 
-    Raises FileNotFoundError when there is no video, PermissionError when there is a folder that may not be listed.
+    Raises FileNotFoundError and PermissionError as `walk_whole` does.
     """
-    if not os.path.isdir(root := os.path.abspath(root)):
-        raise FileNotFoundError(f"{root}: no such folder")
-    paths, _, _, closed = _walk(root)
-    if closed:
-        raise PermissionError(f"{closed[0]}: no permission to list this folder")
-    if not paths:
-        raise FileNotFoundError(f"{root}: no videos (.{', .'.join(SUFFIXES)}) below it")
+    paths, _ = walk_whole(root := os.path.abspath(root))
     visit = functools.partial(_check_video, full)
     return len(paths), visit_videos(visit, paths, root, out, workers, f"checking {root}")
 

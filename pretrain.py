@@ -153,13 +153,11 @@ def pretrain(method_class: type[Method], config: PretrainConfig) -> None:
     torch.manual_seed(config.seed)
     method = method_class(config)
     untrained = copy.deepcopy(method.encoder) if config.dataset == "synthetic" else None
-    with process.first():
-        videos = config.find_videos()
+    videos = process.first(config.find_videos, lambda videos: videos.mark(config.root))
     process.say(videos.report)
     seen = {"videos": videos.seen(config.root)} if process.rank == 0 else {}
     config = continued(config, process, seen)
-    with process.first():
-        views = method.make_views(videos)
+    views = process.first(lambda: method.make_views(videos))
     with user_errors((ValueError,)):  # fewer videos than in a batch of all processes
         place = process.rank, process.world_size
         sampler = data.StepSampler(len(views), config.batch_size, config.epochs, config.seed, *place)

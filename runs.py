@@ -378,7 +378,7 @@ def fit_in_folder(
     """
     folder, path = Path(config.out or out), config.resume
     process.of_first(lambda: claim_folder(folder, path))  # before the checkpoint is read: none writes it now
-    state = load_checkpoint(path) if path else None
+    state = process.of_first(lambda: load_checkpoint(path)) if path else None  # other nodes need not have it
     run = Run(method, config, process, steps_per_epoch, state)
     if state:
         seen, was, now = unpack(path, state) | seen, state["config"], dataclasses.asdict(config)

@@ -177,7 +177,7 @@ def _synthetic_names(train: int, test: int, shots: int = 1, **_: object) -> dict
 
 
 @contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def alone(folder: Path) -> Iterator[None]:
     """Makes an empty folder for this process alone, for which others wait, and removes it at the end.
 
     One that a killed process left is emptied. Where files can't be locked, nobody waits.
@@ -260,7 +260,7 @@ def make_synthetic(
         path.parent.mkdir(parents=True, exist_ok=True)
         _write_video(path, _draw_video(motions, rng, frames, *size, shake))
 
-    with _alone(hidden):
+    with alone(hidden):
         if _is_complete(root, recipe):  # by now
             return
         pause = 0.5 if sys.stderr.isatty() else 30  # seconds, as in training

@@ -157,16 +157,26 @@ class Process:
         if self.rank == 0:
             tqdm.write(text)
 
-    @contextlib.contextmanager
-    def first(self) -> Iterator[None]:
-        """The first process runs the block before the others do, so that it alone makes what is made once."""
+    def first(self, function: Callable[[], Any], mark: Callable[[Any], Any] = lambda _: None) -> Any:
+        """What a function gives on this process. The first process runs it before the others do, so that it alone makes
+        what is made once. What it raises for the user on one process ends all, as does a mark of what it gives, which
+        is to be the same on all: on nodes without a common disk, data may be missing or differ."""
+        given, error = None, None
         if self.rank > 0:
             dist.barrier()
         try:
-            yield
-        finally:
-            if self.rank == 0 and self.world_size > 1:
-                dist.barrier()
+            given = function()
+        except (UserError, ValueError, OSError) as raised:
+            error = raised
+        if self.rank == 0 and self.world_size > 1:
+            dist.barrier()
+        outcomes = self.gather([(error and str(error), None if error else mark(given))])
+        if error:
+            raise error
+        for rank, (wrong, found) in enumerate(outcomes):
+            if wrong or found != outcomes[0][1]:
+                raise UserError(f"process {rank}: {wrong or f'{found}, but process 0: {outcomes[0][1]}'}")
+        return given
 
     def of_first(self, function: Callable[[], Any]) -> Any:
         """What a function gives, or raises for the user, on the first process; on every process."""
@@ -616,7 +626,10 @@ def fit(
                 log.summary()
                 run.bad_videos = run.skipped = 0
             if interrupted:
-                launch = f"torchrun --nproc_per_node={process.world_size}" if process.world_size > 1 else "python"
+                local = int(os.environ.get("LOCAL_WORLD_SIZE", process.world_size))
+                several = f"--nnodes={process.world_size // local} --node_rank=N --master_addr=HOST "
+                several = "torchrun " + several * (local < process.world_size) + f"--nproc_per_node={local}"
+                launch = several if process.world_size > 1 else "python"
                 command = shlex.join([*program(), "--resume", str(out / "checkpoint.pt")])
                 process.say(f"saved; continue with: {launch} {command}")
                 raise Interrupted(caught[0] if caught else signal.SIGTERM)

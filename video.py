@@ -11,6 +11,8 @@ import re
 import stat
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
+from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 from time import thread_time
 
@@ -30,7 +32,7 @@ WHOLE = re.compile(  # bits of a parameter set that allows whole frames only (7.
 TINY = 19  # bytes of a packet of MPEG-4 that may stand for a picture which came in a packet before
 # No playlists: they open other files.
 CONTAINERS = "avi,mov,matroska,webm,mpeg,mpegts,mpegvideo,m4v,h264,hevc,flv,asf,ogg,mxf,dv,ivf,mjpeg,jpeg_pipe"
-DEADLINE = 60.0  # seconds that opening a video may take, and one reading of frames
+DEADLINE = 60.0  # seconds that opening a video may take, and each part of the frames that are read
 MAX_FRAMES = 1_000_000  # of a video
 MAX_PIXELS = 8192 * 4320  # of a frame
 MAX_BYTES = 4 * 2**30  # of a video's packets, and of the frames of one reading
@@ -114,7 +116,7 @@ class Video(contextlib.AbstractContextManager):
         self.path = str(path)
         self._container = None
         try:
-            with self._bad_video():
+            with self.bad_video():
                 self._state = _file_state(self.path)
                 options = {"format_whitelist": CONTAINERS, "protocol_whitelist": "file", "max_pixels": str(MAX_PIXELS)}
                 tags = {"metadata_errors": "ignore"} if av.__version__.startswith("18.") else {}  # 19 takes any bytes
@@ -126,7 +128,7 @@ class Video(contextlib.AbstractContextManager):
             raise
 
     @contextlib.contextmanager
-    def _bad_video(self) -> Iterator[None]:
+    def bad_video(self) -> Iterator[None]:
         """Starts the clock for a block, whose failures are a BadVideo, or an OSError where the machine is to blame.
 
         The clock counts the computing of this thread, as others may make it wait.
@@ -192,6 +194,7 @@ class Video(contextlib.AbstractContextManager):
         times = {stamps[i] for i in shown}
         stamped = len(times) == len(shown) and None not in times and "avi" not in self._container.format.name.split(",")
         self._order = sorted(shown, key=stamps.__getitem__) if stamped else shown  # AVI's stamps are made up
+        self._stamps = stamps if stamped else [None] * len(stamps)
         self._clock, self._near, self._skip = "index", (0, 0), codec.name in SKIPPING_CODECS
         lag = codec.reorder_depth
         if codec.codec.intra_only:
@@ -296,6 +299,14 @@ class Video(contextlib.AbstractContextManager):
         """Number of frames."""
         return len(self._order)
 
+    def times(self) -> list[Fraction]:
+        """Seconds from the first frame to each; by the mean frame rate where time stamps do not say it."""
+        stream = self._container.streams.best("video")
+        stamps, unit = [self._stamps[i] for i in self._order] if self._clock == "index" else [None], stream.time_base
+        if None in stamps or any(b <= a for a, b in pairwise(stamps)):
+            stamps, unit = range(len(self)), 1 / (stream.average_rate or Fraction(25))
+        return [(stamp - stamps[0]) * unit for stamp in stamps]
+
     def __exit__(self, *_) -> None:
         self.close()
 
@@ -329,7 +340,7 @@ class Video(contextlib.AbstractContextManager):
         wanted = {self._order[k]: k for k in frames}
         missing, images, size = set(wanted), {}, 3 * self._size[0] * self._size[1]
         last = self._last(max(wanted, default=0))
-        with self._bad_video():
+        with self.bad_video():
             # Streams refreshed bit by bit need more than their last "key" frame: what is missing is tried from 0 on.
             for runs, skip in ((self._runs(wanted), self._skip), ([(0, last)], False)):
                 for ticket, image in self._decode(missing, runs, skip) if missing else ():
@@ -338,6 +349,7 @@ class Video(contextlib.AbstractContextManager):
                     if (len(images) + 1) * size > CHUNK:
                         yield images
                         images.clear()
+                        self._deadline = thread_time() + DEADLINE
             if missing:
                 blame_machine(MemoryError(), self.path)
             if 4 * len(missing) > len(wanted):

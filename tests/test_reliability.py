@@ -308,7 +308,8 @@ def test_two_processes_go_on_after_a_kill_as_if_nothing_had_been_and_one_alone_s
 
 @pytest.mark.slow
 def test_two_nodes_need_no_common_disk(undisturbed, videos, tmp_path):
-    """The second has no place for a run folder; what it cannot read is named in the first one's."""
+    """The second has no place for a run folder; what it cannot read is named in the first one's. Both end if its videos
+    are missing, or are others."""
     (tree := tmp_path / "tree").mkdir()
     for n, path in enumerate(sorted((videos / "train").glob("*/*.mp4"))):
         (tree / f"{n}.mp4").write_bytes(path.read_bytes() if n % 9 else b"")
@@ -316,13 +317,22 @@ def test_two_nodes_need_no_common_disk(undisturbed, videos, tmp_path):
     nodes = [tmp_path / str(rank) for rank in range(2)]
     nodes[1].mkdir()
     (nodes[1] / "run").touch()
-    for rank, process in enumerate(start_two(*nodes, flags=flags, LOCAL_RANK="0")):
-        code, out = finish(process, nodes[rank], f"out{rank}.txt")
-        assert code == 0, out
+    for stop in (["--max_steps", "4"], ["--resume", "auto"]):
+        for rank, process in enumerate(start_two(*nodes, flags=[*flags, *stop], LOCAL_RANK="0")):
+            code, out = finish(process, nodes[rank], f"out{rank}.txt")
+            assert code == 0, out
     assert weights(nodes[0] / "run" / "checkpoint.pt")["step"] == 8
     named = (nodes[0] / "run" / "bad_videos.log").read_text()
     assert [named.count(f"/{name}.mp4'") for name in (0, 9)] == [1, 1]  # the processes have met one each, or both
     assert (nodes[1] / "run").read_bytes() == b""
+    (nodes[0] / "own").symlink_to(tree)
+    for says in ("no such folder", "1 videos, 0 classes, check sum"):
+        for rank, process in enumerate(start_two(*nodes, flags=[*flags, "--data", "own"], LOCAL_RANK="0")):
+            code, out = finish(process, nodes[rank], f"out{rank}.txt")
+            assert code == 2
+            one_line(out, says, *["process 1"] * (rank == 0))
+        (nodes[1] / "own").mkdir(exist_ok=True)
+        shutil.copy(tree / "1.mp4", nodes[1] / "own")
 
 
 LEFT = ["WORLD_SIZE=4", "RANK=1", "LOCAL_RANK=2", "RANK=0 WORLD_SIZE=2", "RANK=0 WORLD_SIZE=two", "RANK=1 WORLD_SIZE=1"]

@@ -1,0 +1,144 @@
+"""`data.py shrink`: the copy has all frames at their times and reads as the original does; rerun, killed, refused."""
+
+import os
+import signal
+import struct
+import sys
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from encoding import encode, moving_texture, write_sound
+from helpers import FORK, one_line
+from torch.nn.functional import interpolate
+
+import cli
+import data
+import shrink
+import video
+from find import find_videos
+from video import Video
+
+CASES = [path.with_suffix("") for path in (Path(__file__).parents[2] / "shared" / "cases").glob("*.npy")]
+UNEVEN = np.cumsum(np.arange(40) % 4 + 1).tolist()
+FILES = {
+    "train/a/packed.avi": dict(codec="mpeg4", bf="2", g="40"),
+    "train/a/wide.mp4": dict(codec="libx264", bf="2"),
+    "train/b/uneven.mkv": dict(codec="libx264", bf="2", times=UNEVEN),
+    "train/b/small.webm": dict(codec="libvpx-vp9", images=moving_texture(40, 17, 35)),
+    "test/a/turned.mov": dict(codec="libx264"),
+    "test/b/raw.h264": dict(codec="libx264", bf="2"),
+    "test/b/damaged.mp4": dict(codec="libx264", bf="0", g="1"),  # in the middle
+}
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """Videos of 40 frames, 72 × 96, in folders, with a link, a list, a sound, and one that is broken."""
+    root = tmp_path_factory.mktemp("tree")
+    for name, options in FILES.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        encode(root / name, **dict(images=moving_texture(40, 72, 96)) | options)
+    upright, left = (
+        struct.pack(">5i", *numbers) for numbers in ((1 << 16, 0, 0, 0, 1 << 16), (0, 1 << 16, 0, -1 << 16, 0))
+    )
+    before, _, after = (root / "test/a/turned.mov").read_bytes().rpartition(upright)
+    (root / "test/a/turned.mov").write_bytes(before + left + after)
+    with Video(path := root / "test/b/damaged.mp4") as damaged:
+        packet, content = damaged._packets[20], bytearray(path.read_bytes())
+    content[packet.pos : packet.pos + packet.size] = bytes(packet.size)
+    path.write_bytes(content)
+    (root / "test/b/broken.mp4").write_bytes((root / "train/a/wide.mp4").read_bytes()[:3000])
+    (root / "train/b/same.h264").hardlink_to(root / "test/b/raw.h264")
+    write_sound(root / "sound.wav")
+    (root / "lists").mkdir()
+    (root / "lists/train.txt").write_text("".join(f"{name} {name.split('/')[1]}\n" for name in FILES))
+    for path in CASES:
+        (root / path.name).symlink_to(path)
+    return root
+
+
+OWN = {shrink.FAILED, shrink.RECIPE}
+
+
+def listed(folder: Path) -> dict[str, tuple[int, int, int]]:
+    """What tells files below a folder from others in their place: number, size and time."""
+    states = {path: path.stat() for path in folder.rglob("*") if path.is_file()}
+    return {str(path.relative_to(folder)): (s.st_ino, s.st_size, s.st_mtime_ns) for path, s in states.items()}
+
+
+def test_a_copy_has_all_frames_at_their_times_and_stands_in_for_the_original(tree, tmp_path, monkeypatch, in_process):
+    monkeypatch.setattr(video, "CHUNK", 100_000)  # a few frames, of which the damaged one comes last
+    before, out = listed(tree), tmp_path / "out"
+    flags = ["shrink", tree, out, "--side=36", "--keyframes=8", "--crf=10", "--workers=2"]
+    code, said, err = in_process(data, *flags)
+    assert code == 1 and "error" not in err and listed(tree) == before
+    assert said.startswith(f"{len(FILES) + len(CASES)} videos, ") and f"\n1 of {len(FILES) + len(CASES) + 1} " in said
+    assert (out / shrink.FAILED).read_text().startswith("'test/b/broken.mp4'\t")
+    assert listed(out).keys() == before.keys() - {"test/b/broken.mp4"} | OWN
+    for name in ("sound.wav", "lists/train.txt"):
+        assert (out / name).read_bytes() == (tree / name).read_bytes()
+    for name in [*FILES, *(path.name for path in CASES)]:
+        with Video(tree / name) as old, Video(out / name) as new, av.open(str(out / name)) as container:
+            packets = [packet for packet in container.demux() if packet.size]
+            times = [packet.pts * packet.time_base for packet in packets]
+            assert old.times() == new.times() == times and len(container.streams) == 1
+            assert len(times) == 40 or name not in FILES
+            keys = [i for i, packet in enumerate(packets) if packet.is_keyframe]
+            assert keys[0] == 0 and max(np.diff([*keys, len(packets)])) <= 8
+            images = [torch.from_numpy(np.stack(part.read(range(len(part))))).float() for part in (old, new)]
+        was, now = (part @ torch.tensor([[0.299], [0.587], [0.114]]) for part in images)  # colours are at half the size
+        was, now = was.movedim(3, 1), now.movedim(3, 1)
+        assert min(now.shape[2:]) == min(36, min(was.shape[2:]) // 2 * 2)
+        shown = interpolate(was, now.shape[2:], mode="bilinear", antialias=True)
+        assert 10 * torch.log10(255**2 / (shown - now).square().mean()) > 36, name
+    assert [25 * time for time in Video(out / "train/b/uneven.mkv").times()] == [time - 1 for time in UNEVEN]
+    assert Video(out / "test/a/turned.mov").read([0])[0].shape == (48, 36, 3)
+    for options in ({}, {"list_file": "lists/train.txt"}):
+        old, new = (find_videos("folder", root, True, exclude=out / shrink.FAILED, **options) for root in (tree, out))
+        assert [row[:3] for row in old.seen(tree)] == [row[:3] for row in new.seen(out)]
+        assert len(old.shared) == len(new.shared) == (0 if options else 1)
+    made = listed(out)
+    assert in_process(data, *flags)[0] == 1 and {name for name, _ in made.items() ^ listed(out).items()} <= OWN
+    for words, says in (
+        ([*flags, "--side=20"], "holds {"),
+        (["shrink", tree, tree / "a"], "is in"),
+        (["shrink", tree], "two"),
+    ):
+        code, _, err = in_process(data, *words)
+        assert code == 2
+        one_line(err, says)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").touch()
+    one_line(in_process(data, "shrink", tree, tmp_path / "mine")[2], "other files")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
+def test_a_copy_that_was_stopped_goes_on_and_nothing_is_ever_half(
+    tree, tmp_path, monkeypatch, in_process, number, code
+):
+    out, whole = tmp_path / "out", shrink._encode
+
+    def stopped(opened, config):
+        content = whole(opened, config)
+        if opened.path.endswith("uneven.mkv"):
+            os.kill(os.getppid(), number)
+        return content
+
+    monkeypatch.setattr(shrink, "_encode", stopped)
+    words = ["shrink", str(tree), str(out), "--workers=1"]
+    monkeypatch.setattr(sys, "argv", ["data.py", *words])
+    process = FORK.Process(target=cli.command_line, args=(data.main,))
+    process.start()
+    process.join(120)
+    before = {name: state for name, state in listed(out).items() if not name.startswith(shrink.HIDDEN)}
+    assert process.exitcode == code and {"test/b/raw.h264"} | OWN < before.keys() < listed(tree).keys() | OWN
+    assert (out / shrink.HIDDEN).exists() == (number == signal.SIGKILL)
+    monkeypatch.setattr(shrink, "_encode", whole)
+    assert in_process(data, *words)[0] == 1 and not (out / shrink.HIDDEN).exists()
+    assert {name for name, _ in before.items() - listed(out).items()} == OWN
+    for name in FILES:
+        with Video(tree / name) as old, Video(out / name) as new:
+            assert old.times() == new.times()
