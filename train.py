@@ -5,8 +5,10 @@ Imports torch and tqdm only. `fit` sums a method's losses, steps, logs and saves
 A method is an `nn.Module`, of which only `forward` is a must:
 
 - `forward(batch)` returns a dict of named scalar losses, of the same names in every step.
-- `metrics`: a dict of numbers, or tensors of one, to log, which `forward` fills; emptied before each step. What some
-  steps lack is averaged over the others. "chance/NAME", what loss NAME is at chance, is shown beside it.
+- `metrics`: a dict of numbers, or tensors of one, to log, which `forward` fills; emptied before each call. What some
+  calls lack is averaged over the others. "chance/NAME", what loss NAME is at chance, is shown beside it.
+- `part`, set before each call: (i, N) for micro-batch i, from 0 on, of the N of a step (`config.accumulate`), whose
+  gradients are averaged. What a method does once a step, it does in the first or in the last call.
 - `warnings(line)`: a line of the log → texts on what it shows to be wrong, each said once. It lacks what no step gave.
 - `optimizer(config)`: any `torch.optim.Optimizer`, instead of `sgd`; resuming restores its state exactly.
 
@@ -105,7 +107,8 @@ class TrainConfig(Options):
     """What `fit` needs; a method's config inherits from it."""
 
     epochs: int = option(200, "passes over the data set, the length of the half-cosine schedule", (1, 10**6))
-    batch_size: int = option(8, "videos a process; the total batch is this times the number of processes", (1, 65_536))
+    batch_size: int = option(8, "videos of a micro-batch; total batch: times --accumulate and processes", (1, 65_536))
+    accumulate: int = option(1, "micro-batches a step, whose gradients are averaged; saves memory", (1, 65_536))
     lr: float = option(0.04, "learning rate at a total batch of 256, scaled linearly (0.00375 at 24)", (0, 1e6))
     sgd_momentum: float = option(0.9, "momentum of SGD", (0, 1))
     weight_decay: float = option(1e-4, "weight decay of SGD", (0, 1000))
@@ -129,7 +132,7 @@ class TrainConfig(Options):
     # What resuming may change, FREE for what defines no run, TUNED for what does; another of the rest is another run.
     FREE = {"precision", "device", "workers", "out", "resume", "changed_data", "max_steps", "log_every", "keep_every"}
     FREE |= {"save_minutes", "on_nan", "deterministic", "timeout", "max_bad"}
-    TUNED = {"epochs", "batch_size", "lr", "sgd_momentum", "weight_decay"}
+    TUNED = {"epochs", "batch_size", "accumulate", "lr", "sgd_momentum", "weight_decay"}
 
     def learning_rate(self, total_batch: int, epoch: float) -> float:
         """Half-period cosine per step from the linearly scaled rate (Goyal et al. 2017; FIMA Sec. 4.1)."""
@@ -272,7 +275,9 @@ def mean(weighted: list[tuple[float, dict[str, float]]]) -> dict[str, float]:
     found = {}
     for name in dict.fromkeys(name for _, numbers in weighted for name in numbers):
         having = [(weight, numbers[name]) for weight, numbers in weighted if name in numbers]
-        found[name] = sum(weight * value for weight, value in having) / sum(weight for weight, _ in having)
+        found[name] = having[0][1]
+        if len(having) > 1:
+            found[name] = sum(weight * value for weight, value in having) / sum(weight for weight, _ in having)
     return found
 
 
@@ -434,7 +439,8 @@ class Run:
         self, method: nn.Module, config: Config, process: Process, steps_per_epoch: int, state: dict | None = None
     ):
         self.method, self.config, self.process = method.to(process.device).train(), config, process
-        self.steps_per_epoch, self.total_batch = steps_per_epoch, config.batch_size * process.world_size
+        self.steps_per_epoch = steps_per_epoch
+        self.total_batch = config.batch_size * config.accumulate * process.world_size
         self.optimizer = method.optimizer(config) if hasattr(method, "optimizer") else sgd(method, config)
         self.stop = min(config.epochs * steps_per_epoch, config.max_steps or math.inf)
         self.done = 0  # steps
@@ -503,9 +509,9 @@ class Run:
             dist.barrier()
 
     def step(self, batch: dict, videos: list[str] = ()) -> Step | None:
-        """Trains on a batch of these videos; None where `on_nan` has the step left out. Raises UserError where too many
-        in a row would be."""
-        config, process, method = self.config, self.process, self.method
+        """Trains on a batch of these videos, cut in micro-batches; None where `on_nan` has the step left out. Raises
+        UserError where too many in a row would be."""
+        config, process, method, count = self.config, self.process, self.method, self.config.accumulate
         before = copy.deepcopy(method.state_dict()) if config.on_nan == "skip" else None
         epoch = self.done / self.steps_per_epoch
         for group in self.optimizer.param_groups:
@@ -514,21 +520,25 @@ class Run:
         torch.default_generator.manual_seed(seed)  # torch.manual_seed asks every kind of device, which takes long
         if process.device.type == "cuda":
             torch.cuda.manual_seed(seed)
-        batch = to_device(batch, process.device, self.copies) | {"epoch": epoch}
-        method.metrics = {}
-        with torch.autocast(process.device.type, torch.bfloat16, enabled=self.bf16):
-            losses = self.model(batch)
-        loss = torch.stack(list(losses.values())).sum()
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        found, cut = [], {name: value.chunk(count) for name, value in batch.items()}
+        for i in range(count):
+            part = to_device({name: values[i] for name, values in cut.items()}, process.device, self.copies)
+            method.metrics, method.part = {}, (i, count)
+            early = process.world_size > 1 and i + 1 < count  # the last backward shares the sum with the processes
+            with self.model.no_sync() if early else contextlib.nullcontext():
+                with torch.autocast(process.device.type, torch.bfloat16, enabled=self.bf16):
+                    losses = self.model(part | {"epoch": epoch})
+                loss = torch.stack(list(losses.values())).sum()
+                (loss / count).backward()
+            numbers = {"loss": loss} | {f"loss/{name}": value for name, value in losses.items()}
+            numbers |= {"overlap": part["overlap"].mean()} if "overlap" in part else {}
+            numbers = {k: v.detach() if isinstance(v, Tensor) else v for k, v in (numbers | method.metrics).items()}
+            found.append((1, numbers))
         trained = itertools.chain(*(group["params"] for group in self.optimizer.param_groups))
         norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
-        numbers = {"loss": loss} | {f"loss/{name}": value for name, value in losses.items()} | {"grad_norm": norm}
-        if "overlap" in batch:
-            numbers["overlap"] = batch["overlap"].mean()
-        numbers = {k: v.detach() if isinstance(v, Tensor) else v for k, v in (numbers | method.metrics).items()}
         self.done += 1
-        step = Step(self.done, numbers, videos)
+        step = Step(self.done, mean(found) | {"grad_norm": norm}, videos)
         if before is None or not any(process.gather([not step.is_finite()])):  # all processes decide alike
             self.optimizer.step()
             self.skipped_in_a_row = 0
