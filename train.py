@@ -307,6 +307,7 @@ class Log:
         self.steps: list[Step] = []  # since the last line, until when nobody waits for the device
         self.lines: list[tuple[int, dict[str, float]]] = []  # since the last summary: number of steps, means
         self.waited, self.since, self.warned = 0.0, time.perf_counter(), set()
+        self.making = torch.zeros(3)  # seconds in which this process's loader read files, decoded, and scaled crops
         self.bar = progress(run.process, total=run.config.epochs * run.steps_per_epoch, initial=run.done, unit="step")
 
     def add_bad(self, bad: list[tuple[str, str]]) -> None:
@@ -348,10 +349,23 @@ class Log:
                 file.write(json.dumps(line) + "\n")
         shown = f"loss {line['loss']:.2f}, {line['clips_per_s']:.0f} clips/s, data wait {line['data_wait']:.0%}"
         self.bar.set_postfix_str(shown, refresh=False)  # by the next step that is due, not at every line
+        if line["data_wait"] > 0.2 and line["epoch"] <= 1 < len(self.lines):  # the first line has the workers' start
+            self.advise(line["data_wait"])
         for warning in run.method.warnings(line) if hasattr(run.method, "warnings") else ():
             if warning not in self.warned:
                 run.process.say(f"warning, step {run.done}: {warning}")
                 self.warned.add(warning)
+
+    def advise(self, wait: float) -> None:
+        """Says, once, what a loader that tells its "seconds" takes so long for, and what to do."""
+        if self.making.any() and "loader" not in self.warned:
+            shares = zip(self.making / self.making.sum(), ("reading files", "decoding", "scaling"), strict=True)
+            took = ", ".join(f"{share:.0%} {name}" for share, name in sorted(shares, reverse=True))
+            self.run.process.say(
+                f"data wait {wait:.0%}, as the loader is slow ({took}): take more --workers if cores are idle, or make "
+                "the videos smaller, with more key frames: python data.py shrink DATA OUT --side 256 --keyframes 32"
+            )
+            self.warned.add("loader")
 
     def summary(self) -> None:
         """Prints the means of the lines since the last summary; that of the windows' overlap goes into run.json."""
@@ -572,7 +586,8 @@ def fit(
         make_loader: step to start from → batches from there on, one a step; a batch is a dict of tensors and, under
             "bad", the list of (path, reason) of videos that could not be read and were replaced. The method gets it
             with "epoch", how many of them have passed, a whole number at the start of each. "overlap" (B,), of the two
-            windows of each video, is logged. An OSError of the batches is taken for one of the user's.
+            windows of each video, is logged; "seconds" (B, 3), of reading, decoding and scaling, say what is slow where
+            steps wait. An OSError of the batches is taken for one of the user's.
         clips_per_video: of a batch, for the log's clips/s.
         paths: of the videos that a batch's "index" counts, to name those of a step that fails.
         extra: more entries of the checkpoints.
@@ -590,6 +605,7 @@ def fit(
                 batch = next(batches)
             log.waited += time.perf_counter() - waiting
             bad += batch.pop("bad", [])
+            log.making += batch.pop("seconds", torch.zeros(1, 3)).sum(0)
             videos = [paths[i] for i in batch["index"].tolist()] if paths and "index" in batch else []
             step = run.step(batch, videos)
             log.steps += [] if step is None else [step]
