@@ -8,7 +8,6 @@ pixel i looks at lies at stride · (i + ½) + offset from the clip's edge, by th
 """
 
 import contextlib
-import functools
 import math
 import re
 from collections import Counter
@@ -101,7 +100,7 @@ class Encoder(nn.Module):
             if self.checkpointing and torch.is_grad_enabled():
                 contexts = contextlib.nullcontext(), _Recomputation(stage)  # of the forward, and of the backward
                 options = dict(use_reentrant=False, preserve_rng_state=False)  # nothing is drawn
-                clip = checkpoint(stage, clip, context_fn=functools.partial(tuple, contexts), **options)
+                clip = checkpoint(stage, clip, context_fn=lambda both=contexts: both, **options)
             else:
                 clip = stage(clip)
         return clip

@@ -95,7 +95,7 @@ class Method(nn.Module):
     """
 
     sub_clips = 0
-    part = 0, 1
+    part = 0, 1  # until the loop says which micro-batch it is
 
     def __init__(self, config: PretrainConfig):
         super().__init__()

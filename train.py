@@ -275,9 +275,7 @@ def mean(weighted: list[tuple[float, dict[str, float]]]) -> dict[str, float]:
     found = {}
     for name in dict.fromkeys(name for _, numbers in weighted for name in numbers):
         having = [(weight, numbers[name]) for weight, numbers in weighted if name in numbers]
-        found[name] = having[0][1]
-        if len(having) > 1:
-            found[name] = sum(weight * value for weight, value in having) / sum(weight for weight, _ in having)
+        found[name] = sum(weight * value for weight, value in having) / sum(weight for weight, _ in having)
     return found
 
 
@@ -552,7 +550,7 @@ class Run:
         trained = itertools.chain(*(group["params"] for group in self.optimizer.param_groups))
         norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
         self.done += 1
-        step = Step(self.done, mean(found) | {"grad_norm": norm}, videos)
+        step = Step(self.done, (mean(found) if count > 1 else numbers) | {"grad_norm": norm}, videos)
         if before is None or not any(process.gather([not step.is_finite()])):  # all processes decide alike
             self.optimizer.step()
             self.skipped_in_a_row = 0
@@ -583,11 +581,11 @@ def fit(
     commands call `runs.fit_in_folder`, which makes run and folder.
 
     Args:
-        make_loader: step to start from → batches from there on, one a step; a batch is a dict of tensors and, under
-            "bad", the list of (path, reason) of videos that could not be read and were replaced. The method gets it
-            with "epoch", how many of them have passed, a whole number at the start of each. "overlap" (B,), of the two
-            windows of each video, is logged; "seconds" (B, 3), of reading, decoding and scaling, say what is slow where
-            steps wait. An OSError of the batches is taken for one of the user's.
+        make_loader: step to start from → batches from there on, one a step; a batch is a dict of tensors (B, ...), of
+            the videos of all micro-batches, and, under "bad", the list of (path, reason) of videos that could not be
+            read and were replaced. The method gets each micro-batch with "epoch", how many of them have passed, a whole
+            number at the start of each. "overlap" (B,), of the two windows of each video, is logged; "seconds" (B, 3),
+            of reading, decoding and scaling, show what is slow. An OSError of the batches is taken for the user's.
         clips_per_video: of a batch, for the log's clips/s.
         paths: of the videos that a batch's "index" counts, to name those of a step that fails.
         extra: more entries of the checkpoints.

@@ -117,7 +117,7 @@ def test_a_resumed_run_equals_a_whole_one_bit_for_bit(script, run, monkeypatch):
 @pytest.mark.parametrize("script", ["dclr.py", "examples/simclr.py"])
 def test_two_processes_train_and_agree(script, videos, tmp_path):
     flags = ["--dataset=folder", f"--data={videos}", "--epochs=2", "--max_steps=3", "--device=cpu", "--out=run"]
-    flags += ["--batch_size=2", "--accumulate=2", "--workers=1"]
+    flags += ["--batch_size=2", "--accumulate=2", "--workers=1", "--activation_checkpointing"]
     done = torchrun(ROOT / script, *flags, *conftest.CONV4, folder=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert weights(tmp_path / "run" / "checkpoint.pt")["step"] == 3  # which is saved if the processes agree
