@@ -21,6 +21,7 @@ import os
 import re
 import signal
 import sys
+import time
 import traceback
 import zlib
 from collections import deque
@@ -187,7 +188,8 @@ class PretrainingViews(Items):
     A window spans `frames × frame_stride` frames and starts anywhere in the video with equal chance, no two at the same
     frame as far as the video has others; a shorter video is continued with its last frame. Crops take from `min_scale`
     to all of the frame's area; `color` holds settings of `draw_color`. `windows`, 1 to train a classifier, is the
-    number of views. An item is asked for by (epoch, index) and depends on nothing but these and the seed:
+    number of views. An item is asked for by (epoch, index) and, but for "seconds", depends on nothing but these and the
+    seed:
 
     - "clip": uint8 (2, 3, frames, crop, crop), every `frame_stride`-th frame of each window.
     - "sub_clips": uint8 (2, S, 3, window // S, crop, crop), each window cut in S parts at stride 1, each with a crop
@@ -196,6 +198,7 @@ class PretrainingViews(Items):
     - "color": float32 (2, 2 + S, 6), colour parameters of the clip, its frame difference, and each sub-clip's.
     - "overlap": float32 (), the share of a window's frames that another one shows, too; absent for one window.
     - "index", "label": int64 (), the video's place in the list and its class (-1: unknown).
+    - "seconds": float32 (3,), what its making took, of reading the file, decoding, and scaling crops.
     - "bad": list of (path, reason) of the unreadable videos drawn before it.
 
     Raises OSError when `attempts` videos drawn for one item are all unreadable.
@@ -217,7 +220,7 @@ class PretrainingViews(Items):
         views, parts, size = self.windows, self.sub_clips, (self.crop, self.crop)
         memory = {name: torch.empty(batch, dtype=torch.int64) for name in ("index", "label")}
         memory["clip"] = empty_clips(*batch, views, 3, self.frames, *size)
-        memory["box"] = torch.empty(*batch, views, 4)
+        memory["box"], memory["seconds"] = torch.empty(*batch, views, 4), torch.zeros(*batch, 3)
         memory["color"] = torch.empty(*batch, views, 2 + parts, 6)
         if parts:
             memory["sub_clips"] = empty_clips(*batch, views, parts, 3, self.frames * self.frame_stride // parts, *size)
@@ -250,13 +253,17 @@ class PretrainingViews(Items):
 
     def write_views(self, rng: np.random.Generator, path: str, item: dict[str, Tensor]) -> np.ndarray:
         """Makes an item of one video, without its index and label; returns the windows' first frames, (windows,)."""
-        step = 1 if self.sub_clips else self.frame_stride
+        step, clock, scaling = 1 if self.sub_clips else self.frame_stride, time.perf_counter, 0.0
+        began = clock()
         with Video(path) as video:
             starts = self.draw_starts(rng, video)
+            reading = clock() - began
             window = np.arange(0, self.frames * self.frame_stride, step)
             frames = np.minimum(starts[:, None] + window, len(video) - 1).tolist()
             crops = []  # of a clip or sub-clip: its frames, region, flip, where it goes, and where its box goes
+            began = clock()
             for images in video.stream(itertools.chain(*frames)):
+                scaling -= clock()
                 for view, start in enumerate(starts) if not crops else ():  # now that the frames' size is known
                     place = (*next(iter(images.values())).shape[:2], start)
                     shown = frames[view][:: self.frame_stride // step]
@@ -269,6 +276,8 @@ class PretrainingViews(Items):
                         crops.append((shown, *self._draw_crop(rng, *place), part, None))
                 for crop in crops:
                     crop_frames(images, *crop)
+                scaling += clock()
+            item["seconds"][:] = torch.tensor([reading, clock() - began - scaling, scaling])
         return starts
 
     def draw_starts(self, rng: np.random.Generator, video: Video) -> np.ndarray:

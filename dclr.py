@@ -84,7 +84,7 @@ class DCLR(moco.MoCo):
         At the start of every `refresh`-th epoch the slow extractor follows the encoder, and the pools start empty.
         """
         config, terms, started = self.config, self.config.terms, views["epoch"] >= self.config.delay
-        if self.training and views["epoch"] % config.refresh == 0:
+        if self.training and views["epoch"] % config.refresh == 0 and self.part[0] == 0:
             momentum_update(self.encoder, self.key_encoder, config.momentum)  # f̃ ← f
             momentum_update(self.head, self.key_head, config.momentum)
             for queue in self.queues.values():  # no f̃ compares with the last one; zeros resemble nothing, weigh nothing
@@ -136,7 +136,8 @@ class DCLR(moco.MoCo):
     def search(self, x: str, v: Tensor, key: Tensor, clips: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """For view i of each video, ṽ and s̃ or d̃, (N, K, D) each, and their weights (N, K) (Sec. 3.2).
 
-        View j is put in the pool first, so that a clip may find the other one of its own video.
+        View j is put in the pool first, so that a clip may find the other one of its own video; micro-batch by
+        micro-batch, where a step has several.
 
         Args:
             x: "s" or "d".

@@ -78,7 +78,7 @@ class SvmConfig(RetrieveConfig):
 class ClassifyConfig(TrainConfig, RetrieveConfig):
     """Options of the protocols that train a classifier."""
 
-    batch_size: int = option(16, "videos a process; the total batch is this times the number of processes", (1, 65_536))
+    batch_size: int = option(16, "videos of a micro-batch; total batch: times --accumulate and processes", (1, 65_536))
     fraction: float = option(1.0, "share of each class's training videos to train on, at least one", (0, 1))
     min_scale: float = option(0.2, "least share of a frame's area that a random crop covers", (0.01, 1))
     out: str = option("", "run folder (default: PROTOCOL_DATASET beside the checkpoint, or the folder of --resume)")
@@ -406,7 +406,7 @@ def classify(config: ClassifyConfig) -> None:
     cached = cached_features(encoder, config, process, views) if frozen and config.cached else None
     videos, place = len(cached[1]) if cached else len(views), (process.rank, process.world_size)
     with user_errors():
-        sampler = data.StepSampler(videos, config.batch_size, config.epochs, config.seed, *place)
+        sampler = data.StepSampler(videos, config.batch_size * config.accumulate, config.epochs, config.seed, *place)
 
     def make_loader(start: int) -> Iterator[dict]:
         sampler.start_step = start

@@ -77,6 +77,7 @@ class MoCo(Method):
         names = [name for name in config.terms if name in MoCoConfig.KNOWN_LOSSES]
         self.queues = nn.ModuleDict({name: MomentumQueue(config.queue) for name in names})
         self.merge = None  # FAME's augmentation of V alone, not of D, for methods that take it
+        self.step_keys: list[dict[str, Tensor]] = []  # those of each micro-batch of the step, by queue
         if config.compile == "on":
             self.key_encoder.compile(dynamic=False)
 
@@ -92,7 +93,7 @@ class MoCo(Method):
         shown = self.merge(views["clip"]) if self.merge else views["clip"]
         clips = self.both(shown)  # (2B, 3, frames, crop, crop), uint8
         color = self.both(views["color"])  # (2B, 2 + sub-clips, parameters)
-        if self.training:
+        if self.training and self.part[0] == 0:
             momentum_update(self.encoder, self.key_encoder, self.config.momentum)
             momentum_update(self.head, self.key_head, self.config.momentum)
         rgb, dealt, dealt_color = self.encoder_input(clips, color[:, 0]), self.deal(clips), self.deal(color)
@@ -131,14 +132,17 @@ class MoCo(Method):
         return losses, keys
 
     def enqueue(self, keys: dict[str, Tensor]) -> None:
-        """Writes all queues, after all losses have read them: no video meets its own fresh key as a negative.
+        """Writes all queues, after all losses of the step have read them: no video meets its own fresh key as a
+        negative. Keys come view by view, and are written so, whatever the number of micro-batches.
 
         "queue_age" is the age in steps at which keys leave the queue.
         """
-        processes = dist.get_world_size() if dist.is_initialized() else 1
-        for name, queue in self.queues.items() if self.training else ():
-            queue.enqueue(keys[name])
-            self.metrics[f"queue_age/{name}"] = len(queue.keys) / (processes * len(keys[name]))
+        processes, (i, count) = dist.get_world_size() if dist.is_initialized() else 1, self.part
+        self.step_keys = [*self.step_keys[:i], keys]  # of the step so far
+        for name, queue in self.queues.items() if self.training and i + 1 == count else ():
+            views = torch.cat([part[name].unflatten(0, (2, -1)) for part in self.step_keys], 1)
+            queue.enqueue(views.flatten(0, 1))
+            self.metrics[f"queue_age/{name}"] = len(queue.keys) / (processes * views[..., 0].numel())
 
     def warnings(self, line: dict[str, float]) -> list[str]:
         """Those of every method, and of a queue that holds keys of the batch's own videos."""

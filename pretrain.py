@@ -67,8 +67,9 @@ class PretrainConfig(TrainConfig, VideosConfig):
     blur_p: float = option(0.5, "probability of Gaussian blur (A.3 prints 0.2)", (0, 1))
     memory_format: str = option("channels_last", "order in memory, a matter of speed alone", tuple(MEMORY_FORMATS))
     compile: str = option("off", "torch.compile the encoders: minutes of waiting, then faster steps", SWITCH)
+    activation_checkpointing: str = option("off", "compute the encoder again in the backward: less memory", SWITCH)
 
-    FREE = TrainConfig.FREE | {"data", "list_file", "exclude", "memory_format", "compile"}
+    FREE = TrainConfig.FREE | {"data", "list_file", "exclude", "memory_format", "compile", "activation_checkpointing"}
 
 
 PRESETS = {  # what is the same for every method
@@ -94,6 +95,7 @@ class Method(nn.Module):
     """
 
     sub_clips = 0
+    part = 0, 1  # until the loop says which micro-batch it is
 
     def __init__(self, config: PretrainConfig):
         super().__init__()
@@ -105,6 +107,7 @@ class Method(nn.Module):
         if config.crop < 2 * stride or config.frames % steps:
             need = f"{config.encoder} needs a crop of {2 * stride} or more, and a multiple of {steps} frames"
             raise UserError(f"--crop {config.crop} --frames {config.frames}: {need}")
+        self.encoder.checkpointing = config.activation_checkpointing == "on"
         self.head = ProjectionHead(self.encoder.out_channels)
         self.metrics: dict[str, Tensor | float] = {}
         if config.compile == "on":
@@ -159,8 +162,8 @@ def pretrain(method_class: type[Method], config: PretrainConfig) -> None:
     config = continued(config, process, seen)
     views = process.first(lambda: method.make_views(videos))
     with user_errors((ValueError,)):  # fewer videos than in a batch of all processes
-        place = process.rank, process.world_size
-        sampler = data.StepSampler(len(views), config.batch_size, config.epochs, config.seed, *place)
+        place = config.seed, process.rank, process.world_size
+        sampler = data.StepSampler(len(views), config.batch_size * config.accumulate, config.epochs, *place)
 
     def make_loader(start: int) -> Iterator[dict]:
         sampler.start_step = start

@@ -5,8 +5,10 @@ Imports torch and tqdm only. `fit` sums a method's losses, steps, logs and saves
 A method is an `nn.Module`, of which only `forward` is a must:
 
 - `forward(batch)` returns a dict of named scalar losses, of the same names in every step.
-- `metrics`: a dict of numbers, or tensors of one, to log, which `forward` fills; emptied before each step. What some
-  steps lack is averaged over the others. "chance/NAME", what loss NAME is at chance, is shown beside it.
+- `metrics`: a dict of numbers, or tensors of one, to log, which `forward` fills; emptied before each call. What some
+  calls lack is averaged over the others. "chance/NAME", what loss NAME is at chance, is shown beside it.
+- `part`, set before each call: (i, N) for micro-batch i, from 0 on, of the N of a step (`config.accumulate`), whose
+  gradients are averaged. What a method does once a step, it does in the first or in the last call.
 - `warnings(line)`: a line of the log → texts on what it shows to be wrong, each said once. It lacks what no step gave.
 - `optimizer(config)`: any `torch.optim.Optimizer`, instead of `sgd`; resuming restores its state exactly.
 
@@ -105,7 +107,8 @@ class TrainConfig(Options):
     """What `fit` needs; a method's config inherits from it."""
 
     epochs: int = option(200, "passes over the data set, the length of the half-cosine schedule", (1, 10**6))
-    batch_size: int = option(8, "videos a process; the total batch is this times the number of processes", (1, 65_536))
+    batch_size: int = option(8, "videos of a micro-batch; total batch: times --accumulate and processes", (1, 65_536))
+    accumulate: int = option(1, "micro-batches a step, whose gradients are averaged; saves memory", (1, 65_536))
     lr: float = option(0.04, "learning rate at a total batch of 256, scaled linearly (0.00375 at 24)", (0, 1e6))
     sgd_momentum: float = option(0.9, "momentum of SGD", (0, 1))
     weight_decay: float = option(1e-4, "weight decay of SGD", (0, 1000))
@@ -129,7 +132,7 @@ class TrainConfig(Options):
     # What resuming may change, FREE for what defines no run, TUNED for what does; another of the rest is another run.
     FREE = {"precision", "device", "workers", "out", "resume", "changed_data", "max_steps", "log_every", "keep_every"}
     FREE |= {"save_minutes", "on_nan", "deterministic", "timeout", "max_bad"}
-    TUNED = {"epochs", "batch_size", "lr", "sgd_momentum", "weight_decay"}
+    TUNED = {"epochs", "batch_size", "accumulate", "lr", "sgd_momentum", "weight_decay"}
 
     def learning_rate(self, total_batch: int, epoch: float) -> float:
         """Half-period cosine per step from the linearly scaled rate (Goyal et al. 2017; FIMA Sec. 4.1)."""
@@ -312,6 +315,7 @@ class Log:
         self.steps: list[Step] = []  # since the last line, until when nobody waits for the device
         self.lines: list[tuple[int, dict[str, float]]] = []  # since the last summary: number of steps, means
         self.waited, self.since, self.warned = 0.0, time.perf_counter(), set()
+        self.making = torch.zeros(3)  # seconds in which this process's loader read files, decoded, and scaled crops
         self.bar = progress(run.process, total=run.config.epochs * run.steps_per_epoch, initial=run.done, unit="step")
 
     def add_bad(self, bad: list[tuple[str, str]]) -> None:
@@ -353,10 +357,23 @@ class Log:
                 file.write(json.dumps(line) + "\n")
         shown = f"loss {line['loss']:.2f}, {line['clips_per_s']:.0f} clips/s, data wait {line['data_wait']:.0%}"
         self.bar.set_postfix_str(shown, refresh=False)  # by the next step that is due, not at every line
+        if line["data_wait"] > 0.2 and line["epoch"] <= 1 < len(self.lines):  # the first line has the workers' start
+            self.advise(line["data_wait"])
         for warning in run.method.warnings(line) if hasattr(run.method, "warnings") else ():
             if warning not in self.warned:
                 run.process.say(f"warning, step {run.done}: {warning}")
                 self.warned.add(warning)
+
+    def advise(self, wait: float) -> None:
+        """Says, once, what a loader that tells its "seconds" takes so long for, and what to do."""
+        if self.making.any() and "loader" not in self.warned:
+            shares = zip(self.making / self.making.sum(), ("reading files", "decoding", "scaling"), strict=True)
+            took = ", ".join(f"{share:.0%} {name}" for share, name in sorted(shares, reverse=True))
+            self.run.process.say(
+                f"data wait {wait:.0%}, as the loader is slow ({took}): take more --workers if cores are idle, or make "
+                "the videos smaller, with more key frames: python data.py shrink DATA OUT --side 256 --keyframes 32"
+            )
+            self.warned.add("loader")
 
     def summary(self) -> None:
         """Prints the means of the lines since the last summary; that of the windows' overlap goes into run.json."""
@@ -447,7 +464,8 @@ class Run:
         self, method: nn.Module, config: Config, process: Process, steps_per_epoch: int, state: dict | None = None
     ):
         self.method, self.config, self.process = method.to(process.device).train(), config, process
-        self.steps_per_epoch, self.total_batch = steps_per_epoch, config.batch_size * process.world_size
+        self.steps_per_epoch = steps_per_epoch
+        self.total_batch = config.batch_size * config.accumulate * process.world_size
         self.optimizer = method.optimizer(config) if hasattr(method, "optimizer") else sgd(method, config)
         self.stop = min(config.epochs * steps_per_epoch, config.max_steps or math.inf)
         self.done = 0  # steps
@@ -516,9 +534,9 @@ class Run:
             dist.barrier()
 
     def step(self, batch: dict, videos: list[str] = ()) -> Step | None:
-        """Trains on a batch of these videos; None where `on_nan` has the step left out. Raises UserError where too many
-        in a row would be."""
-        config, process, method = self.config, self.process, self.method
+        """Trains on a batch of these videos, cut in micro-batches; None where `on_nan` has the step left out. Raises
+        UserError where too many in a row would be."""
+        config, process, method, count = self.config, self.process, self.method, self.config.accumulate
         before = copy.deepcopy(method.state_dict()) if config.on_nan == "skip" else None
         epoch = self.done / self.steps_per_epoch
         for group in self.optimizer.param_groups:
@@ -527,23 +545,27 @@ class Run:
         torch.default_generator.manual_seed(seed)  # torch.manual_seed asks every kind of device, which takes long
         if process.device.type == "cuda":
             torch.cuda.manual_seed(seed)
-        batch = to_device(batch, process.device, self.copies) | {"epoch": epoch}
-        method.metrics = {}
-        with torch.autocast(process.device.type, torch.bfloat16, enabled=self.bf16):
-            losses = self.model(batch)
-        loss = torch.stack(list(losses.values())).sum()
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        found, cut = [], {name: value.chunk(count) for name, value in batch.items()}
+        for i in range(count):
+            part = to_device({name: values[i] for name, values in cut.items()}, process.device, self.copies)
+            method.metrics, method.part = {}, (i, count)
+            early = process.world_size > 1 and i + 1 < count  # the last backward shares the sum with the processes
+            with self.model.no_sync() if early else contextlib.nullcontext():
+                with torch.autocast(process.device.type, torch.bfloat16, enabled=self.bf16):
+                    losses = self.model(part | {"epoch": epoch})
+                loss = torch.stack(list(losses.values())).sum()
+                (loss / count).backward()
+            numbers = {"loss": loss} | {f"loss/{name}": value for name, value in losses.items()}
+            numbers |= {"overlap": part["overlap"].mean()} if "overlap" in part else {}
+            numbers = {k: v.detach() if isinstance(v, Tensor) else v for k, v in (numbers | method.metrics).items()}
+            found.append((1, numbers))
         trained = itertools.chain(*(group["params"] for group in self.optimizer.param_groups))
         norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
-        numbers = {"loss": loss} | {f"loss/{name}": value for name, value in losses.items()} | {"grad_norm": norm}
-        if "overlap" in batch:
-            numbers["overlap"] = batch["overlap"].mean()
-        numbers = {k: v.detach() if isinstance(v, Tensor) else v for k, v in (numbers | method.metrics).items()}
         if self.copies is not None:
             self.copies.synchronize()  # long done; from now on the loader may write where the batch was
         self.done += 1
-        step = Step(self.done, numbers, videos)
+        step = Step(self.done, (mean(found) if count > 1 else numbers) | {"grad_norm": norm}, videos)
         if before is None or not any(process.gather([not step.is_finite()])):  # all processes decide alike
             self.optimizer.step()
             self.skipped_in_a_row = 0
@@ -574,10 +596,11 @@ def fit(
     commands call `runs.fit_in_folder`, which makes run and folder.
 
     Args:
-        make_loader: step to start from → batches from there on, one a step; a batch is a dict of tensors and, under
-            "bad", the list of (path, reason) of videos that could not be read and were replaced. The method gets it
-            with "epoch", how many of them have passed, a whole number at the start of each. "overlap" (B,), of the two
-            windows of each video, is logged. An OSError of the batches is taken for one of the user's.
+        make_loader: step to start from → batches from there on, one a step; a batch is a dict of tensors (B, ...), of
+            the videos of all micro-batches, and, under "bad", the list of (path, reason) of videos that could not be
+            read and were replaced. The method gets each micro-batch with "epoch", how many of them have passed, a whole
+            number at the start of each. "overlap" (B,), of the two windows of each video, is logged; "seconds" (B, 3),
+            of reading, decoding and scaling, show what is slow. An OSError of the batches is taken for the user's.
         clips_per_video: of a batch, for the log's clips/s.
         paths: of the videos that a batch's "index" counts, to name those of a step that fails.
         extra: more entries of the checkpoints.
@@ -595,6 +618,7 @@ def fit(
                 batch = next(batches)
             log.waited += time.perf_counter() - waiting
             bad += batch.pop("bad", [])
+            log.making += batch.pop("seconds", torch.zeros(1, 3)).sum(0)
             videos = [paths[i] for i in batch["index"].tolist()] if paths and "index" in batch else []
             step = run.step(batch, videos)
             log.steps += [] if step is None else [step]

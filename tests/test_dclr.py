@@ -240,6 +240,20 @@ def test_the_slow_extractor_follows_at_every_refresh_and_stands_still_between():
     assert int(model.queues["d"].keys.any(1).sum()) == 3  # of this step; what the old extractor made is gone
 
 
+def test_micro_batches_refresh_once_a_step_and_fill_the_pool_as_one_batch():
+    whole = build(momentum=0.25).eval()
+    with torch.no_grad():
+        whole.encoder.layers[1].weight.mul_(2)
+    whole.training, views = True, views_at(4.0)
+    cut = copy.deepcopy(whole)
+    whole(views)
+    for i in range(3):
+        cut.part = i, 3
+        cut({name: view[i : i + 1] if name != "epoch" else view for name, view in views.items()})
+    torch.testing.assert_close(cut.state_dict(), whole.state_dict(), rtol=1e-4, atol=1e-5)
+    assert int(cut.queues["d"].keys.any(1).sum()) == 3
+
+
 def test_what_is_not_used_costs_nothing():
     assert not build(search="none").queues and set(build(search="both").queues) == {"s", "d"}
     found = {losses: set(build(losses=losses).inputs(views_at(0.0))) for losses in ("vv", "vs", "vs,vd,sd")}

@@ -290,7 +290,7 @@ def test_separable_features_reach_100_percent(run, monkeypatch, protocol):
 @pytest.mark.slow
 @pytest.mark.parametrize("protocol, flags", [("linear", ["--cached", 2]), ("finetune", ["--fraction", 0.5])])
 def test_resuming_is_exact_to_the_last_bit_and_the_encoder_moves_in_finetune_alone(run, pretrained, protocol, flags):
-    flags = [*FAST, "--batch_size", 5, "--epochs", 3, *flags]
+    flags = [*FAST, "--batch_size", 1, "--accumulate", 5, "--epochs", 3, *flags]
     pretrained = Path(shutil.copy(pretrained, run.path / "pretrained.pt"))
     start = [protocol, "--checkpoint", pretrained, *flags]
     run.ok(evaluate, *start, "--out", "whole")

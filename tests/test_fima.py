@@ -1,18 +1,19 @@
 """FIMA and MoCo as a whole: against a plain-loop oracle of the paper, gradients, queues, and every ablation switch."""
 
 import copy
-import functools
 import itertools
 
 import numpy as np
 import pytest
 import torch
-from helpers import assert_trains, join_group, log_ratio, make_views, mean
+import torch.nn.functional as F
+from helpers import ALONE, assert_trains, join_group, log_ratio, make_views, mean
 
 import augment
 import fima
 import moco
 import processes
+import train
 
 SMALL = dict(encoder="r3d_18", width=0.0625, crop=48, frames=16, queue=12, decoder_width=32, momentum=0.9, batch_size=3)
 
@@ -185,26 +186,49 @@ def test_keys_of_the_clips_are_made_before_the_query_pass_whose_graph_takes_memo
 
 STEPS = {
     "instance": dict(losses="vv,vd"),
+    "accumulated": dict(losses="vv,vd", batch_size=1, accumulate=2),
     "video": dict(pixel_negatives="video", threshold=1.4),  # each video has positives, so that all count alike
 }
 
 
-def step(name, wrap=lambda model: model, part=slice(None)):
-    """Losses, gradients and queues of a step without the chances of batch norm and dropout, on part of a batch."""
-    model = build(**STEPS[name]).eval()
-    model.training = True  # the key encoder follows, and queues are written
-    parallel = wrap(model)  # held until the gradients are there
-    losses = parallel({name: view[part] for name, view in make_views(batch=4).items()})
-    torch.stack(list(losses.values())).sum().backward()
+def step(name, process=ALONE, part=slice(None), double=False, times=1, **options):
+    """Losses, gradients, queues and weights of a step, the last of so many, without the chances of batch norm and
+    dropout, on part of a batch."""
+    model = build(**STEPS[name] | options)
+    if double:
+        model = model.double()
+        model.encoder_input = lambda clips, color, difference=False: augment.normalize(clips.double() / 255)
+        model.project = lambda head, features: F.normalize(head(features), dim=-1)
+    run = train.Run(model, model.config, process, 4)
+    model.eval().training = True  # the key encoder follows, and queues are written
+    for _ in range(times):
+        found = run.step({name: view[part] for name, view in make_views(4, crop=model.config.crop).items()}).numbers
+    losses = {name.removeprefix("loss/"): value for name, value in found.items() if name.startswith("loss/")}
     gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
-    return {k: v.detach() for k, v in losses.items()}, gradients, {k: queue.keys for k, queue in model.queues.items()}
+    return losses, gradients, {k: queue.keys for k, queue in model.queues.items()}, model.state_dict()
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_micro_batches_give_the_gradients_the_weights_and_the_queues_of_one_batch(parts):
+    """L_VV and L_VD don't see who else is in a batch, nor does L_Pix here; L_Fra does, its queue is the same."""
+    whole, cut = dict(batch_size=4), dict(batch_size=4 // parts, accumulate=parts)
+    more = dict(double=True, times=2, lr=3.0, encoder="conv4", width=0.25, crop=32)
+    one, many = (step("instance", **batch, **more) for batch in (whole, cut))
+    torch.testing.assert_close(many, one, rtol=1e-9, atol=1e-12)
+    fresh, (*_, state) = build(encoder="conv4", width=0.25, crop=32).double().state_dict(), one
+    assert not any(torch.equal(fresh[name], state[name]) for name in ("key_head.net.0.weight", "head.net.0.weight"))
+    more |= dict(lr=0.0, losses="vv,vd,pix,fra", pixel_queue=50)
+    one, many = (step("video", **batch, **more) for batch in (whole, cut))
+    torch.testing.assert_close(many[2:], one[2:], rtol=1e-9, atol=1e-12)
+    del one[0]["fra"], many[0]["fra"]
+    torch.testing.assert_close(many[0], one[0], rtol=1e-9, atol=1e-12)
 
 
 def group_process(rank: int, folder: str) -> None:
     join_group(rank, folder)
     for name in STEPS:
-        wrap = functools.partial(torch.nn.parallel.DistributedDataParallel, broadcast_buffers=False)
-        torch.save(step(name, wrap, slice(2 * rank, 2 * rank + 2)), f"{folder}/{name}{rank}.pt")
+        process, part = train.Process(rank, 2, torch.device("cpu")), slice(2 * rank, 2 * rank + 2)
+        torch.save(step(name, process, part), f"{folder}/{name}{rank}.pt")
     processes.end_process()
 
 
@@ -229,16 +253,17 @@ def test_two_processes_do_what_one_does_with_the_same_batch(tmp_path):
     """L_VV and L_VD of a query depend on its own keys and the queue, which all share, L_Pix here on its own video."""
     torch.multiprocessing.spawn(group_process, (str(tmp_path),), nprocs=2)
     found = {name: [torch.load(tmp_path / f"{name}{rank}.pt") for rank in range(2)] for name in STEPS}
-    whole, (one, other) = step("instance"), found["instance"]
-    for name, value in whole[0].items():
-        torch.testing.assert_close((one[0][name] + other[0][name]) / 2, value)
-    for name, gradient in one[1].items():
-        assert (gradient - whole[1][name]).norm() <= 1e-3 * whole[1][name].norm(), name
-        assert torch.equal(gradient, other[1][name])
-    for name, keys in one[2].items():  # the same keys, process by process, not view by view
-        assert torch.equal(keys, other[2][name])
-        torch.testing.assert_close(keys, whole[2][name][[0, 1, 4, 5, 2, 3, *range(6, len(keys))]])
-    halves = [losses["pix"] for losses, _, _ in found["video"]]
+    whole = step("instance")
+    for one, other in (found["instance"], found["accumulated"]):
+        for name, value in whole[0].items():
+            torch.testing.assert_close((one[0][name] + other[0][name]) / 2, value)
+        for name, gradient in one[1].items():
+            assert (gradient - whole[1][name]).norm() <= 1e-3 * whole[1][name].norm(), name
+            assert torch.equal(gradient, other[1][name])
+        for name, keys in one[2].items():  # the same keys, process by process, not view by view
+            assert torch.equal(keys, other[2][name])
+            torch.testing.assert_close(keys, whole[2][name][[0, 1, 4, 5, 2, 3, *range(6, len(keys))]])
+    halves = [losses["pix"] for losses, *_ in found["video"]]
     torch.testing.assert_close(sum(halves) / 2, step("video")[0]["pix"])
 
 

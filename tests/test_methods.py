@@ -78,13 +78,14 @@ def test_flags_that_cannot_work_are_refused_by_name(script, flags, says):
     assert all(word in str(error.value) for word in says)
 
 
+HALVES = ["--batch_size", 2, "--accumulate", 2]  # not --batch_size 4
 RESUMED = {
-    fima: ["--fame", "single", "--pixel_queue", 64],
+    fima: ["--fame", "single", "--pixel_queue", 64, *HALVES],
     fame: ["--branches", "both"],
-    dclr: ["--refresh", 1, "--delay", 1, "--queue", 16],
-    mcl: ["--maps", "maps"],
-    simclr: ["--warmup", 1],
-    tubelet_contrast: [],
+    dclr: ["--refresh", 1, "--delay", 1, "--queue", 16, *HALVES],
+    mcl: ["--maps", "maps", *HALVES, "--activation_checkpointing"],
+    simclr: ["--warmup", 1, *HALVES],
+    tubelet_contrast: HALVES,
 }
 
 
@@ -116,7 +117,8 @@ def test_a_resumed_run_equals_a_whole_one_bit_for_bit(script, run, monkeypatch):
 @pytest.mark.parametrize("script", ["dclr.py", "examples/simclr.py"])
 def test_two_processes_train_and_agree(script, videos, tmp_path):
     flags = ["--dataset=folder", f"--data={videos}", "--epochs=2", "--max_steps=3", "--device=cpu", "--out=run"]
-    done = torchrun(ROOT / script, *flags, *conftest.CONV4, "--batch_size=4", "--workers=1", folder=tmp_path)
+    flags += ["--batch_size=2", "--accumulate=2", "--workers=1", "--activation_checkpointing"]
+    done = torchrun(ROOT / script, *flags, *conftest.CONV4, folder=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert weights(tmp_path / "run" / "checkpoint.pt")["step"] == 3  # which is saved if the processes agree
     done = torchrun(ROOT / script, "--resume=run/checkpoint.pt", "--max_steps=4", folder=tmp_path)

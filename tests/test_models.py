@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import join_group
+from helpers import generator, join_group, same
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -106,6 +106,24 @@ def test_encoders_run_and_every_parameter_learns(name, width):
     assert features.shape == (2, encoder.out_channels, *(n // s for n, s in strides))
     (features * torch.randn_like(features)).sum().backward()
     assert all(p.grad.isfinite().all() and p.grad.any() for p in encoder.parameters())
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "fixed batch norm"])
+@pytest.mark.parametrize(("name", "width"), WIDTHS)
+def test_checkpointing_changes_no_gradient_and_no_statistics_and_computes_all_stages_again(name, width, training):
+    torch.manual_seed(0)
+    plain, clip, found, calls = models.build_encoder(name, width).train(training), torch.randn(2, 3, 8, 64, 64), [], []
+    saving = copy.deepcopy(plain)
+    saving.checkpointing = True
+    for encoder in (plain, saving):
+        norms = [module for module in encoder.modules() if isinstance(module, nn.BatchNorm3d)]
+        hooks = [norm.register_forward_pre_hook(lambda *_: calls.append(1)) for norm in norms]
+        features, before = encoder(clip), len(calls)
+        (features * torch.randn(features.shape, generator=generator(1))).sum().backward()
+        assert len(calls) - before == len(hooks) * encoder.checkpointing
+        found.append([features, *(p.grad for p in encoder.parameters()), encoder.state_dict()])
+        assert all(norm.momentum for norm in norms)
+    assert same(*found)
 
 
 def decoder_loop(decoder, source, target):

@@ -32,10 +32,11 @@ CONFIGS |= {evaluate.LinearConfig: {}, evaluate.FinetuneConfig: {}}
 def fit_tiny(config):
     def batches(start):
         while True:
-            yield {"x": torch.randn(config.batch_size, 3, generator=generator(start))}
+            yield {"x": torch.randn(videos, 3, generator=generator(start))}
             start += 1
 
-    path = runs.fit_in_folder(Bare(), config, ALONE, batches, 8 // config.batch_size, "", {})
+    videos = config.batch_size * config.accumulate
+    path = runs.fit_in_folder(Bare(), config, ALONE, batches, 8 // videos, "", {})
     return weights(path)["model"]
 
 

@@ -4,9 +4,11 @@ import dataclasses
 import importlib
 import json
 import math
+import re
 import shlex
 import shutil
 import sys
+import time
 import types
 from unittest import mock
 
@@ -28,14 +30,15 @@ for name in ("benchmark", "dclr", "fame", "mcl", "simclr", "visualize"):
     importlib.import_module(name)  # whose options are tried, too
 
 
-def fit(method, folder, kind=train.TrainConfig, steps=4, bad=(), **options):
+def fit(method, folder, kind=train.TrainConfig, steps=4, bad=(), more=(), wait=0, **options):
     """Trains on numbers that follow from the step, so many an epoch; gives the checkpoint."""
     config = kind(**dict(epochs=2, log_every=1, batch_size=4, lr=3.0) | options)
 
     def batches(start):
         for step in range(start, 2 * steps):
             x, overlap = torch.randn(4, 3, generator=generator(step)), torch.tensor([0.1 * step, 0.2])
-            yield {"x": x, "index": torch.tensor([step]), "overlap": overlap, "bad": list(bad)}
+            time.sleep(wait)
+            yield {"x": x, "index": torch.full((4,), step), "overlap": overlap.repeat(2), "bad": list(bad)} | dict(more)
 
     paths = [f"{step}.mp4" for step in range(2 * steps)]
     return weights(runs.fit_in_folder(method, config, ALONE, batches, steps, str(folder), {}, paths=paths))
@@ -112,18 +115,22 @@ def test_a_step_that_is_not_finite_stops_the_run_and_is_named(how, tmp_path):
     assert weights(tmp_path / "checkpoint.pt")["step"] == 4 and [line["step"] for line in lines(tmp_path)] == [2, 4]
 
 
+@pytest.mark.parametrize("parts", [1, 4])
 @pytest.mark.parametrize("how", ["loss", "gradient"])
-def test_a_step_that_is_not_finite_can_be_left_out(how, tmp_path, capsys, monkeypatch):
-    state = fit(method := Broken(how, {3}), tmp_path, on_nan="skip")
+def test_a_step_that_is_not_finite_can_be_left_out(how, parts, tmp_path, capsys, monkeypatch):
+    """Of all its micro-batches, if one is broken."""
+    options = dict(on_nan="skip", accumulate=parts, batch_size=4 // parts)
+    state = fit(method := Broken(how, {2 * parts + 1}), tmp_path, **options)
     out = capsys.readouterr().out
     assert "left out: step 3: x" in out and "1 steps left out" in out
-    assert same(method.states[2], method.states[3]) and not same(method.states[1], method.states[2])
+    first, second, third, fourth = method.states[: 4 * parts : parts]
+    assert same(third, fourth) and not same(second, third) and not same(first, second)
     counts = [(line["step"], line["skipped_steps"]) for line in lines(tmp_path)]
     assert counts == [(1, 0), (2, 0), (4, 1), (5, 0), (6, 0), (7, 0), (8, 0)]
     assert all(value.isfinite().all() for value in state["model"].values())
     monkeypatch.setattr(train.Run, "MOST_LEFT_OUT", 2)
     with pytest.raises(train.UserError, match="2 steps in a row were left out, and now step 8: x nan"):
-        fit(Broken("loss", {6, 7, 8}), tmp_path / "row", on_nan="skip")
+        fit(Broken("loss", {5 * parts + 1, 6 * parts + 1, 8 * parts}), tmp_path / "row", **options)
     assert weights(tmp_path / "row" / "checkpoint.pt")["step"] == 4
 
 
@@ -278,6 +285,23 @@ def test_a_base_method_warns_of_collapse_where_it_logs_the_spread_of_features_an
     said = [{"epoch": 2, "feature_std": 0.005}, {"epoch": 1, "overlap": 0.9}]
     silent = [{"epoch": 2, "feature_std": 0.05}, {"epoch": 2}, {"epoch": 1, "feature_std": 0, "overlap": 0.7}]
     assert [len(method.warnings(line)) for line in said + silent] == [1, 1, 0, 0, 0]
+
+
+class Slow(Bare):
+    def forward(self, batch):
+        time.sleep(0.05)
+        return super().forward(batch)
+
+
+def test_a_slow_loader_is_told_once_in_the_first_epoch_with_what_it_takes_so_long_for(tmp_path, capsys):
+    made = {"seconds": torch.tensor([[0.1, 0.5, 0.2], [0.1, 0.1, 1.0]])}
+    says = r"data wait \d+%, as the loader is slow \(60% scaling, 30% decoding, 10% reading files\): .* data\.py shrink"
+    fit(Bare(), tmp_path / "slow", wait=0.05, more=made)
+    assert len(re.findall(says, capsys.readouterr().out)) == 1
+    fit(Slow(), tmp_path / "fast", more=made)
+    fit(Bare(), tmp_path / "unknown", wait=0.05)
+    fit(Bare(), tmp_path / "start", wait=0.05, more=made, steps=1)  # one line an epoch
+    assert "loader is" not in capsys.readouterr().out
 
 
 def test_a_run_is_not_overwritten(tmp_path):

@@ -80,8 +80,9 @@ def videos(tmp_path_factory):
 def test_a_sample_is_what_it_says(videos):
     sample = PretrainingViews(videos, 28)[0, 2]
     shapes = dict(clip=(2, 3, 16, 28, 28), sub_clips=(2, 2, 3, 16, 28, 28), box=(2, 4), color=(2, 4, 6), overlap=())
-    assert {name: value.shape for name, value in sample.items() if name != "bad"} == shapes | dict(index=(), label=())
-    assert (sample["index"], sample["label"], sample["bad"]) == (2, -1, [])
+    shapes |= dict(index=(), label=(), seconds=(3,))
+    assert {name: value.shape for name, value in sample.items() if name != "bad"} == shapes
+    assert (sample["index"], sample["label"], sample["bad"]) == (2, -1, []) and (sample["seconds"] > 0).all()
     assert not any(torch.equal(*sample[name]) for name in ("clip", "sub_clips", "color"))
 
 
