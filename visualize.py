@@ -32,7 +32,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor, nn
@@ -44,7 +43,7 @@ from augment import color_augment, encoder_input, frame_difference
 from cli import command_line, dispatch, shown
 from evaluate import PNG, plain
 from features import EncoderConfig, load_encoder, nearest, subset, unit_features, video_outputs
-from losses import activation_map, bin_centers, foreground_mask, seen_box
+from losses import activation_map, foreground_mask
 from processes import start_process
 from runs import check_replaceable, load_checkpoint, read_json, read_lines, read_starts, saved_options
 from train import UserError, load_model, option, user_errors, write_file
@@ -203,16 +202,11 @@ def grid(rows: int, columns: int, cell: float, **options) -> tuple[Figure, np.nd
     return fig, axes
 
 
-def draw_rows(rows: list[list[tuple]], heat: str = "") -> Figure:
-    """A figure of rows of (title, picture, …), as `show` takes them; columns but the first have one title. `heat` says
-    what the maps show, each scaled to its own range."""
-    fig, axes = grid(len(rows), len(rows[0]), 1.5, layout="constrained")
-    for i, row in enumerate(rows):
-        for j, (title, picture, *more) in enumerate(row):
-            show(axes[i, j], picture, "" if i and j else title, *more)
-    if heat:
-        bar = fig.colorbar(ScalarMappable(cmap="viridis"), ax=axes, label=heat, shrink=0.6, aspect=30, pad=0.02)
-        bar.set_ticks([0, 1], labels=["least", "most"])
+def draw_rows(rows: list[list[tuple]]) -> Figure:
+    """A figure of rows of (title, picture, …), as `show` takes them."""
+    fig, axes = grid(len(rows), len(rows[0]), 1.5, layout="compressed")
+    for ax, (title, picture, *more) in zip(axes.flat, itertools.chain(*rows), strict=True):
+        show(ax, picture, title, *more)
     return fig
 
 
@@ -226,17 +220,14 @@ def on_clip(encoder: nn.Module, maps: Tensor, size: int, mode: str = "bicubic") 
 
 
 def show(ax: Axes, picture: Tensor, title: str = "", heat: Tensor | None = None, spot: Tensor | None = None) -> None:
-    """Shows a picture (3, H, W) in [0, 1]; with a map (h, w), in the map's colours, from its least to its greatest, and
-    with a circle around x, y of a spot, in pixels."""
-    pixels = picture.permute(1, 2, 0).numpy()
-    if heat is not None:
-        heat = F.interpolate(heat[None, None].cpu(), size=picture.shape[1:], mode="bicubic")[0, 0].numpy()
-        heat, gray = ((x - x.min()) / max(np.ptp(x), 1e-12) for x in (heat, pixels.mean(2, keepdims=True)))
-        pixels = matplotlib.colormaps["viridis"](heat)[..., :3] * (0.3 + 0.7 * gray)
-    ax.imshow(pixels)
+    """Shows a picture (3, H, W) in [0, 1]; over it a map (h, w) in colours, from its least to its greatest value, and a
+    circle around x, y of a spot, in pixels."""
+    image = ax.imshow(picture.permute(1, 2, 0).numpy())
     ax.set_title(title)
-    for color, line in (("white", 3), (ORANGE, 1.5)) if spot is not None else ():
-        ax.plot(*spot, "o", ms=9, mfc="none", mec=color, mew=line)
+    if heat is not None:
+        ax.imshow(heat.cpu().numpy(), extent=image.get_extent(), interpolation="bicubic", cmap="viridis", alpha=0.6)
+    if spot is not None:
+        ax.plot(*spot, "o", ms=9, mfc="none", mec=ORANGE, mew=2)
 
 
 def middle(clip: Tensor) -> Tensor:
@@ -279,7 +270,7 @@ def draw_activations(config: FigureConfig, inputs: list[str]) -> Figure:
             row += [] if row else with_difference(clip, class_name(videos, i))
             heat = on_clip(model.encoder, activation_map(feature_maps(model.encoder, clip[None])), clip.shape[-1])[0]
             row.append((model.name, middle(clip), heat))
-    return draw_rows(rows, "activation, in each map")
+    return draw_rows(rows)
 
 
 def draw_affinity(config: FigureConfig, inputs: list[str]) -> Figure:
@@ -295,10 +286,8 @@ def draw_affinity(config: FigureConfig, inputs: list[str]) -> Figure:
     for model in models:
 
         def compared(clips: Tensor, encoder: nn.Module = model.encoder) -> Tensor:
-            rgb, motion = both_modalities(encoder, clips)
-            pooled = (maps.mean((2, 3, 4)) for maps in (rgb, motion))
-            pixels = (maps.mean(2).flatten(2).mT for maps in (rgb, motion))  # (n, HW, C)
-            return torch.cat([*pooled, cosines(*pixels).flatten(1)], 1)
+            rgb, motion = (maps.mean(2).flatten(2).mT for maps in both_modalities(encoder, clips))  # (n, HW, C)
+            return torch.cat([rgb.mean(1), motion.mean(1), cosines(rgb, motion).flatten(1)], 1)
 
         found, _ = video_features(model, videos, "test videos", compared)
         channels = model.encoder.out_channels
@@ -332,22 +321,18 @@ def draw_attention(config: FigureConfig, inputs: list[str]) -> Figure:
         with user_errors():
             clips = views[0, i]["clip"]
         maps = feature_maps(encoder, clips)
-        step = maps.shape[2] // 2  # one feature frame of the source asks the same of the target
+        step, columns = maps.shape[2] // 2, maps.shape[4]  # one feature frame of the source asks the same of the target
         source, target = maps[:, :, step].flatten(2).mT.split(1)  # (1, HW, C)
         with torch.no_grad():
             weights = decoder(source, target, need_weights=True)[2][0].cpu()  # (HW, HW)
-        seen = min(max(math.floor(encoder.strides[0] * (step + 0.5) + encoder.offsets[0]), 0), options.frames - 1)
-        activity = activation_map(maps[:1])[0].flatten().cpu()
-        whole = torch.tensor([[0.0, 0.0, options.crop, options.crop]])
-        whole = seen_box(whole, options.crop, maps.shape[4], encoder.strides[1], encoder.offsets[1])
-        spots = bin_centers(whole, *maps.shape[3:])[0] - 0.5
-        row = []
+        source, target = clips[:, :, int(encoder.strides[0] * (step + 0.5))] / 255  # in the middle of that frame
+        activity, row = activation_map(maps[:1])[0].flatten().cpu(), []
         for query, kind in ((activity.argmax(), "most"), (activity.argmin(), "least")):
+            spot = encoder.strides[1] * (torch.stack([query % columns, query // columns]) + 0.5) + encoder.offsets[1]
             heat = on_clip(encoder, weights[query].view(1, *maps.shape[3:]), options.crop)[0]
-            row.append((f"source, {kind} active", clips[0, :, seen] / 255, None, spots[query]))
-            row.append(("target, attention", clips[1, :, seen] / 255, heat))
+            row += [(f"source, {kind} active", source, None, spot - 0.5), ("target, attention", target, heat)]
         rows.append(row)
-    return draw_rows(rows, "attention, in each picture")
+    return draw_rows(rows)
 
 
 def draw_masks(config: FigureConfig, inputs: list[str]) -> Figure:
@@ -376,9 +361,8 @@ def draw_tsne(config: FigureConfig, inputs: list[str]) -> Figure:
     videos, rng = find_part(models[0].config, train=False), np.random.default_rng(config.seed)
     chosen = sorted(rng.permutation(sorted(set(videos.labels)))[: config.classes].tolist())
     found = [i for i in rng.permutation(len(videos)).tolist() if videos.labels[i] in chosen][: config.count or 1000]
-    videos, width = subset(videos, found), (PAGE - 1.4) / max(2, len(models))
-    fig, axes = grid(1, len(models), width, layout="constrained")
-    fig.set_figwidth(width * len(models) + 1.4)
+    videos = subset(videos, found)
+    fig, axes = grid(1, len(models), PAGE / 2, layout="constrained")
     for ax, model in zip(axes[0], models, strict=True):
         features, readable = video_features(model, videos, "test videos")
         if len(readable) < 4:
@@ -389,7 +373,7 @@ def draw_tsne(config: FigureConfig, inputs: list[str]) -> Figure:
             name = plain(videos.classes[label]) if label >= 0 else "no label"
             ax.scatter(*places[labels == label].T, s=12, marker=marker, color=color, lw=0, alpha=0.8, label=name)
         ax.set_title(model.name)
-    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", fontsize=7, markerscale=1.5)
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", fontsize=7, ncols=5)
     return fig
 
 
@@ -405,19 +389,15 @@ def draw_retrieval(config: FigureConfig, inputs: list[str]) -> Figure:
     features, queries = video_features(model, queries, "queries")
     keys, gallery = video_features(model, gallery, "training videos")
     neighbours = neighbours_of(features, queries.paths, keys, gallery.paths, config.neighbours)
-    rows, width = 1 + max(map(len, neighbours)), PAGE / max(len(queries), 3)
-    fig, axes = grid(rows, len(queries), width, layout="constrained")
-    fig.set_figheight(rows * (width / 4 + 0.2))
-    plt.setp(axes, frame_on=False)
-    for column, (clip, found) in enumerate(zip(middle_clips(queries, model.config), neighbours, strict=True)):
-        label = queries.labels[column]
-        show(axes[0, column], strip(clip / 255, 4), f"query: {class_name(queries, column)}")
-        for row, (i, cosine) in enumerate(found, 1):
-            hit = gallery.labels[i] == label if label >= 0 else None
-            sign, color = {True: ("✓ ", GREEN), False: ("✗ ", ORANGE), None: ("", GRAY)}[hit]
-            show(axes[row, column], strip(middle_clips(subset(gallery, [i]), model.config)[0] / 255, 4))
-            axes[row, column].set_title(f"{sign}{class_name(gallery, i)}  {cosine:.2f}", color=color)
-    return fig
+    columns = []
+    for i, (clip, found) in enumerate(zip(middle_clips(queries, model.config), neighbours, strict=True)):
+        column = [(f"query: {class_name(queries, i)}", strip(clip / 255, 4))]
+        for j, cosine in found:
+            sign = "" if queries.labels[i] < 0 else "✓ " if gallery.labels[j] == queries.labels[i] else "✗ "
+            picture = strip(middle_clips(subset(gallery, [j]), model.config)[0] / 255, 4)
+            column.append((f"{sign}{class_name(gallery, j)}  {cosine:.2f}", picture))
+        columns.append(column)
+    return draw_rows([*zip(*columns, strict=False)])  # a query that is in the gallery may have one neighbour fewer
 
 
 def draw_sample(config: FigureConfig, inputs: list[str]) -> Figure:
@@ -434,25 +414,20 @@ def draw_sample(config: FigureConfig, inputs: list[str]) -> Figure:
         views = data.PretrainingViews(videos, *shape, parts, config.seed, attempts=1)[0, 0]
         with Video(videos.paths[0]) as video:
             frame = torch.from_numpy(video.read([len(video) // 2])[0].copy()).permute(2, 0, 1) / 255
-    fig = plt.figure(figsize=(PAGE, 4.9), layout="constrained")
-    top, bottom = fig.subfigures(2, 1, height_ratios=(1.9, 3))
-    axes, strips = top.subplots(1, 3), bottom.subplots(4, 2)
-    show(axes[0], frame, f"{class_name(videos, 0)}: a frame, both boxes")
-    draw_boxes(axes[0], views["box"])
-    for view, (color, name) in enumerate(((BLUE, "source"), (ORANGE, "target"))):
-        clip, box = views["clip"][view], views["box"][view]
-        show(axes[1 + view], middle(clip), f"{name} clip" + (", flipped" if box[0] > box[2] else ""))
-        axes[1 + view].spines[:].set(color=color, lw=2)
+    fig, axes = grid(5, 2, PAGE / 2, layout="compressed")
+    show(axes[0, 0], frame, f"{class_name(videos, 0)}: a frame, boxes of source (blue) and target (orange)")
+    draw_boxes(axes[0, 0], views["box"])
+    axes[0, 1].axis("off")
+    for view, name in enumerate(("source", "target")):
+        clip, (left, _, right, _) = views["clip"][view], views["box"][view]
         rows = {
-            "clip": clip / 255,
+            "clip" + ", flipped" * bool(left > right): clip / 255,
             "clip in the colours drawn for it": color_augment(clip[None] / 255, views["color"][view, :1])[0],
             "frame difference × 4": difference_of(clip),
             f"{parts} sub-clips, one after the other": views["sub_clips"][view].transpose(0, 1).flatten(1, 2) / 255,
         }
-        for ax, (title, frames) in zip(strips[:, view], rows.items(), strict=True):
+        for ax, (title, frames) in zip(axes[1:, view], rows.items(), strict=True):
             show(ax, strip(frames, 6), f"{name}: {title}")
-    plt.setp(strips, frame_on=False)
-    plt.setp([*axes, *strips.flat], xticks=[], yticks=[])
     return fig
 
 
@@ -462,23 +437,19 @@ def draw_curves(config: FigureConfig, inputs: list[str]) -> Figure:
     logs = [read_log(run) for run in inputs]
     names = {key for log in logs for key in log[-1] if key.startswith("loss/") or key in MEASURES}
     names = sorted(names, key=lambda name: (name in MEASURES, name))
-    columns, rows = min(3, len(names)), math.ceil(len(names) / 3)
-    size = PAGE * columns / 3, 1.9 * rows
-    fig, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
-    for ax in axes.flat[len(names) :]:
-        ax.axis("off")
-    for ax, key in zip(axes.flat, names, strict=False):
+    fig, rows = plt.figure(layout="constrained"), math.ceil(len(names) / 3)
+    fig.set_size_inches(PAGE, 1.9 * rows)
+    for place, key in enumerate(names, 1):
+        ax, chance = fig.add_subplot(rows, 3, place), f"chance/{key.removeprefix('loss/')}"
         for run, log, color in zip(inputs, logs, itertools.cycle(COLORS), strict=False):
-            name = run_name(str(Path(run, "log.jsonl")))
-            chance = f"chance/{key.removeprefix('loss/')}"
-            for part, width, line, label in ((key, 1.2, "-", name), (chance, 0.8, "--", None)):
-                points = [(entry["epoch"], entry[part]) for entry in log if part in entry] or [(math.nan, math.nan)]
+            for part, line, label in ((key, "-", run_name(str(Path(run, "log.jsonl")))), (chance, "--", None)):
+                points = np.array([(entry["epoch"], entry[part]) for entry in log if part in entry]).reshape(-1, 2)
                 alone = "o" if len(points) == 1 else None  # a line of one point is none
-                ax.plot(*zip(*points, strict=True), line, color=color, lw=width, ms=3, marker=alone, label=label)
+                ax.plot(*points.T, line, color=color, lw=1, ms=3, marker=alone, label=label)
         ax.set(title=key + " (dashed: chance)" * any(chance in log[-1] for log in logs), xlabel="epoch")
         ax.grid(alpha=0.3)
     if len(inputs) > 1:
-        fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+        fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return fig
 
 
