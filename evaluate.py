@@ -36,7 +36,7 @@ import data
 import find
 from cli import command_line, dispatch, shown
 from features import EncoderConfig, clip_outputs, load_encoder, nearest, pooled_features, unit_features, video_outputs
-from models import ENCODERS, EXPORTS, export_weights
+from models import ENCODERS, export_weights
 from processes import loader_workers, start_process
 from runs import check_replaceable, claim_folder, continued, fit_in_folder, load_checkpoint, made_by
 from train import Options, Process, TrainConfig, UserError, check_sums, option, user_errors, write_file
@@ -125,8 +125,7 @@ class ExportConfig(Options):
     checkpoint: str = option("", "checkpoint.pt of a run, or another project's")
     encoder: str = option("", "video encoder; as in the checkpoint", ("", *ENCODERS))
     width: float = option(0.0, "factor on the encoder's numbers of channels; 0: as trained, or 1", (0, 8))
-    to: str = option("torchvision", "whose network it is for", tuple(EXPORTS))
-    out: str = option("", "file to write (default: TO.pt beside the checkpoint)")
+    out: str = option("", "file to write (default: ENCODER.pt beside the checkpoint)")
 
 
 def find_labelled(dataset: str, root: str, train: bool, split: int, listed="", exclude="") -> data.VideoList:
@@ -149,8 +148,7 @@ def with_same_classes(train: data.VideoList, test: data.VideoList) -> tuple[data
     if len(unseen) == len(test.classes):
         raise ValueError(f"no class of the test videos ({unseen[0]}, …) has training videos ({train.classes[0]}, …)")
     classes = train.classes + unseen
-    places = [classes.index(name) for name in test.classes]
-    labels = [places[label] for label in test.labels]
+    labels = [classes.index(test.classes[label]) for label in test.labels]
     report = test.report + f"; without training videos: {', '.join(map(shown, unseen))}" * bool(unseen)
     train = dataclasses.replace(train, classes=classes)
     return train, dataclasses.replace(test, labels=labels, classes=classes, report=report)
@@ -495,13 +493,13 @@ def export(config: ExportConfig) -> None:
     """
     if not config.checkpoint:
         raise UserError("export needs a --checkpoint")
-    out = Path(config.out or Path(config.checkpoint).parent / f"{config.to}.pt")
+    encoder, filled = load_encoder(EncoderConfig(config.checkpoint, encoder=config.encoder, width=config.width))
+    out = Path(config.out or Path(config.checkpoint).parent / f"{filled.encoder}.pt")
     if out.exists():
         raise UserError(f"{out} is there already: name another --out")
-    encoder, _ = load_encoder(EncoderConfig(config.checkpoint, encoder=config.encoder, width=config.width))
     memory = io.BytesIO()
     with user_errors():
-        weights = export_weights(encoder, config.to)
+        weights = export_weights(encoder)
         if broken := [name for name, value in weights.items() if not value.isfinite().all()]:
             raise UserError(f"{config.checkpoint}: {len(broken)} tensors are not finite, such as {broken[0]}")
         torch.save(weights, memory)

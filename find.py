@@ -78,7 +78,7 @@ def find_videos(
 
     Args:
         list_file: for "folder" only, a file of "path label" lines (`_read_list`), labels optional.
-        exclude: a file of videos to leave out, as `check_videos` writes it, or several with commas between.
+        exclude: a file of videos to leave out, as `check` writes it, or several with commas between.
         unlabeled: take those of "synthetic" that are for pretraining, where there are any (`make_synthetic`).
 
     Raises ValueError for an unknown data set or split, and a list that can't be understood or names a path outside
@@ -427,7 +427,7 @@ def _read_labels(file: str, rows: list[tuple[str, str]], columns: int) -> tuple[
 
 
 def _read_bad(root: str, files: str | Path) -> set[str]:
-    """Paths named by a list of `check_videos`, by a run's bad_videos.log, or by a file of bare paths, one a line."""
+    """Paths named by a list of `check`, by a run's bad_videos.log, or by a file of bare paths, one a line."""
     paths = set()
     for file in [files] if os.path.exists(files) else str(files).split(","):
         for number, line in enumerate(_read_text(file).split("\n"), 1):
@@ -451,17 +451,6 @@ def _check_video(full: bool, path: str) -> None:
             deque(video.stream(range(start, min(start + 32, len(video)))), maxlen=0)  # they are of no more use
 
 
-def check_videos(root: str | Path, out: str | Path, workers: int, full: bool = False) -> tuple[int, int]:
-    """Reads the first, middle and last 32 frames of all videos below a folder, or with `full` all, in processes; lists
-    the bad ones in the file `out` (see `visit_videos`); returns how many videos there are and how many are bad.
-
-    Raises FileNotFoundError and PermissionError as `walk_whole` does.
-    """
-    paths, _ = walk_whole(root := os.path.abspath(root))
-    visit = functools.partial(_check_video, full)
-    return len(paths), visit_videos(visit, paths, root, out, workers, f"checking {root}")
-
-
 @dataclass(frozen=True)
 class CheckConfig(Options):
     """Options of `data.py check`."""
@@ -473,10 +462,12 @@ class CheckConfig(Options):
 
 def check(config: CheckConfig, root: str) -> None:
     """Finds videos that can't be read below ROOT, the --data of training; exit code 1 if there are any."""
+    root, visit = os.path.abspath(root), functools.partial(_check_video, config.full == "on")
     with user_errors():
-        count, bad = check_videos(root, config.out, config.workers, config.full == "on")
+        paths, _ = walk_whole(root)
+        bad = visit_videos(visit, paths, root, config.out, config.workers, f"checking {root}")
     advice = f": leave them out with --exclude {shlex.quote(config.out)}" if bad else ""
-    print(f"{bad} of {count} videos can't be read{advice}", flush=True)
+    print(f"{bad} of {len(paths)} videos can't be read{advice}", flush=True)
     if bad:
         sys.exit(1)
 

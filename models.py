@@ -269,9 +269,6 @@ def recorded_inputs(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
         yield inputs
 
 
-EXPORTS = {"torchvision": (VideoResNet, S3D), "piergiaj": (I3D,)}  # whose names there are, and for which encoders
-
-
 def _piergiaj_name(name: str) -> str:
     """The name in piergiaj's I3D of an entry of ours: mixed_3b.branch_1.0.batch3d.bias is Mixed_3b.b1a.bn.bias."""
     for place, letter in (("0", "a"), ("1", "b")):
@@ -343,21 +340,20 @@ def load_weights(encoder: nn.Module, weights: dict[str, Tensor]) -> str:
     return f"{len(found)} of {len(ours)} entries matched; ignored: {others}"
 
 
-def export_weights(encoder: nn.Module, to: str) -> dict[str, Tensor]:
+def export_weights(encoder: nn.Module) -> dict[str, Tensor]:
     """An encoder's weights under the names of another project's network of the same width, without a classifier.
 
-    Args:
-        to: "torchvision", for its r2plus1d_18, r3d_18 and s3d, or "piergiaj", for its I3D, which takes clips normalised
-            as here, of an `i3d_piergiaj` RGB in [-1, 1]. Factors of batch norm are changed to suit its eps, 1e-3.
+    Those of an I3D are for piergiaj's, which takes clips normalised as here, of an `i3d_piergiaj` RGB in [-1, 1];
+    factors of batch norm are changed to suit its eps, 1e-3. Others are for torchvision's r2plus1d_18, r3d_18 and s3d.
 
-    Raises ValueError where the other project has no such network.
+    Raises ValueError where there is no such network.
     """
-    if not isinstance(encoder, EXPORTS[to]):
-        raise ValueError(f"no {type(encoder).__name__} there: torchvision has r2plus1d_18, r3d_18, s3d, piergiaj I3D")
-    if to == "torchvision":
-        return dict(encoder.state_dict())
-    weights = _with_eps(encoder.state_dict(), encoder.conv3d_1a_7x7.batch3d.eps, PiergiajI3D.EPS)
-    return {_piergiaj_name(name): value for name, value in weights.items()}
+    if isinstance(encoder, I3D):
+        weights = _with_eps(encoder.state_dict(), encoder.conv3d_1a_7x7.batch3d.eps, PiergiajI3D.EPS)
+        return {_piergiaj_name(name): value for name, value in weights.items()}
+    if not isinstance(encoder, VideoResNet | S3D):
+        raise ValueError(f"no other project has {type(encoder).__name__}: torchvision has r2plus1d_18, r3d_18 and s3d")
+    return dict(encoder.state_dict())
 
 
 class ProjectionHead(nn.Module):

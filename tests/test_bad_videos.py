@@ -394,9 +394,13 @@ def test_what_the_check_cannot_do_is_one_line(tmp_path, check):
     one_line(check("--full")[2], "name the folder")
 
 
-def test_check_names_a_video_that_kills_its_process(tmp_path, monkeypatch):
+def test_check_names_a_video_that_kills_its_process(tmp_path, monkeypatch, check):
     for name in ("a", "fatal", "z"):
         (tmp_path / f"{name}.mp4").touch()
     monkeypatch.setattr(find, "_check_video", lambda full, path: "fatal" in path and os.kill(os.getpid(), 9))
-    assert find.check_videos(tmp_path, tmp_path / "bad.txt", workers=1) == (3, 1)
-    assert (tmp_path / "bad.txt").read_text() == "'fatal.mp4'\tthe process that read it died (exit code -9)\n"
+    code, out, _, listed = check(tmp_path, "--workers", 1)
+    assert (
+        code == 1
+        and out.startswith("1 of 3 videos")
+        and listed == "'fatal.mp4'\tthe process that read it died (exit code -9)\n"
+    )

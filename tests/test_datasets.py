@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 import data
 import evaluate
 import find
+import train
 import video
 from find import find_videos
 
@@ -264,8 +265,8 @@ def test_folders_that_cannot_be_listed_are_counted_and_evaluation_refuses_them(t
     assert len(videos) == 1 and videos.closed == (str(tmp_path / "run"),)
     with pytest.raises(ValueError, match=f"{tmp_path}/run"):
         evaluate.find_labelled("folder", str(tmp_path), True, 1)
-    with pytest.raises(PermissionError, match=f"{tmp_path}/run"):
-        find.check_videos(tmp_path, tmp_path / "bad.txt", 1)
+    with pytest.raises(train.UserError, match=f"{tmp_path}/run"):
+        find.check(find.CheckConfig(), tmp_path)
 
 
 FOLDERS = st.lists(st.sampled_from(["train", "test", "val", "bus", "set"]), max_size=4).map("/".join)

@@ -243,7 +243,7 @@ WRITERS = {
     "checkpoint.pt": lambda folder: train.save_checkpoint(folder / "checkpoint.pt", {"model": torch.ones(99)}),
     "log.jsonl": lambda folder: log_of(folder).line(),
     "bad_videos.log": lambda folder: log_of(folder).add_bad([("new" * 99, "reason")]),
-    "bad.txt": lambda folder: find.check_videos(folder, folder / "bad.txt", 1),
+    "bad.txt": lambda folder: find.check(find.CheckConfig(str(folder / "bad.txt"), 1), folder),
     "_0001.mp4": lambda folder: synthetic.make_synthetic(folder / "set", 20, 10, frames=2, size=(16, 16)),
 }
 

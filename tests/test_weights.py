@@ -157,7 +157,7 @@ def test_torchvision_weights_give_equal_outputs_both_ways(name):
     trunk = theirs.features if name == "s3d" else nn.Sequential(*list(theirs.children())[:5])
     clip = augment.normalize(rgb(9, 50, 70)[:1])
     assert torch.equal(ours(clip), trunk(clip))
-    exported, expected = models.export_weights(ours, "torchvision"), theirs.state_dict()
+    exported, expected = models.export_weights(ours), theirs.state_dict()
     assert len(exported) == len(expected) - 2 and all(torch.equal(value, expected[k]) for k, value in exported.items())
 
 
@@ -182,7 +182,7 @@ def test_every_encoder_is_recognized_by_its_names_though_some_are_missing(name):
 def test_exported_to_piergiajs_names_an_i3d_gives_equal_outputs_in_its_network_and_back(name):
     ours = models.build_encoder(name, WIDTH).eval()
     models.load_weights(ours, i3d_file(FIMA))
-    exported = models.export_weights(ours, "piergiaj")
+    exported = models.export_weights(ours)
     theirs = {key: value.shape for key, value in i3d_file(PIERGIAJ).items()}
     assert {key: value.shape for key, value in exported.items()} == theirs
     clip = rgb(8, 32, 48)
@@ -200,11 +200,11 @@ def test_exported_to_piergiajs_names_an_i3d_gives_equal_outputs_in_its_network_a
 
 def test_export_from_the_command_line_and_back(run):
     torch.save(pretraining(i3d_file(FIMA), "_orig_mod.module.", **HEAD), run.path / "fima.pth.tar")
-    export = ["export", "--checkpoint", "fima.pth.tar", "--width", WIDTH, "--to", "piergiaj"]
+    export = ["export", "--checkpoint", "fima.pth.tar", "--width", WIDTH]
     run.ok(evaluate, *export, dataset=None)
-    out = run.ok(evaluate, "retrieve", "--checkpoint", "piergiaj.pt", "--encoder", "i3d", *NARROW)
-    assert "piergiaj.pt: i3d, 342 of 342 entries matched" in out and "R@1" in out
-    run.refused(evaluate, *export, dataset=None, says=["piergiaj.pt is there"])
+    out = run.ok(evaluate, "retrieve", "--checkpoint", "i3d.pt", "--encoder", "i3d", *NARROW)
+    assert "i3d.pt: i3d, 342 of 342 entries matched" in out and "R@1" in out
+    run.refused(evaluate, *export, dataset=None, says=["i3d.pt is there"])
 
 
 def test_files_of_torch_before_1_6_are_read(run):
