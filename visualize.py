@@ -281,9 +281,9 @@ def draw_affinity(config: FigureConfig, inputs: list[str]) -> Figure:
     feature of each clip of the same video: wide where features follow the motion through the video.
     """
     models = load_models(config, inputs, key=True)
-    videos = draw_videos(models[0].config, config.count or 50)
-    matrices, in_time = [], []
-    for model in models:
+    videos, pictures = draw_videos(models[0].config, config.count or 50), []
+    fig, axes = plt.subplots(1, len(models) + 1, figsize=(PAGE, PAGE / (len(models) + 1)), layout="constrained")
+    for place, (ax, model) in enumerate(zip(axes, models, strict=False), 1):
 
         def compared(clips: Tensor, encoder: nn.Module = model.encoder) -> Tensor:
             rgb, motion = (maps.mean(2).flatten(2).mT for maps in both_modalities(encoder, clips))  # (n, HW, C)
@@ -292,17 +292,14 @@ def draw_affinity(config: FigureConfig, inputs: list[str]) -> Figure:
         found, _ = video_features(model, videos, "test videos", compared)
         channels = model.encoder.out_channels
         rgb, motion, affinity = found.tensor_split([channels, 2 * channels], 2)
-        matrices.append(affinity.mean((0, 1)).unflatten(0, (round(affinity.shape[2] ** 0.5), -1)).numpy())
-        in_time.append(cosines(rgb, motion).flatten().numpy())
-    panels = len(models) + 1
-    fig, axes = plt.subplots(1, panels, figsize=(PAGE, PAGE / panels), layout="constrained")
-    limits = dict(vmin=min(matrix.min() for matrix in matrices), vmax=max(matrix.max() for matrix in matrices))
-    for ax, matrix, model in zip(axes, matrices, models, strict=False):
-        picture = ax.imshow(matrix, cmap="viridis", **limits)
+        matrix = affinity.mean((0, 1)).unflatten(0, (round(affinity.shape[2] ** 0.5), -1)).numpy()
+        pictures.append(ax.imshow(matrix, cmap="viridis"))
         ax.set(title=model.name, xlabel="motion pixel", ylabel="RGB pixel")
-    fig.colorbar(picture, ax=axes[:-1], label="cosine", shrink=0.6)
-    axes[-1].violinplot(in_time, showmeans=True, widths=0.8)
-    axes[-1].set_xticks(range(1, panels), [model.name for model in models])
+        axes[-1].violinplot(cosines(rgb, motion).flatten().numpy(), [place], showmeans=True, widths=0.8)
+    for picture in pictures:  # in one scale
+        picture.set_clim(min(p.norm.vmin for p in pictures), max(p.norm.vmax for p in pictures))
+    fig.colorbar(pictures[0], ax=axes[:-1], label="cosine", shrink=0.6)
+    axes[-1].set_xticks(range(1, len(models) + 1), [model.name for model in models])
     axes[-1].set(ylabel="cosine", title="clips in time", box_aspect=1)
     return fig
 
