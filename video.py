@@ -79,20 +79,6 @@ def blame_machine(error: Exception, path: str | None) -> None:
         raise OSError(number, f"{os.strerror(number)}: {WANTS[number]}", path) from error
 
 
-def _file_state(path: str) -> os.stat_result:
-    """What the system knows of a file that holds something; raises BadVideo for others, which may have no end."""
-    try:
-        state = os.stat(path)
-    except OSError as error:
-        blame_machine(error, path)
-        raise BadVideo(path, error.strerror) from error
-    if not stat.S_ISREG(state.st_mode):
-        raise BadVideo(path, "not a file")
-    if not state.st_size:
-        raise BadVideo(path, "empty")
-    return state
-
-
 class Video(contextlib.AbstractContextManager):
     """Frame-exact reader of a video file's frames in display order, which decodes only what the chosen frames need.
 
@@ -113,11 +99,17 @@ class Video(contextlib.AbstractContextManager):
     """
 
     def __init__(self, path: str | Path):
-        self.path = str(path)
-        self._container = None
+        self.path, self._container = str(path), None
+        try:
+            self._state = os.stat(self.path)
+        except OSError as error:
+            blame_machine(error, self.path)
+            raise BadVideo(self.path, error.strerror) from error
+        is_file = stat.S_ISREG(self._state.st_mode)  # others may have no end
+        if not is_file or not self._state.st_size:
+            raise BadVideo(self.path, "empty" if is_file else "not a file")
         try:
             with self.bad_video():
-                self._state = _file_state(self.path)
                 options = {"format_whitelist": CONTAINERS, "protocol_whitelist": "file", "max_pixels": str(MAX_PIXELS)}
                 tags = {"metadata_errors": "ignore"} if av.__version__.startswith("18.") else {}  # 19 takes any bytes
                 self._container = av.open(f"file:{self.path}", options=options, timeout=DEADLINE, **tags)
