@@ -125,7 +125,7 @@ class ExportConfig(Options):
     checkpoint: str = option("", "checkpoint.pt of a run, or another project's")
     encoder: str = option("", "video encoder; as in the checkpoint", ("", *ENCODERS))
     width: float = option(0.0, "factor on the encoder's numbers of channels; 0: as trained, or 1", (0, 8))
-    out: str = option("", "file to write (default: ENCODER.pt beside the checkpoint)")
+    out: str = option("", "file to write (default: encoder.pt beside the checkpoint)")
 
 
 def find_labelled(dataset: str, root: str, train: bool, split: int, listed="", exclude="") -> data.VideoList:
@@ -493,10 +493,10 @@ def export(config: ExportConfig) -> None:
     """
     if not config.checkpoint:
         raise UserError("export needs a --checkpoint")
-    encoder, filled = load_encoder(EncoderConfig(config.checkpoint, encoder=config.encoder, width=config.width))
-    out = Path(config.out or Path(config.checkpoint).parent / f"{filled.encoder}.pt")
+    out = Path(config.out or Path(config.checkpoint).with_name("encoder.pt"))
     if out.exists():
         raise UserError(f"{out} is there already: name another --out")
+    encoder, _ = load_encoder(EncoderConfig(config.checkpoint, encoder=config.encoder, width=config.width))
     memory = io.BytesIO()
     with user_errors():
         weights = export_weights(encoder)

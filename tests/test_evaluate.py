@@ -120,7 +120,7 @@ FINITE = {
     "svm": ["--out", "run/result.json"],
     "linear": ["--epochs", 1, "--batch_size", 8, "--out", "run"],
     "knn": ["--out", "run/result.json"],
-    "export": ["--to", "torchvision", "--out", "run.pt"],
+    "export": ["--out", "run.pt"],
 }
 
 

@@ -69,7 +69,7 @@ def test_its_checkpoint_goes_through_evaluation_and_into_a_report(run):
     quick = ["--checkpoint=run/checkpoint.pt", "--device=cpu", "--workers=0", "--clips=2"]
     run.ok(evaluate, "finetune", *quick, "--epochs=1", "--batch_size=6")
     run.ok(evaluate, "retrieve", *quick)
-    export = ["export", quick[0], "--to=torchvision"]
+    export = ["export", quick[0]]
     run.refused(evaluate, *export, dataset=None, says=["torchvision has r2plus1d_18"])  # no conv4
     run.ok(visualize, "report", "run", "--device=cpu", "--workers=0", dataset=None)
     assert "SimCLR on synthetic" in (run.path / "run" / "report.html").read_text()
