@@ -20,7 +20,7 @@ import platform
 import statistics
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -306,11 +306,8 @@ def step(config: StepConfig) -> None:
 
 
 # Bytes/s of its memory, FLOP/s in float32 (convolutions in TF32 where it has that) and in 16 bit, dense, and GB.
-GPUS = {
-    "h100": (3.35e12, 494e12, 989e12, 80),
-    "a100": (2.04e12, 156e12, 312e12, 80),
-    "2080ti": (616e9, 13e12, 108e12, 11),
-}
+GPUS = {"h100": (3.35e12, 494e12, 989e12, 80), "a100": (2.04e12, 156e12, 312e12, 80)}
+GPUS["2080ti"] = 616e9, 13e12, 108e12, 11
 
 
 class Counter(TorchDispatchMode):
@@ -328,12 +325,12 @@ class Counter(TorchDispatchMode):
         storage = tensor.untyped_storage()
         if storage not in self.held:
             self.held.add(storage)
-            self.memory += storage.nbytes()
-            self.peak = max(self.peak, self.memory)
-            weakref.finalize(storage, self.free, storage.nbytes())
+            self.change(storage.nbytes())
+            weakref.finalize(storage, self.change, -storage.nbytes())
 
-    def free(self, size: int) -> None:
-        self.memory -= size
+    def change(self, size: int) -> None:
+        self.memory += size
+        self.peak = max(self.peak, self.memory)
 
     def __torch_dispatch__(self, function: Any, types: Any, given: tuple = (), named: dict | None = None) -> Any:
         result = function(*given, **(named or {}))
@@ -352,17 +349,12 @@ class Counter(TorchDispatchMode):
             row[name] += value
         return result
 
-    def of_part(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, whose operators count as this part."""
-
-        def counted(*given: Any, **named: Any) -> Any:
-            before, self.part = self.part, part
-            try:
-                return function(*given, **named)
-            finally:
-                self.part = before
-
-        return counted
+    @contextlib.contextmanager
+    def counts_as(self, part: str) -> Iterator[None]:
+        """What is done in the block, or in a function that this decorates, counts as this part."""
+        before, self.part = self.part, part
+        yield
+        self.part = before
 
 
 def counted_step(method: Method, views: dict[str, Any], gpu: str, bf16: bool) -> Counter:
@@ -379,17 +371,17 @@ def counted_step(method: Method, views: dict[str, Any], gpu: str, bf16: bool) ->
     on_gpu = {"_on_cpu": lambda clips: False, "_on_gpu": augment._encoder_input}
     with fakes, mock.patch.multiple(augment, **on_gpu):
         optimizer = sgd(method, method.config)
-        method.encoder_input = counter.of_part("colours", method.encoder_input)
+        method.encoder_input = counter.counts_as("colours")(method.encoder_input)
         for part, name in (("query pass", "encoder"), ("key passes", "key_encoder"), ("decoder", "decoder")):
             if module := getattr(method, name, None):
-                module.forward = counter.of_part(part, module.forward)
+                module.forward = counter.counts_as(part)(module.forward)
         for x in (*method.parameters(), *method.buffers(), *views.values()):
             if isinstance(x, Tensor):
                 counter.hold(x)
         with counter:
             loss = torch.stack(list(method(views).values())).sum()
-            counter.of_part("backward", loss.backward)()
-            counter.of_part("optimizer", optimizer.step)()
+            counter.counts_as("backward")(loss.backward)()
+            counter.counts_as("optimizer")(optimizer.step)()
     return counter
 
 

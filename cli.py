@@ -156,8 +156,8 @@ def dispatch(commands: dict[str, tuple], doc: str, words: bool = False) -> tuple
     to run. `--help` alone prints `doc`, `NAME --help` the command's own help, and both end the program.
 
     Args:
-        commands: for each name a function, whose docstring is its help, the class of its config and, where it has any,
-            presets (see `parse`). What is named "" runs where no name is given, and has `doc` as its help.
+        commands: for each name a function and the class of its config, whose docstrings are its help, and where it has
+            any, presets (see `parse`). What is named "" runs where no name is given, and has `doc` as its help.
         words: take words between the name and the flags.
 
     Raises UserError where there is no such command, and as `parse` does.
@@ -171,5 +171,6 @@ def dispatch(commands: dict[str, tuple], doc: str, words: bool = False) -> tuple
         raise UserError(f"name one of {', '.join(filter(None, commands))} (--help explains them)")
     function, config_class, *presets = commands[name]
     taken = list(itertools.takewhile(lambda word: words and not word.startswith("-"), given))
-    config = parse(config_class, inspect.getdoc(function) if name else doc, *presets, argv=given[len(taken) :])
+    doc = "\n\n".join(map(inspect.getdoc, (function, config_class))) if name else doc
+    config = parse(config_class, doc, *presets, argv=given[len(taken) :])
     return name, function, config, taken

@@ -95,7 +95,15 @@ class ClassifyConfig(TrainConfig, RetrieveConfig):
 
 @dataclasses.dataclass(frozen=True)
 class LinearConfig(ClassifyConfig):
-    """Options of the linear probe; the defaults are the paper's."""
+    """Linear probe: how well do a frozen encoder's features tell the classes apart by a linear layer?
+
+    The encoder stays in eval mode; L2-normalised pooled feature → linear layer, without dropout or weight decay.
+    Training clips are cropped and flipped at random, without colour augmentation. SGD at 1.5 for a total batch of 16,
+    100 epochs, ÷10 at 60 and 80. The last checkpoint is tested: mean class probability of 10 clips a video.
+
+    --cached N computes the features of N such clips of each video once and trains on them: with N = --epochs the
+    same probe, with fewer nearly the same in a fraction of the time.
+    """
 
     epochs: int = option(100, "passes over the training videos; rate ÷ 10 after 60 % and 80 % of them", (1, 10**6))
     lr: float = option(1.5, "learning rate at a total batch of 16, scaled linearly", (0, 1e6))
@@ -107,7 +115,12 @@ class LinearConfig(ClassifyConfig):
 
 @dataclasses.dataclass(frozen=True)
 class FinetuneConfig(ClassifyConfig):
-    """Options of fine-tuning; the defaults are the paper's."""
+    """Fine-tuning: how well does the encoder classify after being trained to, as a whole?
+
+    Pooled feature → dropout (0.7 on UCF101, else 0.5) → linear layer; encoder and layer are trained together. Training
+    clips are augmented as in pretraining, without blur. SGD at 0.0033 for a total batch of 16, weight decay 1e-4,
+    150 epochs, ÷10 at 60 and 120. The last checkpoint is tested: mean class probability of 10 clips a video.
+    """
 
     epochs: int = option(150, "passes over the training videos; rate ÷ 10 after 40 % and 80 % of them", (1, 10**6))
     lr: float = option(0.0033, "learning rate at a total batch of 16, scaled linearly", (0, 1e6))
@@ -426,29 +439,6 @@ def classify(config: ClassifyConfig) -> None:
     save_accuracy(process, config, test, probabilities, good, bad, more)
 
 
-def linear(config: LinearConfig) -> None:
-    """Linear probe: how well do a frozen encoder's features tell the classes apart by a linear layer?
-
-    The encoder stays in eval mode; L2-normalised pooled feature → linear layer, without dropout or weight decay.
-    Training clips are cropped and flipped at random, without colour augmentation. SGD at 1.5 for a total batch of 16,
-    100 epochs, ÷10 at 60 and 80. The last checkpoint is tested: mean class probability of 10 clips a video.
-
-    --cached N computes the features of N such clips of each video once and trains on them: with N = --epochs the
-    same probe, with fewer nearly the same in a fraction of the time.
-    """
-    classify(config)
-
-
-def finetune(config: FinetuneConfig) -> None:
-    """Fine-tuning: how well does the encoder classify after being trained to, as a whole?
-
-    Pooled feature → dropout (0.7 on UCF101, else 0.5) → linear layer; encoder and layer are trained together. Training
-    clips are augmented as in pretraining, without blur. SGD at 0.0033 for a total batch of 16, weight decay 1e-4,
-    150 epochs, ÷10 at 60 and 120. The last checkpoint is tested: mean class probability of 10 clips a video.
-    """
-    classify(config)
-
-
 def retrieve(config: RetrieveConfig) -> None:
     """Retrieval: R@k, is any of the k training videos nearest to a test video of its class? (Table 6)
 
@@ -552,8 +542,8 @@ def first_look(encoders: dict, root: str, shape: tuple[int, int, int], process: 
 
 
 PROTOCOLS = {
-    "linear": (linear, LinearConfig),
-    "finetune": (finetune, FinetuneConfig),
+    "linear": (classify, LinearConfig),
+    "finetune": (classify, FinetuneConfig),
     "retrieve": (retrieve, RetrieveConfig),
     "knn": (knn, KnnConfig),
     "svm": (svm, SvmConfig),

@@ -105,7 +105,7 @@ def test_waiting_for_a_value_is_found():
 def test_bytes_flop_and_memory_are_counted():
     counter, a, b = benchmark.Counter(1e9, 1e12), torch.zeros(100, 50), torch.zeros(50, 10)
     with counter:
-        c = counter.of_part("product", torch.mm)(a, b.expand(50, 10))
+        c = counter.counts_as("product")(torch.mm)(a, b.expand(50, 10))
         d = c.T + 1
         del d
         e = c * 2  # takes the place of d

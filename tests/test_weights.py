@@ -202,9 +202,9 @@ def test_export_from_the_command_line_and_back(run):
     torch.save(pretraining(i3d_file(FIMA), "_orig_mod.module.", **HEAD), run.path / "fima.pth.tar")
     export = ["export", "--checkpoint", "fima.pth.tar", "--width", WIDTH]
     run.ok(evaluate, *export, dataset=None)
-    out = run.ok(evaluate, "retrieve", "--checkpoint", "i3d.pt", "--encoder", "i3d", *NARROW)
-    assert "i3d.pt: i3d, 342 of 342 entries matched" in out and "R@1" in out
-    run.refused(evaluate, *export, dataset=None, says=["i3d.pt is there"])
+    out = run.ok(evaluate, "retrieve", "--checkpoint", "encoder.pt", "--encoder", "i3d", *NARROW)
+    assert "encoder.pt: i3d, 342 of 342 entries matched" in out and "R@1" in out
+    run.refused(evaluate, *export, dataset=None, says=["encoder.pt is there"])
 
 
 def test_files_of_torch_before_1_6_are_read(run):
