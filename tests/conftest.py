@@ -10,12 +10,15 @@ import pytest
 from helpers import one_line
 from hypothesis import settings
 
+import benchmark
 import cli
+import data
 import evaluate
 import fima
 import pretrain
 import synthetic
 import visualize
+from video import Video
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "examples"))  # where simclr is
 
@@ -34,6 +37,7 @@ def pytest_cmdline_main(config):
 
 SMALL = ["--encoder=r3d_18", "--width=0.0625", "--crop=48", "--batch_size=4", "--queue=8", "--device=cpu"]
 CONV4 = ["--encoder=conv4", "--width=0.25", "--crop=32"]  # the cheapest
+COMMANDS = benchmark, data, evaluate, visualize
 
 
 @pytest.fixture(scope="session")
@@ -42,6 +46,14 @@ def videos(tmp_path_factory):
     root = tmp_path_factory.mktemp("videos") / "synthetic"
     synthetic.make_synthetic(root, train=18, test=10, frames=40, size=(56, 56))
     return root
+
+
+@pytest.fixture
+def requested(monkeypatch):
+    """The frames asked for by each call of Video.stream, as they come."""
+    calls, stream = [], Video.stream
+    monkeypatch.setattr(Video, "stream", lambda video, frames: stream(video, calls.append([*frames]) or calls[-1]))
+    return calls
 
 
 @pytest.fixture
@@ -66,7 +78,7 @@ def run(videos, tmp_path, monkeypatch, in_process):
         where = ["--dataset", dataset, "--data", videos] if dataset else []
         own = [*SMALL * small, *["--decoder_width=32"] * (small and module is fima), "--workers=0"]
         monkeypatch.chdir(tmp_path)
-        own = [] if module in (evaluate, visualize) or flags[:1] == ("maps",) else own  # which are sub-commands
+        own = [] if module in COMMANDS or flags[:1] == ("maps",) else own  # which are sub-commands
         main = module.main
         if main is pretrain.main:  # a method's, which tells it class, config, presets and help
             (name,) = (name for name in vars(module) if name.lower() == module.__name__.replace("_", ""))

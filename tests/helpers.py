@@ -1,5 +1,6 @@
 """What several test files share."""
 
+import hashlib
 import json
 import math
 import multiprocessing
@@ -8,6 +9,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +54,18 @@ def one_line(err, *says):
     assert all(str(word) in last for word in says), last
 
 
+def touch(root: Path, *names: str) -> None:
+    """Empty files, with their folders."""
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+
+
+def write(path: Path, *lines: str, end: str = "\n") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes("".join(line + end for line in lines).encode())
+
+
 def free_port():
     """A port of this machine that nobody listens at."""
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -59,10 +73,9 @@ def free_port():
 
 
 def torchrun(script, *flags, processes=2, folder=None):
-    """A script in so many processes, with one thread each: what `subprocess.run` gives."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    """A script in so many processes, which have one thread each: what `subprocess.run` gives."""
     command = [*TORCHRUN, f"--nproc_per_node={processes}", str(script), *map(str, flags)]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
 
 
 def join_group(rank, folder, world=2):
@@ -82,6 +95,20 @@ def descendants(pid):
     found = Path(f"/proc/{pid}/task/{pid}/children")
     children = found.read_text().split() if found.exists() else []
     return [int(child) for child in children] + [found for child in children for found in descendants(child)]
+
+
+def digests(*places):
+    """What every file at or below these places holds; of locks, nothing."""
+    files = [path for place in places for path in sorted([place, *place.rglob("*")]) if path.is_file()]
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.name != "lock"}
+
+
+def within(seconds, holds):
+    """Waits until something holds, for so long at most: whether it does."""
+    until = time.monotonic() + seconds
+    while not holds() and time.monotonic() < until:
+        time.sleep(0.1)
+    return holds()
 
 
 def generator(seed: int):
@@ -105,6 +132,16 @@ def assert_trains(model, found):
     for name, parameter in model.named_parameters():
         assert (parameter.grad is not None) == parameter.requires_grad == (not name.startswith("key_")), name
         assert parameter.grad is None or parameter.grad.isfinite().all(), name
+
+
+def with_equal_features(model):
+    """The model with heads by which every feature is the same, as are the keys in its queues."""
+    for head in (model.head, model.key_head):
+        torch.nn.init.zeros_(head.net[2].weight)  # every feature is the bias
+        torch.nn.init.constant_(head.net[2].bias, 1.0)
+    for queue in model.queues.values():
+        queue.keys = torch.full_like(queue.keys, 128**-0.5)
+    return model
 
 
 def log_ratio(query: list, chosen: list, everything: list, temperature: float) -> float:

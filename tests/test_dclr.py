@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import assert_trains, generator, make_views, random, units, views_without_colours
+from helpers import assert_trains, generator, make_views, random, units, views_without_colours, with_equal_features
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -196,12 +196,8 @@ def test_each_switch_changes_the_losses_and_trains_every_parameter(flags):
 
 
 def test_chance_values_are_what_equal_features_give():
-    model = build(losses="vv,vs,vd,sd,ac")
-    for head in (model.head, model.key_head):
-        torch.nn.init.zeros_(head.net[2].weight)  # every feature is the bias
-        torch.nn.init.constant_(head.net[2].bias, 1.0)
     for epoch in (1.0, 2.0):
-        model.queues["d"].keys = torch.full_like(model.queues["d"].keys, 128**-0.5)
+        model = with_equal_features(build(losses="vv,vs,vd,sd,ac"))
         found = model(views_at(epoch))
         for name in ("vv", "vs", "vd", "sd"):
             assert found[name].item() == pytest.approx(model.metrics[f"chance/{name}"], abs=1e-4), name

@@ -35,12 +35,9 @@ def views(tmp_path_factory):
 @pytest.mark.parametrize("start", [0, 5])
 def test_batches_are_the_items_in_the_samplers_order_whatever_the_number_of_workers(views, workers, start):
     sampler = StepSampler(len(views), batch_size=2, epochs=6, start_step=start)
-    seen = 0
     for keys, batch in zip(sampler, load_batches(views, sampler, workers), strict=True):
         assert same(batch, collate([views[key] for key in keys]))
         assert all(batch[name].movedim(-4, -1).is_contiguous() for name in ("clip", "sub_clips"))  # as decoders write
-        seen += len(batch["bad"])
-    assert seen > 0
 
 
 class Counter:
@@ -131,18 +128,17 @@ exec "$@"
 
 
 @pytest.mark.slow
-def test_full_shared_memory_and_a_long_temporary_folder_cost_no_video(run, videos):
-    """Docker gives 64 MB of the former, and a socket in the latter would have too long a name; numbers stay."""
-    flags = [*CONV4, "--device=cpu", f"--data={videos}", "--clips=2"]
-    run.ok(evaluate, "retrieve", *flags, "--workers=0", "--out=0.json")
+def test_full_shared_memory_and_a_long_temporary_folder_cost_no_video(tmp_path, videos):
+    """Docker gives 64 MB of the former, and a socket in the latter would have too long a name."""
     if not shutil.which("unshare") or subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
         pytest.skip("only root may mount a small /dev/shm")
-    (long := run.path / ("long" * 40)).mkdir()
+    (long := tmp_path / ("long" * 40)).mkdir()
     command = ["unshare", "-m", "sh", "-c", SHARED_MEMORY_IS_FULL, "sh", sys.executable, evaluate.__file__, "retrieve"]
-    command += [*flags, "--dataset=synthetic", "--workers=2", "--out=2.json"]
-    done = subprocess.run(command, cwd=run.path, env=os.environ | {"TMPDIR": str(long)}, capture_output=True, text=True)
+    command += [*CONV4, "--device=cpu", "--dataset=synthetic", f"--data={videos}", "--clips=2", "--workers=2"]
+    done = subprocess.run(
+        [*command, "--out=2.json"], cwd=tmp_path, env=os.environ | {"TMPDIR": str(long)}, capture_output=True, text=True
+    )
     if done.returncode == 77:
         pytest.skip("no small /dev/shm can be mounted here")
     assert done.returncode == 0, done.stderr
-    results = [json.loads((run.path / f"{n}.json").read_text())["result"] for n in (0, 2)]
-    assert results[0] == results[1] and results[0]["unreadable"] == []
+    assert json.loads((tmp_path / "2.json").read_text())["result"]["unreadable"] == []

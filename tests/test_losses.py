@@ -127,10 +127,7 @@ def test_foreground_is_strictly_above_the_quantile_with_and_without_ties(seed, h
 
 
 def pixel_batch(seed: int, videos: int = 3, pixels: int = 4, queue: int = 2, per_video: bool = False) -> list[Tensor]:
-    """Prediction, target, positives and keys: of the whole batch or of each video, the target's own included, and more.
-
-    The first video has no positive at all, others lack them for some pixels.
-    """
+    """Prediction, target, positives (none in the first video) and keys, of the batch or each video: targets, more."""
     prediction, target = units(seed, videos, pixels, 5), units(seed + 1, videos, pixels, 5)
     positives = torch.rand(videos, pixels, pixels, generator=generator(seed)) < 0.3
     positives[0] = False

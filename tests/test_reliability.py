@@ -54,9 +54,7 @@ def kill_at_line(count: int, within: tuple[str, ...]) -> None:
 
 
 def live(folder, flags, environment=(), kill=(), file_size=0, at_step_6="", output="out0.txt") -> None:
-    """A run of fima.py that writes to a file `output`: killed while it trains (see `kill_at_line`), unable to write
-    files above file_size bytes, or spoiling a weight ("spoil") or sending itself a signal after step 6.
-    """
+    """A run of fima.py with output in a file, to which something happens: `kill_at_line`, small files, a signal."""
     os.chdir(folder)
     os.environ.update(environment)
     output = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOCTTY)
@@ -126,10 +124,7 @@ def undisturbed(videos, tmp_path_factory):
 
 @pytest.mark.slow
 def test_killed_at_random_moments_a_run_ends_as_if_it_had_not_been(undisturbed, tmp_path):
-    """Ten kills at random lines, every second one while a checkpoint is written, all with a loader's worker.
-
-    A moment within a step of the method is like one at the line that calls it: nothing on disk tells them apart.
-    """
+    """Ten kills at random lines, every second one while a checkpoint is written, all with a loader's worker."""
     expected, flags = undisturbed
     flags = [*flags, "--workers", "1", "--save_minutes", "0"]
     random, steps = Random(0), set()

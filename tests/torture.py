@@ -8,7 +8,6 @@ that is not the run's own as it was. Not one of the quick tests: by hand, and fo
 """
 
 import argparse
-import hashlib
 import os
 import shutil
 import signal
@@ -23,25 +22,11 @@ from random import Random
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from helpers import TORCHRUN, alive, descendants, torchrun  # noqa: E402
+from helpers import TORCHRUN, alive, descendants, digests, torchrun, within  # noqa: E402
 from helpers import lines as log  # noqa: E402
 from test_reliability import TINY, end_well, equal_ends, finish, start  # noqa: E402
 
 import synthetic  # noqa: E402
-
-
-def digests(*places: Path) -> dict[str, str]:
-    """What is in the files that are not the runs' own."""
-    files = (path for place in places for path in [place, *place.rglob("*")] if path.is_file())
-    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-
-
-def within(seconds: float, holds) -> bool:
-    """Waits until something holds, for so long at most: whether it does."""
-    until = time.monotonic() + seconds
-    while not holds() and time.monotonic() < until:
-        time.sleep(0.1)
-    return holds()
 
 
 class Torture:
@@ -70,9 +55,7 @@ class Torture:
         assert done.returncode == 0, done.stdout + done.stderr
 
     def ends_as_if_nothing_had_been(self, folder: Path, stopped: bool = False, two: bool = False) -> None:
-        """Goes on to the end, which is the undisturbed one's, and so is the log, but for lines of where it `stopped`;
-        nothing half is left.
-        """
+        """Goes on to the end, which is the undisturbed one's, and so is the log, but for where it `stopped`."""
         self.end_two(folder, "--resume=auto") if two else end_well(folder, *self.flags, "--resume=auto")
         assert equal_ends(self.expected[two], folder / "run"), "another end"
         found, expected = log(folder / "run"), log(self.expected[two])
