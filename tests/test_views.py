@@ -12,7 +12,7 @@ from helpers import same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import PretrainingViews, StepSampler, TestClips, VideoList, collate, crop_resize, draw_region, empty_clips
+from data import PretrainingViews, StepSampler, TestClips, VideoList, crop_resize, draw_region, empty_clips
 from losses import bin_centers
 from video import Video
 
@@ -160,24 +160,9 @@ def test_a_sample_depends_on_seed_epoch_and_index_only(videos):
         assert not torch.equal(samples[0, 0][name], other[name])
 
 
-@pytest.fixture
-def spoilt(videos):
-    """The same videos, with three bad ones."""
+def test_bad_videos_are_zeros_and_never_replaced_at_test(videos):
     paths = [*(f"absent/{n}.mp4" for n in range(3)), *videos.paths]
-    return VideoList(paths, [0, 1, 2, *videos.labels], videos.classes, "")
-
-
-def test_bad_videos_are_replaced_and_named_in_pretraining(spoilt):
-    views = PretrainingViews(spoilt, 28, frames=4)
-    for epoch, index in itertools.product(range(5), range(3)):
-        sample = views[epoch, index]
-        assert sample["index"] >= 3 and sample["bad"][0][0] == spoilt.paths[index]
-        assert {path for path, _ in sample["bad"]} <= {*spoilt.paths[:3]} and same(views[epoch, index], sample)
-    items = [views[0, index] for index in (0, 4, 1)]
-    assert collate(items)["bad"] == [entry for item in items for entry in item["bad"]]
-
-
-def test_bad_videos_are_zeros_and_never_replaced_at_test(spoilt):
+    spoilt = VideoList(paths, [0, 1, 2, *videos.labels], videos.classes, "")
     clips = TestClips(spoilt, 28, frames=4, clips=3)
     for index in range(len(clips)):
         item = clips[index]

@@ -15,14 +15,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from pathlib import Path
 from random import Random
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from helpers import TORCHRUN, alive, descendants, digests, torchrun, within  # noqa: E402
+from helpers import TORCHRUN, alive, descendants, digests, torchrun, within, write  # noqa: E402
 from helpers import lines as log  # noqa: E402
 from test_reliability import TINY, end_well, equal_ends, finish, start  # noqa: E402
 
@@ -170,29 +169,26 @@ def main() -> int:
     parser.add_argument("--only", choices=TRIES, help="this kind alone")
     options = parser.parse_args()
     os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker"  # of what killed processes leave, and it cleans up
-    tries, failures, number = Counter(), [], 0
+    tries, failures = [], []
     with tempfile.TemporaryDirectory(prefix="torture-") as folder:
         torture = Torture(Path(folder))
         until = time.monotonic() + 60 * options.minutes
         while time.monotonic() < until:
-            kind = options.only or TRIES[number % len(TRIES)]
-            chance, place = Random(f"{options.seed} {number}"), Path(folder) / f"{number}-{kind}"
-            (place / "run").mkdir(parents=True)
-            (place / "run" / "notes.txt").write_text("theirs")
+            number, kind = len(tries), options.only or TRIES[len(tries) % len(TRIES)]
+            place = Path(folder) / f"{number}-{kind}"
+            write(place / "run" / "notes.txt", "theirs")
             theirs = [place / "run" / "notes.txt", torture.videos, torture.undisturbed]
             before = digests(*theirs)
             try:
-                getattr(torture, kind)(chance, place)
+                getattr(torture, kind)(Random(f"{options.seed} {number}"), place)
                 assert digests(*theirs) == before, "files of others have changed"
             except AssertionError as error:
                 failures.append(kind)
                 print(f"try {number}, {kind}: {error}", flush=True)
-            finally:
-                shutil.rmtree(place, ignore_errors=True)
-            tries[kind] += 1
-            number += 1
-    for kind, count in tries.items():
-        print(f"{kind:<16}{count:>4} tries{failures.count(kind):>4} failures")
+            shutil.rmtree(place, ignore_errors=True)
+            tries.append(kind)
+    for kind in dict.fromkeys(tries):
+        print(f"{kind:<16}{tries.count(kind):>4} tries{failures.count(kind):>4} failures")
     return min(len(failures), 1)
 
 
