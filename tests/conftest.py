@@ -7,7 +7,7 @@ import sys
 os.environ["OMP_NUM_THREADS"] = "1"  # operators so small take longer where threads wait for each other
 
 import pytest
-from helpers import one_line
+from helpers import SMALL, one_line
 from hypothesis import settings
 
 import benchmark
@@ -35,8 +35,6 @@ def pytest_cmdline_main(config):
         config.option.numprocesses, config.option.dist = min(4, os.cpu_count() or 1), "loadfile"
 
 
-SMALL = ["--encoder=r3d_18", "--width=0.0625", "--crop=48", "--batch_size=4", "--queue=8", "--device=cpu"]
-CONV4 = ["--encoder=conv4", "--width=0.25", "--crop=32"]  # the cheapest
 COMMANDS = benchmark, data, evaluate, visualize
 
 

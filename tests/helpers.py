@@ -10,8 +10,11 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
+from fractions import Fraction
 from pathlib import Path
 
+import av
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -23,6 +26,8 @@ ROOT = Path(__file__).parents[1]
 ALONE = train.Process(0, 1, torch.device("cpu"))
 FORK = multiprocessing.get_context("fork") if hasattr(os, "fork") else None
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+SMALL = ["--encoder=r3d_18", "--width=0.0625", "--crop=48", "--batch_size=4", "--queue=8", "--device=cpu"]
+CONV4 = ["--encoder=conv4", "--width=0.25", "--crop=32"]  # the cheapest
 FAST = {"clips_per_s", "data_wait"}  # numbers of a line of the log that no two runs share
 
 
@@ -52,6 +57,48 @@ def one_line(err, *says):
     last = err.splitlines()[-1]
     assert last.startswith("error: ") and "Traceback" not in err, err
     assert all(str(word) in last for word in says), last
+
+
+def moving_texture(frames: int, height: int = 48, width: int = 64) -> np.ndarray:
+    """uint8 (frames, height, width, 3): a texture that moves and grows lighter with every frame, so that all differ."""
+    texture = np.random.default_rng(0).integers(0, 60, (height // 4 + 2, width // 4 + 2, 3)).repeat(4, 0).repeat(4, 1)
+    moved = [np.roll(texture, (k, 2 * k), (0, 1))[:height, :width] + 10 + k * 180 // frames for k in range(frames)]
+    return np.stack(moved).astype(np.uint8)
+
+
+def encode(
+    path: Path,
+    images: Iterable[np.ndarray],
+    codec: str,
+    times: Iterable[int] | None = None,
+    index_first: bool = False,
+    pix_fmt: str = "yuv420p",
+    **options: str,
+) -> Path:
+    """Write RGB images (H, W, 3) as a video at 25 frames a second, or at `times` in units of 1/25 s."""
+    images = list(images)
+    options = {name.replace("_", "-"): value for name, value in options.items()}
+    with av.open(str(path), "w", options={"movflags": "faststart"} if index_first else {}) as container:
+        stream = container.add_stream(codec, rate=25, options=options)
+        stream.height, stream.width = images[0].shape[:2]
+        stream.pix_fmt, stream.codec_context.thread_count = pix_fmt, 1
+        for image, time in zip(images, times if times is not None else range(len(images)), strict=True):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
+            frame.pts, frame.time_base = time, Fraction(1, 25)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+def write_sound(path: Path) -> Path:
+    """A file of one second of silence and no picture."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("pcm_s16le", rate=8000)
+        sound = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.int16), format="s16", layout="mono")
+        sound.sample_rate = 8000
+        container.mux(stream.encode(sound))
+        container.mux(stream.encode(None))
+    return path
 
 
 def touch(root: Path, *names: str) -> None:

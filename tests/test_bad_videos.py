@@ -16,8 +16,7 @@ from unittest.mock import Mock
 import av
 import numpy as np
 import pytest
-from encoding import encode, moving_texture, write_sound
-from helpers import one_line, same, touch
+from helpers import encode, moving_texture, one_line, same, touch, write_sound
 from hypothesis import example, given
 from hypothesis import strategies as st
 from torch.utils.data import BatchSampler

@@ -10,12 +10,10 @@ import sys
 from pathlib import Path
 from unittest import mock
 
-import conftest
-import encoding
 import numpy as np
 import pytest
 import torch
-from helpers import ALONE, free_port, generator, one_line, same, touch, weights, write
+from helpers import ALONE, SMALL, encode, free_port, generator, one_line, same, touch, weights, write
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -37,7 +35,7 @@ SIZES = (st.integers(0, 2**31), st.integers(1, 12), st.integers(1, 15), st.integ
 def pretrained(videos, tmp_path_factory):
     """A checkpoint of two steps of MoCo, whose batch-norm statistics are no round numbers."""
     out = tmp_path_factory.mktemp("pretrained")
-    flags = [*conftest.SMALL, "--workers=0", "--max_steps=2", "--dataset=synthetic", f"--data={videos}", f"--out={out}"]
+    flags = [*SMALL, "--workers=0", "--max_steps=2", "--dataset=synthetic", f"--data={videos}", f"--out={out}"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["moco.py", *flags])
         pretrain.main(moco.MoCo, moco.MoCoConfig, moco.PRESETS, "")
@@ -253,7 +251,7 @@ def test_separable_features_reach_100_percent(run, monkeypatch, protocol):
         folder = run.path / "videos" / ("train" if n < 4 else "test") / name
         folder.mkdir(parents=True, exist_ok=True)
         video = np.clip(rng.normal(colors[name], 20, (6, 32, 32, 3)), 0, 255).astype(np.uint8)
-        encoding.encode(folder / f"{n}.avi", video, "mpeg4")
+        encode(folder / f"{n}.avi", video, "mpeg4")
     monkeypatch.setattr(features, "build_encoder", lambda *_: Color())
     own = {"linear": ["--cached", 1, "--epochs", 20], "knn": ["--k", 4]}.get(protocol, [])
     own += lists_of(run.path / "videos", run.path) if protocol == "svm" else []

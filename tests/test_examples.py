@@ -4,12 +4,11 @@ import cmath
 import itertools
 import math
 
-import conftest
 import pytest
 import simclr
 import torch
 import tubelet_contrast as tubelet
-from helpers import join_group, log_ratio, make_views, weights
+from helpers import CONV4, join_group, log_ratio, make_views, weights
 
 import evaluate
 import moco
@@ -59,7 +58,7 @@ def test_two_processes_have_the_loss_and_the_gradient_of_one_with_the_same_batch
 
 @pytest.mark.slow
 def test_its_checkpoint_goes_through_evaluation_and_into_a_report(run):
-    fast = [*conftest.CONV4, "--batch_size=4", "--device=cpu", "--epochs=1", "--out=run"]
+    fast = [*CONV4, "--batch_size=4", "--device=cpu", "--epochs=1", "--out=run"]
     out = run.ok(simclr, *fast, small=False)
     assert "(chance 1.946)" in out and "own other half" in out
     state = weights(run.path / "run" / "checkpoint.pt")

@@ -12,7 +12,7 @@ from unittest.mock import MagicMock, Mock
 
 import pytest
 import torch
-from helpers import ALONE, FORK, TORCHRUN, Bare, alive, descendants, digests, one_line, touch, within
+from helpers import ALONE, CONV4, FORK, TORCHRUN, Bare, alive, descendants, digests, one_line, touch, within
 
 import benchmark
 import data
@@ -24,8 +24,7 @@ import synthetic
 import train
 import visualize
 
-QUICK = ["--encoder=conv4", "--width=0.25", "--crop=32"]
-SHORT = [*QUICK, "--device=cpu", "--workers=0", "--clips=1"]
+SHORT = [*CONV4, "--device=cpu", "--workers=0", "--clips=1"]
 STATE = dict(method="M", config={}, model={}, optimizer={}, step=1, steps_per_epoch=1, world_size=1)
 
 
@@ -79,10 +78,10 @@ def test_a_run_folder_is_one_processes_until_it_ends_or_is_killed(tmp_path, hold
 @pytest.mark.parametrize("words", ["--out=run", "--resume=run/checkpoint.pt", "--resume=auto", "linear"])
 def test_a_second_run_is_refused_before_it_writes_anything(words, run, hold):
     if words.startswith("--resume"):
-        run.ok(fima, "--max_steps=1", "--out=run", *QUICK)
+        run.ok(fima, "--max_steps=1", "--out=run", *CONV4)
     other, _ = hold(run.path / "run")
     before = digests(run.path)
-    flags = [words, *SHORT[:-1]] if words == "linear" else [*QUICK, words]
+    flags = [words, *SHORT[:-1]] if words == "linear" else [*CONV4, words]
     says = [f"run is in use by process {other.pid} on "]
     run.refused(evaluate if words == "linear" else fima, *flags, "--out=run", says=says)
     assert digests(run.path) == before
@@ -134,7 +133,7 @@ def test_a_linked_file_keeps_its_link(tmp_path):
 
 @pytest.mark.slow
 def test_processes_whose_launcher_is_killed_save_and_end(videos, tmp_path):
-    flags = [*QUICK, f"--data={videos}", "--queue=8", "--decoder_width=32", "--device=cpu", "--batch_size=2"]
+    flags = [*CONV4, f"--data={videos}", "--queue=8", "--decoder_width=32", "--device=cpu", "--batch_size=2"]
     launch = [*TORCHRUN, "--nproc_per_node=2", fima.__file__, *flags, "--workers=1", "--epochs=9999", "--out=run"]
     with open(tmp_path / "out.txt", "w") as out:
         launcher = subprocess.Popen(launch, cwd=tmp_path, stdout=out, stderr=out)
@@ -181,7 +180,7 @@ def command(run):
         module, words = COMMANDS[name]
         words = words if any(word.startswith("--out=") for word in words) else [*words, f"--out={name}"]
         known = module in (evaluate, fima) or "sample" in words
-        quick = SHORT if module is evaluate else QUICK if known else []
+        quick = SHORT if module is evaluate else CONV4 if known else []
         data = "synthetic" if known and "export" not in words else None
         return run(module, *words[:1], *(quick if data else []), *words[1:], dataset=data, small=module is fima)
 

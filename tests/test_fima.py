@@ -15,6 +15,14 @@ import moco
 import processes
 
 SMALL = dict(encoder="r3d_18", width=0.0625, crop=48, frames=16, queue=12, decoder_width=32, momentum=0.9, batch_size=3)
+SWITCHES = [dict(losses=losses) for losses in ("vv", "vv,vd", "vv,fra")] + [dict(losses="vv,pix", decoder="none")]
+SWITCHES += [dict(decoder_depth=1), dict(decoder_width=16), dict(decoder_heads=8), dict(decoder="separate")]
+SWITCHES += [dict(mask_position=position) for position in ("none", "prediction", "target")] + [dict(foreground=0.3)]
+SWITCHES += [dict(mask_source="rgb"), dict(mask_source="difference"), dict(threshold=2.8), dict(centres="measured")]
+SWITCHES += [dict(frame_loss="triplet"), dict(frame_loss="mse"), dict(pixel_negatives="video"), dict(pixel_queue=40)]
+SWITCHES += [dict(encoder="i3d", crop=64)]
+AFTER_THE_FIRST_EPOCH = dict(feature_std=0.005, pixels_with_positive=0.001, foreground_share=0.1)
+WARNED = AFTER_THE_FIRST_EPOCH | {"queue_age/vv": 16, "overlap": 0.9}
 
 
 def build(method=fima.FIMA, **flags):
@@ -98,14 +106,6 @@ def test_losses_equal_the_plain_loop_oracle(centres):
     assert list(losses) == ["vv", "vd", "pix", "fra"]
     for name, value in losses.items():
         assert float(value) == pytest.approx(expected[name], rel=2e-4), name
-
-
-SWITCHES = [dict(losses=losses) for losses in ("vv", "vv,vd", "vv,fra")] + [dict(losses="vv,pix", decoder="none")]
-SWITCHES += [dict(decoder_depth=1), dict(decoder_width=16), dict(decoder_heads=8), dict(decoder="separate")]
-SWITCHES += [dict(mask_position=position) for position in ("none", "prediction", "target")] + [dict(foreground=0.3)]
-SWITCHES += [dict(mask_source="rgb"), dict(mask_source="difference"), dict(threshold=2.8), dict(centres="measured")]
-SWITCHES += [dict(frame_loss="triplet"), dict(frame_loss="mse"), dict(pixel_negatives="video"), dict(pixel_queue=40)]
-SWITCHES += [dict(encoder="i3d", crop=64)]
 
 
 @pytest.mark.parametrize("flags", SWITCHES, ids=str)
@@ -243,10 +243,6 @@ def test_metrics_show_how_well_the_contrast_does():
     assert model.metrics["contrast_accuracy/vv"] == 0.5  # the second query's positive is at right angles
     assert float(model.metrics["positive_similarity/vv"]) == pytest.approx((1 / 1.01**0.5 + 0) / 2)
     assert float(model.metrics["negative_similarity/vv"]) == pytest.approx((0.8 + 1.4 / 2**0.5) / 6)
-
-
-AFTER_THE_FIRST_EPOCH = dict(feature_std=0.005, pixels_with_positive=0.001, foreground_share=0.1)
-WARNED = AFTER_THE_FIRST_EPOCH | {"queue_age/vv": 16, "overlap": 0.9}
 
 
 @pytest.mark.parametrize("name", WARNED)

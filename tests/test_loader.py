@@ -13,9 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CONV4
-from encoding import encode, moving_texture
-from helpers import same
+from helpers import CONV4, encode, moving_texture, same
 
 import data
 import evaluate

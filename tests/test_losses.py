@@ -62,15 +62,6 @@ def distances_loop(source: tuple, target: tuple, height: int, width: int) -> Ten
     return torch.tensor([[math.dist(s, t) / diagonal for t in places[1]] for s in places[0]], dtype=torch.float64)
 
 
-@given(crops, sizes, sizes)
-def test_bin_centers_are_those_of_a_loop(crop, height, width):
-    box = torch.tensor([box_of(crop), [0, 0, width, height]], dtype=torch.float64)
-    expected = torch.tensor(centers_loop(crop, height, width), dtype=torch.float64)
-    centers = losses.bin_centers(box, height, width)
-    torch.testing.assert_close(centers[0], expected)
-    assert centers[1].tolist() == [[c + 0.5, r + 0.5] for r in range(height) for c in range(width)]
-
-
 @given(crops, st.integers(1, 5), st.integers(1, 40), st.integers(1, 16), st.floats(-9, 9))
 def test_bins_of_a_seen_box_are_centred_where_feature_pixels_look(crop, pixels, size, stride, offset):
     x, y, w, h, flipped = crop

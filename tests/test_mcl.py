@@ -4,13 +4,12 @@ import copy
 import io
 import sys
 
+import helpers
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CONV4
-from encoding import encode, moving_texture
-from helpers import FORK, assert_trains, generator, info_nce_loop, random, views_without_colours
+from helpers import assert_trains, encode, generator, info_nce_loop, moving_texture, random, views_without_colours
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
@@ -151,7 +150,7 @@ def difference_flow(images, side, warps):
 @pytest.fixture
 def without_flow(monkeypatch):
     monkeypatch.setattr(mcl, "tvl1_flow", difference_flow)
-    monkeypatch.setattr(torch.multiprocessing, "Process", FORK.Process)  # which inherit what is patched
+    monkeypatch.setattr(torch.multiprocessing, "Process", helpers.FORK.Process)  # which inherit what is patched
 
 
 @pytest.fixture
@@ -405,7 +404,7 @@ def test_every_encoder_is_aligned_at_its_last_convolution_in_either_memory_forma
 
 @pytest.mark.slow
 def test_the_first_run_makes_the_maps_and_ends_with_what_was_learnt(run, without_flow):
-    out = run.ok(mcl, *CONV4, "--epochs=1", "--maps", run.path / "maps")
+    out = run.ok(mcl, *helpers.CONV4, "--epochs=1", "--maps", run.path / "maps")
     assert "own other half" in out
     assert len(list((run.path / "maps" / "flow_120_1").rglob("*.npz"))) >= 16  # of 18 videos, a batch has 4
 
@@ -413,8 +412,8 @@ def test_the_first_run_makes_the_maps_and_ends_with_what_was_learnt(run, without
 @pytest.mark.parametrize("loader", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_without_motion_nothing_asks_for_maps_and_with_it_one_line_for_scikit_image(run, loader, monkeypatch):
     monkeypatch.setitem(sys.modules, "skimage.registration", None)
-    monkeypatch.setattr(torch.multiprocessing, "Process", FORK.Process)
-    flags = [*CONV4, "--max_steps=1", f"--workers={loader}", "--maps=maps"]
+    monkeypatch.setattr(torch.multiprocessing, "Process", helpers.FORK.Process)
+    flags = [*helpers.CONV4, "--max_steps=1", f"--workers={loader}", "--maps=maps"]
     run.refused(mcl, *flags, dataset="folder", says=["pip install scikit-image"])
     flags += ["--losses=vv", "--temporal_sampling=random", "--spatial_sampling=random"]
     run.ok(mcl, *flags, dataset="folder")

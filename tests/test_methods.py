@@ -1,11 +1,10 @@
 """What is the same for every method: settings of its paper, refused flags, resuming to the last bit, processes."""
 
-import conftest
 import numpy as np
 import pytest
 import simclr
 import tubelet_contrast
-from helpers import ROOT, same, torchrun, weights
+from helpers import CONV4, ROOT, SMALL, same, torchrun, weights
 
 import dclr
 import fame
@@ -96,8 +95,8 @@ def test_a_resumed_run_equals_a_whole_one_bit_for_bit(script, run, monkeypatch):
         maps = mcl.MotionMaps(mcl.MapsConfig(data=str(run.videos), maps=str(run.path / "maps")))
         for path in mcl.MapsConfig(dataset="folder", data=str(run.videos)).find_videos().paths:
             maps.visit(path)
-    own = conftest.SMALL if script is not simclr else [flag for flag in conftest.SMALL if "queue" not in flag]
-    flags = [*own, *conftest.CONV4, "--epochs", 2, "--keep_every", 1, *RESUMED[script], "--max_steps"]
+    own = SMALL if script is not simclr else [flag for flag in SMALL if "queue" not in flag]
+    flags = [*own, *CONV4, "--epochs", 2, "--keep_every", 1, *RESUMED[script], "--max_steps"]
     folder = dict(dataset="folder", small=False)
     run.ok(script, *flags, 6, "--out", "whole", **folder)
     assert f"python {script.__name__}.py" in run.ok(script, *flags, 3, "--out", "half", **folder)
@@ -114,7 +113,7 @@ def test_a_resumed_run_equals_a_whole_one_bit_for_bit(script, run, monkeypatch):
 @pytest.mark.parametrize("script", ["dclr.py", "examples/simclr.py"])
 def test_two_processes_train_and_agree(script, videos, tmp_path):
     flags = ["--dataset=folder", f"--data={videos}", "--epochs=2", "--max_steps=3", "--device=cpu", "--out=run"]
-    done = torchrun(ROOT / script, *flags, *conftest.CONV4, "--batch_size=4", "--workers=1", folder=tmp_path)
+    done = torchrun(ROOT / script, *flags, *CONV4, "--batch_size=4", "--workers=1", folder=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert weights(tmp_path / "run" / "checkpoint.pt")["step"] == 3  # which is saved if the processes agree
     done = torchrun(ROOT / script, "--resume=run/checkpoint.pt", "--max_steps=4", folder=tmp_path)

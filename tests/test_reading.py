@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from encoding import encode, moving_texture
-from helpers import same
+from helpers import encode, moving_texture, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

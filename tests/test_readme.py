@@ -7,15 +7,14 @@ import re
 import runpy
 import shlex
 import sys
-from pathlib import Path
 from unittest import mock
 
 import pytest
+from helpers import ROOT
 
 import cli
 import pretrain
 
-ROOT = Path(__file__).parents[1]
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]}
 ALL = "\n".join(PAGES.values())
 REPRODUCE = PAGES["docs/reproduce.md"]

@@ -19,8 +19,7 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import CONV4
-from helpers import ALONE, ROOT, free_port, one_line, same, weights
+from helpers import ALONE, CONV4, ROOT, free_port, one_line, same, weights
 from helpers import lines as log
 
 import cli
@@ -34,6 +33,8 @@ import train
 
 TINY = [*CONV4, "--dataset=synthetic", "--queue=8", "--decoder_width=32", "--device=cpu", "--batch_size=2"]
 TINY += ["--workers=0", "--log_every=3"]
+LEFT = ["WORLD_SIZE=4", "RANK=1", "LOCAL_RANK=2", "RANK=0 WORLD_SIZE=2", "RANK=0 WORLD_SIZE=two", "RANK=1 WORLD_SIZE=1"]
+LEFT += ["RANK=0 WORLD_SIZE=1 LOCAL_RANK=1", "RANK=0 WORLD_SIZE=1 LOCAL_WORLD_SIZE=0"]
 
 
 def kill_at_line(count: int, within: tuple[str, ...]) -> None:
@@ -308,10 +309,6 @@ def test_two_nodes_need_no_common_disk(undisturbed, videos, tmp_path):
     named = (nodes[0] / "run" / "bad_videos.log").read_text()
     assert [named.count(f"/{name}.mp4'") for name in (0, 9)] == [1, 1]  # the processes have met one each, or both
     assert (nodes[1] / "run").read_bytes() == b""
-
-
-LEFT = ["WORLD_SIZE=4", "RANK=1", "LOCAL_RANK=2", "RANK=0 WORLD_SIZE=2", "RANK=0 WORLD_SIZE=two", "RANK=1 WORLD_SIZE=1"]
-LEFT += ["RANK=0 WORLD_SIZE=1 LOCAL_RANK=1", "RANK=0 WORLD_SIZE=1 LOCAL_WORLD_SIZE=0"]
 
 
 @pytest.mark.parametrize("left", LEFT)

@@ -7,10 +7,9 @@ import os
 import shutil
 from random import Random
 
-import conftest
 import pytest
 import torch
-from helpers import ALONE, Bare, generator, same, weights, write
+from helpers import ALONE, CONV4, Bare, generator, same, weights, write
 
 import cli
 import dclr
@@ -99,7 +98,7 @@ def test_changed_data_are_said_and_need_a_flag(run, videos):
         return paths[0]
 
     first, _ = listed("train"), listed("test")
-    small = [*conftest.CONV4, "--device", "cpu", "--max_steps", 1, "--dataset", "folder", "--data", tree]
+    small = [*CONV4, "--device", "cpu", "--max_steps", 1, "--dataset", "folder", "--data", tree]
     probe = ["--list_file", "train.txt", "--test_list", "test.txt", "--epochs", 2, "--batch_size", 6, "--clips", 1]
     run.ok(moco, *small, "--batch_size", 4, "--out", "moco", dataset=None)
     run.ok(evaluate, "linear", *small, *probe, "--out", "linear", dataset=None)
@@ -234,7 +233,7 @@ def in_one_line(function):
 
 @pytest.mark.slow
 def test_ill_typed_values_in_a_checkpoint_change_nothing_or_are_one_clear_line(run, tmp_path, monkeypatch):
-    run.ok(fima, *conftest.CONV4, "--epochs", 2, "--max_steps", 3, "--out", "run", dataset="folder")
+    run.ok(fima, *CONV4, "--epochs", 2, "--max_steps", 3, "--out", "run", dataset="folder")
     path, seen = tmp_path / "run" / "checkpoint.pt", {"videos": [["a", 0, "b", 1]]}
     state = weights(path) | {"seen": runs.pack(seen)}
     train.save_checkpoint(path, state)
@@ -267,7 +266,7 @@ def test_ill_typed_values_in_a_checkpoint_change_nothing_or_are_one_clear_line(r
 @pytest.fixture
 def folder(run):
     """A run folder with three lines in its log, and the result of an evaluation."""
-    flags = [*conftest.CONV4, "--epochs", 2, "--max_steps", 3, "--log_every", 1, "--out", "run"]
+    flags = [*CONV4, "--epochs", 2, "--max_steps", 3, "--log_every", 1, "--out", "run"]
     run.ok(moco, *flags, dataset="folder")
     (run.path / "run" / "knn.json").write_text(json.dumps({"protocol": "knn", "result": {"top1_percent": 50.0}}))
     return run.path / "run"

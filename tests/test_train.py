@@ -10,10 +10,9 @@ import sys
 import types
 from unittest import mock
 
-import conftest
 import pytest
 import torch
-from helpers import ALONE, Bare, generator, lines, one_line, same, weights
+from helpers import ALONE, CONV4, Bare, generator, lines, one_line, same, weights
 
 import cli
 import data
@@ -138,7 +137,7 @@ def test_an_error_in_somebodys_own_code_keeps_its_traceback(name, run, monkeypat
     owner = data.PretrainingViews if name == "write" else moco.MoCo
     monkeypatch.setattr(owner, name, mock.Mock(side_effect=ValueError("too many values")))
     with pytest.raises(ValueError, match="too many values"):
-        run(moco, *conftest.CONV4, "--epochs", 1)
+        run(moco, *CONV4, "--epochs", 1)
 
 
 @pytest.mark.parametrize(("major", "version", "auto"), [(7, "2.14.1", False), (8, "2.14.1", True), (9, "2.10", False)])
@@ -223,10 +222,7 @@ def test_sub_commands_are_told_apart_and_get_their_options(monkeypatch, capsys):
         assert says in capsys.readouterr().out
 
 
-LACKS = [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("x: can't allocate memory: y\nz"), MemoryError()]
-
-
-@pytest.mark.parametrize("error", LACKS)
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError(), RuntimeError("can't allocate memory"), MemoryError()])
 def test_too_little_memory_is_one_line(error, in_process):
     code, _, err = in_process(cli, main=mock.Mock(side_effect=error))
     assert code == 2

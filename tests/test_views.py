@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from encoding import encode, moving_texture
-from helpers import same
+from helpers import encode, moving_texture, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,6 +17,7 @@ from video import Video
 
 seeds = st.integers(0, 2**32 - 1)
 NOTHING = VideoList([""], [0], [], "")
+SAMPLERS = dict(length=st.integers(1, 60), batch=st.integers(1, 5), ranks=st.integers(1, 3), epochs=st.integers(1, 3))
 
 
 def coordinates(height: int, width: int) -> np.ndarray:
@@ -186,10 +186,7 @@ def test_test_crops_are_the_centre_of_the_resized_frame(tmp_path):
         assert_shows_box(clip, torch.tensor([56 - 28, 4, 56 + 28, 60]), noise=2.5)
 
 
-shapes = dict(length=st.integers(1, 60), batch=st.integers(1, 5), ranks=st.integers(1, 3), epochs=st.integers(1, 3))
-
-
-@given(**shapes, seed=st.integers(0, 9), start=st.integers(0, 100))
+@given(**SAMPLERS, seed=st.integers(0, 9), start=st.integers(0, 100))
 def test_an_epoch_deals_videos_out_once_and_a_resumed_run_goes_on(length, batch, ranks, epochs, seed, start):
     if length < batch * ranks:
         with pytest.raises(ValueError, match=f"fewer than one batch of {batch} × {ranks}"):

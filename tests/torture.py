@@ -168,6 +168,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of what happens, and when (default: 0)")
     parser.add_argument("--only", choices=TRIES, help="this kind alone")
     options = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker"  # of what killed processes leave, and it cleans up
     tries, failures = [], []
     with tempfile.TemporaryDirectory(prefix="torture-") as folder:
