@@ -46,6 +46,29 @@ def videos(tmp_path_factory):
     return root
 
 
+def main_of(module):
+    """A script's main; a method's is told class, config, presets and help."""
+    if module.main is not pretrain.main:
+        return module.main
+    (name,) = (name for name in vars(module) if name.lower() == module.__name__.replace("_", ""))
+    options = getattr(module, name), getattr(module, f"{name}Config"), module.PRESETS, module.__doc__
+    return functools.partial(module.main, *options)
+
+
+@pytest.fixture(scope="session")
+def trained(videos):
+    """Trains a method for two steps, so that batch norm's statistics are no round numbers; gives the run folder."""
+
+    def call(folder, module, *flags):
+        flags = [*SMALL, *flags, "--workers=0", "--max_steps=2", "--dataset=synthetic", f"--data={videos}"]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", [f"{module.__name__}.py", *flags, f"--out={folder}"])
+            main_of(module)()
+        return folder
+
+    return call
+
+
 @pytest.fixture
 def requested(monkeypatch):
     """The frames asked for by each call of Video.stream, as they come."""
@@ -77,12 +100,7 @@ def run(videos, tmp_path, monkeypatch, in_process):
         own = [*SMALL * small, *["--decoder_width=32"] * (small and module is fima), "--workers=0"]
         monkeypatch.chdir(tmp_path)
         own = [] if module in COMMANDS or flags[:1] == ("maps",) else own  # which are sub-commands
-        main = module.main
-        if main is pretrain.main:  # a method's, which tells it class, config, presets and help
-            (name,) = (name for name in vars(module) if name.lower() == module.__name__.replace("_", ""))
-            options = getattr(module, name), getattr(module, f"{name}Config"), module.PRESETS, module.__doc__
-            main = functools.partial(main, *options)
-        return in_process(module, *own, *flags, *where, main=main)  # the last of a kind counts
+        return in_process(module, *own, *flags, *where, main=main_of(module))  # the last of a kind counts
 
     def ok(*arguments, **options):
         code, out, err = call(*arguments, **options)

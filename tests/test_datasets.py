@@ -256,9 +256,8 @@ def test_folders_that_cannot_be_listed_are_counted_and_evaluation_refuses_them(t
 def test_no_tree_gives_a_training_video_that_is_evaluated(folders, kinetics):
     """Oracle: training and held-out parts in one folder divide; then each part's videos lie below its topmost part."""
     paths = [os.path.join("/root", folder, "a.mp4") for folder in sorted(folders)]
-    (train, classes, held, outside, halved), (test, *_) = (
-        find._read_tree("/root", paths, half, kinetics) for half in (True, False)
-    )
+    train, classes, held, outside, halved = find._read_tree("/root", paths, True, kinetics)
+    test, *_ = find._read_tree("/root", paths, False, kinetics)
     assert max((label for _, _, label in train), default=-1) < len(classes)
     train, test = ([path for path, _, _ in half] for half in (train, test))
     marks = {name: [*re.finditer(r"\b(train|test|val)\b", name)] for name in folders}

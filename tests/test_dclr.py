@@ -63,10 +63,16 @@ def test_retrieve_takes_the_most_similar_and_weighs_them(seed, count, length):
     assert torch.equal(same_index, index) and (uniform == 1 / count).all()
 
 
-def test_one_video_has_no_negatives_and_weights_stay_weights_where_nothing_is_similar():
+def test_what_is_degenerate_gives_finite_losses_weights_and_gradients():
     assert losses.dual_contrast(units(0, 2, 1, 5), units(1, 2, 1, 5), False, 0.1) == 0
     _, weight = losses.retrieve(torch.tensor([[1.0, 0.0]]), torch.tensor([[-1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]), 3)
     assert weight.tolist() == [pytest.approx([1 / 3] * 3)]
+    constant = torch.full((2, 1, 3, 3), 0.7, requires_grad=True)
+    value = losses.activation_alignment(constant, torch.rand(2, 1, 3, 3, generator=generator(0)))
+    assert torch.autograd.grad(value, constant)[0].abs().max() <= 1
+    features = random(0, 2, 3, 1, 2, 2).requires_grad_()
+    pooled = losses.activation_pool(features, torch.zeros(2, 1, 2, 2, dtype=torch.float64))
+    assert (pooled == 0).all() and torch.autograd.grad(pooled.sum(), features)[0].isfinite().all()
 
 
 @given(seeds, sizes, sizes, sizes, st.floats(0.01, 100), st.floats(-5, 5))
@@ -80,15 +86,6 @@ def test_activation_maps_their_alignment_and_pooling(seed, frames, height, width
         torch.testing.assert_close(losses.activation_alignment(activation * scale + shift, reference), value)
     pooled = losses.activation_pool(features, reference)
     np.testing.assert_allclose(pooled, [pool_of(features[n], reference[n]) for n in range(2)], atol=1e-12)
-
-
-def test_constant_and_empty_maps_give_finite_losses_and_gradients():
-    constant = torch.full((2, 1, 3, 3), 0.7, requires_grad=True)
-    value = losses.activation_alignment(constant, torch.rand(2, 1, 3, 3, generator=generator(0)))
-    assert torch.autograd.grad(value, constant)[0].abs().max() <= 1
-    features = random(0, 2, 3, 1, 2, 2).requires_grad_()
-    pooled = losses.activation_pool(features, torch.zeros(2, 1, 2, 2, dtype=torch.float64))
-    assert (pooled == 0).all() and torch.autograd.grad(pooled.sum(), features)[0].isfinite().all()
 
 
 def test_gradients_flow_to_the_clip_and_not_to_what_it_is_aligned_with():

@@ -247,7 +247,9 @@ def test_run_folder_holds_config_command_versions_and_every_loss_with_its_chance
     assert shlex.split(command, comments=True)[-1] == "a run/checkpoint.pt"  # can be pasted
 
 
-def test_a_run_is_not_overwritten(tmp_path):
+def test_a_run_is_not_overwritten_and_those_that_start_together_have_folders_of_their_own(tmp_path):
+    name = str(tmp_path / "runs" / "moco")
+    assert [runs.unused_folder(name) for _ in range(3)] == [name, f"{name}-2", f"{name}-3"]
     fit(Bare(), folder := tmp_path / "run", max_steps=1)
     before = (folder / "log.jsonl").read_text()
     shutil.copytree(folder, tmp_path / "other")
@@ -258,11 +260,6 @@ def test_a_run_is_not_overwritten(tmp_path):
     (folder / "run.json").write_text("")
     with pytest.raises(train.UserError, match=r"run/run\.json is damaged"):
         fit(Bare(), folder, max_steps=2, resume=str(folder / "checkpoint.pt"))
-
-
-def test_runs_that_start_together_have_folders_of_their_own(tmp_path):
-    name = str(tmp_path / "runs" / "moco")
-    assert [runs.unused_folder(name) for _ in range(3)] == [name, f"{name}-2", f"{name}-3"]
 
 
 def test_resuming_with_other_batches_goes_on_at_the_same_part_of_the_schedule_and_forgets_no_line(tmp_path, capsys):
