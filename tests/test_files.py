@@ -170,6 +170,7 @@ COMMANDS = {  # what is written → script and its flags
     "benchmark_step_cpu.json": (benchmark, ["step", "--out=."]),
     "bad.txt": (data, ["check", "."]),
 }
+OCCUPIED = [(name, kind) for name in COMMANDS for kind in OTHERS if kind != "folder" or name.startswith("o.")]
 
 
 @pytest.fixture
@@ -185,9 +186,6 @@ def command(run):
         return run(module, *words[:1], *(quick if data else []), *words[1:], dataset=data, small=module is fima)
 
     return call
-
-
-OCCUPIED = [(name, kind) for name in COMMANDS for kind in OTHERS if kind != "folder" or name.startswith("o.")]
 
 
 @pytest.mark.parametrize(("name", "kind"), OCCUPIED)

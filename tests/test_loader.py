@@ -19,6 +19,8 @@ import data
 import evaluate
 from data import PretrainingViews, StepSampler, VideoList, collate, load_batches
 
+NOT_FORKED = [pytest.param(method, marks=pytest.mark.slow) for method in ("spawn", "forkserver")]
+
 
 @pytest.fixture(scope="module")
 def views(tmp_path_factory):
@@ -27,9 +29,6 @@ def views(tmp_path_factory):
     paths = [encode(folder / f"{i}.mp4", moving_texture(36 + i), "libx264", crf="20") for i in range(5)]
     paths[1].write_bytes(b"")
     return PretrainingViews(VideoList([str(path) for path in paths], [-1] * 5, [], ""), crop=28, frames=4)
-
-
-NOT_FORKED = [pytest.param(method, marks=pytest.mark.slow) for method in ("spawn", "forkserver")]
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3, *NOT_FORKED])

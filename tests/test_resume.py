@@ -202,6 +202,8 @@ def test_checkpoints_that_do_not_fit_are_refused_in_one_line(tmp_path, monkeypat
 
 ILL = [None, True, "x", [], {}, -1, 2.5, math.nan, 10**30]
 BAD = [*ILL, torch.ones(2), torch.ones(2).to_sparse()]
+OF_JSON = [*ILL, 10**400]  # as JSON has them
+CUT = [b"", b"[", b"\xff", b"null", b"[" * 100_000, b'{"a": \xff}', b"1" * 5000]
 
 
 def places(value, place=()):
@@ -272,10 +274,6 @@ def folder(run):
     return run.path / "run"
 
 
-ILL = [*ILL, 10**400]  # as JSON has them
-CUT = [b"", b"[", b"\xff", b"null", b"[" * 100_000, b'{"a": \xff}', b"1" * 5000]
-
-
 @pytest.mark.slow
 def test_ill_typed_values_in_records_change_nothing_or_are_one_clear_line(folder, monkeypatch):
     config = moco.MoCoConfig(**weights(folder / "checkpoint.pt")["config"])
@@ -284,7 +282,7 @@ def test_ill_typed_values_in_records_change_nothing_or_are_one_clear_line(folder
     started = train.Run(moco.MoCo(config), config, ALONE, 4)
     for name in ("run.json", "knn.json"):
         record = json.loads(content := (folder / name).read_bytes())
-        pairs = [(place, ill) for place in places(record) for ill in ILL]
+        pairs = [(place, ill) for place in places(record) for ill in OF_JSON]
         spoiled = [json.dumps(changed(record, *pair)).encode() for pair in Random(0).sample(pairs, 40)]
         for text in (*spoiled, *CUT):
             (folder / name).write_bytes(text)
@@ -296,7 +294,7 @@ def test_ill_typed_values_in_records_change_nothing_or_are_one_clear_line(folder
 def test_damaged_lines_of_a_log_are_left_out_and_the_run_goes_on(run, folder):
     path, lines = folder / "log.jsonl", (folder / "log.jsonl").read_bytes().splitlines()
     for name in ("step", "epoch", "loss/vv", "chance/vv"):
-        for ill in ILL:  # which a curve has or leaves out
+        for ill in OF_JSON:  # which a curve has or leaves out
             path.write_bytes(b"\n".join([*lines, json.dumps(json.loads(lines[0]) | {name: ill}).encode(), b""]))
             visualize.plt.close(visualize.draw_curves(visualize.FigureConfig(), [str(folder)]))
     for text in CUT:
