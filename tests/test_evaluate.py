@@ -402,16 +402,13 @@ def test_every_video_keeps_its_class_when_lists_name_different_ones(names):
 
 
 def test_lists_that_make_no_sense_are_refused(run, videos):
-    def refused(says, *flags):
-        run.refused(evaluate, "svm", *UNTRAINED, *FAST, *flags, dataset=None, says=[says])
-
-    for path in videos.glob("test/*/*.mp4"):
-        shutil.copy(path, run.path / path.name)
-    refused("no label", "--dataset", "folder", "--data", run.path)
-    flags = lists_of(videos, run.path, "one")
-    refused("at least 2 classes", *flags)
+    svm = [evaluate, "svm", *UNTRAINED, *FAST]
+    touch(run.path, "a.mp4")
+    run.refused(*svm, "--dataset", "folder", "--data", run.path, dataset=None, says=["no label"])
+    svm += lists_of(videos, run.path, "one")
+    run.refused(*svm, dataset=None, says=["at least 2 classes"])
     write(run.path / "twice.txt", *(run.path / "test.txt").read_text().splitlines()[:1] * 2)
-    refused("more than once", *flags, "--test_list", "twice.txt")
+    run.refused(*svm, "--test_list", "twice.txt", dataset=None, says=["more than once"])
 
 
 def test_videos_that_training_and_test_share_by_name_or_link_are_counted(run):

@@ -1,7 +1,6 @@
 """Batches made by worker processes in shared memory."""
 
 import errno
-import functools
 import json
 import mmap
 import os
@@ -10,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -61,10 +61,6 @@ class Keys(list):
     batch_size = 2
 
 
-def fail(number: int, *_) -> None:
-    raise OSError(number, os.strerror(number))
-
-
 ONE = Keys([[(0, 0), (0, 1)]])
 
 
@@ -84,7 +80,7 @@ def test_too_little_memory_and_too_many_processes_are_errors_that_say_what_to_do
         (data.PROCESSES.Process, "start", errno.EAGAIN, r"can't be started.*ulimit -u"),
     ):
         with monkeypatch.context() as patched, pytest.raises(OSError, match=says):
-            patched.setattr(owner, name, functools.partial(fail, number))
+            patched.setattr(owner, name, Mock(side_effect=OSError(number, os.strerror(number))))
             next(load_batches(Counter(), ONE, workers=1))
 
 

@@ -38,10 +38,6 @@ def frame_triplet_loop(prediction, target, negatives, margin=1.0):
     return mean([max(0.0, o**2 - far**2 + margin) for o, row in zip(own, others, strict=True) for far in row])
 
 
-def frame_mse_loop(prediction, target, negatives):
-    return mean([math.dist(y, own) ** 2 for y, own in zip(prediction, target, strict=True)])
-
-
 def box_of(crop: tuple) -> list[float]:
     x, y, w, h, flipped = crop
     return [x + w, y, x, y + h] if flipped else [x, y, x + w, y + h]
@@ -136,7 +132,7 @@ CASES = {
     "pixel_contrast": (losses.pixel_contrast, pixel_contrast_loop, pixel_batch),
     "frame_info_nce": (losses.frame_info_nce, frame_info_nce_loop, vector_batch),
     "frame_triplet": (losses.frame_triplet, frame_triplet_loop, vector_batch),
-    "frame_mse": (losses.frame_mse, frame_mse_loop, vector_batch),
+    "frame_mse": (losses.frame_mse, lambda y, z, _: mean([far**2 for far in map(math.dist, y, z)]), vector_batch),
 }
 CONTRASTS = ("info_nce", "pixel_contrast", "frame_info_nce")  # those with a temperature
 

@@ -30,13 +30,6 @@ SWITCHES = [{"losses": name} for name in ("vv", "vv,t", "vv,s", "vv,st", "st,vv"
 SWITCHES += [{"alignment": version} for version in ("v1", "v2")]
 
 
-def response_of(h, g, version):
-    """Of one clip, (C, T, H, W) each."""
-    if version == "v1":
-        return h.sum(0)
-    return np.maximum(np.tensordot(g.mean((1, 2, 3)), h if version == "v2" else g, 1), 0)
-
-
 def alignment_of(response, motion, part):
     axes, distances = {"st": (), "s": 0, "t": (1, 2)}[part], []
     for pair in zip(response, motion, strict=True):
@@ -322,7 +315,9 @@ def oracle(model, views):
         keys.append(key.tolist())
         (slope,) = torch.autograd.grad(query @ key, pooled)  # of q·k⁺ by the pooled features
         g = (z > 0) * slope[:, None, None, None] * scale / z[0].numel()
-        responses.append(response_of(h.detach().numpy(), g.detach().numpy(), model.config.alignment))
+        h, g = h.detach().numpy(), g.detach().numpy()
+        weighed = np.maximum(np.tensordot(g.mean((1, 2, 3)), g if model.config.alignment == "v3" else h, 1), 0)
+        responses.append(h.sum(0) if model.config.alignment == "v1" else weighed)
         t, i, j = z.shape[1:]
         motion.append(views["motion"][n, view].double().reshape(t, 16 // t, i, 28 // i, j, 28 // j).mean((1, 3, 5)))
     found = {"vv": info_nce_loop(queries, keys, model.queues["vv"].keys.tolist(), model.config.temperature)}
