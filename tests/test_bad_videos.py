@@ -125,7 +125,6 @@ def test_a_bad_file_says_why_and_is_closed_again(folder, name):
 
 @pytest.mark.slow
 def test_mutated_files_are_read_or_named_with_a_reason(folder, tmp_path, monkeypatch):
-    """No process dies or hangs, every item has its shape, every skip is named once."""
     for limit, value in (("MAX_PIXELS", 2**18), ("MAX_BYTES", 2**25), ("DEADLINE", 20)):  # to take less time
         monkeypatch.setattr(reader, limit, value)
     rng = np.random.default_rng(0)

@@ -1,7 +1,6 @@
 """What a run survives: kills, full disks, damaged checkpoints, losses that are not finite, and lost processes."""
 
 import ast
-import contextlib
 import json
 import multiprocessing
 import os
@@ -143,7 +142,6 @@ def test_killed_at_random_moments_a_run_ends_as_if_it_had_not_been(undisturbed, 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", ["SIGHUP", "SIGINT"])
 def test_a_run_that_is_told_to_stop_is_saved_and_goes_on_as_if_nothing_had_been(number, undisturbed, tmp_path):
-    """Whatever the number of workers."""
     expected, flags = undisturbed
     code, out = finish(start(tmp_path, *flags, at_step_6=number), tmp_path)
     assert code == 128 + signal.Signals[number] and "--resume run/checkpoint.pt" in out, out
@@ -322,12 +320,9 @@ def test_an_environment_that_a_scheduler_has_left_is_one_clear_line(left, run, m
 @pytest.mark.slow
 def test_processes_that_do_not_meet_say_so_in_one_line_each_within_the_time_out(tmp_path):
     """Some are missing, or meet a program that never answers."""
-    with contextlib.ExitStack() as stack:
-        servers = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(4)]
-        ports = [server.getsockname()[1] for server in servers]
-        for server in servers[:3]:
-            server.close()
-        places = zip(("0 of 2", "1 of 2", "0 of 3", "1 of 3", "1 of 2"), (0, 1, 2, 2, 3), strict=True)  # 3 is silent
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        ports = free_port(), free_port(), free_port(), silent.getsockname()[1]
+        places = zip(("0 of 2", "1 of 2", "0 of 3", "1 of 3", "1 of 2"), (0, 1, 2, 2, 3), strict=True)
         started = {}
         for n, (place, group) in enumerate(places):
             setting = dict(RANK=place[0], WORLD_SIZE=place[-1], MASTER_ADDR="127.0.0.1", MASTER_PORT=str(ports[group]))

@@ -152,7 +152,6 @@ def test_resume_auto_takes_the_furthest_readable_checkpoint_of_the_run_that_is_a
 
 
 def test_resume_auto_passes_over_another_run_and_says_what_differs(tmp_path, monkeypatch):
-    """By options that define a result, given or by default, and by videos."""
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "runs" / "a" / "checkpoint.pt"
     save(path, 2, seed=5, data="here")
