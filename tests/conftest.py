@@ -24,6 +24,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "examples"))  #
 
 settings.register_profile("project", deadline=None, derandomize=True, max_examples=30)
 settings.load_profile("project")
+COMMANDS = benchmark, data, evaluate, visualize
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -35,9 +36,6 @@ def pytest_cmdline_main(config):
         config.option.numprocesses, config.option.dist = min(4, os.cpu_count() or 1), "loadfile"
 
 
-COMMANDS = benchmark, data, evaluate, visualize
-
-
 @pytest.fixture(scope="session")
 def videos(tmp_path_factory):
     """A small generated data set: 18 training and 10 test videos."""
@@ -46,13 +44,15 @@ def videos(tmp_path_factory):
     return root
 
 
-def main_of(module):
-    """A script's main; a method's is told class, config, presets and help."""
-    if module.main is not pretrain.main:
-        return module.main
+def options_of(module):
+    """A method's class, config, presets and help."""
     (name,) = (name for name in vars(module) if name.lower() == module.__name__.replace("_", ""))
-    options = getattr(module, name), getattr(module, f"{name}Config"), module.PRESETS, module.__doc__
-    return functools.partial(module.main, *options)
+    return getattr(module, name), getattr(module, f"{name}Config"), module.PRESETS, module.__doc__
+
+
+def main_of(module):
+    """A script's main, which in a method's script has to be told what the method is."""
+    return functools.partial(module.main, *options_of(module)) if module.main is pretrain.main else module.main
 
 
 @pytest.fixture(scope="session")

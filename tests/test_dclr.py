@@ -16,6 +16,10 @@ import losses
 
 seeds, sizes = st.integers(0, 2**32 - 1), st.integers(1, 4)
 TINY = dict(encoder="conv4", width=0.25, crop=32, queue=12, batch_size=3, retrieved=3, delay=2, refresh=4)
+SWITCHES = [dict(losses=names) for names in ("vv", "vs", "vd", "vs,vd", "vs,vd,sd", "vv,vs,vd,sd,ac")]
+SWITCHES += [dict(search=kind) for kind in ("none", "static", "both")] + [dict(same_view="on", search="none")]
+SWITCHES += [dict(decouple=kind) for kind in ("none", "static", "motion")] + [dict(ac_weight=2.0), dict(delay=99)]
+SWITCHES += [dict(retrieved=1), dict(retrieved=5), dict(retrieved_weights="uniform")]
 
 
 def contrast_of(query, positive, keys, temperature):
@@ -166,12 +170,6 @@ def test_losses_equal_the_plain_loop_oracle(epoch):
     assert list(found) == ["vs", "vd", "sd", "ac"]
     for name, value in found.items():
         assert float(value) == pytest.approx(expected[name], rel=5e-5), name
-
-
-SWITCHES = [dict(losses=names) for names in ("vv", "vs", "vd", "vs,vd", "vs,vd,sd", "vv,vs,vd,sd,ac")]
-SWITCHES += [dict(search=kind) for kind in ("none", "static", "both")] + [dict(same_view="on", search="none")]
-SWITCHES += [dict(decouple=kind) for kind in ("none", "static", "motion")] + [dict(ac_weight=2.0), dict(delay=99)]
-SWITCHES += [dict(retrieved=1), dict(retrieved=5), dict(retrieved_weights="uniform")]
 
 
 @pytest.mark.parametrize("flags", SWITCHES, ids=str)

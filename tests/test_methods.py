@@ -4,25 +4,15 @@ import numpy as np
 import pytest
 import simclr
 import tubelet_contrast
+from conftest import options_of
 from helpers import CONV4, ROOT, SMALL, same, torchrun, weights
 
 import dclr
 import fame
 import fima
 import mcl
-import moco
 from cli import parse
 from train import UserError
-
-CONFIGS = {
-    dclr: dclr.DCLRConfig,
-    fame: fame.FAMEConfig,
-    fima: fima.FIMAConfig,
-    mcl: mcl.MCLConfig,
-    moco: moco.MoCoConfig,
-    simclr: simclr.SimCLRConfig,
-    tubelet_contrast: tubelet_contrast.TubeletContrastConfig,
-}
 
 OF_FIMA = dict(encoder="i3d", crop=224, momentum=0.999, losses="vv,pix,fra", threshold=0.7, foreground=0.5)
 OF_FAME = dict(encoder="i3d", crop=224, epochs=200, momentum=0.999, foreground=0.5, branches="single", mask="fame")
@@ -45,7 +35,7 @@ PAPERS = [
 
 @pytest.mark.parametrize(("script", "dataset", "total", "rate", "expected"), PAPERS, ids=str)
 def test_presets_are_the_papers(script, dataset, total, rate, expected):
-    config = parse(CONFIGS[script], "", script.PRESETS, ["--dataset", dataset])
+    config = parse(options_of(script)[1], "", script.PRESETS, ["--dataset", dataset])
     expected = expected | dict(frames=16, frame_stride=2, temperature=0.1)
     assert {name: getattr(config, name) for name in expected} == expected
     assert config.lr * total / 256 == pytest.approx(rate)
@@ -72,7 +62,7 @@ REFUSED = [
 @pytest.mark.parametrize(("script", "flags", "says"), REFUSED, ids=str)
 def test_flags_that_cannot_work_are_refused_by_name(script, flags, says):
     with pytest.raises(UserError) as error:
-        parse(CONFIGS[script], "", script.PRESETS, flags)
+        parse(options_of(script)[1], "", script.PRESETS, flags)
     assert all(word in str(error.value) for word in says)
 
 
@@ -102,7 +92,7 @@ def test_a_resumed_run_equals_a_whole_one_bit_for_bit(script, run, monkeypatch):
     assert f"python {script.__name__}.py" in run.ok(script, *flags, 3, "--out", "half", **folder)
     run.ok(script, "--resume", "half/checkpoint.pt", "--max_steps", 6, "--workers", 2, **folder)
     whole, half = (weights(run.path / name / "checkpoint.pt") for name in ("whole", "half"))
-    assert whole["method"] == CONFIGS[script].__name__.removesuffix("Config") and whole["step"] == half["step"] == 6
+    assert whole["method"] == options_of(script)[0].__name__ and whole["step"] == half["step"] == 6
     assert same(whole["model"], half["model"]) and same(whole["optimizer"], half["optimizer"])
     assert weights(run.path / "whole" / "epoch_0001.pt")["step"] == 4
     if script is dclr:

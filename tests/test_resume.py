@@ -9,6 +9,7 @@ from random import Random
 
 import pytest
 import torch
+from conftest import options_of
 from helpers import ALONE, CONV4, Bare, generator, same, weights, write
 
 import cli
@@ -23,9 +24,12 @@ import runs
 import train
 import visualize
 
-METHODS = (moco, "MoCo"), (fima, "FIMA"), (fame, "FAME"), (dclr, "DCLR"), (mcl, "MCL")
-CONFIGS = {vars(module)[f"{name}Config"]: module.PRESETS for module, name in METHODS}
+CONFIGS = {options_of(module)[1]: module.PRESETS for module in (moco, fima, fame, dclr, mcl)}
 CONFIGS |= {evaluate.LinearConfig: {}, evaluate.FinetuneConfig: {}}
+ILL = [None, True, "x", [], {}, -1, 2.5, math.nan, 10**30]
+BAD = [*ILL, torch.ones(2), torch.ones(2).to_sparse()]
+OF_JSON = [*ILL, 10**400]  # as JSON has them
+CUT = [b"", b"[", b"\xff", b"null", b"[" * 100_000, b'{"a": \xff}', b"1" * 5000]
 
 
 def fit_tiny(config):
@@ -197,12 +201,6 @@ def test_checkpoints_that_do_not_fit_are_refused_in_one_line(tmp_path, monkeypat
     monkeypatch.setattr(torch, "load", lambda *_, **__: os.open(tmp_path, os.O_RDWR))  # as where it may not be read
     with pytest.raises(train.UserError, match="can't be read: Is a directory"):
         runs.load_checkpoint(path)
-
-
-ILL = [None, True, "x", [], {}, -1, 2.5, math.nan, 10**30]
-BAD = [*ILL, torch.ones(2), torch.ones(2).to_sparse()]
-OF_JSON = [*ILL, 10**400]  # as JSON has them
-CUT = [b"", b"[", b"\xff", b"null", b"[" * 100_000, b'{"a": \xff}', b"1" * 5000]
 
 
 def places(value, place=()):
