@@ -23,10 +23,6 @@ SWITCHES += [dict(frame_loss="triplet"), dict(frame_loss="mse"), dict(pixel_nega
 SWITCHES += [dict(encoder="i3d", crop=64)]
 AFTER_THE_FIRST_EPOCH = dict(feature_std=0.005, pixels_with_positive=0.001, foreground_share=0.1)
 WARNED = AFTER_THE_FIRST_EPOCH | {"queue_age/vv": 16, "overlap": 0.9}
-STEPS = {
-    "instance": dict(losses="vv,vd"),
-    "video": dict(pixel_negatives="video", threshold=1.4),  # each video has positives, so that all count alike
-}
 
 
 def build(method=fima.FIMA, **flags):
@@ -177,6 +173,12 @@ def test_keys_of_the_clips_are_made_before_the_query_pass_whose_graph_takes_memo
     model.encoder.register_forward_hook(lambda *_: passes.append("query"))
     model(make_views())
     assert passes == ["key", "key", "query", "key"]  # of RGB, of the frame difference; of the sub-clips
+
+
+STEPS = {
+    "instance": dict(losses="vv,vd"),
+    "video": dict(pixel_negatives="video", threshold=1.4),  # each video has positives, so that all count alike
+}
 
 
 def step(name, wrap=lambda model: model, part=slice(None)):
