@@ -272,6 +272,8 @@ def test_resuming_is_exact_to_the_last_bit_and_the_encoder_moves_in_finetune_alo
     assert same(whole["model"], half["model"])
     assert numbers(run.path / "whole" / "result.json") == numbers(run.path / "half" / "result.json")
     run.ok(evaluate, "retrieve", "--checkpoint", "half/checkpoint.pt", *FAST, dataset=None)
+    says = ["was trained with --checkpoint"]
+    run.refused(evaluate, *resume, "--checkpoint", pretrained / "other", dataset=None, says=says)
     torch.save(state | {"model": {name: value + 1 for name, value in state["model"].items()}}, pretrained)
     code, out, err = run(evaluate, *start, "--out", "half", "--resume", "auto")  # of an encoder that was trained on
     assert code == 2 and "another run is in half: another encoder" in out, err
