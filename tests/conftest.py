@@ -7,20 +7,24 @@ import sys
 os.environ["OMP_NUM_THREADS"] = "1"  # operators so small take longer where threads wait for each other
 
 import pytest
-from helpers import one_line
+from helpers import SMALL, one_line
 from hypothesis import settings
 
+import benchmark
 import cli
+import data
 import evaluate
 import fima
 import pretrain
 import synthetic
 import visualize
+from video import Video
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "examples"))  # where simclr is
 
 settings.register_profile("project", deadline=None, derandomize=True, max_examples=30)
 settings.load_profile("project")
+COMMANDS = benchmark, data, evaluate, visualize
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -32,16 +36,45 @@ def pytest_cmdline_main(config):
         config.option.numprocesses, config.option.dist = min(4, os.cpu_count() or 1), "loadfile"
 
 
-SMALL = ["--encoder=r3d_18", "--width=0.0625", "--crop=48", "--batch_size=4", "--queue=8", "--device=cpu"]
-CONV4 = ["--encoder=conv4", "--width=0.25", "--crop=32"]  # the cheapest
-
-
 @pytest.fixture(scope="session")
 def videos(tmp_path_factory):
     """A small generated data set: 18 training and 10 test videos."""
     root = tmp_path_factory.mktemp("videos") / "synthetic"
     synthetic.make_synthetic(root, train=18, test=10, frames=40, size=(56, 56))
     return root
+
+
+def options_of(module):
+    """A method's class, config, presets and help."""
+    (name,) = (name for name in vars(module) if name.lower() == module.__name__.replace("_", ""))
+    return getattr(module, name), getattr(module, f"{name}Config"), module.PRESETS, module.__doc__
+
+
+def main_of(module):
+    """A script's main, which in a method's script has to be told what the method is."""
+    return functools.partial(module.main, *options_of(module)) if module.main is pretrain.main else module.main
+
+
+@pytest.fixture(scope="session")
+def trained(videos):
+    """Trains a method for two steps, so that batch norm's statistics are no round numbers; gives the run folder."""
+
+    def call(folder, module, *flags):
+        flags = [*SMALL, *flags, "--workers=0", "--max_steps=2", "--dataset=synthetic", f"--data={videos}"]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", [f"{module.__name__}.py", *flags, f"--out={folder}"])
+            main_of(module)()
+        return folder
+
+    return call
+
+
+@pytest.fixture
+def requested(monkeypatch):
+    """The frames asked for by each call of Video.stream, as they come."""
+    calls, stream = [], Video.stream
+    monkeypatch.setattr(Video, "stream", lambda video, frames: stream(video, calls.append([*frames]) or calls[-1]))
+    return calls
 
 
 @pytest.fixture
@@ -66,13 +99,8 @@ def run(videos, tmp_path, monkeypatch, in_process):
         where = ["--dataset", dataset, "--data", videos] if dataset else []
         own = [*SMALL * small, *["--decoder_width=32"] * (small and module is fima), "--workers=0"]
         monkeypatch.chdir(tmp_path)
-        own = [] if module in (evaluate, visualize) or flags[:1] == ("maps",) else own  # which are sub-commands
-        main = module.main
-        if main is pretrain.main:  # a method's, which tells it class, config, presets and help
-            (name,) = (name for name in vars(module) if name.lower() == module.__name__.replace("_", ""))
-            options = getattr(module, name), getattr(module, f"{name}Config"), module.PRESETS, module.__doc__
-            main = functools.partial(main, *options)
-        return in_process(module, *own, *flags, *where, main=main)  # the last of a kind counts
+        own = [] if module in COMMANDS or flags[:1] == ("maps",) else own  # which are sub-commands
+        return in_process(module, *own, *flags, *where, main=main_of(module))  # the last of a kind counts
 
     def ok(*arguments, **options):
         code, out, err = call(*arguments, **options)

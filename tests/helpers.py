@@ -1,5 +1,6 @@
 """What several test files share."""
 
+import hashlib
 import json
 import math
 import multiprocessing
@@ -8,8 +9,12 @@ import os
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Iterable
+from fractions import Fraction
 from pathlib import Path
 
+import av
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -21,6 +26,8 @@ ROOT = Path(__file__).parents[1]
 ALONE = train.Process(0, 1, torch.device("cpu"))
 FORK = multiprocessing.get_context("fork") if hasattr(os, "fork") else None
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+SMALL = ["--encoder=r3d_18", "--width=0.0625", "--crop=48", "--batch_size=4", "--queue=8", "--device=cpu"]
+CONV4 = ["--encoder=conv4", "--width=0.25", "--crop=32"]  # the cheapest
 FAST = {"clips_per_s", "data_wait", "seconds"}  # numbers of a line of the log, or of a sample, that no two runs share
 
 
@@ -52,6 +59,60 @@ def one_line(err, *says):
     assert all(str(word) in last for word in says), last
 
 
+def moving_texture(frames: int, height: int = 48, width: int = 64) -> np.ndarray:
+    """uint8 (frames, height, width, 3): a texture that moves and grows lighter with every frame, so that all differ."""
+    texture = np.random.default_rng(0).integers(0, 60, (height // 4 + 2, width // 4 + 2, 3)).repeat(4, 0).repeat(4, 1)
+    moved = [np.roll(texture, (k, 2 * k), (0, 1))[:height, :width] + 10 + k * 180 // frames for k in range(frames)]
+    return np.stack(moved).astype(np.uint8)
+
+
+def encode(
+    path: Path,
+    images: Iterable[np.ndarray],
+    codec: str,
+    times: Iterable[int] | None = None,
+    index_first: bool = False,
+    pix_fmt: str = "yuv420p",
+    **options: str,
+) -> Path:
+    """Write RGB images (H, W, 3) as a video at 25 frames a second, or at `times` in units of 1/25 s."""
+    images = list(images)
+    options = {name.replace("_", "-"): value for name, value in options.items()}
+    with av.open(str(path), "w", options={"movflags": "faststart"} if index_first else {}) as container:
+        stream = container.add_stream(codec, rate=25, options=options)
+        stream.height, stream.width = images[0].shape[:2]
+        stream.pix_fmt, stream.codec_context.thread_count = pix_fmt, 1
+        for image, time in zip(images, times if times is not None else range(len(images)), strict=True):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
+            frame.pts, frame.time_base = time, Fraction(1, 25)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+def write_sound(path: Path) -> Path:
+    """A file of one second of silence and no picture."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("pcm_s16le", rate=8000)
+        sound = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.int16), format="s16", layout="mono")
+        sound.sample_rate = 8000
+        container.mux(stream.encode(sound))
+        container.mux(stream.encode(None))
+    return path
+
+
+def touch(root: Path, *names: str) -> None:
+    """Empty files, with their folders."""
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+
+
+def write(path: Path, *lines: str, end: str = "\n") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes("".join(line + end for line in lines).encode())
+
+
 def free_port():
     """A port of this machine that nobody listens at."""
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -59,10 +120,9 @@ def free_port():
 
 
 def torchrun(script, *flags, processes=2, folder=None):
-    """A script in so many processes, with one thread each: what `subprocess.run` gives."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    """A script in so many processes, which have one thread each: what `subprocess.run` gives."""
     command = [*TORCHRUN, f"--nproc_per_node={processes}", str(script), *map(str, flags)]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
 
 
 def join_group(rank, folder, world=2):
@@ -82,6 +142,20 @@ def descendants(pid):
     found = Path(f"/proc/{pid}/task/{pid}/children")
     children = found.read_text().split() if found.exists() else []
     return [int(child) for child in children] + [found for child in children for found in descendants(child)]
+
+
+def digests(*places):
+    """What every file at or below these places holds; of locks, nothing."""
+    files = [path for place in places for path in sorted([place, *place.rglob("*")]) if path.is_file()]
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.name != "lock"}
+
+
+def within(seconds, holds):
+    """Waits until something holds, for so long at most: whether it does."""
+    until = time.monotonic() + seconds
+    while not holds() and time.monotonic() < until:
+        time.sleep(0.1)
+    return holds()
 
 
 def generator(seed: int):
@@ -105,6 +179,16 @@ def assert_trains(model, found):
     for name, parameter in model.named_parameters():
         assert (parameter.grad is not None) == parameter.requires_grad == (not name.startswith("key_")), name
         assert parameter.grad is None or parameter.grad.isfinite().all(), name
+
+
+def with_equal_features(model):
+    """The model with heads by which every feature is the same, as are the keys in its queues."""
+    for head in (model.head, model.key_head):
+        torch.nn.init.zeros_(head.net[2].weight)  # every feature is the bias
+        torch.nn.init.constant_(head.net[2].bias, 1.0)
+    for queue in model.queues.values():
+        queue.keys = torch.full_like(queue.keys, 128**-0.5)
+    return model
 
 
 def log_ratio(query: list, chosen: list, everything: list, temperature: float) -> float:
@@ -142,13 +226,12 @@ def views_without_colours(**options):
     return views | {"color": torch.tensor([1.0, 1, 1, 0, 0, 0]).expand_as(views["color"])}
 
 
-class Bare(torch.nn.Module):
+class Bare(torch.nn.Linear):
     """All that a method must have."""
 
     def __init__(self):
-        super().__init__()
         torch.manual_seed(0)
-        self.layer = torch.nn.Linear(3, 1)
+        super().__init__(3, 1)
 
     def forward(self, batch):
-        return {"x": (self.layer(batch["x"]) - 1).square().mean()}
+        return {"x": (super().forward(batch["x"]) - 1).square().mean()}

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import assert_trains, generator, make_views, random, units, views_without_colours
+from helpers import assert_trains, generator, make_views, random, units, views_without_colours, with_equal_features
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,6 +16,10 @@ import losses
 
 seeds, sizes = st.integers(0, 2**32 - 1), st.integers(1, 4)
 TINY = dict(encoder="conv4", width=0.25, crop=32, queue=12, batch_size=3, retrieved=3, delay=2, refresh=4)
+SWITCHES = [dict(losses=names) for names in ("vv", "vs", "vd", "vs,vd", "vs,vd,sd", "vv,vs,vd,sd,ac")]
+SWITCHES += [dict(search=kind) for kind in ("none", "static", "both")] + [dict(same_view="on", search="none")]
+SWITCHES += [dict(decouple=kind) for kind in ("none", "static", "motion")] + [dict(ac_weight=2.0), dict(delay=99)]
+SWITCHES += [dict(retrieved=1), dict(retrieved=5), dict(retrieved_weights="uniform")]
 
 
 def contrast_of(query, positive, keys, temperature):
@@ -63,10 +67,16 @@ def test_retrieve_takes_the_most_similar_and_weighs_them(seed, count, length):
     assert torch.equal(same_index, index) and (uniform == 1 / count).all()
 
 
-def test_one_video_has_no_negatives_and_weights_stay_weights_where_nothing_is_similar():
+def test_what_is_degenerate_gives_finite_losses_weights_and_gradients():
     assert losses.dual_contrast(units(0, 2, 1, 5), units(1, 2, 1, 5), False, 0.1) == 0
     _, weight = losses.retrieve(torch.tensor([[1.0, 0.0]]), torch.tensor([[-1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]), 3)
     assert weight.tolist() == [pytest.approx([1 / 3] * 3)]
+    constant = torch.full((2, 1, 3, 3), 0.7, requires_grad=True)
+    value = losses.activation_alignment(constant, torch.rand(2, 1, 3, 3, generator=generator(0)))
+    assert torch.autograd.grad(value, constant)[0].abs().max() <= 1
+    features = random(0, 2, 3, 1, 2, 2).requires_grad_()
+    pooled = losses.activation_pool(features, torch.zeros(2, 1, 2, 2, dtype=torch.float64))
+    assert (pooled == 0).all() and torch.autograd.grad(pooled.sum(), features)[0].isfinite().all()
 
 
 @given(seeds, sizes, sizes, sizes, st.floats(0.01, 100), st.floats(-5, 5))
@@ -80,15 +90,6 @@ def test_activation_maps_their_alignment_and_pooling(seed, frames, height, width
         torch.testing.assert_close(losses.activation_alignment(activation * scale + shift, reference), value)
     pooled = losses.activation_pool(features, reference)
     np.testing.assert_allclose(pooled, [pool_of(features[n], reference[n]) for n in range(2)], atol=1e-12)
-
-
-def test_constant_and_empty_maps_give_finite_losses_and_gradients():
-    constant = torch.full((2, 1, 3, 3), 0.7, requires_grad=True)
-    value = losses.activation_alignment(constant, torch.rand(2, 1, 3, 3, generator=generator(0)))
-    assert torch.autograd.grad(value, constant)[0].abs().max() <= 1
-    features = random(0, 2, 3, 1, 2, 2).requires_grad_()
-    pooled = losses.activation_pool(features, torch.zeros(2, 1, 2, 2, dtype=torch.float64))
-    assert (pooled == 0).all() and torch.autograd.grad(pooled.sum(), features)[0].isfinite().all()
 
 
 def test_gradients_flow_to_the_clip_and_not_to_what_it_is_aligned_with():
@@ -171,19 +172,7 @@ def test_losses_equal_the_plain_loop_oracle(epoch):
         assert float(value) == pytest.approx(expected[name], rel=5e-5), name
 
 
-SWITCHES = dict(
-    losses=("vv", "vs", "vd", "vs,vd", "vs,vd,sd", "vv,vs,vd,sd,ac"),
-    search=("none", "static", "both"),
-    retrieved=(1, 5),
-    retrieved_weights=("uniform",),
-    decouple=("none", "static", "motion"),
-    ac_weight=(2.0,),
-    delay=(99,),
-)
-FLAGS = [dict(same_view="on", search="none")] + [{name: x} for name, values in SWITCHES.items() for x in values]
-
-
-@pytest.mark.parametrize("flags", FLAGS, ids=str)
+@pytest.mark.parametrize("flags", SWITCHES, ids=str)
 def test_each_switch_changes_the_losses_and_trains_every_parameter(flags):
     model, plain = build(**flags), build()
     for views in (views_at(2.25, seed=1), views_at(2.5)):
@@ -196,12 +185,8 @@ def test_each_switch_changes_the_losses_and_trains_every_parameter(flags):
 
 
 def test_chance_values_are_what_equal_features_give():
-    model = build(losses="vv,vs,vd,sd,ac")
-    for head in (model.head, model.key_head):
-        torch.nn.init.zeros_(head.net[2].weight)  # every feature is the bias
-        torch.nn.init.constant_(head.net[2].bias, 1.0)
     for epoch in (1.0, 2.0):
-        model.queues["d"].keys = torch.full_like(model.queues["d"].keys, 128**-0.5)
+        model = with_equal_features(build(losses="vv,vs,vd,sd,ac"))
         found = model(views_at(epoch))
         for name in ("vv", "vs", "vd", "sd"):
             assert found[name].item() == pytest.approx(model.metrics[f"chance/{name}"], abs=1e-4), name

@@ -17,7 +17,6 @@ import fame
 import fima
 import moco
 from augment import ForegroundBackgroundMerging as Merging
-from train import UserError
 
 seeds, sizes, portions = st.integers(0, 2**32 - 1), st.integers(1, 6), st.floats(0.01, 1)
 TINY = dict(encoder="conv4", width=0.25, crop=32, queue=12, batch_size=3)
@@ -54,9 +53,7 @@ def blur_of(picture: np.ndarray) -> np.ndarray:
 
 
 def released_mask(clip: np.ndarray, portion: float = 0.5) -> np.ndarray:
-    """The mask of FAME's released code, as a note on it says: seed and soft mask blurred, 10 × 10 × 10 bins of HSV on
-    (S cos H, S sin H, V) with H, in radians, times 2π once more, 1 added to the background's. (3, T, H, W) in [0, 1].
-    """
+    """The mask of FAME's released code: 10³ bins of (S cos H, S sin H, V), H in radians times 2π; clip in [0, 1]."""
     height, width = clip.shape[2:]
     seed = blur_of(seed_of(clip)).ravel()
     hsv = rgb_to_hsv(clip.mean(1).reshape(3, -1).T)
@@ -80,9 +77,7 @@ def texture(rng: np.random.Generator, side: int, cells: tuple) -> np.ndarray:
 
 
 def moving_disc(rng: np.random.Generator, side: int, textured: bool, size: float, shift: float) -> tuple:
-    """A disc, of one colour or textured, that moves over a textured picture before a camera with a little noise: uint8
-    (3, 16, side, side), and where it is in each frame (16, side, side). Size and path are in sides of the picture.
-    """
+    """A disc that moves over a textured picture: uint8 (3, 16, side, side), and where it is, (16, side, side)."""
     path, angle = shift * side * np.linspace(-0.5, 0.5, 16), 2 * np.pi * rng.random()
     steps = np.outer(path, (np.sin(angle), np.cos(angle))).round().astype(int)
     middle = side / 2 + 0.08 * side * rng.uniform(-1, 1, 2) + steps
@@ -218,6 +213,7 @@ def test_merging_keeps_type_and_input_and_is_drawn_from_torchs_seed(seed, mask, 
 def test_all_of_the_picture_as_foreground_changes_nothing_and_what_merging_cannot_do_is_an_error():
     clips = random_clips(0, 3, 2, 3, 3, 8, 8)
     assert all(torch.equal(Merging(1.0, mask, branches="both")(clips), clips) for mask in Merging.MASKS)
+    assert fame.FAMEConfig(batch_size=1, background="intra")  # which needs no other video
     for flags in (dict(mask="box"), dict(background="black"), dict(branches="three"), dict(foreground=math.nan)):
         with pytest.raises(ValueError, match=r"choose from|portion"):
             Merging(**flags)
@@ -225,14 +221,14 @@ def test_all_of_the_picture_as_foreground_changes_nothing_and_what_merging_canno
         Merging()(clips[:1])
 
 
-def build(method=fame.FAME, config=fame.FAMEConfig, **flags):
-    torch.manual_seed(0)
-    return method(config(**TINY | flags))
-
-
 def losses_of(model, views):
     torch.manual_seed(0)
     return model(views)
+
+
+def build(method=fame.FAME, config=fame.FAMEConfig, **flags):
+    torch.manual_seed(0)
+    return method(config(**TINY | flags))
 
 
 def test_fame_is_moco_on_merged_clips():
@@ -251,22 +247,16 @@ def test_rgb_is_merged_and_motion_is_that_of_the_video_itself(method, branches, 
     of_fame, of_fima = dict(branches=branches, losses="vv,vd"), dict(fame=branches, decoder_width=32)
     config, flags = (fame.FAMEConfig, of_fame) if method is fame.FAME else (fima.FIMAConfig, of_fima)
     model, views, seen = build(method, config, **flags), views_without_colours(), {True: [], False: []}
-    original = moco.MoCo.encoder_input
+    original = model.encoder_input
 
-    def watched(self, clips, color, difference=False):
+    def watched(clips, color, difference=False):
         seen[difference].append(clips.clone())
-        return original(self, clips, color, difference)
+        return original(clips, color, difference)
 
-    monkeypatch.setattr(moco.MoCo, "encoder_input", watched)
+    monkeypatch.setattr(model, "encoder_input", watched)
     assert_trains(model, losses_of(model, views))
     torch.manual_seed(0)
     merged = Merging(branches=branches)(views["clip"])
     assert len(seen[False]) == 1 and torch.equal(seen[False][0], model.both(merged))
     assert torch.equal(seen[True][0], model.both(views["clip"]))
     assert method is fame.FAME or torch.equal(seen[True][1], model.both(views["sub_clips"]).flatten(0, 1))
-
-
-def test_one_video_a_batch_is_enough_without_another_videos_background():
-    fame.FAMEConfig(batch_size=1, background="intra")
-    with pytest.raises(UserError):
-        fame.FAMEConfig(batch_size=1)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import ALONE, assert_trains, join_group, log_ratio, make_views, mean
+from helpers import ALONE, assert_trains, join_group, log_ratio, make_views, mean, with_equal_features
 
 import augment
 import fima
@@ -16,6 +16,14 @@ import processes
 import train
 
 SMALL = dict(encoder="r3d_18", width=0.0625, crop=48, frames=16, queue=12, decoder_width=32, momentum=0.9, batch_size=3)
+SWITCHES = [dict(losses=losses) for losses in ("vv", "vv,vd", "vv,fra")] + [dict(losses="vv,pix", decoder="none")]
+SWITCHES += [dict(decoder_depth=1), dict(decoder_width=16), dict(decoder_heads=8), dict(decoder="separate")]
+SWITCHES += [dict(mask_position=position) for position in ("none", "prediction", "target")] + [dict(foreground=0.3)]
+SWITCHES += [dict(mask_source="rgb"), dict(mask_source="difference"), dict(threshold=2.8), dict(centres="measured")]
+SWITCHES += [dict(frame_loss="triplet"), dict(frame_loss="mse"), dict(pixel_negatives="video"), dict(pixel_queue=40)]
+SWITCHES += [dict(encoder="i3d", crop=64)]
+AFTER_THE_FIRST_EPOCH = dict(feature_std=0.005, pixels_with_positive=0.001, foreground_share=0.1)
+WARNED = AFTER_THE_FIRST_EPOCH | {"queue_age/vv": 16, "overlap": 0.9}
 
 
 def build(method=fima.FIMA, **flags):
@@ -101,48 +109,32 @@ def test_losses_equal_the_plain_loop_oracle(centres):
         assert float(value) == pytest.approx(expected[name], rel=2e-4), name
 
 
-SWITCHES = [dict(losses=losses) for losses in ("vv", "vv,vd", "vv,fra")] + [dict(losses="vv,pix", decoder="none")]
-SWITCHES += [dict(decoder_depth=1), dict(decoder_width=16), dict(decoder_heads=8), dict(decoder="separate")]
-SWITCHES += [dict(mask_position=position) for position in ("none", "prediction", "target")] + [dict(foreground=0.3)]
-SWITCHES += [dict(mask_source="rgb"), dict(mask_source="difference"), dict(threshold=2.8), dict(centres="measured")]
-SWITCHES += [dict(frame_loss="triplet"), dict(frame_loss="mse"), dict(pixel_negatives="video"), dict(pixel_queue=40)]
-SWITCHES += [dict(encoder="i3d", crop=64)]
-
-
 @pytest.mark.parametrize("flags", SWITCHES, ids=str)
 def test_each_switch_changes_the_losses_and_trains_every_parameter(flags):
     views = make_views(crop=flags.get("crop", 48))
     own = {name: flags[name] for name in ("losses", "encoder", "crop") if name in flags}
-    plain = build(**own)  # the same losses and encoder without the switch
-    model = build(**flags)
-    losses = model(views)
+    model, plain = build(**flags), build(**own)  # of the same losses and encoder without the switch
+    losses, reference = model(views), plain(views)
     assert_trains(model, losses)
-    reference = plain(views)
     assert own == flags or any(not torch.equal(losses[name], reference[name]) for name in losses)
 
 
 def test_chance_values_are_what_equal_features_give():
-    model, views = build(), make_views()
-    for head in (model.head, model.key_head):
-        torch.nn.init.zeros_(head.net[2].weight)  # every feature is the bias, so all similarities are 1
-        torch.nn.init.constant_(head.net[2].bias, 1.0)
-    for queue in model.queues.values():
-        queue.keys = torch.full_like(queue.keys, queue.keys.shape[1] ** -0.5)
-    losses = model(views)
-    for name, value in losses.items():
+    model = with_equal_features(build())
+    for name, value in model(make_views()).items():
         assert value.item() == pytest.approx(float(model.metrics[f"chance/{name}"]), abs=1e-4), name
 
 
 def test_keys_follow_the_query_encoder_by_momentum():
     model, views = build(), make_views()
-    pairs = [(model.encoder, model.key_encoder), (model.head, model.key_head)]
-    pairs = [pair for modules in pairs for pair in zip(*(module.parameters() for module in modules), strict=True)]
-    for query, _ in pairs:
+    queries = [*model.encoder.parameters(), *model.head.parameters()]
+    keys = [*model.key_encoder.parameters(), *model.key_head.parameters()]
+    for query in queries:
         query.data += torch.randn_like(query)
-    expected = [0.9 * key + 0.1 * query.detach() for query, key in pairs]
+    expected = [0.9 * key + 0.1 * query.detach() for query, key in zip(queries, keys, strict=True)]
     for mode in (True, False):  # an evaluation changes nothing
         model.train(mode)(views)
-        torch.testing.assert_close([key.detach() for _, key in pairs], expected)
+        torch.testing.assert_close(keys, expected)
         assert model.queues["vv"].pointer == 6
 
 
@@ -278,22 +270,15 @@ def test_metrics_show_how_well_the_contrast_does():
     assert float(model.metrics["negative_similarity/vv"]) == pytest.approx((0.8 + 1.4 / 2**0.5) / 6)
 
 
-@pytest.mark.parametrize(
-    ("wrong", "says"),
-    [
-        (dict(feature_std=0.001), "feature_std"),
-        (dict(pixels_with_positive=0.001), "--threshold"),
-        (dict(foreground_share=0.1), "foreground_share"),
-        ({"queue_age/vv": 16}, "--queue"),
-    ],
-    ids=str,
-)
-def test_collapse_and_misuse_are_warned_of_after_the_first_epoch(wrong, says):
-    model, sound = build(), dict(step=45, epoch=1.5, feature_std=0.05, pixels_with_positive=0.4, foreground_share=0.5)
-    assert model.warnings(sound | {"queue_age/vv": 15}) == []
-    assert len(model.warnings(sound | wrong | dict(epoch=1.0, step=30))) == ("queue_age/vv" in wrong)
+@pytest.mark.parametrize("name", WARNED)
+def test_collapse_and_misuse_are_warned_of(name):
+    model, wrong = build(), {name: WARNED[name]}
+    sound = dict(step=45, epoch=1.5, feature_std=0.05, pixels_with_positive=0.4, foreground_share=0.5, overlap=0.7)
+    assert model.warnings(sound | {"queue_age/vv": 15}) == model.warnings(dict(step=45, epoch=1.5)) == []
+    assert len(model.warnings(sound | wrong | dict(epoch=1.0, step=30))) == (name not in AFTER_THE_FIRST_EPOCH)
     (warning,) = model.warnings(sound | wrong)
-    assert says in warning
+    says = {"pixels_with_positive": "--threshold", "queue_age/vv": "--queue", "overlap": "--frames"}
+    assert says.get(name, name) in warning
 
 
 def test_moco_is_fima_without_its_losses():

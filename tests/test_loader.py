@@ -1,7 +1,6 @@
 """Batches made by worker processes in shared memory."""
 
 import errno
-import functools
 import json
 import mmap
 import os
@@ -11,37 +10,41 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import CONV4
-from encoding import encode, moving_texture
-from helpers import same
+from helpers import CONV4, encode, moving_texture, same
 
 import data
 import evaluate
 from data import PretrainingViews, StepSampler, VideoList, collate, load_batches
 
+NOT_FORKED = [pytest.param(method, marks=pytest.mark.slow) for method in ("spawn", "forkserver")]
+
 
 @pytest.fixture(scope="module")
 def views(tmp_path_factory):
-    """Views of five videos, the second of them bad."""
+    """Views of five videos, two of them bad."""
     folder = tmp_path_factory.mktemp("loader")
     paths = [encode(folder / f"{i}.mp4", moving_texture(36 + i), "libx264", crf="20") for i in range(5)]
-    paths[1].write_bytes(b"")
+    for n in (1, 3):
+        paths[n].write_bytes(b"")
     return PretrainingViews(VideoList([str(path) for path in paths], [-1] * 5, [], ""), crop=28, frames=4)
 
 
-@pytest.mark.parametrize("workers", [0, 1, 3])
+@pytest.mark.parametrize("workers", [0, 1, 3, *NOT_FORKED])
 @pytest.mark.parametrize("start", [0, 5])
-def test_batches_are_the_items_in_the_samplers_order_whatever_the_number_of_workers(views, workers, start):
-    sampler = StepSampler(len(views), batch_size=2, epochs=6, start_step=start)
-    seen = 0
+def test_batches_are_the_items_in_the_samplers_order_whatever_the_workers(views, workers, start, monkeypatch):
+    if isinstance(workers, str):
+        monkeypatch.setattr(data, "PROCESSES", torch.multiprocessing.get_context(workers))
+        workers = 1
+    sampler = StepSampler(len(views), batch_size=3, epochs=12, start_step=start)
     for keys, batch in zip(sampler, load_batches(views, sampler, workers), strict=True):
-        assert same(batch, collate([views[key] for key in keys]))
+        assert same(batch, collate([views[key] for key in keys])) and not {1, 3} & {*batch["index"].tolist()}
+        bad = {views.videos.paths[i] for i in (1, 3)}
+        assert bad & {views.videos.paths[i] for _, i in keys} <= {path for path, _ in batch["bad"]} <= bad
         assert all(batch[name].movedim(-4, -1).is_contiguous() for name in ("clip", "sub_clips"))  # as decoders write
-        seen += len(batch["bad"])
-    assert seen > 0
 
 
 @pytest.mark.parametrize("codes", [[0] * 9, [0, 0, 2, 2, 0, 0, 0, 0, 0]])  # of CUDA: success, out of memory
@@ -83,10 +86,6 @@ class Keys(list):
     batch_size = 2
 
 
-def fail(number: int, *_) -> None:
-    raise OSError(number, os.strerror(number))
-
-
 ONE = Keys([[(0, 0), (0, 1)]])
 
 
@@ -99,20 +98,15 @@ def test_a_batch_stays_as_it_is_until_the_next_one_is_asked_for(workers):
         assert (batch["value"] == torch.tensor([[2 * step], [2 * step + 1]])).all()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("method", ["spawn", "forkserver"])
-def test_workers_that_are_not_forked_share_the_memory_too(views, monkeypatch, method):
-    monkeypatch.setattr(data, "PROCESSES", torch.multiprocessing.get_context(method))
-    sampler = StepSampler(len(views), batch_size=2, epochs=2)
-    for keys, batch in zip(sampler, load_batches(views, sampler, workers=1), strict=True):
-        assert same(batch, collate([views[key] for key in keys]))
-
-
-def test_too_little_shared_memory_is_an_error_that_says_what_to_do(monkeypatch):
-    monkeypatch.setattr(mmap, "mmap", functools.partial(fail, errno.ENOMEM))
-    with pytest.raises(OSError, match=r"shared memory for batches \(Cannot allocate memory\): take fewer --workers"):
-        next(load_batches(Counter(), ONE, workers=2))
-    assert len(list(load_batches(Counter(), ONE, workers=0))) == 1
+def test_too_little_memory_and_too_many_processes_are_errors_that_say_what_to_do(monkeypatch):
+    for owner, name, number, says in (
+        (mmap, "mmap", errno.ENOMEM, r"shared memory for batches \(Cannot allocate memory\): take fewer --workers"),
+        (data.PROCESSES, "Pipe", errno.EAGAIN, r"can't be started.*ulimit -u"),
+        (data.PROCESSES.Process, "start", errno.EAGAIN, r"can't be started.*ulimit -u"),
+    ):
+        with monkeypatch.context() as patched, pytest.raises(OSError, match=says):
+            patched.setattr(owner, name, Mock(side_effect=OSError(number, os.strerror(number))))
+            next(load_batches(Counter(), ONE, workers=1))
 
 
 def test_workers_end_with_the_iteration_and_take_nothing_of_dev_shm():
@@ -141,33 +135,15 @@ def test_memory_and_open_files_stay_flat_over_many_samples(views):
     assert used[-1][0] - used[20][0] < 4 * 2**20 and used[-1][1] == used[20][1]
 
 
-def test_a_process_that_cannot_be_started_ends_the_run_and_says_what_to_do(monkeypatch):
-    for owner, name in ((data.PROCESSES, "Pipe"), (data.PROCESSES.Process, "start")):
-        with monkeypatch.context() as patched, pytest.raises(OSError, match=r"can't be started.*ulimit -u"):
-            patched.setattr(owner, name, functools.partial(fail, errno.EAGAIN))
-            next(load_batches(Counter(), ONE, workers=1))
-
-
-SHARED_MEMORY_IS_FULL = """
-mount -t tmpfs -o size=64k tmpfs /dev/shm || exit 77
-dd if=/dev/zero of=/dev/shm/other bs=1k 2> /dev/null
-exec "$@"
-"""
-
-
 @pytest.mark.slow
-def test_full_shared_memory_and_a_long_temporary_folder_cost_no_video(run, videos):
-    """Docker gives 64 MB of the former, and a socket in the latter would have too long a name; numbers stay."""
-    flags = [*CONV4, "--device=cpu", f"--data={videos}", "--clips=2"]
-    run.ok(evaluate, "retrieve", *flags, "--workers=0", "--out=0.json")
-    if not shutil.which("unshare") or subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
+def test_full_shared_memory_and_a_long_temporary_folder_cost_no_video(tmp_path, videos):
+    """Docker gives 64 MB of the former, and a socket in the latter would have too long a name."""
+    fill = 'mount -t tmpfs -o size=64k tmpfs /dev/shm || exit 1; dd if=/dev/zero of=/dev/shm/x bs=1k; exec "$0" "$@"'
+    small = ["unshare", "-m", "sh", "-c", fill]
+    if not shutil.which("unshare") or subprocess.run([*small, "true"], capture_output=True).returncode:
         pytest.skip("only root may mount a small /dev/shm")
-    (long := run.path / ("long" * 40)).mkdir()
-    command = ["unshare", "-m", "sh", "-c", SHARED_MEMORY_IS_FULL, "sh", sys.executable, evaluate.__file__, "retrieve"]
-    command += [*flags, "--dataset=synthetic", "--workers=2", "--out=2.json"]
-    done = subprocess.run(command, cwd=run.path, env=os.environ | {"TMPDIR": str(long)}, capture_output=True, text=True)
-    if done.returncode == 77:
-        pytest.skip("no small /dev/shm can be mounted here")
-    assert done.returncode == 0, done.stderr
-    results = [json.loads((run.path / f"{n}.json").read_text())["result"] for n in (0, 2)]
-    assert results[0] == results[1] and results[0]["unreadable"] == []
+    (long := tmp_path / ("long" * 40)).mkdir()
+    command = [*small, sys.executable, evaluate.__file__, "retrieve", *CONV4, "--device=cpu", "--dataset=synthetic"]
+    command += ["--clips=2", "--workers=2", f"--data={videos}", f"--out={tmp_path}/result.json"]
+    subprocess.run(command, env=os.environ | {"TMPDIR": str(long)}, check=True)
+    assert json.loads((tmp_path / "result.json").read_text())["result"]["unreadable"] == []

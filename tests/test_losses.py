@@ -38,10 +38,6 @@ def frame_triplet_loop(prediction, target, negatives, margin=1.0):
     return mean([max(0.0, o**2 - far**2 + margin) for o, row in zip(own, others, strict=True) for far in row])
 
 
-def frame_mse_loop(prediction, target, negatives):
-    return mean([math.dist(y, own) ** 2 for y, own in zip(prediction, target, strict=True)])
-
-
 def box_of(crop: tuple) -> list[float]:
     x, y, w, h, flipped = crop
     return [x + w, y, x, y + h] if flipped else [x, y, x + w, y + h]
@@ -60,15 +56,6 @@ def distances_loop(source: tuple, target: tuple, height: int, width: int) -> Ten
     diagonal = max(math.hypot(crop[2] / width, crop[3] / height) for crop in (source, target))
     places = centers_loop(source, height, width), centers_loop(target, height, width)
     return torch.tensor([[math.dist(s, t) / diagonal for t in places[1]] for s in places[0]], dtype=torch.float64)
-
-
-@given(crops, sizes, sizes)
-def test_bin_centers_are_those_of_a_loop(crop, height, width):
-    box = torch.tensor([box_of(crop), [0, 0, width, height]], dtype=torch.float64)
-    expected = torch.tensor(centers_loop(crop, height, width), dtype=torch.float64)
-    centers = losses.bin_centers(box, height, width)
-    torch.testing.assert_close(centers[0], expected)
-    assert centers[1].tolist() == [[c + 0.5, r + 0.5] for r in range(height) for c in range(width)]
 
 
 @given(crops, st.integers(1, 5), st.integers(1, 40), st.integers(1, 16), st.floats(-9, 9))
@@ -127,10 +114,7 @@ def test_foreground_is_strictly_above_the_quantile_with_and_without_ties(seed, h
 
 
 def pixel_batch(seed: int, videos: int = 3, pixels: int = 4, queue: int = 2, per_video: bool = False) -> list[Tensor]:
-    """Prediction, target, positives and keys: of the whole batch or of each video, the target's own included, and more.
-
-    The first video has no positive at all, others lack them for some pixels.
-    """
+    """Prediction, target, positives (none in the first video) and keys, of the batch or each video: targets, more."""
     prediction, target = units(seed, videos, pixels, 5), units(seed + 1, videos, pixels, 5)
     positives = torch.rand(videos, pixels, pixels, generator=generator(seed)) < 0.3
     positives[0] = False
@@ -148,7 +132,7 @@ CASES = {
     "pixel_contrast": (losses.pixel_contrast, pixel_contrast_loop, pixel_batch),
     "frame_info_nce": (losses.frame_info_nce, frame_info_nce_loop, vector_batch),
     "frame_triplet": (losses.frame_triplet, frame_triplet_loop, vector_batch),
-    "frame_mse": (losses.frame_mse, frame_mse_loop, vector_batch),
+    "frame_mse": (losses.frame_mse, lambda y, z, _: mean([far**2 for far in map(math.dist, y, z)]), vector_batch),
 }
 CONTRASTS = ("info_nce", "pixel_contrast", "frame_info_nce")  # those with a temperature
 

@@ -1,29 +1,18 @@
 """What is the same for every method: settings of its paper, refused flags, resuming to the last bit, processes."""
 
-import conftest
 import numpy as np
 import pytest
 import simclr
 import tubelet_contrast
-from helpers import ROOT, same, torchrun, weights
+from conftest import options_of
+from helpers import CONV4, ROOT, SMALL, same, torchrun, weights
 
 import dclr
 import fame
 import fima
 import mcl
-import moco
 from cli import parse
 from train import UserError
-
-CONFIGS = {
-    dclr: dclr.DCLRConfig,
-    fame: fame.FAMEConfig,
-    fima: fima.FIMAConfig,
-    mcl: mcl.MCLConfig,
-    moco: moco.MoCoConfig,
-    simclr: simclr.SimCLRConfig,
-    tubelet_contrast: tubelet_contrast.TubeletContrastConfig,
-}
 
 OF_FIMA = dict(encoder="i3d", crop=224, momentum=0.999, losses="vv,pix,fra", threshold=0.7, foreground=0.5)
 OF_FAME = dict(encoder="i3d", crop=224, epochs=200, momentum=0.999, foreground=0.5, branches="single", mask="fame")
@@ -46,7 +35,7 @@ PAPERS = [
 
 @pytest.mark.parametrize(("script", "dataset", "total", "rate", "expected"), PAPERS, ids=str)
 def test_presets_are_the_papers(script, dataset, total, rate, expected):
-    config = parse(CONFIGS[script], "", script.PRESETS, ["--dataset", dataset])
+    config = parse(options_of(script)[1], "", script.PRESETS, ["--dataset", dataset])
     expected = expected | dict(frames=16, frame_stride=2, temperature=0.1)
     assert {name: getattr(config, name) for name in expected} == expected
     assert config.lr * total / 256 == pytest.approx(rate)
@@ -65,7 +54,6 @@ REFUSED = [
     (mcl, ["--compile", "on"], ["--compile on"]),
     (simclr, ["--temperature", "0"], ["--temperature 0"]),
     (simclr, ["--queue", "9"], ["--queue"]),
-    (simclr, ["--momentum", "0.9"], ["--momentum"]),
     (tubelet_contrast, ["--batch_size", "1"], ["--batch_size 1", "2 or more"]),
     (tubelet_contrast, ["--losses", "vd"], ["--losses vd", "vv"]),
 ]
@@ -74,7 +62,7 @@ REFUSED = [
 @pytest.mark.parametrize(("script", "flags", "says"), REFUSED, ids=str)
 def test_flags_that_cannot_work_are_refused_by_name(script, flags, says):
     with pytest.raises(UserError) as error:
-        parse(CONFIGS[script], "", script.PRESETS, flags)
+        parse(options_of(script)[1], "", script.PRESETS, flags)
     assert all(word in str(error.value) for word in says)
 
 
@@ -98,15 +86,14 @@ def test_a_resumed_run_equals_a_whole_one_bit_for_bit(script, run, monkeypatch):
         maps = mcl.MotionMaps(mcl.MapsConfig(data=str(run.videos), maps=str(run.path / "maps")))
         for path in mcl.MapsConfig(dataset="folder", data=str(run.videos)).find_videos().paths:
             maps.visit(path)
-    own = conftest.SMALL if script is not simclr else [flag for flag in conftest.SMALL if "queue" not in flag]
-    flags = [*own, *conftest.CONV4, "--epochs", 2, "--keep_every", 1, *RESUMED[script], "--max_steps"]
+    own = SMALL if script is not simclr else [flag for flag in SMALL if "queue" not in flag]
+    flags = [*own, *CONV4, "--epochs", 2, "--keep_every", 1, *RESUMED[script], "--max_steps"]
     folder = dict(dataset="folder", small=False)
-    assert run(script, *flags, 6, "--out", "whole", **folder)[0] == 0
-    assert run(script, *flags, 3, "--out", "half", **folder)[0] == 0
-    code, _, err = run(script, "--resume", "half/checkpoint.pt", "--max_steps", 6, "--workers", 2, **folder)
-    assert code == 0, err
+    run.ok(script, *flags, 6, "--out", "whole", **folder)
+    assert f"python {script.__name__}.py" in run.ok(script, *flags, 3, "--out", "half", **folder)
+    run.ok(script, "--resume", "half/checkpoint.pt", "--max_steps", 6, "--workers", 2, **folder)
     whole, half = (weights(run.path / name / "checkpoint.pt") for name in ("whole", "half"))
-    assert whole["method"] == CONFIGS[script].__name__.removesuffix("Config") and whole["step"] == half["step"] == 6
+    assert whole["method"] == options_of(script)[0].__name__ and whole["step"] == half["step"] == 6
     assert same(whole["model"], half["model"]) and same(whole["optimizer"], half["optimizer"])
     assert weights(run.path / "whole" / "epoch_0001.pt")["step"] == 4
     if script is dclr:
@@ -118,7 +105,7 @@ def test_a_resumed_run_equals_a_whole_one_bit_for_bit(script, run, monkeypatch):
 def test_two_processes_train_and_agree(script, videos, tmp_path):
     flags = ["--dataset=folder", f"--data={videos}", "--epochs=2", "--max_steps=3", "--device=cpu", "--out=run"]
     flags += ["--batch_size=2", "--accumulate=2", "--workers=1", "--activation_checkpointing"]
-    done = torchrun(ROOT / script, *flags, *conftest.CONV4, folder=tmp_path)
+    done = torchrun(ROOT / script, *flags, *CONV4, folder=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert weights(tmp_path / "run" / "checkpoint.pt")["step"] == 3  # which is saved if the processes agree
     done = torchrun(ROOT / script, "--resume=run/checkpoint.pt", "--max_steps=4", folder=tmp_path)

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from encoding import encode, moving_texture
-from helpers import same
+from helpers import encode, moving_texture, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -212,8 +211,7 @@ MATRIX = [
 
 
 def repack(source: Path, path: Path, stamps: str) -> Path:
-    """The same packets, with stamps that are right, shifted, those of decoding, or hidden by an edit list in part; or
-    without the first packets, so that the stream begins between key frames; or with pictures that are never shown."""
+    """The same packets with other stamps, or without the first ones, or with pictures that are never shown."""
     with av.open(str(source)) as whole, av.open(str(path), "w") as container:
         stream = container.add_stream_from_template(whole.streams.video[0])
         packets = [packet for packet in whole.demux(video=0) if packet.size]

@@ -10,8 +10,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from encoding import encode, moving_texture, write_sound
-from helpers import FORK, one_line
+from helpers import FORK, encode, moving_texture, one_line, write_sound
 from torch.nn.functional import interpolate
 
 import cli

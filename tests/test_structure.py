@@ -6,11 +6,10 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
-ROOT = Path(__file__).parents[1]
 FILES = {path.stem: path for path in sorted(ROOT.glob("*.py"))}
 PARTS = {  # which can be copied alone, but data with video
     "video": {"av", "numpy"},
@@ -39,7 +38,7 @@ def test_imports_run_one_way():
     for name, libraries in PARTS.items():
         assert imports(name) <= libraries
     for name in METHODS:
-        assert imports(name) & FILES.keys() <= PARTS.keys() | SHARED | ({"moco"} if name != "moco" else set())
+        assert imports(name) & FILES.keys() <= PARTS.keys() | SHARED | {"moco"} - {name}
     for name in ("pretrain", "cli", "runs", "processes", "find", *PARTS):
         assert not imports(name) & (METHODS | COMMANDS), name
     assert not (imports("evaluate") | imports("features")) & METHODS
@@ -51,14 +50,11 @@ import torch
 from pathlib import Path
 from train import Process, Run, TrainConfig, fit
 
-class Line(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layer = torch.nn.Linear(3, 1)
+class Line(torch.nn.Linear):
     def forward(self, batch):
-        return {"square": self.layer(batch["x"]).square().mean()}
+        return {"square": super().forward(batch["x"]).square().mean()}
 
-run = Run(Line(), TrainConfig(epochs=2, batch_size=4), Process(0, 1, torch.device("cpu")), steps_per_epoch=4)
+run = Run(Line(3, 1), TrainConfig(epochs=2, batch_size=4), Process(0, 1, torch.device("cpu")), steps_per_epoch=4)
 saved = fit(run, lambda step: [{"x": torch.ones(4, 3)}] * (8 - step), Path("."))
 assert torch.load(saved, weights_only=True)["step"] == 8
 """

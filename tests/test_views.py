@@ -7,17 +7,17 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from encoding import encode, moving_texture
-from helpers import same
+from helpers import encode, moving_texture, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import PretrainingViews, StepSampler, TestClips, VideoList, collate, crop_resize, draw_region, empty_clips
+from data import PretrainingViews, StepSampler, TestClips, VideoList, crop_resize, draw_region, empty_clips
 from losses import bin_centers
 from video import Video
 
 seeds = st.integers(0, 2**32 - 1)
 NOTHING = VideoList([""], [0], [], "")
+SAMPLERS = dict(length=st.integers(1, 60), batch=st.integers(1, 5), ranks=st.integers(1, 3), epochs=st.integers(1, 3))
 
 
 def coordinates(height: int, width: int) -> np.ndarray:
@@ -84,14 +84,6 @@ def test_a_sample_is_what_it_says(videos):
     assert {name: value.shape for name, value in sample.items() if name != "bad"} == shapes
     assert (sample["index"], sample["label"], sample["bad"]) == (2, -1, []) and (sample["seconds"] > 0).all()
     assert not any(torch.equal(*sample[name]) for name in ("clip", "sub_clips", "color"))
-
-
-@pytest.fixture
-def requested(monkeypatch):
-    """The frames asked for by each call of Video.stream, as they come."""
-    calls, stream = [], Video.stream
-    monkeypatch.setattr(Video, "stream", lambda video, frames: stream(video, calls.append([*frames]) or calls[-1]))
-    return calls
 
 
 def test_without_sub_clips_a_view_needs_only_its_own_frames(videos, requested):
@@ -169,27 +161,9 @@ def test_a_sample_depends_on_seed_epoch_and_index_only(videos):
         assert not torch.equal(samples[0, 0][name], other[name])
 
 
-@pytest.fixture
-def spoilt(videos, tmp_path):
-    """The same videos, with three bad ones: empty, noise, absent."""
-    (tmp_path / "empty.mp4").write_bytes(b"")
-    (tmp_path / "noise.mp4").write_bytes(np.random.default_rng(0).bytes(5000))
-    paths = [*(str(tmp_path / f"{name}.mp4") for name in ("empty", "noise", "absent")), *videos.paths]
-    return VideoList(paths, [0, 1, 2, *videos.labels], videos.classes, "")
-
-
-def test_bad_videos_are_replaced_and_named_in_pretraining(spoilt):
-    views = PretrainingViews(spoilt, 28, frames=4)
-    for epoch, index in itertools.product(range(5), range(3)):
-        sample = views[epoch, index]
-        assert sample["index"] >= 3 and sample["bad"][0][0] == spoilt.paths[index]
-        assert {path for path, _ in sample["bad"]} <= {*spoilt.paths[:3]} and same(views[epoch, index], sample)
-    items = [views[0, index] for index in (0, 4, 1)]
-    batch = collate(items)
-    assert batch["bad"] == [entry for item in items for entry in item["bad"]] and batch["index"][1] == 4
-
-
-def test_bad_videos_are_zeros_and_never_replaced_at_test(spoilt):
+def test_bad_videos_are_zeros_and_never_replaced_at_test(videos):
+    paths = [*(f"absent/{n}.mp4" for n in range(3)), *videos.paths]
+    spoilt = VideoList(paths, [0, 1, 2, *videos.labels], videos.classes, "")
     clips = TestClips(spoilt, 28, frames=4, clips=3)
     for index in range(len(clips)):
         item = clips[index]
@@ -213,13 +187,8 @@ def test_test_crops_are_the_centre_of_the_resized_frame(tmp_path):
         assert_shows_box(clip, torch.tensor([56 - 28, 4, 56 + 28, 60]), noise=2.5)
 
 
-shapes = dict(length=st.integers(1, 60), batch=st.integers(1, 5), ranks=st.integers(1, 3), epochs=st.integers(1, 3))
-
-
-@given(**shapes, seed=st.integers(0, 9), start=st.integers(0, 100))
-def test_an_epoch_deals_every_video_out_at_most_once_and_a_resumed_run_goes_on(
-    length, batch, ranks, epochs, seed, start
-):
+@given(**SAMPLERS, seed=st.integers(0, 9), start=st.integers(0, 100))
+def test_an_epoch_deals_videos_out_once_and_a_resumed_run_goes_on(length, batch, ranks, epochs, seed, start):
     if length < batch * ranks:
         with pytest.raises(ValueError, match=f"fewer than one batch of {batch} × {ranks}"):
             StepSampler(length, batch, epochs, seed, 0, ranks)

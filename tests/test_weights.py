@@ -30,6 +30,8 @@ PIERGIAJ = {"stem": "Conv3d_", "block": "Mixed_", "bn": "bn"} | dict(zip(BRANCHE
 FIMA = {"stem": "conv3d_", "block": "mixed_", "bn": "batch3d", "b0": "branch_0", "b1a": "branch_1.0"}
 FIMA |= {"b1b": "branch_1.1", "b2a": "branch_2.0", "b2b": "branch_2.1", "b3b": "branch_3.1"}
 NARROW = ["--crop", 32, "--frames", 8, "--clips", 1, "--workers", 0, "--device", "cpu", "--width", WIDTH]
+HEAD = {"id_head.2.weight": torch.zeros(4, 4), "id_head.4.bias": torch.zeros(4)}
+FC = {"fc.weight": torch.zeros(5, 64), "fc.bias": torch.zeros(5)}
 
 
 def i3d_file(names: dict[str, str], counters: bool = True) -> dict[str, Tensor]:
@@ -103,10 +105,6 @@ def loaded(checkpoint: object, width: float = WIDTH) -> tuple[str, nn.Module, st
     name = models.recognize(weights)[0]
     encoder = models.build_encoder(name, width)
     return name, encoder, models.load_weights(encoder.eval(), weights)
-
-
-FC = {"fc.weight": torch.zeros(5, 64), "fc.bias": torch.zeros(5)}
-HEAD = {"id_head.2.weight": torch.zeros(4, 4), "id_head.4.bias": torch.zeros(4)}
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ that is not the run's own as it was. Not one of the quick tests: by hand, and fo
 """
 
 import argparse
-import hashlib
 import os
 import shutil
 import signal
@@ -16,32 +15,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from pathlib import Path
 from random import Random
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from helpers import TORCHRUN, alive, descendants, torchrun  # noqa: E402
+from helpers import TORCHRUN, alive, descendants, digests, torchrun, within, write  # noqa: E402
 from helpers import lines as log  # noqa: E402
 from test_reliability import TINY, end_well, equal_ends, finish, start  # noqa: E402
 
 import synthetic  # noqa: E402
-
-
-def digests(*places: Path) -> dict[str, str]:
-    """What is in the files that are not the runs' own."""
-    files = (path for place in places for path in [place, *place.rglob("*")] if path.is_file())
-    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-
-
-def within(seconds: float, holds) -> bool:
-    """Waits until something holds, for so long at most: whether it does."""
-    until = time.monotonic() + seconds
-    while not holds() and time.monotonic() < until:
-        time.sleep(0.1)
-    return holds()
 
 
 class Torture:
@@ -70,9 +54,7 @@ class Torture:
         assert done.returncode == 0, done.stdout + done.stderr
 
     def ends_as_if_nothing_had_been(self, folder: Path, stopped: bool = False, two: bool = False) -> None:
-        """Goes on to the end, which is the undisturbed one's, and so is the log, but for lines of where it `stopped`;
-        nothing half is left.
-        """
+        """Goes on to the end, which is the undisturbed one's, and so is the log, but for where it `stopped`."""
         self.end_two(folder, "--resume=auto") if two else end_well(folder, *self.flags, "--resume=auto")
         assert equal_ends(self.expected[two], folder / "run"), "another end"
         found, expected = log(folder / "run"), log(self.expected[two])
@@ -186,30 +168,28 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of what happens, and when (default: 0)")
     parser.add_argument("--only", choices=TRIES, help="this kind alone")
     options = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker"  # of what killed processes leave, and it cleans up
-    tries, failures, number = Counter(), [], 0
+    tries, failures = [], []
     with tempfile.TemporaryDirectory(prefix="torture-") as folder:
         torture = Torture(Path(folder))
         until = time.monotonic() + 60 * options.minutes
         while time.monotonic() < until:
-            kind = options.only or TRIES[number % len(TRIES)]
-            chance, place = Random(f"{options.seed} {number}"), Path(folder) / f"{number}-{kind}"
-            (place / "run").mkdir(parents=True)
-            (place / "run" / "notes.txt").write_text("theirs")
+            number, kind = len(tries), options.only or TRIES[len(tries) % len(TRIES)]
+            place = Path(folder) / f"{number}-{kind}"
+            write(place / "run" / "notes.txt", "theirs")
             theirs = [place / "run" / "notes.txt", torture.videos, torture.undisturbed]
             before = digests(*theirs)
             try:
-                getattr(torture, kind)(chance, place)
+                getattr(torture, kind)(Random(f"{options.seed} {number}"), place)
                 assert digests(*theirs) == before, "files of others have changed"
             except AssertionError as error:
                 failures.append(kind)
                 print(f"try {number}, {kind}: {error}", flush=True)
-            finally:
-                shutil.rmtree(place, ignore_errors=True)
-            tries[kind] += 1
-            number += 1
-    for kind, count in tries.items():
-        print(f"{kind:<16}{count:>4} tries{failures.count(kind):>4} failures")
+            shutil.rmtree(place, ignore_errors=True)
+            tries.append(kind)
+    for kind in dict.fromkeys(tries):
+        print(f"{kind:<16}{tries.count(kind):>4} tries{failures.count(kind):>4} failures")
     return min(len(failures), 1)
 
 
