@@ -6,9 +6,8 @@
 
 A machine's speed wanders, so milliseconds of two runs do not compare. After a warm-up of each, variants go round robin
 (A B C A B C …), and what to quote is the ratio: the median over the rounds of a variant's time by the base's in the
-same round. "plain" is the step written straight down, as in the authors' code: a forward of its own for each view,
-modality and sub-clip, decoder and L_Pix once per direction and feature frame, contiguous memory, float32. Tables are
-printed and written, with machine, versions, commit, command and options, to OUT/benchmark_COMMAND_DEVICE.json.
+same round. Tables are printed and written, with machine, versions, commit, command and options, to
+OUT/benchmark_COMMAND_DEVICE.json.
 """
 
 import contextlib
@@ -29,7 +28,7 @@ import av
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -40,10 +39,8 @@ import augment
 import data
 import fima
 import find
-import losses
-import moco
 from cli import command_line, dispatch
-from models import momentum_update, recorded_inputs
+from models import recorded_inputs
 from pretrain import Method
 from processes import start_process
 from runs import check_replaceable, made_by
@@ -177,54 +174,14 @@ def reading(config: DataConfig) -> None:
     write(config, "data", process.device, results)
 
 
-def plain_losses(method: fima.FIMA, views: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`FIMA.forward` at the paper's settings for UCF101, straight down: same losses, same keys in the queues."""
-    config, color, found = method.config, views["color"], {"vv": [], "pix": [], "fra": []}
-    momentum_update(method.encoder, method.key_encoder, config.momentum)
-    momentum_update(method.head, method.key_head, config.momentum)
-
-    def key_maps(clips: Tensor, v: int, draw: int) -> Tensor:
-        return method.key_encoder(method.encoder_input(clips, color[:, v, draw], difference=draw > 0))
-
-    def instance(head: nn.Module, maps: Tensor) -> Tensor:
-        return method.project(head, moco.pool(maps))  # (B, D)
-
-    clips = views["clip"].unbind(1)
-    query = [method.encoder(method.encoder_input(clips[v], color[:, v, 0])) for v in (0, 1)]
-    frames, grid = range(query[0].shape[2]), query[0].shape[3:]
-    with torch.no_grad():
-        key, motion = ([key_maps(clips[v], v, draw) for v in (0, 1)] for draw in (0, 1))
-        k = [instance(method.key_head, maps) for maps in key]
-        m = [[method.project(method.key_head, maps[:, :, i].flatten(2).mT) for i in frames] for maps in motion]
-        masks = [losses.foreground_mask(sum(map(losses.activation_map, x))) for x in zip(key, motion, strict=True)]
-        parts = [(v, i, views["sub_clips"][:, v, i]) for v in (0, 1) for i in frames]
-        local = [instance(method.key_head, key_maps(part, v, 2 + i)) for v, i, part in parts]
-    for v, other in ((0, 1), (1, 0)):
-        q, queues = instance(method.head, query[v]), method.queues
-        found["vv"].append(losses.info_nce(q, k[other], queues["vv"].keys, config.temperature))
-        for i in frames:
-            source, target = (query[view][:, :, i].flatten(2).mT for view in (v, other))  # (B, HW, C)
-            y, y_cls = (method.project(method.head, x) for x in method.decoder(source, target))
-            pairs = losses.positive_pairs(views["box"][:, v], views["box"][:, other], grid)
-            pairs = pairs & masks[v].flatten(1)[:, :, None] & masks[other].flatten(1)[:, None]
-            found["pix"].append(losses.pixel_contrast(y, m[other][i], pairs, torch.stack(m[other]).flatten(0, 2)))
-            own = other * len(frames) + i
-            negatives = torch.cat([*local[:own], *local[own + 1 :], queues["fra"].keys])
-            found["fra"].append(losses.frame_info_nce(y_cls, local[own], negatives))
-    keys = torch.stack(local).unflatten(0, (2, -1)).transpose(1, 2).flatten(0, 2)
-    method.enqueue({"vv": torch.cat(k), "fra": keys})
-    return {name: torch.stack(values).mean() for name, values in found.items()}
-
-
 class Training:
-    """Training steps of FIMA on one batch of noise, ours or plain; `flags` are other options."""
+    """Training steps of FIMA on one batch of noise; `flags` are other options."""
 
-    def __init__(self, config: StepConfig, process: Process, plain: bool = False, **flags: Any):
+    def __init__(self, config: StepConfig, process: Process, **flags: Any):
         torch.manual_seed(config.seed)
         with user_errors():
             options = dataclasses.replace(config, **flags)
             self.method = fima.FIMA(options).to(process.device).train()
-        self.forward = functools.partial(plain_losses, self.method) if plain else self.method
         memory = self.method.make_views(data.VideoList([], [], [], ""))
         self.views = {name: values.zero_() for name, values in memory.empty(config.batch_size).items()}
         for name in {"clip", "sub_clips"} & self.views.keys():
@@ -243,7 +200,7 @@ class Training:
     def step(self) -> None:
         self.optimizer.zero_grad()
         with self.autocast():
-            loss = torch.stack(list(self.forward(self.views).values())).sum()
+            loss = torch.stack(list(self.method(self.views).values())).sum()
         loss.backward()
         self.optimizer.step()
 
@@ -295,7 +252,6 @@ def step(config: StepConfig) -> None:
     seconds = turns({"step": training.step, "encoders alone": floor, "augmentation": training.augmentation})
     results = {"floor": compare(title, seconds, "encoders alone")}
     settings = {"contiguous": dict(memory_format="contiguous")}
-    settings["plain"] = settings["contiguous"] | dict(plain=True, precision="float32")
     if on_gpu:
         settings |= {"float32": dict(precision="float32"), "compiled": dict(compile="on")}
     works = {"step": training.step} | {k: Training(config, process, **flags).step for k, flags in settings.items()}
