@@ -1,6 +1,6 @@
 """Speed of this code, as ratios of variants that take turns in one run.
 
-    python benchmark.py data --data /videos        # reading, against decoding alone; the loader by number of workers
+    python benchmark.py data --data /videos        # reading a sample, against decoding alone
     python benchmark.py step --dataset ucf101      # a training step of FIMA, against its encoder passes alone
     python benchmark.py count --dataset ucf101     # bytes, FLOP and memory of a step on a GPU, without one
 
@@ -54,10 +54,8 @@ class DataConfig(Options):
 
     data: str = option("datasets/synthetic", "a folder of videos; the default's are made if need be")
     samples: int = option(32, "samples a turn", (1, 100_000))
-    workers: int = option(2, "loader processes at most, tried are 0, 1, 2, 4 …", (0, 1024))
     crop: int = option(224, "height and width of a clip in pixels", (1, 1024))
     frames: int = option(16, "frames of a clip", (8, 4096))
-    batch_size: int = option(8, "videos of a batch", (1, 65_536))
     rounds: int = option(5, "turns of each variant", (1, 10_000))
     seed: int = option(0, "seed of views and samples", (0, 2**31 - 1))
     out: str = option("results", "folder to write to")
@@ -73,14 +71,13 @@ class StepConfig(fima.FIMAConfig):
     out: str = option("results", "folder to write to")
 
 
-def timed(work: Callable[[], Any], clock: Callable[[], float], repeats: int = 1) -> Callable[[], float]:
-    """A variant for `take_turns`: works `repeats` times and returns the seconds of once."""
+def timed(work: Callable[[], Any], clock: Callable[[], float]) -> Callable[[], float]:
+    """A variant for `take_turns`: works and returns the seconds that it took."""
 
     def turn() -> float:
         start = clock()
-        for _ in range(repeats):
-            work()
-        return (clock() - start) / repeats
+        work()
+        return clock() - start
 
     return turn
 
@@ -129,13 +126,12 @@ class PicturesDropped(Video):
 
 
 def reading(config: DataConfig) -> None:
-    """Times a sample against decoding alone, and the loader by its number of workers."""
+    """Times a sample against decoding alone."""
     process = start_process("cpu")
     torch.set_num_threads(1)
     with user_errors():
         dataset = "synthetic" if config.data == DataConfig.data else "folder"
         videos = find.find_videos(dataset, config.data, train=True)
-        sampler = data.StepSampler(len(videos), config.batch_size, epochs=10**6)
     print(videos.report)
     parts, window = config.frames // 8, 2 * config.frames  # FIMA's sub-clips, one a feature frame, and frame stride
     views = data.PretrainingViews(videos, config.crop, config.frames, 2, parts, config.seed)
@@ -158,20 +154,7 @@ def reading(config: DataConfig) -> None:
     except BadVideo as error:
         raise UserError(f"{error}: take it out of {config.data}") from error
     seconds = {name: [turn / len(keys) for turn in turns] for name, turns in seconds.items()}
-    results = {"one_core": compare("CPU time of a sample on one core", seconds, next(iter(ways)))}
-
-    def sample_time(workers: int) -> float:
-        batches = 8 * max(workers, 1)
-        with contextlib.closing(data.load_batches(views, sampler, workers)) as loader:
-            for _ in range(1 + data.PREFETCH * workers):  # made ahead of the clock, while the workers started
-                next(loader)
-            return timed(lambda: next(loader), time.perf_counter, batches)() / config.batch_size
-
-    counts = [0, *(2**n for n in range(config.workers.bit_length()))]
-    turns = {f"workers {count}": functools.partial(sample_time, count) for count in counts}
-    seconds = take_turns(turns, config.rounds, process)
-    results["loader"] = compare(f"a sample from the loader, batches of {config.batch_size}", seconds, "workers 0")
-    write(config, "data", process.device, results)
+    write(config, "data", process.device, {"one_core": compare("a sample on one core", seconds, next(iter(ways)))})
 
 
 class Training:
@@ -232,8 +215,7 @@ class Training:
 
 
 def step(config: StepConfig) -> None:
-    """Times a training step against its encoder passes and the augmentation alone, and in other settings and with other
-    losses."""
+    """Times a training step against its encoder passes and augmentation alone, and with other settings and losses."""
     process = start_process(config.device)
     on_gpu = process.device.type == "cuda"
 
@@ -243,8 +225,7 @@ def step(config: StepConfig) -> None:
         return time.perf_counter()
 
     def turns(works: dict[str, Callable[[], None]]) -> dict[str, list[float]]:
-        repeats = 5 if on_gpu else 1
-        return take_turns({k: timed(work, clock, repeats) for k, work in works.items()}, config.rounds, process)
+        return take_turns({name: timed(work, clock) for name, work in works.items()}, config.rounds, process)
 
     title = f"a training step, {config.encoder}, {config.frames} × {config.crop}²"
     training = Training(config, process)
@@ -350,7 +331,7 @@ def count(config: StepConfig) -> None:
     if config.processes > 1:
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=config.processes)
     counter = counted_step(training.method, training.views, config.gpu, bf16)
-    parts, memory = counter.parts, GPUS[config.gpu][-1]
+    parts = counter.parts
     parts["all"] = {name: sum(row[name] for row in parts.values()) for name in parts["losses"]}
     shape = f"{config.batch_size} videos, {config.frames} × {config.crop}², {'bf16' if bf16 else 'float32'}"
     print(f"a step of {config.encoder}, {shape}; ms: at least, by operators, on {config.gpu}")
@@ -360,16 +341,16 @@ def count(config: StepConfig) -> None:
     trained = sum(p.numel() for p in training.method.parameters() if p.requires_grad)
     sizes = {"peak_memory": counter.peak / 1e9, "exchanged": counter.exchanged / 1e9}
     sizes["gradient_exchanged"] = 4 * 4 * trained * (1 - 1 / config.processes) / 1e9  # float32, sent and received twice
-    print(f"GB: {', '.join(f'{name} {size:.3g}' for name, size in sizes.items())}; {config.gpu} has {memory}")
+    print(
+        f"GB: {', '.join(f'{name} {size:.3g}' for name, size in sizes.items())}; {config.gpu} has {GPUS[config.gpu][-1]}"
+    )
     write(config, "count", process.device, {"parts": parts, "GB": sizes})
 
 
 def main() -> None:
     """`benchmark.py COMMAND --flag value …`"""
-    of_step = StepConfig, fima.PRESETS
-    name, command, config, _ = dispatch(
-        {"data": (reading, DataConfig), "step": (step, *of_step), "count": (count, *of_step)}, __doc__
-    )
+    commands = {"data": (reading, DataConfig)} | {f.__name__: (f, StepConfig, fima.PRESETS) for f in (step, count)}
+    name, command, config, _ = dispatch(commands, __doc__)
     for path in Path(config.out).glob(f"benchmark_{name}_*"):
         check_replaceable(path, b'{\n "command"')
     command(config)

@@ -597,9 +597,8 @@ def main() -> None:
     commands = {"check": (find.check, find.CheckConfig), "synthetic": (find.generate, find.SyntheticConfig)}
     commands["shrink"] = shrink.shrink, shrink.ShrinkConfig
     name, function, config, words = dispatch(commands, inspect.getdoc(main), words=True)
-    if len(words) != (wanted := 1 + (name == "shrink")):
-        folders = ["folder", "two folders"][wanted - 1]
-        raise UserError(f"name the {folders} after {name}, before all flags (--help lists these)")
+    if len(words) != 1 + (name == "shrink"):
+        raise UserError(f"name the {'two folders' if name == 'shrink' else 'folder'} after {name}, before all flags")
     function(config, *words)
 
 

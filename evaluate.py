@@ -39,7 +39,7 @@ from features import EncoderConfig, clip_outputs, load_encoder, nearest, pooled_
 from models import ENCODERS, export_weights
 from processes import loader_workers, start_process
 from runs import check_replaceable, claim_folder, continued, fit_in_folder, load_checkpoint, made_by
-from train import Options, Process, TrainConfig, UserError, check_sums, option, user_errors, write_file
+from train import Options, Process, TrainConfig, UserError, check_sums, method_name, option, user_errors, write_file
 
 RECALLS = (1, 5, 10, 20, 50)
 PNG = b"\x89PNG"  # how pictures begin
@@ -51,11 +51,6 @@ class RetrieveConfig(EncoderConfig):
 
     exclude: str = option("", "file of training videos to leave out, as in pretraining; no test video is left out")
     out: str = option("", "JSON file to write (default: PROTOCOL_DATASET.json beside the checkpoint)")
-
-    @property
-    def protocol(self) -> str:
-        """linear, finetune, retrieve, knn or svm."""
-        return type(self).__name__.removesuffix("Config").lower()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,9 +170,8 @@ def prepare(config: RetrieveConfig) -> tuple:
 
     def find_both() -> tuple[data.VideoList, data.VideoList]:
         train = find_labelled(config.dataset, config.data, True, config.split, config.list_file, config.exclude)
-        return with_same_classes(
-            train, find_labelled(config.dataset, config.data, False, config.split, config.test_list)
-        )
+        test = find_labelled(config.dataset, config.data, False, config.split, config.test_list)
+        return with_same_classes(train, test)
 
     with user_errors():
         train, test = process.first(find_both, lambda found: [videos.mark(config.data) for videos in found])
@@ -263,7 +257,11 @@ def result_files(config: RetrieveConfig) -> tuple[Path, Path]:
     a confusion matrix lies beside it."""
     folder = Path(config.checkpoint).parent if config.checkpoint else Path("runs", f"untrained_{config.encoder}")
     split, fraction = config.split, getattr(config, "fraction", 1)
-    name = f"{config.protocol}_{config.dataset}" + f"_split{split}" * (split > 1) + f"_{fraction:g}" * (fraction < 1)
+    name = (
+        f"{method_name(type(config)).lower()}_{config.dataset}"
+        + f"_split{split}" * (split > 1)
+        + f"_{fraction:g}" * (fraction < 1)
+    )
     trains = isinstance(config, ClassifyConfig)
     out = Path(config.out or folder / name, "result.json") if trains else Path(config.out or folder / f"{name}.json")
     return out, out.parent / f"{out.stem}_confusion.png"
@@ -285,7 +283,7 @@ def save_result(process: Process, config: RetrieveConfig, percent: dict[str, flo
     """Prints percentages of `count` test videos, and writes the result, and all that is needed to get it again."""
     process.say("  ".join(f"{name} {value:.1f} %" for name, value in percent.items()) + f"  of {count} test videos")
     if process.rank == 0:
-        out, record = result_files(config)[0], {"protocol": config.protocol, **made_by(config)}
+        out, record = result_files(config)[0], {"protocol": method_name(type(config)).lower(), **made_by(config)}
         with user_errors((OSError,)):
             write_file(out, json.dumps(record | {"processes": process.world_size, "result": result}, indent=1) + "\n")
         process.say(f"written to {out}")
@@ -309,7 +307,7 @@ def save_accuracy(
     if process.rank == 0 and len(counts) <= 1000:
         confusion = torch.zeros(len(counts), len(counts))
         confusion.index_put_((labels[good], scores[good].argmax(1)), torch.ones(()), accumulate=True)
-        title = f"{config.protocol} on {config.dataset}, top-1 {percent['top1']:.1f} %"
+        title = f"{method_name(type(config)).lower()} on {config.dataset}, top-1 {percent['top1']:.1f} %"
         picture = result_files(config)[1]
         draw_confusion(picture, 100 * confusion / counts.clamp(min=1)[:, None], test.classes, title)
         process.say(f"written to {picture}")

@@ -350,12 +350,11 @@ def unused_folder(path: str) -> str:
     """Makes a folder of this name, or if there is one, as of a run started in the same second, of NAME-2, NAME-3 …"""
     name, number = path, 1
     while True:
-        try:
+        with contextlib.suppress(FileExistsError):
             os.makedirs(name)
             return name
-        except FileExistsError:
-            number += 1
-            name = f"{path}-{number}"
+        number += 1
+        name = f"{path}-{number}"
 
 
 def fit_in_folder(

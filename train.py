@@ -493,8 +493,7 @@ class Run:
             self.done = round(self.done * self.steps_per_epoch / before)
             process.say(
                 f"note: {path} was saved by {state['world_size']} processes with {before} steps an epoch, now it is "
-                f"{process.world_size} with {self.steps_per_epoch}: goes on at the same part of the schedule with "
-                "other batches"
+                f"{process.world_size} with {self.steps_per_epoch}: goes on at the same part of the schedule"
             )
         elif self.done % before:
             self.skipped, self.bad_videos = state["skipped_steps"], state["bad_videos"]
@@ -504,10 +503,8 @@ class Run:
         sums = {"the step": self.done} | check_sums(self.method)
         others = self.process.gather([sums])
         if differing := [name for name in sums if any(other[name] != sums[name] for other in others)]:
-            raise UserError(
-                f"process {self.process.rank}: after step {self.done} the processes hold different values of "
-                f"{differing[0]}, and of {len(differing) - 1} more"
-            )
+            where = f"process {self.process.rank}: after step {self.done} the processes hold different values of"
+            raise UserError(f"{where} {differing[0]}, and of {len(differing) - 1} more")
 
     def save(self, folder: Path, extra: dict) -> None:
         """Writes checkpoint.pt, with extra entries, and epoch_N.pt where one is due. Running statistics of batch norm,
@@ -651,9 +648,9 @@ def fit(
                 run.bad_videos = run.skipped = 0
             if interrupted:
                 local = int(os.environ.get("LOCAL_WORLD_SIZE", process.world_size))
-                several = f"--nnodes={process.world_size // local} --node_rank=N --master_addr=HOST "
-                several = "torchrun " + several * (local < process.world_size) + f"--nproc_per_node={local}"
-                launch = several if process.world_size > 1 else "python"
+                nodes = f"--nnodes={process.world_size // local} --node_rank=N --master_addr=HOST "
+                launch = f"torchrun {nodes * (local < process.world_size)}--nproc_per_node={local}"
+                launch = launch if process.world_size > 1 else "python"
                 command = shlex.join([*program(), "--resume", str(out / "checkpoint.pt")])
                 process.say(f"saved; continue with: {launch} {command}")
                 raise Interrupted(caught[0] if caught else signal.SIGTERM)

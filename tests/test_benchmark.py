@@ -96,15 +96,14 @@ def test_bytes_flop_and_memory_are_counted():
 def test_a_command_writes_its_json(command, videos, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     if command == benchmark.reading:
-        small = dict(crop=32, batch_size=2, rounds=1, samples=2, workers=3)
-        command(benchmark.DataConfig(**small, data=str(videos), out=str(tmp_path)))
+        command(benchmark.DataConfig(crop=32, rounds=1, samples=2, data=str(videos), out=str(tmp_path)))
     else:
         command(benchmark.StepConfig(**TINY, out=str(tmp_path)))
     (path,) = tmp_path.glob("benchmark_*_cpu.json")
     record = json.loads(path.read_text())
     assert record.keys() >= {"command", "config", "machine", "git_commit", "versions", "written"}
     if command == benchmark.reading:
-        assert len(record["one_core"]) == 3 and list(record["loader"]) == ["workers 0", "workers 1", "workers 2"]
+        assert len(record["one_core"]) == 3
     elif command == benchmark.step:
         assert [*record["floor"]] == ["step", "encoders alone", "augmentation"]
         assert [*record["losses"]] == ["vv,vd", "vv,pix"]

@@ -286,7 +286,7 @@ def evaluate_as(rank, world, port, pretrained, videos, out):
     os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1")
 
     def keep(process, config, test, scores, *rest):
-        torch.save(scores, out / f"{config.protocol}-{rank}-{world}.pt")
+        torch.save(scores, out / f"{type(config).__name__}-{rank}-{world}.pt")
         save(process, config, test, scores, *rest)
 
     evaluate.save_accuracy = keep
