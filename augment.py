@@ -153,8 +153,9 @@ def encoder_input(
     line on stderr says so.
     """
     global _on_gpu
-    if _on_cpu(clips):  # what needs the same together, as many clips as its cache holds
-        made, few = torch.empty(clips.shape, memory_format=memory_format), max(2**18 // clips[0].numel(), 1)
+    if _on_cpu(clips):  # what needs the same together, as many clips as its caches hold
+        made = torch.empty(clips.shape, memory_format=memory_format)
+        few = torch.get_num_threads() * 2**18 // clips[0].numel() or 1
         changed = torch.zeros(len(clips), 6) if color is None else (color != color.new_tensor(IDENTITY)).float()
         kinds = changed @ changed.new_tensor((1, 1, 1, 1, 8, 16))  # any of the first four, gray, blur
         for kind in kinds.unique():

@@ -340,7 +340,6 @@ def count(config: StepConfig) -> None:
         print(f"{name:<12}" + "".join(f"{value:>12.{0 if value > 99 else 2}f}" for value in row.values()))
     trained = sum(p.numel() for p in training.method.parameters() if p.requires_grad)
     sizes = {"peak_memory": counter.peak / 1e9, f"of_{config.gpu}": GPUS[config.gpu][-1]}
-    # The gradient is float32, sent twice and received twice.
     sizes |= {"exchanged": counter.exchanged / 1e9, "gradient": 16 * trained * (1 - 1 / config.processes) / 1e9}
     print("GB: " + ", ".join(f"{name} {size:.3g}" for name, size in sizes.items()))
     write(config, "count", process.device, {"parts": parts, "GB": sizes})
