@@ -120,7 +120,7 @@ def versions() -> dict[str, str]:
 
 def made_by(config: Options) -> dict[str, Any]:
     """What a record says of how it was made: command, options, commit and versions."""
-    command, options = shlex.join([sys.executable, *sys.argv]), dataclasses.asdict(config)
+    command, options = shlex.join([Path(sys.executable).name, *sys.argv]), dataclasses.asdict(config)
     return {"command": command, "config": options, "git_commit": git_commit(), "versions": versions()}
 
 

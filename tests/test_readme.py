@@ -125,6 +125,11 @@ def test_notebooks_show_no_progress_bar_and_no_path_of_a_machine(path):
     assert not [text for text in texts if re.search(r"/(tmp|root|home|work|Users)/|it/s\]|\d%\|", text)]
 
 
+def test_records_of_measurements_hold_no_path_of_a_machine():
+    records = [*(ROOT / "results").rglob("*.json*")]
+    assert records and not [path for path in records if re.search(r"/(tmp|root|home|work|Users)/", path.read_text())]
+
+
 def test_every_promise_names_tests_that_exist():
     text = PAGES["docs/training.md"].partition("## Ten promises")[2]
     promises = re.findall(r"^- (?:.+\n)(?:  .+\n)*", text, re.MULTILINE)
