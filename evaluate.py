@@ -49,6 +49,8 @@ PNG = b"\x89PNG"  # how pictures begin
 class RetrieveConfig(EncoderConfig):
     """Options of every protocol."""
 
+    protocol = property(lambda self: method_name(type(self)).lower())
+
     exclude: str = option("", "file of training videos to leave out, as in pretraining; no test video is left out")
     out: str = option("", "JSON file to write (default: PROTOCOL_DATASET.json beside the checkpoint)")
 
@@ -257,11 +259,7 @@ def result_files(config: RetrieveConfig) -> tuple[Path, Path]:
     a confusion matrix lies beside it."""
     folder = Path(config.checkpoint).parent if config.checkpoint else Path("runs", f"untrained_{config.encoder}")
     split, fraction = config.split, getattr(config, "fraction", 1)
-    name = (
-        f"{method_name(type(config)).lower()}_{config.dataset}"
-        + f"_split{split}" * (split > 1)
-        + f"_{fraction:g}" * (fraction < 1)
-    )
+    name = f"{config.protocol}_{config.dataset}" + f"_split{split}" * (split > 1) + f"_{fraction:g}" * (fraction < 1)
     trains = isinstance(config, ClassifyConfig)
     out = Path(config.out or folder / name, "result.json") if trains else Path(config.out or folder / f"{name}.json")
     return out, out.parent / f"{out.stem}_confusion.png"
@@ -283,7 +281,7 @@ def save_result(process: Process, config: RetrieveConfig, percent: dict[str, flo
     """Prints percentages of `count` test videos, and writes the result, and all that is needed to get it again."""
     process.say("  ".join(f"{name} {value:.1f} %" for name, value in percent.items()) + f"  of {count} test videos")
     if process.rank == 0:
-        out, record = result_files(config)[0], {"protocol": method_name(type(config)).lower(), **made_by(config)}
+        out, record = result_files(config)[0], {"protocol": config.protocol, **made_by(config)}
         with user_errors((OSError,)):
             write_file(out, json.dumps(record | {"processes": process.world_size, "result": result}, indent=1) + "\n")
         process.say(f"written to {out}")
@@ -307,7 +305,7 @@ def save_accuracy(
     if process.rank == 0 and len(counts) <= 1000:
         confusion = torch.zeros(len(counts), len(counts))
         confusion.index_put_((labels[good], scores[good].argmax(1)), torch.ones(()), accumulate=True)
-        title = f"{method_name(type(config)).lower()} on {config.dataset}, top-1 {percent['top1']:.1f} %"
+        title = f"{config.protocol} on {config.dataset}, top-1 {percent['top1']:.1f} %"
         picture = result_files(config)[1]
         draw_confusion(picture, 100 * confusion / counts.clamp(min=1)[:, None], test.classes, title)
         process.say(f"written to {picture}")

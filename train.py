@@ -464,11 +464,10 @@ class Run:
         self, method: nn.Module, config: Config, process: Process, steps_per_epoch: int, state: dict | None = None
     ):
         self.method, self.config, self.process = method.to(process.device).train(), config, process
-        self.steps_per_epoch = steps_per_epoch
+        self.steps_per_epoch, self.done = steps_per_epoch, 0  # done: steps
         self.total_batch = config.batch_size * config.accumulate * process.world_size
         self.optimizer = method.optimizer(config) if hasattr(method, "optimizer") else sgd(method, config)
         self.stop = min(config.epochs * steps_per_epoch, config.max_steps or math.inf)
-        self.done = 0  # steps
         self.bad_videos = self.skipped = 0  # of this epoch: unreadable videos in all processes, steps left out
         self.skipped_in_a_row = 0
         if state is not None:

@@ -286,7 +286,7 @@ def evaluate_as(rank, world, port, pretrained, videos, out):
     os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1")
 
     def keep(process, config, test, scores, *rest):
-        torch.save(scores, out / f"{type(config).__name__}-{rank}-{world}.pt")
+        torch.save(scores, out / f"{config.protocol}-{rank}-{world}.pt")
         save(process, config, test, scores, *rest)
 
     evaluate.save_accuracy = keep
@@ -308,7 +308,7 @@ def test_one_and_three_processes_test_the_same_to_the_last_bit(pretrained, video
     for world in (3, 1):
         torch.multiprocessing.spawn(evaluate_as, (world, free_port(), pretrained, videos, tmp_path), world)
     assert same(*(encoder_of(weights(path)) for path in (pretrained, tmp_path / "run" / "checkpoint.pt")))
-    for protocol in ("LinearConfig", "KnnConfig"):
+    for protocol in ("linear", "knn"):
         alone, *others = (torch.load(tmp_path / f"{protocol}-{name}.pt") for name in ("0-1", "0-3", "1-3", "2-3"))
         assert alone.shape == (10, 10) and len(alone.unique(dim=0)) == 10
         assert all(torch.equal(found, alone) for found in others)
