@@ -213,23 +213,24 @@ class S3D(Encoder):
 
 class Conv4(Encoder):
     """Four 3-D convolutions with batch norm and ReLU, for small pictures and machines without a GPU:
-    (B, 3, 16, 32, 32) → (B, 96, 2, 4, 4). Padded so that feature pixels look at the middle of their bins."""
+    (B, 3, 16, 32, 32) → (B, 96, 2, 4, 4). Padded so that feature pixels look at nearly the middle of their bins."""
 
     strides = (8, 8, 8)
-    offsets = (0.0, 0.0, 0.0)
+    offsets = (0.5, 0.5, 0.5)
 
     def __init__(self, width: float = 1.0):
         super().__init__()
         self.layers, self.out_channels = nn.Sequential(), 3
-        for channels, kernel, stride, zeros in ((16, 4, 2, (2, 0)), (32, 3, 2, 1), (64, 3, 2, (0, 1)), (96, 3, 1, 1)):
+        for channels, stride in ((16, 2), (32, 2), (64, 2), (96, 1)):
             inputs, self.out_channels = self.out_channels, max(1, round(width * channels))
-            if zeros != 1:
-                self.layers.append(nn.ConstantPad3d(zeros * 3, 0.0))
-            self.layers.append(nn.Conv3d(inputs, self.out_channels, kernel, stride, int(zeros == 1), bias=False))
+            if channels == 64:  # zeros behind, where those of the others are before: each shifts by half a pixel
+                self.layers.append(nn.ConstantPad3d((0, 1) * 3, 0.0))
+            padding = int(channels != 64)
+            self.layers.append(nn.Conv3d(inputs, self.out_channels, 3, stride, padding, bias=False))
             self.layers.extend([nn.BatchNorm3d(self.out_channels), nn.ReLU(inplace=True)])
 
     def stages(self) -> Iterable[nn.Module]:
-        return self.layers[:4], self.layers[4:7], self.layers[7:11], self.layers[11:]
+        return self.layers[:3], self.layers[3:6], self.layers[6:10], self.layers[10:]
 
 
 ENCODERS = {
@@ -249,7 +250,7 @@ def build_encoder(name: str, width: float = 1.0) -> nn.Module:
 
 
 LAST_NORMS = re.compile(  # names of the batch norms that come after the last convolutions, in all encoders
-    r"layers\.12|mixed_5c\.branch_(0|[123]\.1)\.batch3d|layer4\.1\.conv2\.1|"
+    r"layers\.11|mixed_5c\.branch_(0|[123]\.1)\.batch3d|layer4\.1\.conv2\.1|"
     r"features\.15\.(branch0\.1|branch[12]\.1\.1\.1|branch3\.1\.1)"
 )
 

@@ -233,8 +233,8 @@ def load_checkpoint(path: str | Path, foreign: bool = False, whole: bool = True)
     good["model"] &= all(isinstance(name, str) and isinstance(value, Tensor) for name, value in tensors)
     if wrong := ", ".join(name for name in good if not good[name]):
         raise UserError(f"{path} is damaged, or of other code: no valid {wrong} in it")
-    if any(name.endswith("units.0.conv3d.weight") for name in state["model"]):
-        raise UserError(f"{path} is of conv4 before its feature pixels were centred: only code of then takes it")
+    if any(name.endswith(("units.0.conv3d.weight", "layers.12.weight")) for name in state["model"]):
+        raise UserError(f"{path} is of an older conv4: only code of then takes it")
     return state
 
 

@@ -24,14 +24,12 @@ def count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def test_parameters_are_as_many_as_published_and_conv4_has_the_names_of_older_checkpoints():
+def test_parameters_are_as_many_as_published():
     decoder = models.MotionDecoder(1024)
     assert count(models.build_encoder("i3d")) == 12_287_264 and count(models.ProjectionHead(1024)) == 1_180_800
     assert count(decoder.blocks) == 3_155_968 and count(decoder.reduce) + count(decoder.expand) == 1_050_112
     assert decoder.cls.shape == (1, 1, 512) and not decoder.cls.any()
-    conv4 = models.build_encoder("conv4")
-    assert count(conv4) == 238_496
-    assert {int(name.split(".")[1]) for name in conv4.state_dict()} == {1, 2, 4, 5, 8, 9, 11, 12}
+    assert count(models.build_encoder("conv4")) == 236_720
 
 
 def center_of(weight: Tensor, axis: int) -> float:
@@ -64,16 +62,17 @@ def test_offsets_are_where_feature_pixels_look(name, monkeypatch):
         assert center_of(seen, axis) == pytest.approx(stride * (pixel + 0.5) + offset, abs=1e-3), axis
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_feature_pixels_of_a_random_conv4_look_at_the_middle_of_their_bins(seed):
-    torch.manual_seed(seed)
-    encoder, clip = models.build_encoder("conv4"), torch.randn(1, 3, 64, 96, 96, requires_grad=True)
-    features, beside = encoder(clip), []
-    for place in ((3, 5, 5), (3, 6, 7), (4, 5, 6), (4, 6, 4), (3, 7, 6), (4, 7, 5)):
-        (seen,) = torch.autograd.grad(features[(0, slice(None), *place)].sum(), clip, retain_graph=True)
-        squares = seen[0].square().sum(0)
-        beside.append([center_of(squares, axis) / 8 - (i + 0.5) for axis, i in enumerate(place)])
-    assert torch.tensor(beside).mean(0).abs().max() < 0.07
+def test_feature_pixels_of_random_conv4s_look_at_the_middle_of_their_bins_up_to_the_offset():
+    beside = []
+    for seed in range(4):
+        torch.manual_seed(seed)
+        encoder, clip = models.build_encoder("conv4"), torch.randn(1, 3, 64, 96, 96, requires_grad=True)
+        features = encoder(clip)
+        for place in ((3, 5, 5), (3, 6, 7), (4, 5, 6), (4, 6, 4), (3, 7, 6), (4, 7, 5)):
+            (seen,) = torch.autograd.grad(features[(0, slice(None), *place)].sum(), clip, retain_graph=True)
+            squares = seen[0].square().sum(0)
+            beside.append([center_of(squares, axis) / 8 - (i + 0.5) for axis, i in enumerate(place)])
+    assert torch.tensor(beside).mean(0).tolist() == pytest.approx([0.5 / 8] * 3, abs=0.03)
 
 
 SHAPES = [
