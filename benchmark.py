@@ -71,22 +71,15 @@ class StepConfig(fima.FIMAConfig):
     out: str = option("results", "folder to write to")
 
 
-def timed(work: Callable[[], Any], clock: Callable[[], float]) -> Callable[[], float]:
-    """A variant for `take_turns`: works and returns the seconds that it took."""
-
-    def turn() -> float:
+def take_turns(
+    works: dict[str, Callable[[], Any]], clock: Callable[[], float], rounds: int, process: Process
+) -> dict[str, list[float]]:
+    """Seconds of each work in each round, round robin, after two rounds to warm up: at first, memory is new."""
+    seconds = {name: [] for name in works}
+    for name in progress(process, [*works] * (2 + rounds), desc="turns", unit="turn", leave=False):
         start = clock()
-        work()
-        return clock() - start
-
-    return turn
-
-
-def take_turns(variants: dict[str, Callable[[], float]], rounds: int, process: Process) -> dict[str, list[float]]:
-    """Seconds of each variant in each round, round robin, after two rounds to warm up: at first, memory is new."""
-    seconds = {name: [] for name in variants}
-    for name in progress(process, [*variants] * (2 + rounds), desc="turns", unit="turn", leave=False):
-        seconds[name].append(variants[name]())
+        works[name]()
+        seconds[name].append(clock() - start)
     return {name: turns[2:] for name, turns in seconds.items()}
 
 
@@ -150,7 +143,7 @@ def reading(config: DataConfig) -> None:
         "and crops, scaled: the whole sample": lambda: [views.write(key, memory) for key in keys],
     }
     try:
-        seconds = take_turns({k: timed(way, time.process_time) for k, way in ways.items()}, config.rounds, process)
+        seconds = take_turns(ways, time.process_time, config.rounds, process)
     except BadVideo as error:
         raise UserError(f"{error}: take it out of {config.data}") from error
     seconds = {name: [turn / len(keys) for turn in turns] for name, turns in seconds.items()}
@@ -224,14 +217,12 @@ def step(config: StepConfig) -> None:
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    def turns(works: dict[str, Callable[[], None]]) -> dict[str, list[float]]:
-        return take_turns({name: timed(work, clock) for name, work in works.items()}, config.rounds, process)
-
+    turns = functools.partial(take_turns, clock=clock, rounds=config.rounds, process=process)
     title = f"a training step, {config.encoder}, {config.frames} × {config.crop}²"
     training = Training(config, process)
     floor = functools.partial(training.encoders_alone, *training.encoder_inputs())
-    seconds = turns({"step": training.step, "encoders alone": floor, "augmentation": training.augmentation})
-    results = {"floor": compare(title, seconds, "encoders alone")}
+    works = {"step": training.step, "encoders alone": floor, "augmentation": training.augmentation}
+    results = {"floor": compare(title, turns(works), "encoders alone")}
     settings = {"contiguous": dict(memory_format="contiguous")}
     if on_gpu:
         settings |= {"float32": dict(precision="float32"), "compiled": dict(compile="on")}
