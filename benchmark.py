@@ -186,15 +186,12 @@ class Training:
             self.step()
         return query, key
 
-    def augmentation(self) -> None:
-        """From uint8 to the encoder's input, all that a step needs."""
-        clips, color = (self.method.both(self.views[name]) for name in ("clip", "color"))
-        self.method.encoder_input(clips, color[:, 0])
-        if {"vd", "pix"} & set(self.method.config.terms):
-            self.method.encoder_input(clips, color[:, 1], difference=True)
-        if "sub_clips" in self.views:
-            parts = self.method.both(self.views["sub_clips"]).flatten(0, 1)
-            self.method.encoder_input(parts, color[:, 2:].flatten(0, 1), difference=True)
+    def augmentation(self) -> Callable[[], Any]:
+        """A function that makes, from uint8, all that a step gives to the encoders."""
+        make = self.method.encoder_input
+        with mock.patch.object(self.method, "encoder_input", wraps=make) as made:
+            self.step()
+        return lambda: [make(*call.args, **call.kwargs) for call in made.call_args_list]
 
     def encoders_alone(self, query_clips: list[Tensor], key_clips: list[Tensor]) -> None:
         """The floor of a step: its encoder passes, backward from a random gradient of the feature maps."""
@@ -221,7 +218,7 @@ def step(config: StepConfig) -> None:
     title = f"a training step, {config.encoder}, {config.frames} × {config.crop}²"
     training = Training(config, process)
     floor = functools.partial(training.encoders_alone, *training.encoder_inputs())
-    works = {"step": training.step, "encoders alone": floor, "augmentation": training.augmentation}
+    works = {"step": training.step, "encoders alone": floor, "augmentation": training.augmentation()}
     results = {"floor": compare(title, turns(works), "encoders alone")}
     settings = {"contiguous": dict(memory_format="contiguous")}
     if on_gpu:
