@@ -155,9 +155,8 @@ class Training:
 
     def __init__(self, config: StepConfig, process: Process, **flags: Any):
         torch.manual_seed(config.seed)
-        with user_errors():
-            options = dataclasses.replace(config, **flags)
-            self.method = fima.FIMA(options).to(process.device).train()
+        options = dataclasses.replace(config, **flags)
+        self.method = fima.FIMA(options).to(process.device).train()
         memory = self.method.make_views(data.VideoList([], [], [], ""))
         self.views = {name: values.zero_() for name, values in memory.empty(config.batch_size).items()}
         for name in {"clip", "sub_clips"} & self.views.keys():
