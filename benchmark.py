@@ -10,6 +10,7 @@ same round. Tables are printed and written, with machine, versions, commit, comm
 OUT/benchmark_COMMAND_DEVICE.json.
 """
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -240,7 +241,7 @@ class Counter(TorchDispatchMode):
     def __init__(self, bandwidth: float, flops: float):
         super().__init__()
         self.limits, self.part = (bandwidth, flops), "losses"
-        self.parts: dict[str, dict[str, float]] = {}
+        self.parts = collections.defaultdict(collections.Counter)
         self.held = weakref.WeakSet()  # storages
         self.memory = self.peak = self.exchanged = 0
 
@@ -267,10 +268,8 @@ class Counter(TorchDispatchMode):
             self.hold(x)
         size = sum(min(x.numel() * x.itemsize, x.untyped_storage().nbytes()) for x in ins + outs)
         count = flop_registry.get(function.overloadpacket, lambda *_, **__: 0)(*given, **(named or {}), out_val=result)
-        row = self.parts.setdefault(self.part, dict.fromkeys(("GB", "TFLOP", "operators", "ms"), 0.0))
         least = max(size / self.limits[0], count / self.limits[1])
-        for name, value in zip(row, (size / 1e9, count / 1e12, 1, 1e3 * least), strict=True):
-            row[name] += value
+        self.parts[self.part].update({"GB": size / 1e9, "TFLOP": count / 1e12, "operators": 1.0, "ms": 1e3 * least})
         return result
 
     @contextlib.contextmanager
