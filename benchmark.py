@@ -10,6 +10,7 @@ same round. Tables are printed and written, with machine, versions, commit, comm
 OUT/benchmark_COMMAND_DEVICE.json.
 """
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -71,22 +72,15 @@ class StepConfig(fima.FIMAConfig):
     out: str = option("results", "folder to write to")
 
 
-def timed(work: Callable[[], Any], clock: Callable[[], float]) -> Callable[[], float]:
-    """A variant for `take_turns`: works and returns the seconds that it took."""
-
-    def turn() -> float:
+def take_turns(
+    works: dict[str, Callable[[], Any]], clock: Callable[[], float], rounds: int, process: Process
+) -> dict[str, list[float]]:
+    """Seconds of each work in each round, round robin, after two rounds to warm up: at first, memory is new."""
+    seconds = {name: [] for name in works}
+    for name in progress(process, [*works] * (2 + rounds), desc="turns", unit="turn", leave=False):
         start = clock()
-        work()
-        return clock() - start
-
-    return turn
-
-
-def take_turns(variants: dict[str, Callable[[], float]], rounds: int, process: Process) -> dict[str, list[float]]:
-    """Seconds of each variant in each round, round robin, after two rounds to warm up: at first, memory is new."""
-    seconds = {name: [] for name in variants}
-    for name in progress(process, [*variants] * (2 + rounds), desc="turns", unit="turn", leave=False):
-        seconds[name].append(variants[name]())
+        works[name]()
+        seconds[name].append(clock() - start)
     return {name: turns[2:] for name, turns in seconds.items()}
 
 
@@ -150,7 +144,7 @@ def reading(config: DataConfig) -> None:
         "and crops, scaled: the whole sample": lambda: [views.write(key, memory) for key in keys],
     }
     try:
-        seconds = take_turns({k: timed(way, time.process_time) for k, way in ways.items()}, config.rounds, process)
+        seconds = take_turns(ways, time.process_time, config.rounds, process)
     except BadVideo as error:
         raise UserError(f"{error}: take it out of {config.data}") from error
     seconds = {name: [turn / len(keys) for turn in turns] for name, turns in seconds.items()}
@@ -162,9 +156,8 @@ class Training:
 
     def __init__(self, config: StepConfig, process: Process, **flags: Any):
         torch.manual_seed(config.seed)
-        with user_errors():
-            options = dataclasses.replace(config, **flags)
-            self.method = fima.FIMA(options).to(process.device).train()
+        options = dataclasses.replace(config, **flags)
+        self.method = fima.FIMA(options).to(process.device).train()
         memory = self.method.make_views(data.VideoList([], [], [], ""))
         self.views = {name: values.zero_() for name, values in memory.empty(config.batch_size).items()}
         for name in {"clip", "sub_clips"} & self.views.keys():
@@ -193,15 +186,12 @@ class Training:
             self.step()
         return query, key
 
-    def augmentation(self) -> None:
-        """From uint8 to the encoder's input, all that a step needs."""
-        clips, color = (self.method.both(self.views[name]) for name in ("clip", "color"))
-        self.method.encoder_input(clips, color[:, 0])
-        if {"vd", "pix"} & set(self.method.config.terms):
-            self.method.encoder_input(clips, color[:, 1], difference=True)
-        if "sub_clips" in self.views:
-            parts = self.method.both(self.views["sub_clips"]).flatten(0, 1)
-            self.method.encoder_input(parts, color[:, 2:].flatten(0, 1), difference=True)
+    def augmentation(self) -> Callable[[], Any]:
+        """A function that makes, from uint8, all that a step gives to the encoders."""
+        make = self.method.encoder_input
+        with mock.patch.object(self.method, "encoder_input", wraps=make) as made:
+            self.step()
+        return lambda: [make(*call.args, **call.kwargs) for call in made.call_args_list]
 
     def encoders_alone(self, query_clips: list[Tensor], key_clips: list[Tensor]) -> None:
         """The floor of a step: its encoder passes, backward from a random gradient of the feature maps."""
@@ -224,14 +214,12 @@ def step(config: StepConfig) -> None:
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    def turns(works: dict[str, Callable[[], None]]) -> dict[str, list[float]]:
-        return take_turns({name: timed(work, clock) for name, work in works.items()}, config.rounds, process)
-
+    turns = functools.partial(take_turns, clock=clock, rounds=config.rounds, process=process)
     title = f"a training step, {config.encoder}, {config.frames} × {config.crop}²"
     training = Training(config, process)
     floor = functools.partial(training.encoders_alone, *training.encoder_inputs())
-    seconds = turns({"step": training.step, "encoders alone": floor, "augmentation": training.augmentation})
-    results = {"floor": compare(title, seconds, "encoders alone")}
+    works = {"step": training.step, "encoders alone": floor, "augmentation": training.augmentation()}
+    results = {"floor": compare(title, turns(works), "encoders alone")}
     settings = {"contiguous": dict(memory_format="contiguous")}
     if on_gpu:
         settings |= {"float32": dict(precision="float32"), "compiled": dict(compile="on")}
@@ -253,7 +241,7 @@ class Counter(TorchDispatchMode):
     def __init__(self, bandwidth: float, flops: float):
         super().__init__()
         self.limits, self.part = (bandwidth, flops), "losses"
-        self.parts: dict[str, dict[str, float]] = {}
+        self.parts = collections.defaultdict(collections.Counter)
         self.held = weakref.WeakSet()  # storages
         self.memory = self.peak = self.exchanged = 0
 
@@ -280,10 +268,8 @@ class Counter(TorchDispatchMode):
             self.hold(x)
         size = sum(min(x.numel() * x.itemsize, x.untyped_storage().nbytes()) for x in ins + outs)
         count = flop_registry.get(function.overloadpacket, lambda *_, **__: 0)(*given, **(named or {}), out_val=result)
-        row = self.parts.setdefault(self.part, dict.fromkeys(("GB", "TFLOP", "operators", "ms"), 0.0))
         least = max(size / self.limits[0], count / self.limits[1])
-        for name, value in zip(row, (size / 1e9, count / 1e12, 1, 1e3 * least), strict=True):
-            row[name] += value
+        self.parts[self.part].update({"GB": size / 1e9, "TFLOP": count / 1e12, "operators": 1.0, "ms": 1e3 * least})
         return result
 
     @contextlib.contextmanager

@@ -53,7 +53,7 @@ def load_encoder(config: EncoderConfig, say=print, key: bool = False) -> tuple[n
     """The encoder of the checkpoint, or of the run to resume, its key encoder with `key` where there is one, and the
     options with those that were left open filled in; `say` is told what was taken from another project's checkpoint.
 
-    Raises UserError: no such checkpoint, none of a known encoder, or one of another encoder; clips too small for it.
+    Raises UserError: no such checkpoint, none of a known or one of another encoder; clips or a width not for it.
     """
     resume = getattr(config, "resume", "")
     path = config.checkpoint if resume in ("", "auto") else resume
@@ -70,7 +70,8 @@ def load_encoder(config: EncoderConfig, say=print, key: bool = False) -> tuple[n
     filled = {name: getattr(config, name) or trained[name] for name in UNTRAINED}
     config = dataclasses.replace(config, **filled | {"data": filled["data"] or f"datasets/{filled['dataset']}"})
     torch.manual_seed(config.seed)
-    encoder = build_encoder(config.encoder, config.width)
+    with user_errors((ValueError,)):  # a width that the encoder does not come in
+        encoder = build_encoder(config.encoder, config.width)
     frames, size, _ = encoder.strides
     if config.frames < frames or config.crop < size:
         given = f"--frames {config.frames} --crop {config.crop}"

@@ -204,7 +204,7 @@ class S3D(Encoder):
     def __init__(self, width: float = 1.0):
         super().__init__()
         if width != 1:
-            raise ValueError("s3d comes in width 1 only")
+            raise ValueError(f"--width {width:g}: s3d comes in width 1 only")
         self.features = s3d().features
 
     def stages(self) -> Iterable[nn.Module]:

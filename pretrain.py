@@ -100,9 +100,8 @@ class Method(nn.Module):
     def __init__(self, config: PretrainConfig):
         super().__init__()
         self.config = config
-        if config.encoder == "s3d" and config.width != 1:
-            raise UserError(f"--width {config.width:g}: s3d comes in width 1 only")
-        self.encoder = build_encoder(config.encoder, config.width)
+        with user_errors((ValueError,)):  # a width that the encoder does not come in
+            self.encoder = build_encoder(config.encoder, config.width)
         steps, stride, _ = self.encoder.strides
         if config.crop < 2 * stride or config.frames % steps:
             need = f"{config.encoder} needs a crop of {2 * stride} or more, and a multiple of {steps} frames"

@@ -103,8 +103,7 @@ def load_decoder(config: FigureConfig, inputs: list[str]) -> tuple[Model, nn.Mod
     if state["method"] != "FIMA":
         raise UserError("attention needs a checkpoint of fima.py: visualize.py attention RUN")
     options = saved_options(path, state, fima.FIMAConfig, ["bn"]) | {"bn": "local"}  # older ones may say "sync"
-    with user_errors():
-        method = fima.FIMA(fima.FIMAConfig(**options))
+    method = fima.FIMA(fima.FIMAConfig(**options))
     if method.decoder is None:
         raise UserError(f"{path} was trained without a motion decoder (--losses, --decoder)")
     load_model(path, method, state["model"])

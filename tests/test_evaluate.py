@@ -370,6 +370,7 @@ def test_what_is_left_open_is_as_in_the_checkpoints_training(pretrained, videos,
         (["knn", *UNTRAINED, "--dataset", "folder", "--data", "{videos}/test"], ["train/ and test/"]),
         (["linear", *UNTRAINED, "--dataset", "synthetic", "--data", "{videos}", "--batch_size", 19], ["19"]),
         (["knn", "--encoder", "s3d", "--crop", 16], ["--crop 16", "32"]),
+        (["knn", "--encoder", "s3d", "--width", 2], ["--width 2", "s3d"]),
         (["knn", *UNTRAINED, "--frames", 4], ["--frames 4", "needs 8"]),
     ],
 )
