@@ -314,13 +314,17 @@ class TestClips(Items):
         clips = empty_clips(*batch, self.clips, 3, self.frames, self.crop, self.crop)
         return {"clips": clips} | {name: torch.empty(batch, dtype=torch.int64) for name in ("label", "index")}
 
+    def open(self, path: str) -> Video:
+        """The video of an item; a subclass may give other frames."""
+        return Video(path)
+
     def write(self, index: int, item: dict[str, Tensor]) -> list[tuple[str, str]]:
         path, times, out = self.videos.paths[index], np.arange(self.frames) * self.frame_stride, item["clips"]
         item["label"].fill_(self.videos.labels[index])
         item["index"].fill_(index)
         try:
             _begin(path, index)
-            with Video(path) as video:
+            with self.open(path) as video:
                 starts = np.linspace(0, max(len(video) - times[-1] - 1, 0), self.clips).round().astype(int)
                 frames = np.minimum(starts[:, None] + times, len(video) - 1).ravel().tolist()
                 for images in video.stream(frames):

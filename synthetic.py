@@ -112,11 +112,18 @@ def _shot(motion: str, rng: np.random.Generator, camera: np.ndarray, height: int
 
 
 def _draw_video(
-    motions: Sequence[str], rng: np.random.Generator, frames: int, height: int, width: int, shake: float = 0.008
+    motions: Sequence[str],
+    rng: np.random.Generator,
+    frames: int,
+    height: int,
+    width: int,
+    shake: float = 0.008,
+    masked: bool = False,
 ) -> np.ndarray:
     """Draws one video: objects before a background, a shaky camera; uint8 (shots * frames, H, W, 3).
 
     Each motion is a shot of so many frames. From shot to shot, objects keep their looks and take another place.
+    `masked` draws where the objects are instead, 255 on them and 0 beside.
     """
     time = np.arange(len(motions) * frames)[:, None] / frames
     camera = np.sin(2 * np.pi * (time * rng.uniform(1, 4, 2) + rng.random(2)))
@@ -131,8 +138,10 @@ def _draw_video(
         ]
         sprite = _sprite(rng)
         sprite[..., :3] = 1 - 0.6 * sprite[..., :3]  # lighter than most of the background
+        sprite[..., :3] = 1 if masked else sprite[..., :3]
         objects.append((*np.concatenate(shots, axis=1), sprite))
-    inverted = rng.random() < 0.5
+    background *= not masked
+    inverted = rng.random() < 0.5 and not masked
     rows, columns = np.ogrid[:height, :width]
     video = np.empty((len(camera), height, width, 3), np.uint8)
     for t, (dx, dy) in enumerate(camera):
@@ -148,6 +157,23 @@ def _draw_video(
             view += drawn[..., 3:] * (drawn[..., :3] - view)
         video[t] = 255 * (1 - view if inverted else view) + 0.5
     return video
+
+
+def _draw(recipe: dict, part: str, n: int, masked: bool = False) -> np.ndarray:
+    """Draws a video of a set, or where its objects are."""
+    rng = np.random.default_rng([recipe["seed"], ["train", "test", UNLABELED].index(part), n])
+    motions = [MOTIONS[n % len(MOTIONS)]]
+    if part == UNLABELED:
+        motions = rng.choice(MOTIONS, recipe["shots"], replace=False)
+    return _draw_video(motions, rng, recipe["frames"], *recipe["size"], recipe["shake"], masked)
+
+
+def object_masks(path: str | Path) -> np.ndarray:
+    """Where the objects of a video of a set are, in each frame: uint8 (T, H, W, 3), 255 on them, 0 beside."""
+    path = Path(path).resolve()
+    root = next(folder for folder in path.parents if (folder / SYNTHETIC_MARKER).exists())
+    recipe = json.loads((root / SYNTHETIC_MARKER).read_text())
+    return _draw(recipe, *_synthetic_names(**recipe)[path.relative_to(root).as_posix()], masked=True)
 
 
 def _write_video(path: Path, video: np.ndarray) -> None:
@@ -253,12 +279,9 @@ def make_synthetic(
     names, hidden = _synthetic_names(**recipe), root.with_name(f".{root.name}.partial")
 
     def make(job: tuple[str, tuple[str, int]]) -> None:
-        name, (part, n) = job
-        rng = np.random.default_rng([seed, ["train", "test", UNLABELED].index(part), n])
-        motions = [MOTIONS[n % len(MOTIONS)]] if part != UNLABELED else rng.choice(MOTIONS, shots, replace=False)
-        path = hidden / "made" / name
+        path = hidden / "made" / job[0]
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write_video(path, _draw_video(motions, rng, frames, *size, shake))
+        _write_video(path, _draw(recipe, *job[1]))
 
     with alone(hidden):
         if _is_complete(root, recipe):  # by now
