@@ -463,7 +463,7 @@ class CheckConfig(Options):
 def check(config: CheckConfig, root: str) -> None:
     """Finds videos that can't be read below ROOT, the --data of training; exit code 1 if there are any."""
     root, visit = os.path.abspath(root), functools.partial(_check_video, config.full == "on")
-    with user_errors():
+    with user_errors(path=config.out):
         paths, _ = walk_whole(root)
         bad = visit_videos(visit, paths, root, config.out, config.workers, f"checking {root}")
     advice = f": leave them out with --exclude {shlex.quote(config.out)}" if bad else ""
