@@ -24,12 +24,6 @@ from torch import Tensor, nn
 
 from train import Config, Options, Process, Run, UserError, check_option, fit, method_name, user_errors, write_file
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
-
 # ---------------------------------------------------------------------------------------------------------- folders
 
 _locks: dict[str, TextIO] = {}  # of the run folders that this process has
@@ -50,14 +44,14 @@ def claim_folder(path: Path, resume: str = "") -> None:
             check_replaceable(path / "lock", b"process ")
             file = open(path / "lock", "a+")  # noqa: SIM115, as free_folders closes it
             try:
-                if not fcntl:
-                    raise OSError("this system has none")
+                import fcntl  # Windows has none
+
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except (BlockingIOError, PermissionError) as error:
                 file.seek(0)
                 holder = file.read(200).strip() or "another process"
                 raise UserError(f"{path} is in use by {holder}: wait for its end, or name another --out") from error
-            except OSError as error:
+            except (ImportError, OSError) as error:
                 print(f"warning: {path} can't be locked ({error}): start no second run with this --out")
             _locks[name] = file
             file.truncate(0)
