@@ -65,10 +65,10 @@ def claim_folder(path: Path, resume: str = "") -> None:
         for log in (path / "log.jsonl", path / "bad_videos.log"):
             if log.exists() and not (path / "run.json").exists():
                 raise UserError(f"{log} is of no run, as there is no run.json beside it: name another --out")
-    saved = Path(os.path.realpath(path / "checkpoint.pt"))
-    names = ("epoch_*.pt", "run.json", "log.jsonl", "bad_videos.log", "result.json", "result_confusion.png")
-    for folder, name in ((saved.parent, saved.name), *((path, name) for name in names)):
-        for left in folder.glob(f"{name}.????????.partial"):
+    names = ("run.json", "log.jsonl", "bad_videos.log", "result.json", "result_confusion.png")
+    for name in ("checkpoint.pt", "epoch_*.pt", *names):
+        written = Path(os.path.realpath(path / name))  # where a link leads to
+        for left in written.parent.glob(f"{written.name}.????????.partial"):
             left.unlink(missing_ok=True)
 
 
