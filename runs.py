@@ -95,11 +95,10 @@ def check_replaceable(path: str | Path, *beginnings: bytes) -> None:
 def git_commit() -> str:
     """Commit of the code that runs, "+changes" if its files differ from it; "" outside a git checkout."""
     describe = ["describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+changes"]
-    try:
+    with contextlib.suppress(OSError):
         done = subprocess.run(["git", *describe], cwd=Path(__file__).resolve().parent, capture_output=True, text=True)
-    except OSError:
-        return ""
-    return done.stdout.strip()
+        return done.stdout.strip()
+    return ""
 
 
 def versions() -> dict[str, str]:
