@@ -79,7 +79,7 @@ def blame_machine(error: Exception, path: str | None) -> None:
         raise OSError(number, f"{os.strerror(number)}: {WANTS[number]}", path) from error
 
 
-class Video(contextlib.AbstractContextManager):
+class Video(contextlib.ExitStack):
     """Frame-exact reader of a video file's frames in display order, which decodes only what the chosen frames need.
 
     with Video(path) as video:
@@ -99,6 +99,7 @@ class Video(contextlib.AbstractContextManager):
     """
 
     def __init__(self, path: str | Path):
+        super().__init__()
         self.path, self._container = str(path), None
         try:
             self._state = os.stat(self.path)
@@ -112,7 +113,8 @@ class Video(contextlib.AbstractContextManager):
             with self.bad_video():
                 options = {"format_whitelist": CONTAINERS, "protocol_whitelist": "file", "max_pixels": str(MAX_PIXELS)}
                 tags = {"metadata_errors": "ignore"} if av.__version__.startswith("18.") else {}  # 19 takes any bytes
-                self._container = av.open(f"file:{self.path}", options=options, timeout=DEADLINE, **tags)
+                opened = av.open(f"file:{self.path}", options=options, timeout=DEADLINE, **tags)
+                self._container = self.enter_context(opened)  # for `close`, which gives file and memory back
                 self._read_packets()
                 self._find_order()
         except BaseException:
@@ -298,14 +300,6 @@ class Video(contextlib.AbstractContextManager):
         if None in stamps or any(b <= a for a, b in pairwise(stamps)):
             stamps, unit = range(len(self)), 1 / (stream.average_rate or Fraction(25))
         return [(stamp - stamps[0]) * unit for stamp in stamps]
-
-    def __exit__(self, *_) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Give the file, the decoder's memory and its threads back."""
-        if self._container is not None:
-            self._container.close()
 
     def read(self, frames: Sequence[int]) -> list[np.ndarray]:
         """Decode frames, given by their index in display order (any order, repeats allowed), in one pass.
