@@ -61,11 +61,10 @@ WANTS = {  # of the machine, which no video is to blame for: by the number of th
 
 def is_memory_short() -> bool:
     """Whether the system refuses 256 MiB, more than a video whose frames have `MAX_PIXELS` needs to ask for at once."""
-    try:
+    with contextlib.suppress(OSError):
         mmap.mmap(-1, 2**28).close()
-    except OSError:
-        return True
-    return False
+        return False
+    return True
 
 
 def blame_machine(error: Exception, path: str | None) -> None:
@@ -338,9 +337,8 @@ class Video(contextlib.ExitStack):
                         self._deadline = thread_time() + DEADLINE
             if missing:
                 blame_machine(MemoryError(), self.path)
-            if 4 * len(missing) > len(wanted):
-                raise BadVideo(self.path, f"{len(missing)} of {len(wanted)} frames could not be decoded")
-            if missing:
+                if 4 * len(missing) > len(wanted):
+                    raise BadVideo(self.path, f"{len(missing)} of {len(wanted)} frames could not be decoded")
                 found = sorted(wanted[ticket] for ticket in wanted.keys() - missing)
                 nearest = {k: min(found, key=lambda other: abs(other - k)) for k in (wanted[t] for t in missing)}
                 again = {self._order[k] for k in nearest.values()}
