@@ -121,7 +121,7 @@ def find_videos(
         if unlabeled and apart:
             rows, classes, title = [(path, path, -1) for path in sorted(apart)], [], f"{dataset} {UNLABELED}"
         elif dataset in OFFICIAL_COUNTS or (dataset == "k400" and _named(lists, *K400_TRAIN, *K400_VALIDATION)):
-            rows, classes = _read_official(dataset, root, videos, lists, train, split)
+            rows, classes = _read_official(dataset, root, videos, lists, part, split)
             expected = expected or f" of {len(rows)} listed"  # copies of k400 differ
         else:
             tree = [path for path in videos if path not in apart]
@@ -230,7 +230,7 @@ def _named(lists: Iterable[str], *ends: str) -> list[str]:
 
 
 def _read_official(
-    dataset: str, root: str, videos: Iterable[str], lists: dict[str, str], train: bool, split: int
+    dataset: str, root: str, videos: Iterable[str], lists: dict[str, str], part: str, split: int
 ) -> tuple[list[tuple[str | None, str, int]], list[str]]:
     """Path (None: not on disk), name and label of each listed video, and the classes, by the data set's own lists."""
     file = root
@@ -245,13 +245,12 @@ def _read_official(
     def lines(*ends: str) -> list[str]:
         return [line.strip() for line in read(*ends).split("\n") if line.strip()]
 
-    half = "train" if train else "validation" if dataset == "ssv2" else "test"
     named, tables, end = [], {}, f"_test_split{split}.txt"  # of each video: name without suffix, and label
     try:
         if dataset == "ucf101":
             classes = [line.split()[1] for line in lines("classind.txt")]
             index = {_letters(name): i for i, name in enumerate(classes)}
-            for line in lines(f"{half}list0{split}.txt"):
+            for line in lines(f"{part}list0{split}.txt"):
                 folder, _, name = line.split()[0].partition("/")  # what follows, in training lists, is the class again
                 named.append((os.path.splitext(name)[0], index[_letters(folder)]))
         elif dataset == "hmdb51":
@@ -259,25 +258,25 @@ def _read_official(
             for label, name in enumerate(classes):
                 for line in lines(name.lower() + end):
                     name, tag = line.rsplit(maxsplit=1)
-                    if int(tag) == (1 if train else 2):  # 0: not in this split
+                    if int(tag) == (1 if part == "train" else 2):  # 0: not in this split
                         named.append((os.path.splitext(name)[0], label))
         elif dataset == "k400":
-            for part, ends in ((True, K400_TRAIN), (False, K400_VALIDATION)):
-                if part == train or _named(lists, *ends):
+            for half, ends in (("train", K400_TRAIN), ("validation", K400_VALIDATION)):
+                if half == part or _named(lists, *ends):
                     header, *rest = lines(*ends)
                     fields = [field.strip().lower() for field in header.split(",")]
-                    tables[part] = [(row["youtube_id"], row["label"]) for row in csv.DictReader(rest, fields)]
+                    tables[half] = [(row["youtube_id"], row["label"]) for row in csv.DictReader(rest, fields)]
             classes = sorted({label for table in tables.values() for _, label in table})
             index = {name: i for i, name in enumerate(classes)}
-            named = [(str(name), index[label]) for name, label in tables[train]]
+            named = [(str(name), index[label]) for name, label in tables[part]]
         elif dataset == "diving48":
             classes = [" ".join(dive) for dive in json.loads(read("diving48_vocab.json"))]
-            entries = json.loads(read(f"diving48_v2_{half}.json"))
+            entries = json.loads(read(f"diving48_v2_{part}.json"))
             named = [(str(entry["vid_name"]), entry["label"]) for entry in entries]
         else:
             index = {name: int(i) for name, i in json.loads(read("labels.json")).items()}
             classes = sorted(index, key=index.get)
-            for entry in json.loads(read(f"{half}.json")):
+            for entry in json.loads(read(f"{part}.json")):
                 named.append((str(entry["id"]), index[entry["template"].replace("[", "").replace("]", "")]))
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         what = f"no entry {error}" if isinstance(error, KeyError) else error
