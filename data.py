@@ -430,23 +430,18 @@ def _in_processes(function: Callable, count: int, tasks: Iterable, ahead: int) -
             raise OSError(f"a loader process can't be started: {error.strerror or error}: {advice}") from error
         processes[i], reading[i] = process, None
         end.close()  # the process has the only one, so that its death is the end of the pipe
-        send(i, *pending[i])
+        send(i, pending[i])
 
-    def send(i: int, *tasks: object) -> None:
+    def send(i: int, tasks: Iterable) -> None:
         with contextlib.suppress(BrokenPipeError):  # it died, which the wait for its answer will find
             for task in tasks:
                 pipes[i].send(task)
 
-    def hand_out(i: int) -> None:
-        for task in itertools.islice(tasks, 1):
-            pending[i].append(task)
-            send(i, task)
-
+    for i in [*range(count)] * ahead:
+        pending[i] += itertools.islice(tasks, 1)
     try:
         for i in range(count):
             launch(i)
-        for i in [*range(count)] * ahead:
-            hand_out(i)
         i = 0
         while pending[i]:
             try:
@@ -473,7 +468,9 @@ def _in_processes(function: Callable, count: int, tasks: Iterable, ahead: int) -
                 raise value
             deaths, reading[i] = 0, None
             pending[i].popleft()
-            hand_out(i)
+            following = [*itertools.islice(tasks, 1)]  # none, at the end
+            pending[i] += following
+            send(i, following)
             yield value
             i = (i + 1) % count
     finally:
