@@ -526,26 +526,20 @@ def load_batches(items: Items, batches: Sampler, workers: int = 0) -> Iterator[d
     with contextlib.ExitStack() as locks:
         for n, (slot, length, bad) in enumerate(made):
             if n == 0 and torch.cuda.is_initialized():  # not before the processes have begun
-                locks.enter_context(_page_locked(memory.values()))
+                _lock_pages(memory.values(), locks)
             yield {name: part[slot][:length] for name, part in memory.items()} | {"bad": bad}
 
 
-@contextlib.contextmanager
-def _page_locked(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Keeps memory where it is, so that a GPU copies from it directly, beside other work; where it can't, all goes on
-    without."""
-    runtime, locked = torch.cuda.cudart(), []
+def _lock_pages(tensors: Iterable[Tensor], until: contextlib.ExitStack) -> None:
+    """Keeps memory where it is until the end of a block, so that a GPU copies from it directly, beside other work;
+    where it can't, all goes on without."""
+    runtime = torch.cuda.cudart()
     for tensor in tensors:
         if runtime.cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0):
             with contextlib.suppress(RuntimeError):
                 torch.zeros(1, device="cuda").add_(1)  # takes the error that CUDA keeps for the next kernel
         else:
-            locked.append(tensor)
-    try:
-        yield
-    finally:
-        for tensor in locked:
-            runtime.cudaHostUnregister(tensor.data_ptr())
+            until.callback(runtime.cudaHostUnregister, tensor.data_ptr())
 
 
 def _visited(visit: Callable[[str], None], path: str) -> tuple[str, str]:
