@@ -171,8 +171,6 @@ class Items:
     `write(key, memory)`, which makes an item there and returns (path, reason) of the videos that could not be read.
     """
 
-    videos: VideoList
-
     def __len__(self) -> int:
         return len(self.videos)
 
@@ -304,8 +302,6 @@ class TestClips(Items):
     crop), "label" int64 () (-1: unknown), "index" int64 (), and "bad", empty or [(path, reason)]: an unreadable video
     gives zeros and is never replaced, so that it can be counted as wrong.
     """
-
-    __test__ = False  # not a test case, whatever its name makes pytest think
 
     def __init__(self, videos: VideoList, crop: int, frames: int = 16, frame_stride: int = 2, clips: int = 10):
         self.videos, self.crop, self.frames, self.frame_stride, self.clips = videos, crop, frames, frame_stride, clips
