@@ -32,17 +32,15 @@ SUFFIXES = (  # of files in CONTAINERS, without those of sounds and single pictu
     *("h265", "265", "hevc", "mjpg", "mjpeg", "ogv", "ogg", "ogm", "mxf", "dv", "dif", "ivf"),
 )
 NOT_READ = re.compile(  # names of files and folders that operating systems, network storage and editors make
-    r"\..*|@eadir|@tmp|@recycle|@recently-snapshot|#recycle|#snapshot|~snapshot|\$recycle\.bin|recycler|lost\+found|"
-    r"system volume information|__macosx|network trash folder|temporary items|__pycache__|thumbs\.db|desktop\.ini",
-    re.IGNORECASE,
+    r"(?i)\..*|@eadir|@tmp|@recycle|@recently-snapshot|#recycle|#snapshot|~snapshot|\$recycle\.bin|recycler|lost\+found|"
+    r"system volume information|__macosx|network trash folder|temporary items|__pycache__|thumbs\.db|desktop\.ini"
 )
 PART = re.compile(  # names of folders that divide a data set
-    r"(?:(train)(?:ing)?|(test)(?:ing)?|(val)(?:id(?:at(?:e|ion))?)?)(?:[_ -]?set)?[_ -]?(?:\d+(?:p|x\d+)?)?",
-    re.IGNORECASE,
+    r"(?i)(?:(train)(?:ing)?|(test)(?:ing)?|(val)(?:id(?:at(?:e|ion))?)?)(?:[_ -]?set)?[_ -]?(?:\d+(?:p|x\d+)?)?"
 )
 NUMBER, SEPARATED = r"[+-]?\d+(?:\.\d*)?", r"[\s,;|]+"  # in a list, and what may stand between its fields
 # Ends of a video's name in a line of a list, with suffix and without: of "a b c", "a b" may be it, and "b c" its label.
-SUFFIXED = re.compile(rf"\.(?:{'|'.join(SUFFIXES)})(?=[\s,;|]|$)", re.IGNORECASE)
+SUFFIXED = re.compile(rf"(?i)\.(?:{'|'.join(SUFFIXES)})(?=[\s,;|]|$)")
 BARE = re.compile(rf"(?<=[^\s,;|])(?=(?:\s+\S+|(?:\s+{NUMBER})*|\s*[,;|\t].*)$)")
 QUOTED = re.compile(r"""(["'])((?:(?!\1).|\1\1)*)\1(?=[\s,;|]|$)""")  # a field in quotes, in which a quote is doubled
 K400_TRAIN, K400_VALIDATION = ("train.csv",), ("val.csv", "valid.csv", "validate.csv", "validation.csv")
