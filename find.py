@@ -24,7 +24,6 @@ from synthetic import MOTIONS, SYNTHETIC_MARKER, SYNTHETIC_VERSION, UNLABELED, m
 from train import SWITCH, Options, option, user_errors
 from video import Video
 
-DATASETS = ("synthetic", "folder", "ucf101", "hmdb51", "k400", "diving48", "ssv2")
 SUFFIXES = (  # of files in CONTAINERS, without those of sounds and single pictures
     *("avi", "divx", "xvid", "mp4", "m4v", "mp4v", "mpeg4", "mov", "qt", "f4v", "3gp", "3gpp", "3g2", "3gp2", "ismv"),
     *("mkv", "mk3d", "webm", "mpg", "mpeg", "mpe", "mpv", "m1v", "m2v", "m2p", "mp2v", "mpv2", "vob", "evo", "vro"),
@@ -53,6 +52,7 @@ LAYOUTS = {
     "diving48": "rgb/VID_NAME.mp4, Diving48_V2_train.json, Diving48_V2_test.json and Diving48_vocab.json",
     "ssv2": "ID.webm below any folder, labels.json, train.json and validation.json",
 }
+DATASETS = tuple(LAYOUTS)
 OFFICIAL_COUNTS = {  # train and test videos of each split
     "ucf101": [(9537, 3783), (9586, 3734), (9624, 3696)],
     "hmdb51": [(3570, 1530)] * 3,
