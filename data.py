@@ -374,7 +374,7 @@ def collate(items: list[dict]) -> dict:
 
 def _serve(pipe: multiprocessing.connection.Connection, function: Callable, killers: dict) -> None:
     """What a process of `_in_processes` does, until its parent ends it or is gone."""
-    global _parent
+    global _killers, _parent
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the parent's handler
     if hasattr(os, "setpgid"):  # a terminal's Ctrl-C and a launcher's SIGTERM reach the parent, which decides
         os.setpgid(0, 0)
@@ -382,8 +382,7 @@ def _serve(pipe: multiprocessing.connection.Connection, function: Callable, kill
     if sys.platform == "linux":  # keep freed memory, but give blocks of 8 MB and more, as of 4K frames, back
         for parameter, value in ((-1, 2**28), (-4, 2**16), (-3, 2**23)):  # M_TRIM_THRESHOLD, M_MMAP_MAX, …_THRESHOLD
             ctypes.CDLL(None).mallopt(parameter, value)
-    _killers.update(killers)
-    _parent = pipe
+    _killers, _parent = killers, pipe
     parent = multiprocessing.parent_process().sentinel
     with contextlib.suppress(BrokenPipeError):  # the parent is gone
         while parent not in multiprocessing.connection.wait([pipe, parent]):
