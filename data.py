@@ -111,26 +111,23 @@ def empty_clips(*shape: int) -> Tensor:
     return torch.empty(*leading, frames, height, width, channels, dtype=torch.uint8).movedim(-1, -4)
 
 
-def crop_resize(
-    images: Sequence[np.ndarray], region: Region, flip: bool, size: int, out: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def crop_resize(images: Sequence[np.ndarray], region: Region, flip: bool, out: Tensor) -> Tensor:
     """Crop images, flip the crop and resize it; the only place that makes a box, so that it is the box applied.
 
-    Takes T images uint8 (H, W, 3), and perhaps memory of `empty_clips` for the clip. Returns the clip, uint8 (3, T,
-    size, size), and its box, float32 (x0, y0, x1, y1) in pixels of the images: the column at x / size of the clip shows
-    the image at x0 + (x / size)·(x1 − x0), so that a horizontal flip swaps x0 and x1.
+    Takes T images uint8 (H, W, 3), and memory of `empty_clips` for the clip, uint8 (3, T, size, size). Returns its box,
+    float32 (x0, y0, x1, y1) in pixels of the images: the column at x / size of the clip shows the image at
+    x0 + (x / size)·(x1 − x0), so that a horizontal flip swaps x0 and x1.
     """
-    clip = empty_clips(3, len(images), size, size) if out is None else out
     top, left, h, w = region
     for i in range(0, len(images), 4):  # as many as fit in a core's cache
         crops = [image[top : top + h, left : left + w] for image in images[i : i + 4]]
         crops = torch.from_numpy(np.stack(crops) if len(crops) > 1 else crops[0][None])
         if flip:
             crops = crops.flatten(0, 1).flip(1).view_as(crops)  # in 3-D: faster than in 4-D
-        crops, resized = crops.permute(0, 3, 1, 2), clip[:, i : i + 4].transpose(0, 1)
-        torch.ops.aten.upsample_bilinear2d.out(crops, (size, size), False, out=resized)  # F.interpolate has no `out`
+        crops, resized = crops.permute(0, 3, 1, 2), out[:, i : i + 4].transpose(0, 1)
+        torch.ops.aten.upsample_bilinear2d.out(crops, out.shape[2:], False, out=resized)  # F.interpolate has no `out`
     x0, x1 = (left + w, left) if flip else (left, left + w)
-    return clip, torch.tensor([x0, top, x1, top + h], dtype=torch.float32)
+    return torch.tensor([x0, top, x1, top + h], dtype=torch.float32)
 
 
 def crop_frames(
@@ -143,7 +140,7 @@ def crop_frames(
         part = list(part)
         if there:
             shown = [images[frame] for frame in part]
-            _, applied = crop_resize(shown, region, flip, out.shape[-1], out[:, place : place + len(part)])
+            applied = crop_resize(shown, region, flip, out[:, place : place + len(part)])
             if box is not None:
                 box.copy_(applied)
         place += len(part)

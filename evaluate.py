@@ -507,7 +507,7 @@ class WithHalves(data.TestClips):
         for clip, half in zip(clips, halves, strict=True):
             region = data.draw_region(rng, self.crop, self.crop)
             images = clip.permute(1, 2, 3, 0).numpy()  # (frames, crop, crop, 3)
-            data.crop_resize(images, region, bool(rng.random() < 0.5), self.crop, half)
+            data.crop_resize(images, region, bool(rng.random() < 0.5), half)
         return bad
 
 
