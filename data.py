@@ -111,26 +111,23 @@ def empty_clips(*shape: int) -> Tensor:
     return torch.empty(*leading, frames, height, width, channels, dtype=torch.uint8).movedim(-1, -4)
 
 
-def crop_resize(
-    images: Sequence[np.ndarray], region: Region, flip: bool, size: int, out: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def crop_resize(images: Sequence[np.ndarray], region: Region, flip: bool, out: Tensor) -> Tensor:
     """Crop images, flip the crop and resize it; the only place that makes a box, so that it is the box applied.
 
-    Takes T images uint8 (H, W, 3), and perhaps memory of `empty_clips` for the clip. Returns the clip, uint8 (3, T,
-    size, size), and its box, float32 (x0, y0, x1, y1) in pixels of the images: the column at x / size of the clip shows
-    the image at x0 + (x / size)·(x1 − x0), so that a horizontal flip swaps x0 and x1.
+    Takes T images uint8 (H, W, 3), and memory of `empty_clips` for the clip, uint8 (3, T, size, size). Returns its box,
+    float32 (x0, y0, x1, y1) in pixels of the images: the column at x / size of the clip shows the image at
+    x0 + (x / size)·(x1 − x0), so that a horizontal flip swaps x0 and x1.
     """
-    clip = empty_clips(3, len(images), size, size) if out is None else out
     top, left, h, w = region
     for i in range(0, len(images), 4):  # as many as fit in a core's cache
         crops = [image[top : top + h, left : left + w] for image in images[i : i + 4]]
         crops = torch.from_numpy(np.stack(crops) if len(crops) > 1 else crops[0][None])
         if flip:
             crops = crops.flatten(0, 1).flip(1).view_as(crops)  # in 3-D: faster than in 4-D
-        crops, resized = crops.permute(0, 3, 1, 2), clip[:, i : i + 4].transpose(0, 1)
-        torch.ops.aten.upsample_bilinear2d.out(crops, (size, size), False, out=resized)  # F.interpolate has no `out`
+        crops, resized = crops.permute(0, 3, 1, 2), out[:, i : i + 4].transpose(0, 1)
+        torch.ops.aten.upsample_bilinear2d.out(crops, out.shape[2:], False, out=resized)  # F.interpolate has no `out`
     x0, x1 = (left + w, left) if flip else (left, left + w)
-    return clip, torch.tensor([x0, top, x1, top + h], dtype=torch.float32)
+    return torch.tensor([x0, top, x1, top + h], dtype=torch.float32)
 
 
 def crop_frames(
@@ -143,7 +140,7 @@ def crop_frames(
         part = list(part)
         if there:
             shown = [images[frame] for frame in part]
-            _, applied = crop_resize(shown, region, flip, out.shape[-1], out[:, place : place + len(part)])
+            applied = crop_resize(shown, region, flip, out[:, place : place + len(part)])
             if box is not None:
                 box.copy_(applied)
         place += len(part)
@@ -170,8 +167,6 @@ class Items:
     A subclass has `videos`, `empty(*batch)`, which gives a dict of memory for an item or for a batch of them, and
     `write(key, memory)`, which makes an item there and returns (path, reason) of the videos that could not be read.
     """
-
-    videos: VideoList
 
     def __len__(self) -> int:
         return len(self.videos)
@@ -305,8 +300,6 @@ class TestClips(Items):
     gives zeros and is never replaced, so that it can be counted as wrong.
     """
 
-    __test__ = False  # not a test case, whatever its name makes pytest think
-
     def __init__(self, videos: VideoList, crop: int, frames: int = 16, frame_stride: int = 2, clips: int = 10):
         self.videos, self.crop, self.frames, self.frame_stride, self.clips = videos, crop, frames, frame_stride, clips
 
@@ -374,15 +367,9 @@ class StepSampler(Sampler):
                 yield [(epoch, int(index)) for index in order[begin : begin + self.batch_size]]
 
 
-def collate(items: list[dict]) -> dict:
-    """Stack the items' entries into a batch; the lists "bad" are joined into one."""
-    batch = {name: torch.stack([item[name] for item in items]) for name in items[0] if name != "bad"}
-    return batch | {"bad": [entry for item in items for entry in item["bad"]]}
-
-
 def _serve(pipe: multiprocessing.connection.Connection, function: Callable, killers: dict) -> None:
     """What a process of `_in_processes` does, until its parent ends it or is gone."""
-    global _parent
+    global _killers, _parent
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the parent's handler
     if hasattr(os, "setpgid"):  # a terminal's Ctrl-C and a launcher's SIGTERM reach the parent, which decides
         os.setpgid(0, 0)
@@ -390,8 +377,7 @@ def _serve(pipe: multiprocessing.connection.Connection, function: Callable, kill
     if sys.platform == "linux":  # keep freed memory, but give blocks of 8 MB and more, as of 4K frames, back
         for parameter, value in ((-1, 2**28), (-4, 2**16), (-3, 2**23)):  # M_TRIM_THRESHOLD, M_MMAP_MAX, …_THRESHOLD
             ctypes.CDLL(None).mallopt(parameter, value)
-    _killers.update(killers)
-    _parent = pipe
+    _killers, _parent = killers, pipe
     parent = multiprocessing.parent_process().sentinel
     with contextlib.suppress(BrokenPipeError):  # the parent is gone
         while parent not in multiprocessing.connection.wait([pipe, parent]):
@@ -434,23 +420,18 @@ def _in_processes(function: Callable, count: int, tasks: Iterable, ahead: int) -
             raise OSError(f"a loader process can't be started: {error.strerror or error}: {advice}") from error
         processes[i], reading[i] = process, None
         end.close()  # the process has the only one, so that its death is the end of the pipe
-        send(i, *pending[i])
+        send(i, pending[i])
 
-    def send(i: int, *tasks: object) -> None:
+    def send(i: int, tasks: Iterable) -> None:
         with contextlib.suppress(BrokenPipeError):  # it died, which the wait for its answer will find
             for task in tasks:
                 pipes[i].send(task)
 
-    def hand_out(i: int) -> None:
-        for task in itertools.islice(tasks, 1):
-            pending[i].append(task)
-            send(i, task)
-
+    for i in [*range(count)] * ahead:
+        pending[i] += itertools.islice(tasks, 1)
     try:
         for i in range(count):
             launch(i)
-        for i in [*range(count)] * ahead:
-            hand_out(i)
         i = 0
         while pending[i]:
             try:
@@ -477,7 +458,9 @@ def _in_processes(function: Callable, count: int, tasks: Iterable, ahead: int) -
                 raise value
             deaths, reading[i] = 0, None
             pending[i].popleft()
-            hand_out(i)
+            following = [*itertools.islice(tasks, 1)]  # none, at the end
+            pending[i] += following
+            send(i, following)
             yield value
             i = (i + 1) % count
     finally:
@@ -533,26 +516,20 @@ def load_batches(items: Items, batches: Sampler, workers: int = 0) -> Iterator[d
     with contextlib.ExitStack() as locks:
         for n, (slot, length, bad) in enumerate(made):
             if n == 0 and torch.cuda.is_initialized():  # not before the processes have begun
-                locks.enter_context(_page_locked(memory.values()))
+                _lock_pages(memory.values(), locks)
             yield {name: part[slot][:length] for name, part in memory.items()} | {"bad": bad}
 
 
-@contextlib.contextmanager
-def _page_locked(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Keeps memory where it is, so that a GPU copies from it directly, beside other work; where it can't, all goes on
-    without."""
-    runtime, locked = torch.cuda.cudart(), []
+def _lock_pages(tensors: Iterable[Tensor], until: contextlib.ExitStack) -> None:
+    """Keeps memory where it is until the end of a block, so that a GPU copies from it directly, beside other work;
+    where it can't, all goes on without."""
+    runtime = torch.cuda.cudart()
     for tensor in tensors:
         if runtime.cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0):
             with contextlib.suppress(RuntimeError):
                 torch.zeros(1, device="cuda").add_(1)  # takes the error that CUDA keeps for the next kernel
         else:
-            locked.append(tensor)
-    try:
-        yield
-    finally:
-        for tensor in locked:
-            runtime.cudaHostUnregister(tensor.data_ptr())
+            until.callback(runtime.cudaHostUnregister, tensor.data_ptr())
 
 
 def _visited(visit: Callable[[str], None], path: str) -> tuple[str, str]:
@@ -574,19 +551,14 @@ def visit_videos(visit: Callable, paths: Sequence[str], root: str, out: str | Pa
     if os.path.isfile(out) and not re.match(rb"""\Z|(['"]).*\1\t""", Path(out).read_bytes()):
         raise FileExistsError(f"{out} is no list of bad videos: name another file")
     bad, pause = 0, 0.5 if sys.stderr.isatty() else 30  # seconds, as in training
-    try:
-        with (
-            open(out, "w", encoding="utf-8", buffering=1) as file,  # by lines: an interrupt loses none
-            contextlib.closing(_in_processes(functools.partial(_visited, visit), workers, paths, 8)) as visited,
-        ):
-            for path, reason in tqdm(visited, what, len(paths), dynamic_ncols=True, mininterval=pause):
-                if reason:
-                    bad += 1
-                    file.write(f"{os.path.relpath(path, root)!a}\t{reason}\n")
-    except OSError as error:  # that of a full disk has no name
-        if error.errno:
-            error.filename = error.filename or str(out)
-        raise
+    with (
+        open(out, "w", encoding="utf-8", buffering=1) as file,  # by lines: an interrupt loses none
+        contextlib.closing(_in_processes(functools.partial(_visited, visit), workers, paths, 8)) as visited,
+    ):
+        for path, reason in tqdm(visited, what, len(paths), dynamic_ncols=True, mininterval=pause):
+            if reason:
+                bad += 1
+                file.write(f"{os.path.relpath(path, root)!a}\t{reason}\n")
     return bad
 
 

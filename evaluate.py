@@ -423,7 +423,7 @@ class CachedViews(data.Items):
 def cached_features(encoder: nn.Module, config: LinearConfig, process: Process, views: data.PretrainingViews) -> tuple:
     """Features of --cached views of each video (videos, views, C), and labels (videos,), without unreadable videos."""
     batch_size = max(config.test_batch * config.clips // config.cached, 1)  # as many clips a forward as in testing
-    arguments = CachedViews(views, config.cached), process, loader_workers(config, process), batch_size
+    arguments = CachedViews(views, config.cached), process, loader_workers(config), batch_size
     features, good, _ = clip_outputs(unit_features(encoder), *arguments, "training videos")
     return features[good], torch.tensor(views.videos.labels)[good]
 
@@ -442,7 +442,7 @@ def classify(config: ClassifyConfig) -> None:
     def make_loader(start: int) -> Iterator[dict]:
         sampler.start_step = start
         if not cached:
-            return data.load_batches(views, sampler, loader_workers(config, process))
+            return data.load_batches(views, sampler, loader_workers(config))
         features, labels = cached
         batches = (torch.tensor(keys).unbind(1) for keys in sampler)
         return ({"feature": features[v, epoch % features.shape[1]], "label": labels[v]} for epoch, v in batches)
@@ -582,7 +582,7 @@ class WithHalves(data.TestClips):
         for clip, half in zip(clips, halves, strict=True):
             region = data.draw_region(rng, self.crop, self.crop)
             images = clip.permute(1, 2, 3, 0).numpy()  # (frames, crop, crop, 3)
-            data.crop_resize(images, region, bool(rng.random() < 0.5), self.crop, half)
+            data.crop_resize(images, region, bool(rng.random() < 0.5), half)
         return bad
 
 

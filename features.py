@@ -170,7 +170,7 @@ def video_outputs(
 ) -> tuple[Tensor, Tensor, list]:
     """`clip_outputs` for the uniformly spaced clips that the options ask for."""
     clips = data.TestClips(videos, config.crop, config.frames, config.frame_stride, config.clips)
-    return clip_outputs(function, clips, process, loader_workers(config, process), config.test_batch, title, average)
+    return clip_outputs(function, clips, process, loader_workers(config), config.test_batch, title, average)
 
 
 def nearest(queries: Tensor, gallery: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,6 @@ from synthetic import MOTIONS, SYNTHETIC_MARKER, SYNTHETIC_VERSION, UNLABELED, m
 from train import SWITCH, Options, option, user_errors
 from video import Video
 
-DATASETS = ("synthetic", "folder", "ucf101", "hmdb51", "k400", "diving48", "ssv2")
 SUFFIXES = (  # of files in CONTAINERS, without those of sounds and single pictures
     *("avi", "divx", "xvid", "mp4", "m4v", "mp4v", "mpeg4", "mov", "qt", "f4v", "3gp", "3gpp", "3g2", "3gp2", "ismv"),
     *("mkv", "mk3d", "webm", "mpg", "mpeg", "mpe", "mpv", "m1v", "m2v", "m2p", "mp2v", "mpv2", "vob", "evo", "vro"),
@@ -32,17 +31,15 @@ SUFFIXES = (  # of files in CONTAINERS, without those of sounds and single pictu
     *("h265", "265", "hevc", "mjpg", "mjpeg", "ogv", "ogg", "ogm", "mxf", "dv", "dif", "ivf"),
 )
 NOT_READ = re.compile(  # names of files and folders that operating systems, network storage and editors make
-    r"\..*|@eadir|@tmp|@recycle|@recently-snapshot|#recycle|#snapshot|~snapshot|\$recycle\.bin|recycler|lost\+found|"
-    r"system volume information|__macosx|network trash folder|temporary items|__pycache__|thumbs\.db|desktop\.ini",
-    re.IGNORECASE,
+    r"(?i)\..*|@eadir|@tmp|@recycle|@recently-snapshot|#recycle|#snapshot|~snapshot|\$recycle\.bin|recycler|lost\+found|"
+    r"system volume information|__macosx|network trash folder|temporary items|__pycache__|thumbs\.db|desktop\.ini"
 )
 PART = re.compile(  # names of folders that divide a data set
-    r"(?:(train)(?:ing)?|(test)(?:ing)?|(val)(?:id(?:at(?:e|ion))?)?)(?:[_ -]?set)?[_ -]?(?:\d+(?:p|x\d+)?)?",
-    re.IGNORECASE,
+    r"(?i)(?:(train)(?:ing)?|(test)(?:ing)?|(val)(?:id(?:at(?:e|ion))?)?)(?:[_ -]?set)?[_ -]?(?:\d+(?:p|x\d+)?)?"
 )
 NUMBER, SEPARATED = r"[+-]?\d+(?:\.\d*)?", r"[\s,;|]+"  # in a list, and what may stand between its fields
 # Ends of a video's name in a line of a list, with suffix and without: of "a b c", "a b" may be it, and "b c" its label.
-SUFFIXED = re.compile(rf"\.(?:{'|'.join(SUFFIXES)})(?=[\s,;|]|$)", re.IGNORECASE)
+SUFFIXED = re.compile(rf"(?i)\.(?:{'|'.join(SUFFIXES)})(?=[\s,;|]|$)")
 BARE = re.compile(rf"(?<=[^\s,;|])(?=(?:\s+\S+|(?:\s+{NUMBER})*|\s*[,;|\t].*)$)")
 QUOTED = re.compile(r"""(["'])((?:(?!\1).|\1\1)*)\1(?=[\s,;|]|$)""")  # a field in quotes, in which a quote is doubled
 K400_TRAIN, K400_VALIDATION = ("train.csv",), ("val.csv", "valid.csv", "validate.csv", "validation.csv")
@@ -55,6 +52,7 @@ LAYOUTS = {
     "diving48": "rgb/VID_NAME.mp4, Diving48_V2_train.json, Diving48_V2_test.json and Diving48_vocab.json",
     "ssv2": "ID.webm below any folder, labels.json, train.json and validation.json",
 }
+DATASETS = tuple(LAYOUTS)
 OFFICIAL_COUNTS = {  # train and test videos of each split
     "ucf101": [(9537, 3783), (9586, 3734), (9624, 3696)],
     "hmdb51": [(3570, 1530)] * 3,
@@ -121,7 +119,7 @@ def find_videos(
         if unlabeled and apart:
             rows, classes, title = [(path, path, -1) for path in sorted(apart)], [], f"{dataset} {UNLABELED}"
         elif dataset in OFFICIAL_COUNTS or (dataset == "k400" and _named(lists, *K400_TRAIN, *K400_VALIDATION)):
-            rows, classes = _read_official(dataset, root, videos, lists, train, split)
+            rows, classes = _read_official(dataset, root, videos, lists, part, split)
             expected = expected or f" of {len(rows)} listed"  # copies of k400 differ
         else:
             tree = [path for path in videos if path not in apart]
@@ -211,8 +209,6 @@ def walk(root: str) -> tuple[list[str], list[str], list[str]]:
 def walk_whole(root: str) -> tuple[list[str], list[str]]:
     """Paths of all videos below a folder, and of all other files. Raises FileNotFoundError when there is no video,
     PermissionError when there is a folder that may not be listed."""
-    if not os.path.isdir(root):
-        raise FileNotFoundError(f"{root}: no such folder")
     videos, others, closed = walk(root)
     if closed:
         raise PermissionError(f"{closed[0]}: no permission to list this folder")
@@ -232,7 +228,7 @@ def _named(lists: Iterable[str], *ends: str) -> list[str]:
 
 
 def _read_official(
-    dataset: str, root: str, videos: Iterable[str], lists: dict[str, str], train: bool, split: int
+    dataset: str, root: str, videos: Iterable[str], lists: dict[str, str], part: str, split: int
 ) -> tuple[list[tuple[str | None, str, int]], list[str]]:
     """Path (None: not on disk), name and label of each listed video, and the classes, by the data set's own lists."""
     file = root
@@ -247,13 +243,12 @@ def _read_official(
     def lines(*ends: str) -> list[str]:
         return [line.strip() for line in read(*ends).split("\n") if line.strip()]
 
-    half = "train" if train else "validation" if dataset == "ssv2" else "test"
     named, tables, end = [], {}, f"_test_split{split}.txt"  # of each video: name without suffix, and label
     try:
         if dataset == "ucf101":
             classes = [line.split()[1] for line in lines("classind.txt")]
             index = {_letters(name): i for i, name in enumerate(classes)}
-            for line in lines(f"{half}list0{split}.txt"):
+            for line in lines(f"{part}list0{split}.txt"):
                 folder, _, name = line.split()[0].partition("/")  # what follows, in training lists, is the class again
                 named.append((os.path.splitext(name)[0], index[_letters(folder)]))
         elif dataset == "hmdb51":
@@ -261,25 +256,25 @@ def _read_official(
             for label, name in enumerate(classes):
                 for line in lines(name.lower() + end):
                     name, tag = line.rsplit(maxsplit=1)
-                    if int(tag) == (1 if train else 2):  # 0: not in this split
+                    if int(tag) == (1 if part == "train" else 2):  # 0: not in this split
                         named.append((os.path.splitext(name)[0], label))
         elif dataset == "k400":
-            for part, ends in ((True, K400_TRAIN), (False, K400_VALIDATION)):
-                if part == train or _named(lists, *ends):
+            for half, ends in (("train", K400_TRAIN), ("validation", K400_VALIDATION)):
+                if half == part or _named(lists, *ends):
                     header, *rest = lines(*ends)
                     fields = [field.strip().lower() for field in header.split(",")]
-                    tables[part] = [(row["youtube_id"], row["label"]) for row in csv.DictReader(rest, fields)]
+                    tables[half] = [(row["youtube_id"], row["label"]) for row in csv.DictReader(rest, fields)]
             classes = sorted({label for table in tables.values() for _, label in table})
             index = {name: i for i, name in enumerate(classes)}
-            named = [(str(name), index[label]) for name, label in tables[train]]
+            named = [(str(name), index[label]) for name, label in tables[part]]
         elif dataset == "diving48":
             classes = [" ".join(dive) for dive in json.loads(read("diving48_vocab.json"))]
-            entries = json.loads(read(f"diving48_v2_{half}.json"))
+            entries = json.loads(read(f"diving48_v2_{part}.json"))
             named = [(str(entry["vid_name"]), entry["label"]) for entry in entries]
         else:
             index = {name: int(i) for name, i in json.loads(read("labels.json")).items()}
             classes = sorted(index, key=index.get)
-            for entry in json.loads(read(f"{half}.json")):
+            for entry in json.loads(read(f"{part}.json")):
                 named.append((str(entry["id"]), index[entry["template"].replace("[", "").replace("]", "")]))
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         what = f"no entry {error}" if isinstance(error, KeyError) else error
@@ -463,7 +458,7 @@ class CheckConfig(Options):
 def check(config: CheckConfig, root: str) -> None:
     """Finds videos that can't be read below ROOT, the --data of training; exit code 1 if there are any."""
     root, visit = os.path.abspath(root), functools.partial(_check_video, config.full == "on")
-    with user_errors():
+    with user_errors(path=config.out):
         paths, _ = walk_whole(root)
         bad = visit_videos(visit, paths, root, config.out, config.workers, f"checking {root}")
     advice = f": leave them out with --exclude {shlex.quote(config.out)}" if bad else ""

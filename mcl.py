@@ -238,9 +238,9 @@ def make_maps(config: MapsConfig) -> None:
     """Makes the motion maps that MCL trains with, once for each training video. Those that are there stay."""
     videos, maps = config.find_videos(), MotionMaps(config)
     print(videos.report)
-    with user_errors((OSError,)):
+    bad = maps.folder / "bad_videos.txt"
+    with user_errors((OSError,), bad):
         maps.folder.mkdir(parents=True, exist_ok=True)
-        bad = maps.folder / "bad_videos.txt"
         count = data.visit_videos(maps.visit, videos.paths, config.root, bad, config.workers, f"making {maps.folder}")
     advice = f"; {count} can't be read: {bad}, for --exclude" * (count > 0)
     print(f"{maps.folder} holds the maps of {len(videos) - count} videos{advice}")

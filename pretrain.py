@@ -166,7 +166,7 @@ def pretrain(method_class: type[Method], config: PretrainConfig) -> None:
 
     def make_loader(start: int) -> Iterator[dict]:
         sampler.start_step = start
-        return data.load_batches(views, sampler, loader_workers(config, process))
+        return data.load_batches(views, sampler, loader_workers(config))
 
     name = method_name(type(config)).lower()
     unused = f"runs/{name}-{config.dataset}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -180,7 +180,7 @@ def pretrain(method_class: type[Method], config: PretrainConfig) -> None:
 
         shape = config.crop, config.frames, config.frame_stride
         encoders = {"untrained": untrained, name: method.encoder}
-        evaluate.first_look(encoders, config.root, shape, process, loader_workers(config, process))
+        evaluate.first_look(encoders, config.root, shape, process, loader_workers(config))
     quoted, script = shlex.quote(str(checkpoint)), shlex.join(program())
     process.say(
         f"\nnext:\n  python evaluate.py retrieve --checkpoint {quoted}    # R@k, 10 clips a video\n"

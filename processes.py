@@ -112,7 +112,7 @@ def end_process() -> None:
         dist.destroy_process_group()
 
 
-def loader_workers(config: TrainConfig, process: Process) -> int:
+def loader_workers(config: TrainConfig) -> int:
     """Number of loader processes: `--workers`, or this process's share of the CPU cores, at most 8."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

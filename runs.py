@@ -24,12 +24,6 @@ from torch import Tensor, nn
 
 from train import Config, Options, Process, Run, UserError, check_option, fit, method_name, user_errors, write_file
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
-
 # ---------------------------------------------------------------------------------------------------------- folders
 
 _locks: dict[str, TextIO] = {}  # of the run folders that this process has
@@ -50,14 +44,14 @@ def claim_folder(path: Path, resume: str = "") -> None:
             check_replaceable(path / "lock", b"process ")
             file = open(path / "lock", "a+")  # noqa: SIM115, as free_folders closes it
             try:
-                if not fcntl:
-                    raise OSError("this system has none")
+                import fcntl  # Windows has none
+
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except (BlockingIOError, PermissionError) as error:
                 file.seek(0)
                 holder = file.read(200).strip() or "another process"
                 raise UserError(f"{path} is in use by {holder}: wait for its end, or name another --out") from error
-            except OSError as error:
+            except (ImportError, OSError) as error:
                 print(f"warning: {path} can't be locked ({error}): start no second run with this --out")
             _locks[name] = file
             file.truncate(0)
@@ -71,10 +65,10 @@ def claim_folder(path: Path, resume: str = "") -> None:
         for log in (path / "log.jsonl", path / "bad_videos.log"):
             if log.exists() and not (path / "run.json").exists():
                 raise UserError(f"{log} is of no run, as there is no run.json beside it: name another --out")
-    saved = Path(os.path.realpath(path / "checkpoint.pt"))
-    names = ("epoch_*.pt", "run.json", "log.jsonl", "bad_videos.log", "result.json", "result_confusion.png")
-    for folder, name in ((saved.parent, saved.name), *((path, name) for name in names)):
-        for left in folder.glob(f"{name}.????????.partial"):
+    names = ("run.json", "log.jsonl", "bad_videos.log", "result.json", "result_confusion.png")
+    for name in ("checkpoint.pt", "epoch_*.pt", *names):
+        written = Path(os.path.realpath(path / name))  # where a link leads to
+        for left in written.parent.glob(f"{written.name}.????????.partial"):
             left.unlink(missing_ok=True)
 
 
@@ -101,11 +95,10 @@ def check_replaceable(path: str | Path, *beginnings: bytes) -> None:
 def git_commit() -> str:
     """Commit of the code that runs, "+changes" if its files differ from it; "" outside a git checkout."""
     describe = ["describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+changes"]
-    try:
+    with contextlib.suppress(OSError):
         done = subprocess.run(["git", *describe], cwd=Path(__file__).resolve().parent, capture_output=True, text=True)
-    except OSError:
-        return ""
-    return done.stdout.strip()
+        return done.stdout.strip()
+    return ""
 
 
 def versions() -> dict[str, str]:

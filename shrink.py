@@ -101,7 +101,7 @@ def shrink(config: ShrinkConfig, data: str, folder: str) -> None:
         write_file(out / RECIPE, recipe)
         targets = {path: out / os.path.relpath(path, root) for path in [*videos, *filter(os.path.isfile, others)]}
         first = {identity(path): path for path in reversed(targets) if targets[path] != out / FAILED}
-        with alone(out / HIDDEN):
+        with alone(out / HIDDEN), user_errors(path=out / FAILED):
             (out / HIDDEN / "made").mkdir()
             todo = [path for path in first.values() if not targets[path].exists()]
             visit = functools.partial(_shrink_file, root, out, config)

@@ -61,11 +61,10 @@ WANTS = {  # of the machine, which no video is to blame for: by the number of th
 
 def is_memory_short() -> bool:
     """Whether the system refuses 256 MiB, more than a video whose frames have `MAX_PIXELS` needs to ask for at once."""
-    try:
+    with contextlib.suppress(OSError):
         mmap.mmap(-1, 2**28).close()
-    except OSError:
-        return True
-    return False
+        return False
+    return True
 
 
 def blame_machine(error: Exception, path: str | None) -> None:
@@ -79,7 +78,7 @@ def blame_machine(error: Exception, path: str | None) -> None:
         raise OSError(number, f"{os.strerror(number)}: {WANTS[number]}", path) from error
 
 
-class Video(contextlib.AbstractContextManager):
+class Video(contextlib.ExitStack):
     """Frame-exact reader of a video file's frames in display order, which decodes only what the chosen frames need.
 
     with Video(path) as video:
@@ -99,6 +98,7 @@ class Video(contextlib.AbstractContextManager):
     """
 
     def __init__(self, path: str | Path):
+        super().__init__()
         self.path, self._container = str(path), None
         try:
             self._state = os.stat(self.path)
@@ -112,7 +112,8 @@ class Video(contextlib.AbstractContextManager):
             with self.bad_video():
                 options = {"format_whitelist": CONTAINERS, "protocol_whitelist": "file", "max_pixels": str(MAX_PIXELS)}
                 tags = {"metadata_errors": "ignore"} if av.__version__.startswith("18.") else {}  # 19 takes any bytes
-                self._container = av.open(f"file:{self.path}", options=options, timeout=DEADLINE, **tags)
+                opened = av.open(f"file:{self.path}", options=options, timeout=DEADLINE, **tags)
+                self._container = self.enter_context(opened)  # for `close`, which gives file and memory back
                 self._read_packets()
                 self._find_order()
         except BaseException:
@@ -299,14 +300,6 @@ class Video(contextlib.AbstractContextManager):
             stamps, unit = range(len(self)), 1 / (stream.average_rate or Fraction(25))
         return [(stamp - stamps[0]) * unit for stamp in stamps]
 
-    def __exit__(self, *_) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Give the file, the decoder's memory and its threads back."""
-        if self._container is not None:
-            self._container.close()
-
     def read(self, frames: Sequence[int]) -> list[np.ndarray]:
         """Decode frames, given by their index in display order (any order, repeats allowed), in one pass.
 
@@ -344,9 +337,8 @@ class Video(contextlib.AbstractContextManager):
                         self._deadline = thread_time() + DEADLINE
             if missing:
                 blame_machine(MemoryError(), self.path)
-            if 4 * len(missing) > len(wanted):
-                raise BadVideo(self.path, f"{len(missing)} of {len(wanted)} frames could not be decoded")
-            if missing:
+                if 4 * len(missing) > len(wanted):
+                    raise BadVideo(self.path, f"{len(missing)} of {len(wanted)} frames could not be decoded")
                 found = sorted(wanted[ticket] for ticket in wanted.keys() - missing)
                 nearest = {k: min(found, key=lambda other: abs(other - k)) for k in (wanted[t] for t in missing)}
                 again = {self._order[k] for k in nearest.values()}

@@ -24,6 +24,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "examples"))  #
 
 settings.register_profile("project", deadline=None, derandomize=True, max_examples=30)
 settings.load_profile("project")
+data.TestClips.__test__ = False  # no test case, whatever its name makes pytest think
 COMMANDS = benchmark, data, evaluate, visualize
 
 

@@ -7,6 +7,7 @@ import os
 import resource
 import signal
 import subprocess
+import sys
 import time
 from unittest.mock import MagicMock, Mock
 
@@ -89,7 +90,7 @@ def test_a_second_run_is_refused_before_it_writes_anything(words, run, hold):
 
 @pytest.mark.parametrize("fcntl", [None, MagicMock(lockf=Mock(side_effect=OSError(errno.ENOLCK, "none")))])
 def test_where_nothing_can_be_locked_a_run_says_so_and_goes_on(fcntl, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(runs, "fcntl", fcntl)
+    monkeypatch.setitem(sys.modules, "fcntl", fcntl)
     runs.claim_folder(tmp_path / "run")
     assert capsys.readouterr().out.count("run can't be locked (") == 1
     runs.free_folders()

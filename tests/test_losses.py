@@ -90,7 +90,8 @@ def test_positive_pairs_are_strictly_closer_than_the_threshold_and_batched():
 def test_positives_of_a_wide_frame_are_by_distance_in_its_pixels(seed, flips):
     rng, frame = np.random.default_rng(seed), np.zeros((256, 455, 3), np.uint8)
     regions = [data.draw_region(rng, 256, 455) for _ in flips]
-    boxes = [data.crop_resize([frame], *crop, 7)[1][None] for crop in zip(regions, flips, strict=True)]
+    clip = data.empty_clips(3, 1, 7, 7)
+    boxes = [data.crop_resize([frame], *crop, clip)[None] for crop in zip(regions, flips, strict=True)]
     crops = ((left, top, w, h, flip) for (top, left, h, w), flip in zip(regions, flips, strict=True))
     distances = distances_loop(*crops, 7, 7)
     clear = (distances - 0.7).abs() > 1e-4  # boxes are float32
