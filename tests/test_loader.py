@@ -15,11 +15,10 @@ from unittest.mock import Mock
 import pytest
 import torch
 from helpers import CONV4, encode, moving_texture, same
-from torch.utils.data import default_collate
 
 import data
 import evaluate
-from data import PretrainingViews, StepSampler, VideoList, load_batches
+from data import PretrainingViews, StepSampler, VideoList, collate, load_batches
 
 NOT_FORKED = [pytest.param(method, marks=pytest.mark.slow) for method in ("spawn", "forkserver")]
 
@@ -42,9 +41,7 @@ def test_batches_are_the_items_in_the_samplers_order_whatever_the_workers(views,
         workers = 1
     sampler = StepSampler(len(views), batch_size=3, epochs=12, start_step=start)
     for keys, batch in zip(sampler, load_batches(views, sampler, workers), strict=True):
-        items = [views[key] for key in keys]
-        joined = {"bad": [video for item in items for video in item.pop("bad")]}
-        assert same(batch, default_collate(items) | joined) and not {1, 3} & {*batch["index"].tolist()}
+        assert same(batch, collate([views[key] for key in keys])) and not {1, 3} & {*batch["index"].tolist()}
         bad = {views.videos.paths[i] for i in (1, 3)}
         assert bad & {views.videos.paths[i] for _, i in keys} <= {path for path, _ in batch["bad"]} <= bad
         assert all(batch[name].movedim(-4, -1).is_contiguous() for name in ("clip", "sub_clips"))  # as decoders write
