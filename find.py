@@ -209,6 +209,8 @@ def walk(root: str) -> tuple[list[str], list[str], list[str]]:
 def walk_whole(root: str) -> tuple[list[str], list[str]]:
     """Paths of all videos below a folder, and of all other files. Raises FileNotFoundError when there is no video,
     PermissionError when there is a folder that may not be listed."""
+    if not os.path.isdir(root):
+        raise FileNotFoundError(f"{root}: no such folder")
     videos, others, closed = walk(root)
     if closed:
         raise PermissionError(f"{closed[0]}: no permission to list this folder")
