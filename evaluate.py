@@ -5,7 +5,6 @@
     retrieve    R@k: is one of the k nearest training videos of the test video's class?
     knn         the k nearest training videos vote, nothing is trained: top-1, top-5, per class
     svm         a linear SVM on the videos' features: top-1, top-5, per class
-    foreground  how much of what moves do the foreground masks of FIMA hold?
     export      writes the encoder for other code, evaluates nothing
 
     python fima.py --dataset ucf101 --data /data/ucf101 --out runs/fima
@@ -19,7 +18,6 @@ Results lie beside the checkpoint. Every test video counts: one that cannot be r
 Processes share the videos batch by batch, so that the same batches are computed whatever their number.
 """
 
-import contextlib
 import dataclasses
 import io
 import json
@@ -36,24 +34,11 @@ from torch import Tensor, nn
 
 import data
 import find
-from augment import frame_difference
 from cli import command_line, dispatch, shown
-from features import (
-    EncoderConfig,
-    both_modalities,
-    clip_outputs,
-    foreground_masks,
-    load_encoder,
-    nearest,
-    pooled_features,
-    unit_features,
-    video_outputs,
-)
-from losses import foreground_mask
+from features import EncoderConfig, clip_outputs, load_encoder, nearest, pooled_features, unit_features, video_outputs
 from models import ENCODERS, export_weights
 from processes import loader_workers, start_process
 from runs import check_replaceable, claim_folder, continued, fit_in_folder, load_checkpoint, made_by
-from synthetic import object_masks
 from train import Options, Process, TrainConfig, UserError, check_sums, method_name, option, user_errors, write_file
 
 RECALLS = (1, 5, 10, 20, 50)
@@ -84,15 +69,6 @@ class SvmConfig(RetrieveConfig):
 
     clips: int = option(20, "uniformly spaced clips of a video", (1, 10_000))
     cost: float = option(1.0, "cost of a training video on the wrong side, C", (1e-6, 1e6))
-
-
-@dataclasses.dataclass(frozen=True)
-class ForegroundConfig(RetrieveConfig):
-    """Options of the measure of foreground masks."""
-
-    clips: int = option(1, "uniformly spaced clips of a test video", (1, 10_000))
-    test_batch: int = option(32, "videos a forward, by which batch norm normalises, in each process", (1, 65_536))
-    foreground: float = option(0.5, "portion of the pixels that is foreground, beta of Eq. 6", (0.01, 1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,7 +168,7 @@ def prepare(config: RetrieveConfig) -> tuple:
     """This process, the options filled in, the encoder, training and test videos, and on the first process what of all
     this a run to resume must have seen."""
     process = start_process(config.device, getattr(config, "timeout", 10), getattr(config, "deterministic", "") == "on")
-    encoder, config = load_encoder(config, process.say, key=isinstance(config, ForegroundConfig))
+    encoder, config = load_encoder(config, process.say)
 
     def find_both() -> tuple[data.VideoList, data.VideoList]:
         train = find_labelled(config.dataset, config.data, True, config.split, config.list_file, config.exclude)
@@ -494,57 +470,6 @@ def svm(config: SvmConfig) -> None:
     save_accuracy(process, config, test, scores, good, bad, {"training_videos": len(gallery)})
 
 
-class Frames(list):
-    """Frames of a video, to be read as a `Video` is."""
-
-    def stream(self, frames: list[int]) -> list[dict[int, np.ndarray]]:
-        return [{k: self[k] for k in frames}]
-
-
-class ObjectClips(data.TestClips):
-    """Where the objects of generated videos are, cut as `data.TestClips` cuts the videos."""
-
-    def open(self, path: str) -> contextlib.AbstractContextManager:
-        return contextlib.nullcontext(Frames(object_masks(path)))
-
-
-def foreground(config: ForegroundConfig) -> None:
-    """Foreground: which share of what moves lies inside the masks of Eq. 6? By chance it is --foreground.
-
-    Masks are those of pretraining: by the key encoder's activation on RGB, on frame difference and on both, with batch
-    norm by the statistics of a batch. "motion" is the sum of the frame differences' magnitudes in a feature pixel's
-    bin, "objects", of generated videos, the area of the moving objects; "best" is the mask by these sums themselves.
-    """
-    process, config, encoder, _, test, _ = prepare(config)
-    grid = []
-
-    def masks_and_motion(clips: Tensor) -> Tensor:
-        masks = foreground_masks(*both_modalities(encoder, clips), config.foreground)  # (3, N, h, w)
-        grid[:] = masks.shape[2:]
-        motion = (frame_difference(clips / 255) - 0.5).abs().mean((1, 2))
-        return torch.cat([masks, F.adaptive_avg_pool2d(motion, grid)[None]]).movedim(0, 1).flatten(2)
-
-    def pooled(clips: Tensor) -> Tensor:
-        return F.adaptive_avg_pool2d(clips.float().mean((1, 2)), grid).flatten(1)
-
-    maps, good, bad = video_outputs(masks_and_motion, test, config, process, "test videos", average=False)
-    masks, motion = maps[good].flatten(0, 1).split((3, 1), 1)  # (clips, 3, hw)
-    areas, result = {"motion": motion}, {}
-    if config.dataset == "synthetic":
-        shape, workers = (
-            (config.crop, config.frames, config.frame_stride, config.clips),
-            loader_workers(config, process),
-        )
-        found = clip_outputs(pooled, ObjectClips(test, *shape), process, workers, config.test_batch, "objects")[0]
-        areas["objects"] = found[good].flatten(0, 1)[:, None]
-    for name, area in areas.items():
-        best = foreground_mask(area.float(), config.foreground)
-        inside = (torch.cat([masks, best], 1) * area).sum(2) / area.sum(2)
-        shares = zip(("rgb", "difference", "both", "best"), inside.nanmean(0).tolist(), strict=True)
-        result |= {f"{name}_{source}": round(100 * share, 2) for source, share in shares}
-    save_result(process, config, result, len(test), {"inside_percent": result, "unreadable": bad})
-
-
 def export(config: ExportConfig) -> None:
     """Writes an encoder's weights under the names of torchvision's networks or of piergiaj's I3D, for their code.
 
@@ -618,7 +543,6 @@ PROTOCOLS = {
     "retrieve": (retrieve, RetrieveConfig),
     "knn": (knn, KnnConfig),
     "svm": (svm, SvmConfig),
-    "foreground": (foreground, ForegroundConfig),
     "export": (export, ExportConfig),
 }
 

@@ -17,7 +17,6 @@ from torch.utils.data import BatchSampler
 import data
 import find
 from augment import encoder_input
-from losses import activation_map, foreground_mask
 from models import ENCODERS, build_encoder, encoder_weights, load_weights, recognize
 from processes import loader_workers
 from runs import load_checkpoint, saved_options
@@ -102,26 +101,6 @@ def unit_features(encoder: nn.Module) -> Function:
     """An encoder, set to eval mode, as a function: uint8 clips (N, 3, frames, H, W) → L2-normalised features (N, C)."""
     encoder.eval()
     return lambda clips: F.normalize(pooled_features(encoder, clips), dim=1)
-
-
-@torch.no_grad()
-def feature_maps(encoder: nn.Module, clips: Tensor, difference: bool = False) -> Tensor:
-    """uint8 clips (N, 3, frames, H, W) → maps (N, C, T, h, w) of the clips or of their frame differences."""
-    clips = clips.to(next(encoder.parameters()).device)
-    return encoder(encoder_input(clips, difference=difference)).float()
-
-
-def both_modalities(encoder: nn.Module, clips: Tensor) -> tuple[Tensor, Tensor]:
-    """Feature maps of the clips and of their frame differences, each batch-normalised by its own statistics, as in
-    pretraining: the running statistics of batch norm belong to no single modality, or to RGB alone."""
-    encoder.train()
-    return feature_maps(encoder, clips), feature_maps(encoder, clips, difference=True)
-
-
-def foreground_masks(rgb: Tensor, motion: Tensor, ratio: float) -> Tensor:
-    """Foreground by RGB, by frame difference and by both (Fig. 8): maps (N, C, T, H, W) → (3, N, H, W) bool."""
-    maps = activation_map(rgb), activation_map(motion)
-    return torch.stack([foreground_mask(activation, ratio) for activation in (*maps, sum(maps))])
 
 
 @torch.no_grad()

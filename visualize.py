@@ -39,21 +39,11 @@ from torch import Tensor, nn
 import data
 import fima
 import find
-from augment import color_augment, frame_difference
+from augment import color_augment, encoder_input, frame_difference
 from cli import command_line, dispatch, shown
 from evaluate import PNG, plain
-from features import (
-    EncoderConfig,
-    both_modalities,
-    feature_maps,
-    foreground_masks,
-    load_encoder,
-    nearest,
-    subset,
-    unit_features,
-    video_outputs,
-)
-from losses import activation_map
+from features import EncoderConfig, load_encoder, nearest, subset, unit_features, video_outputs
+from losses import activation_map, foreground_mask
 from processes import start_process
 from runs import check_replaceable, load_checkpoint, read_json, read_lines, read_starts, saved_options
 from train import UserError, load_model, option, user_errors, write_file
@@ -151,9 +141,29 @@ def middle_clips(videos: data.VideoList, config: FigureConfig) -> Tensor:
     return torch.stack([item["clips"][1] for item in items])
 
 
+@torch.no_grad()
+def feature_maps(encoder: nn.Module, clips: Tensor, difference: bool = False) -> Tensor:
+    """uint8 clips (N, 3, frames, H, W) → maps (N, C, T, h, w) of the clips or of their frame differences."""
+    clips = clips.to(next(encoder.parameters()).device)
+    return encoder(encoder_input(clips, difference=difference)).float()
+
+
+def both_modalities(encoder: nn.Module, clips: Tensor) -> tuple[Tensor, Tensor]:
+    """Feature maps of the clips and of their frame differences, each batch-normalised by its own statistics, as in
+    pretraining: the running statistics of batch norm belong to no single modality, or to RGB alone."""
+    encoder.train()
+    return feature_maps(encoder, clips), feature_maps(encoder, clips, difference=True)
+
+
 def cosines(x: Tensor, y: Tensor) -> Tensor:
     """Cosines of each with each feature of a sample: (N, A, C), (N, B, C) → (N, A, B)."""
     return F.normalize(x, dim=2) @ F.normalize(y, dim=2).mT
+
+
+def foreground_masks(rgb: Tensor, motion: Tensor, ratio: float) -> Tensor:
+    """Foreground by RGB, by frame difference and by both (Fig. 8): maps (N, C, T, H, W) → (3, N, H, W) bool."""
+    maps = activation_map(rgb), activation_map(motion)
+    return torch.stack([foreground_mask(activation, ratio) for activation in (*maps, sum(maps))])
 
 
 def neighbours_of(queries: Tensor, paths: list[str], gallery: Tensor, gallery_paths: list[str], k: int) -> list:

@@ -13,7 +13,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from helpers import ALONE, encode, free_port, generator, mean, one_line, same, touch, weights, write
+from helpers import ALONE, encode, free_port, generator, one_line, same, touch, weights, write
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,12 +21,9 @@ import augment
 import data
 import evaluate
 import features
-import find
 import moco
 import processes
-import synthetic
 import train
-from video import Video
 
 UNTRAINED = ["--encoder", "r3d_18", "--width", 0.0625, "--crop", 48]
 FAST = ["--clips", 2, "--workers", 0, "--device", "cpu"]
@@ -445,32 +442,3 @@ def test_svm_tells_separable_classes_apart_and_gives_absent_ones_no_score(classe
     scores = evaluate.svm_scores(centers[labels] + noise[0], centers[labels] + noise[1], 2 * labels, 2 * classes, 1.0)
     assert scores.shape == (60, 2 * classes) and torch.equal(scores.argmax(1), 2 * labels)
     assert scores[:, 1::2].isneginf().all() and scores[:, ::2].isfinite().all()
-
-
-def test_masks_of_objects_are_where_what_moves_is_drawn(videos):
-    for path in (videos / "test" / "rise" / "rise_0001.mp4", videos / "test" / "spin" / "spin_0001.mp4"):
-        masks = synthetic.object_masks(path)
-        with Video(path) as video:
-            frames = np.stack(video.read(range(len(video)))).astype(float)
-        assert masks.shape == frames.shape and masks.min() == 0 and masks.max() == 255
-        change, apart = np.abs(np.diff(frames, axis=0)).mean(3), np.maximum(masks[1:], masks[:-1])[..., 0]
-        assert change[apart > 128].mean() > 3 * change[apart == 0].mean()  # the camera hardly moves
-
-
-def test_foreground_adds_up_what_masks_hold(run, monkeypatch):
-    """Masks of the upper half of a feature map, against a plain loop over the pixels of the frames."""
-    half = torch.zeros(3, 1, 2, 2, dtype=torch.bool)
-    half[:, :, 0] = True
-    monkeypatch.setattr(evaluate, "foreground_masks", lambda rgb, motion, ratio: half.expand(-1, len(rgb), -1, -1))
-    run.ok(evaluate, "foreground", *UNTRAINED, *FAST, "--frames=8", "--out=fg.json")
-    found, shares = numbers(run.path / "fg.json")["inside_percent"], {"motion": [], "objects": []}
-    test = find.find_videos("synthetic", run.videos, False, 1)
-    for kind, clips in (("motion", data.TestClips), ("objects", evaluate.ObjectClips)):
-        for item in clips(test, 48, 8, 2, 2):
-            for clip in item["clips"].double():
-                clip = (clip[:, 1:] - clip[:, :-1]).abs() if kind == "motion" else clip
-                clip = torch.cat([clip, clip[:, -1:]], 1) if kind == "motion" else clip
-                shares[kind].append(float(100 * clip[:, :, :24].sum() / clip.sum()))
-    for kind, values in shares.items():
-        assert found[f"{kind}_both"] == found[f"{kind}_rgb"] == pytest.approx(mean(values), abs=0.02)
-        assert found[f"{kind}_best"] > found[f"{kind}_both"]

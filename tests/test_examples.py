@@ -2,15 +2,19 @@
 
 import cmath
 import itertools
+import json
 import math
 
+import foreground
 import pytest
 import simclr
 import torch
 import tubelet_contrast as tubelet
-from helpers import CONV4, join_group, log_ratio, make_views, weights
+from helpers import CONV4, join_group, log_ratio, make_views, mean, weights
 
+import data
 import evaluate
+import find
 import moco
 import processes
 import visualize
@@ -141,3 +145,34 @@ def test_a_pair_is_of_two_videos_and_shows_the_same_tubelets_of_a_third(monkeypa
     assert (alpha >= 0).all() and (alpha <= 1).all() and 0.02 < (alpha > 0.7).float().mean() < 0.6
     torch.testing.assert_close(alpha[:, 0], alpha[:, 1], atol=0.06, rtol=0)  # of uint8
     assert not torch.equal(alpha[0], alpha[1])
+
+
+def test_foreground_adds_up_what_masks_hold(run, monkeypatch):
+    """Masks of the upper half of a feature map, against a plain loop over the pixels of the frames."""
+    half = torch.zeros(3, 1, 2, 2, dtype=torch.bool)
+    half[:, :, 0] = True
+    monkeypatch.setattr(foreground, "foreground_masks", lambda rgb, motion, ratio: half.expand(-1, len(rgb), -1, -1))
+    run.ok(
+        foreground,
+        "--encoder=r3d_18",
+        "--width=0.0625",
+        "--crop=48",
+        "--clips=2",
+        "--frames=8",
+        "--out=fg.json",
+        small=False,
+    )
+    found, shares = (
+        json.loads((run.path / "fg.json").read_text())["result"]["inside_percent"],
+        {"motion": [], "objects": []},
+    )
+    test = find.find_videos("synthetic", run.videos, False, 1)
+    for kind, clips in (("motion", data.TestClips), ("objects", foreground.ObjectClips)):
+        for item in clips(test, 48, 8, 2, 2):
+            for clip in item["clips"].double():
+                clip = (clip[:, 1:] - clip[:, :-1]).abs() if kind == "motion" else clip
+                clip = torch.cat([clip, clip[:, -1:]], 1) if kind == "motion" else clip
+                shares[kind].append(float(100 * clip[:, :, :24].sum() / clip.sum()))
+    for kind, values in shares.items():
+        assert found[f"{kind}_both"] == found[f"{kind}_rgb"] == pytest.approx(mean(values), abs=0.02)
+        assert found[f"{kind}_best"] > found[f"{kind}_both"]

@@ -268,3 +268,12 @@ def test_the_command_makes_a_set_and_says_in_one_line_what_it_cannot(tmp_path, m
         code, _, err = in_process(data, "synthetic", *words)
         one_line(err)
         assert code == 2 and sorted(os.listdir()) == ["mine", "other", "set"]
+
+
+def test_masks_of_objects_are_where_what_moves_is_drawn(videos):
+    for path in (videos / "test" / "rise" / "rise_0001.mp4", videos / "test" / "spin" / "spin_0001.mp4"):
+        masks = synthetic.object_masks(path)
+        frames = decoded(path).astype(float)
+        assert masks.shape == frames.shape and masks.min() == 0 and masks.max() == 255
+        change, apart = np.abs(np.diff(frames, axis=0)).mean(3), np.maximum(masks[1:], masks[:-1])[..., 0]
+        assert change[apart > 128].mean() > 3 * change[apart == 0].mean()  # the camera hardly moves
