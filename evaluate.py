@@ -485,8 +485,8 @@ def svm(config: SvmConfig) -> None:
 
 
 def with_stills(function: Callable[[Tensor], Tensor], seed: int) -> Callable[[Tensor], Tensor]:
-    """A function of clips (N, 3, T, H, W), (N, D), as one of three outputs a clip, (N, 3, D): of the clip, of its middle
-    frame repeated, and of its frames in an order drawn from the seed."""
+    """A function, clips (N, 3, T, H, W) → (N, D), as one that gives (N, 3, D): what it makes of each clip, of
+    its middle frame repeated, and of its frames in an order drawn from the seed."""
 
     def outputs(clips: Tensor) -> Tensor:
         still = clips[:, :, clips.shape[2] // 2, None].expand_as(clips)
