@@ -328,6 +328,8 @@ def test_an_object_of_noise_shows_its_motion_over_time(motion, monkeypatch):
     monkeypatch.setattr(synthetic, "_choose", lambda rng, options, scene: options[0])  # a disc
     video = draw(motion, 3, shake=0, scene="noise")[..., 0]
     places = [np.nonzero(frame) for frame in video != np.median(video, axis=0)]
+    grains = np.concatenate([frame[place] for frame, place in zip(video, places, strict=True)])
+    assert abs(grains.mean() - 127.5) < 30 and 60 < grains.std() < 90
     paths = {name: [place[axis].mean() for place in places] for axis, name in enumerate(("down", "right"))}
     moving = {name for name, path in paths.items() if np.ptp(path) > 5}
     paths["size"] = [len(place[0]) for place in places]
@@ -336,6 +338,8 @@ def test_an_object_of_noise_shows_its_motion_over_time(motion, monkeypatch):
     assert moving == ({name} - {"turns"} if name else {"down", "right"})
     if directions and len(directions) == 1:
         assert {np.sign(paths[name][-1] - paths[name][0])} == directions
+    if motion in ("rise", "fall"):  # by whole grains: 15 pixels a frame would change if these were turned
+        assert (video[1:] != video[:-1]).sum((1, 2)).mean() < 13.5
 
 
 def test_grains_move_whole_and_none_shows_twice_in_a_frame():
