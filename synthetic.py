@@ -294,7 +294,7 @@ def make_synthetic(
     recipe = {"version": SYNTHETIC_VERSION, "train": train, "test": test, "seed": seed, "frames": frames, "size": size}
     recipe |= {"shake": shake, "shots": shots} | ({"scene_bias": float(scene_bias)} if scene_bias else {})
     if scene_bias and (not 0 < scene_bias <= 1 or shots > 1 or min(train, test) < len(MOTIONS)):
-        raise ValueError(f"no set of {recipe}: scene_bias is 1 at most, of one shot, and of ten videos or more a part")
+        raise ValueError(f"no set of {recipe}: scene_bias is at most 1, and goes with one shot and ten or more videos")
     if min(seed, shake) < 0 or min(train, test, *size) < 1 or frames < 2 or not 1 <= shots <= len(MOTIONS):
         raise ValueError(f"no set of {recipe}: frames are 2 or more, shots 1 to {len(MOTIONS)}, other numbers positive")
     root = Path(root).resolve()
