@@ -492,7 +492,7 @@ def with_stills(function: Callable[[Tensor], Tensor], seed: int) -> Callable[[Te
         still = clips[:, :, clips.shape[2] // 2, None].expand_as(clips)
         drawn = torch.rand(len(clips), 1, clips.shape[2], 1, 1, generator=torch.Generator().manual_seed(seed))
         shuffled = clips.take_along_dim(drawn.argsort(2).to(clips.device), 2)
-        return torch.stack([function(shown) for shown in (clips, still, shuffled)], 1)
+        return torch.stack([function(clips), function(still), function(shuffled)], 1)
 
     return outputs
 
@@ -515,8 +515,8 @@ def bias(config: BiasConfig) -> None:
         others = process.first(find_parts, lambda found: [videos.mark(config.data) for videos in found])
     function = unit_features(encoder)
     gallery, known, _ = video_outputs(function, train, config, process, "training videos")
-    shown, readable, bad = video_outputs(with_stills(function, config.seed), test, config, process, "test videos")
-    features = dict(zip(("test", "still", "shuffled"), shown.unbind(1), strict=True))
+    queries, readable, bad = video_outputs(with_stills(function, config.seed), test, config, process, "test videos")
+    features = dict(zip(("test", "still", "shuffled"), queries.unbind(1), strict=True))
     videos, good = dict.fromkeys(features, test), dict.fromkeys(features, readable)
     for part, found in zip(parts, others, strict=True):
         videos[part] = found
