@@ -487,6 +487,6 @@ class SyntheticConfig(Options):
 
 
 def generate(config: SyntheticConfig, root: str) -> None:
-    """Makes videos in which the class is the motion alone: ROOT/train, ROOT/test and perhaps ROOT/unlabeled."""
+    """Makes videos whose class is their motion: ROOT/train, ROOT/test, and with --shots or --scene_bias other parts."""
     with user_errors():
         make_synthetic(root, **asdict(config) | {"size": (config.size, config.size)})
