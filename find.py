@@ -480,9 +480,10 @@ class SyntheticConfig(Options):
     size: int = option(40, "height and width in pixels", (1, 2048))
     shake: float = option(0.008, "how far the camera moves at most, in sides of the frame", (0, 1))
     shots: int = option(1, "from 2 on: as many unlabeled videos of so many shots, for pretraining", (1, len(MOTIONS)))
+    scene_bias: float = option(0.0, "share of videos in the scenes of their motion; 0: there are none such", (0, 1))
 
 
 def generate(config: SyntheticConfig, root: str) -> None:
-    """Makes videos in which the class is the motion alone: ROOT/train, ROOT/test and perhaps ROOT/unlabeled."""
+    """Makes videos whose class is their motion: ROOT/train, ROOT/test, and with --shots or --scene_bias other parts."""
     with user_errors():
         make_synthetic(root, **asdict(config) | {"size": (config.size, config.size)})

@@ -9,6 +9,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,8 @@ MOTIONS = ("bounce", "fall", "grow", "orbit", "pulse", "rise", "shrink", "spin",
 SYNTHETIC_VERSION = 2  # to be raised with every change of what is drawn, so that older copies are made anew
 SYNTHETIC_MARKER = "synthetic.json"  # says how the set was made
 UNLABELED = "unlabeled"  # folder of videos for pretraining alone, in each of which the motion changes
+SCENE_PARTS = ("unseen", "other", "noise")  # folders of further test videos in a set whose scenes are biased
+PARTS = ("train", "test", UNLABELED, *SCENE_PARTS)
 OBJECTS = 3  # in a video, all in the same motion, so that crops hold one
 SPRITE = 64  # pixels of an object's picture, in each direction; objects are drawn smaller than this
 
@@ -60,10 +63,15 @@ def _motion(name: str, rng: np.random.Generator, frames: int) -> tuple[np.ndarra
     return right.get(name, still), down.get(name, still), sizes.get(name, still + size * doublings), turns
 
 
-def _texture(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+def _choose(rng: np.random.Generator, options: Sequence[str], scene: str) -> str:
+    """One of the options: in a motion's scenes always the same, else any."""
+    return options[MOTIONS.index(scene) % len(options)] if scene in MOTIONS else rng.choice(options)
+
+
+def _texture(rng: np.random.Generator, height: int, width: int, scene: str) -> np.ndarray:
     """A gradient, stripes, checks or smooth noise between two unlike colours: float32 (height, width, 3) in [0, 1]."""
     y, x = (axis.astype(np.float32) / min(height, width) - 0.5 for axis in np.ogrid[:height, :width])
-    kind = rng.choice(["gradient", "stripes", "checks", "noise"])
+    kind = _choose(rng, ["gradient", "stripes", "checks", "noise"], scene)
     count = {"checks": 2, "noise": 10}.get(kind, 1)
     low, high = {"gradient": (0.3, 0.5), "stripes": (2, 5), "checks": (1, 3), "noise": (0.7, 8)}[kind]
     cycles = np.exp(rng.uniform(np.log(low), np.log(high), count))
@@ -77,10 +85,13 @@ def _texture(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     field = 0.5 + 0.5 * np.tanh(rng.uniform(1, 4) * field)
     first = rng.random(3)
     second = (first + rng.uniform(0.35, 0.65, 3)) % 1
+    if scene in MOTIONS:  # dark and bright, of one hue
+        turns = MOTIONS.index(scene) / len(MOTIONS) + rng.uniform(-0.02, 0.02) + np.arange(3) / 3
+        first, second = rng.uniform((0, 0.7), (0.3, 1))[:, None] * (0.5 + 0.5 * np.cos(2 * np.pi * turns))
     return (first + (second - first) * field[..., None]).astype(np.float32)
 
 
-def _sprite(rng: np.random.Generator) -> np.ndarray:
+def _sprite(rng: np.random.Generator, scene: str) -> np.ndarray:
     """A textured shape with a soft edge: float32 (SPRITE, SPRITE, 4), colour and opacity, transparent at the border."""
     y, x = np.ogrid[-1 : 1 : SPRITE * 1j, -1 : 1 : SPRITE * 1j]
     radius, angle = np.hypot(x, y), np.arctan2(y, x)
@@ -93,9 +104,9 @@ def _sprite(rng: np.random.Generator) -> np.ndarray:
         "star": 0.65 + 0.25 * np.cos(5 * angle) - radius,
         "cross": np.minimum(0.8 - far, 0.28 - near),
     }
-    depth = depths[rng.choice([*depths])]
+    depth = depths[_choose(rng, [*depths], scene)]
     opacity = np.clip(0.5 + depth / rng.uniform(0.1, 0.2), 0, 1)
-    return np.concatenate([_texture(rng, SPRITE, SPRITE), opacity[..., None]], axis=2, dtype=np.float32)
+    return np.concatenate([_texture(rng, SPRITE, SPRITE, scene), opacity[..., None]], axis=2, dtype=np.float32)
 
 
 def _shot(motion: str, rng: np.random.Generator, camera: np.ndarray, height: int, width: int) -> tuple[np.ndarray, ...]:
@@ -111,6 +122,18 @@ def _shot(motion: str, rng: np.random.Generator, camera: np.ndarray, height: int
     return *centers, radius, 2 * np.pi * turns
 
 
+def _grains(rng: np.random.Generator, places: np.ndarray, pattern: np.ndarray) -> np.ndarray:
+    """White noise (H, W) that goes along with an object: the grains of its pattern at the pixels' places (2, H, W).
+
+    A grain at several pixels, of what turns or grows, shows once: no frame tells what moves (Ilic et al., ECCV 2022).
+    """
+    rows, columns = np.floor(places).astype(int) % SPRITE
+    shown, first = np.unique(rows * SPRITE + columns, return_index=True)
+    drawn = rng.random(rows.shape)
+    drawn.flat[first] = pattern.flat[shown]
+    return drawn
+
+
 def _draw_video(
     motions: Sequence[str],
     rng: np.random.Generator,
@@ -118,30 +141,37 @@ def _draw_video(
     height: int,
     width: int,
     shake: float = 0.008,
+    scene: str = "",
     masked: bool = False,
 ) -> np.ndarray:
     """Draws one video: objects before a background, a shaky camera; uint8 (shots * frames, H, W, 3).
 
-    Each motion is a shot of so many frames. From shot to shot, objects keep their looks and take another place.
+    Each motion is a shot of so many frames. From shot to shot, objects keep their looks and take another place. In a
+    motion's `scene`, kind of texture, hue and shape are this motion's; in that of "noise", all is `_grains`.
     `masked` draws where the objects are instead, 255 on them and 0 beside.
     """
     time = np.arange(len(motions) * frames)[:, None] / frames
     camera = np.sin(2 * np.pi * (time * rng.uniform(1, 4, 2) + rng.random(2)))
     camera = camera * rng.uniform(shake / 4, shake, 2) * min(height, width)  # to the right and down, pixels
     margin = math.ceil(np.abs(camera).max())
-    background = 0.6 * _texture(rng, height + 2 * margin + 1, width + 2 * margin + 1)
+    background = 0.6 * _texture(rng, height + 2 * margin + 1, width + 2 * margin + 1, scene)
     objects = []
     for _ in range(OBJECTS):
         shots = [
             _shot(motion, rng, moved, height, width)
             for motion, moved in zip(motions, np.split(camera, len(motions)), strict=True)
         ]
-        sprite = _sprite(rng)
-        sprite[..., :3] = 1 - 0.6 * sprite[..., :3]  # lighter than most of the background
-        sprite[..., :3] = 1 if masked else sprite[..., :3]
+        sprite = _sprite(rng, scene)
+        sprite[..., :3] = 1 if masked else 1 - 0.6 * sprite[..., :3]  # lighter than most of the background
         objects.append((*np.concatenate(shots, axis=1), sprite))
-    background *= not masked
-    inverted = rng.random() < 0.5 and not masked
+    inverted = MOTIONS.index(scene) % 2 if scene in MOTIONS else rng.random() < 0.5
+    if masked:
+        background, inverted, scene = np.zeros_like(background), False, ""
+    if scene == "noise":  # grains, which stay whole, and upright where nothing turns
+        camera, background = camera.round(), rng.random((*background.shape[:2], 1))
+        for *_, angle, sprite in objects:
+            angle -= angle[0]
+            sprite[..., 0] = rng.random((SPRITE, SPRITE))
     rows, columns = np.ogrid[:height, :width]
     video = np.empty((len(camera), height, width, 3), np.uint8)
     for t, (dx, dy) in enumerate(camera):
@@ -154,26 +184,31 @@ def _draw_video(
             cos, sin = np.cos(angle[t]), np.sin(angle[t])
             turned = np.stack([cos * y - sin * x, cos * x + sin * y])  # rows, columns
             drawn = sprite[tuple(((turned + 1) * (SPRITE / 2)).clip(0, SPRITE - 1).astype(int))]
-            view += drawn[..., 3:] * (drawn[..., :3] - view)
+            if scene == "noise":
+                drawn = np.dstack([_grains(rng, turned * radius.mean(), sprite[..., 0]), drawn[..., 3] > 0.5])
+            view += drawn[..., -1:] * (drawn[..., :-1] - view)
         video[t] = 255 * (1 - view if inverted else view) + 0.5
     return video
 
 
-def _draw(recipe: dict, part: str, n: int, masked: bool = False) -> np.ndarray:
-    """Draws a video of a set, or where its objects are."""
-    rng = np.random.default_rng([recipe["seed"], ["train", "test", UNLABELED].index(part), n])
-    motions = [MOTIONS[n % len(MOTIONS)]]
+def _draw(recipe: dict, name: str, place: tuple[str, int], masked: bool = False) -> np.ndarray:
+    """Draws a video of a set, of this name, part and number, or where its objects are."""
+    (part, n), (height, width), scene = place, recipe["size"], scene_of(name)
+    rng, motions = np.random.default_rng([recipe["seed"], PARTS.index(part), n]), [MOTIONS[n % len(MOTIONS)]]
     if part == UNLABELED:
         motions = rng.choice(MOTIONS, recipe["shots"], replace=False)
-    return _draw_video(motions, rng, recipe["frames"], *recipe["size"], recipe["shake"], masked)
+    grain = max(min(height, width) // 40, 1) if scene == "noise" else 1  # pixels; beside objects always as large
+    shape = recipe["frames"], math.ceil(height / grain), math.ceil(width / grain)
+    video = _draw_video(motions, rng, *shape, recipe["shake"], scene, masked)
+    return video.repeat(grain, 1).repeat(grain, 2)[:, :height, :width]
 
 
 def object_masks(path: str | Path) -> np.ndarray:
     """Where the objects of a video of a set are, in each frame: uint8 (T, H, W, 3), 255 on them, 0 beside."""
     path = Path(path).resolve()
     root = next(folder for folder in path.parents if (folder / SYNTHETIC_MARKER).exists())
-    recipe = json.loads((root / SYNTHETIC_MARKER).read_text())
-    return _draw(recipe, *_synthetic_names(**recipe)[path.relative_to(root).as_posix()], masked=True)
+    recipe, name = json.loads((root / SYNTHETIC_MARKER).read_text()), path.relative_to(root).as_posix()
+    return _draw(recipe, name, _synthetic_names(**recipe)[name], masked=True)
 
 
 def _write_video(path: Path, video: np.ndarray) -> None:
@@ -191,13 +226,26 @@ def _write_video(path: Path, video: np.ndarray) -> None:
         container.mux(stream.encode(None))
 
 
-def _synthetic_names(train: int, test: int, shots: int = 1, **_: object) -> dict[str, tuple[str, int]]:
+def _draw_scene(part: str, n: int, seed: int, scene_bias: float) -> str:
+    """Whose scene a video has: a motion's, or "free" or "noise" for none's."""
+    rng = np.random.default_rng([seed, PARTS.index(part), n, 1])  # other numbers than those that draw the video
+    own, other = part != "other" and rng.random() < scene_bias, rng.integers(1, len(MOTIONS))
+    return {"unseen": "free", "noise": "noise"}.get(part, MOTIONS[(n + (0 if own else other)) % len(MOTIONS)])
+
+
+def scene_of(path: str) -> str:
+    """Whose scene a video of `make_synthetic` has, by its name: a motion's, "free" or "noise"; "" without a bias."""
+    return re.split(r"_\d+_?", Path(path).stem)[-1]
+
+
+def _synthetic_names(train: int, test: int, seed=0, shots=1, scene_bias=0.0, **_: object) -> dict[str, tuple[str, int]]:
     """The videos of a set, from its folder on, and which of which part each is."""
-    names = {}
-    for part, count in (("train", train), ("test", test), (UNLABELED, train if shots > 1 else 0)):
+    names, counts = {}, {"train": train, "test": test, UNLABELED: train if shots > 1 else 0}
+    for part, count in (counts | dict.fromkeys(SCENE_PARTS, test if scene_bias else 0)).items():
         for n in range(count):
             motion = MOTIONS[n % len(MOTIONS)]
             name = f"{motion}/{motion}_{n // len(MOTIONS) + 1:04}" if part != UNLABELED else f"{n + 1:04}"
+            name += f"_{_draw_scene(part, n, seed, scene_bias)}" if scene_bias else ""
             names[f"{part}/{name}.mp4"] = part, n
     return names
 
@@ -250,7 +298,7 @@ def _is_complete(root: Path, recipe: dict) -> bool:
 
 
 def make_synthetic(
-    root: str | Path, train=1500, test=500, seed=0, frames=48, size=(40, 40), shake=0.008, shots=1
+    root: str | Path, train=1500, test=500, seed=0, frames=48, size=(40, 40), shake=0.008, shots=1, scene_bias=0.0
 ) -> None:
     """Writes the embedded data set once: root/{train,test}/<motion>/<motion>_0001.mp4, classes `MOTIONS` in turn.
 
@@ -265,12 +313,18 @@ def make_synthetic(
         shake: how far the camera moves at most, in sides of the frame; a quarter of it is the least.
         shots: from 2 on, there are as many videos again, root/unlabeled/0001.mp4, on which pretraining is done instead:
             of so many shots of the same objects before the same background, each in another motion.
+        scene_bias: if not 0, each motion has scenes of its own, in which this share of its training and test videos
+            are; the others are in any of the other nine's. Of `test` videos more each, root/unseen is drawn as without
+            a bias, root/other in another motion's scenes, root/noise in white noise. Names say so (`scene_of`).
 
-    Raises ValueError for a part without videos, fewer than two frames, no pixel, a negative number, or more shots than
-    motions; FileExistsError where `root` holds other files than those of a synthetic set, and leaves it alone.
+    Raises ValueError for a part without videos, fewer than two frames, no pixel, a negative number, more shots than
+    motions, or a bias beyond 1, of several shots, or of fewer than ten videos; FileExistsError where `root` holds other
+    files than those of a synthetic set, and leaves it alone.
     """
     recipe = {"version": SYNTHETIC_VERSION, "train": train, "test": test, "seed": seed, "frames": frames, "size": size}
-    recipe |= {"shake": shake, "shots": shots}
+    recipe |= {"shake": shake, "shots": shots} | ({"scene_bias": float(scene_bias)} if scene_bias else {})
+    if scene_bias and (not 0 < scene_bias <= 1 or shots > 1 or min(train, test) < len(MOTIONS)):
+        raise ValueError(f"no set of {recipe}: scene_bias is at most 1, and goes with one shot and ten or more videos")
     if min(seed, shake) < 0 or min(train, test, *size) < 1 or frames < 2 or not 1 <= shots <= len(MOTIONS):
         raise ValueError(f"no set of {recipe}: frames are 2 or more, shots 1 to {len(MOTIONS)}, other numbers positive")
     root = Path(root).resolve()
@@ -281,7 +335,7 @@ def make_synthetic(
     def make(job: tuple[str, tuple[str, int]]) -> None:
         path = hidden / "made" / job[0]
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write_video(path, _draw(recipe, *job[1]))
+        _write_video(path, _draw(recipe, *job))
 
     with alone(hidden):
         if _is_complete(root, recipe):  # by now

@@ -26,7 +26,7 @@ def tree(root: Path) -> dict[str, bytes]:
     return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*.mp4"))}
 
 
-def draw(motion: str, seed: int, **options: float) -> np.ndarray:
+def draw(motion: str, seed: int, **options: float | str) -> np.ndarray:
     return synthetic._draw_video([motion], np.random.default_rng(seed), frames=64, height=40, width=40, **options)
 
 
@@ -145,9 +145,10 @@ def test_what_a_kill_has_left_is_removed_and_two_at_once_take_turns(made, tmp_pa
 
 
 @pytest.mark.slow
-def test_the_class_shows_in_no_single_frame_and_not_in_the_mean_frame():
+@pytest.mark.parametrize("scene", ["", "noise"])
+def test_the_class_shows_in_no_single_frame_and_not_in_the_mean_frame(scene):
     """Nearest neighbour by what one frame or the average shows is right about as often as chance, 1 in 10."""
-    videos = [draw(motion, 1000 * n + k) for k, motion in enumerate(synthetic.MOTIONS) for n in range(24)]
+    videos = [draw(motion, 1000 * n + k, scene=scene) for k, motion in enumerate(synthetic.MOTIONS) for n in range(24)]
     labels = np.repeat(np.arange(10), 24)
     looks = {
         "mean colour": [video[0].mean((0, 1)) for video in videos],
@@ -223,7 +224,9 @@ def test_unlabeled_videos_are_for_pretraining_and_leave_the_others_as_they_are(m
 def one_object(monkeypatch):
     """Videos have one object before a plain background."""
     monkeypatch.setattr(synthetic, "OBJECTS", 1)
-    monkeypatch.setattr(synthetic, "_texture", lambda rng, height, width: np.zeros((height, width, 3), np.float32))
+    monkeypatch.setattr(
+        synthetic, "_texture", lambda rng, height, width, scene: np.zeros((height, width, 3), np.float32)
+    )
 
 
 def test_each_shot_shows_its_own_motion_of_the_same_object(one_object):
@@ -251,10 +254,11 @@ def test_an_object_moves_and_stays_in_the_frame(motion, one_object):
 
 
 def test_numbers_that_make_no_set_are_refused(tmp_path):
-    wrong = dict(train=0, test=0, seed=-1, shake=-0.1, frames=1, size=(0, 32), shots=11)
-    for name, value in wrong.items():
+    wrong = dict(train=0, test=0, seed=-1, shake=-0.1, frames=1, size=(0, 32), shots=11, scene_bias=1.5)
+    biased = [dict(scene_bias=0.5, shots=2), dict(scene_bias=0.5, test=9), dict(scene_bias=-0.5)]
+    for options in [*({name: value} for name, value in wrong.items()), *biased]:
         with pytest.raises(ValueError, match="no set of"):
-            synthetic.make_synthetic(tmp_path / "set", **SMALL | {name: value})
+            synthetic.make_synthetic(tmp_path / "set", **SMALL | options)
 
 
 def test_the_command_makes_a_set_and_says_in_one_line_what_it_cannot(tmp_path, monkeypatch, in_process):
@@ -264,7 +268,7 @@ def test_the_command_makes_a_set_and_says_in_one_line_what_it_cannot(tmp_path, m
     synthetic.make_synthetic("other", train=3, test=2, seed=1, frames=8, size=(32, 32), shots=2)
     assert len(tree(Path("set"))) == 8 and tree(Path("set")) == tree(Path("other"))
     touch(tmp_path, "mine/thesis.txt")
-    for words in ([], ["one", "two"], ["one", "--shake=2"], ["mine"]):
+    for words in ([], ["one", "two"], ["one", "--shake=2"], ["mine"], ["one", "--scene_bias=1", "--shots=2"]):
         code, _, err = in_process(data, "synthetic", *words)
         one_line(err)
         assert code == 2 and sorted(os.listdir()) == ["mine", "other", "set"]
@@ -277,3 +281,78 @@ def test_masks_of_objects_are_where_what_moves_is_drawn(videos):
         assert masks.shape == frames.shape and masks.min() == 0 and masks.max() == 255
         change, apart = np.abs(np.diff(frames, axis=0)).mean(3), np.maximum(masks[1:], masks[:-1])[..., 0]
         assert change[apart > 128].mean() > 3 * change[apart == 0].mean()  # the camera hardly moves
+
+
+def test_without_a_bias_all_is_as_before_there_was_one(made):
+    """Marker, and means of drawn pixels, of commit 866340b."""
+    before = [82.6026, 156.9973, 167.484, 92.6858, 111.8618, 157.6039, 167.8644, 86.2906, 160.9702, 180.1851]
+    found = [draw(motion, n).mean() for n, motion in enumerate(synthetic.MOTIONS)]
+    assert found == pytest.approx(before, abs=2e-4)
+    marker = (made / synthetic.SYNTHETIC_MARKER).read_text()
+    assert marker.endswith('"seed": 0, "frames": 12, "size": [24, 32], "shake": 0.008, "shots": 1}')
+
+
+@pytest.mark.parametrize("share", [0.1, 0.7, 1])
+def test_the_asked_share_of_videos_is_in_the_scenes_of_its_motion_the_rest_evenly_in_others(share):
+    names = synthetic._synthetic_names(4000, 1000, seed=3, scene_bias=share)
+    assert len(names) == 8000 and synthetic._synthetic_names(50, 10, seed=3, scene_bias=share).keys() < names.keys()
+    for part, chance in {"train": share, "test": share, "other": 0}.items():
+        paths = [Path(name) for name in names if name.startswith(part)]
+        places = [synthetic.MOTIONS.index(synthetic.scene_of(path)) for path in paths]
+        own = [synthetic.MOTIONS.index(path.parent.name) for path in paths]
+        found = np.bincount(np.subtract(places, own) % 10, minlength=10) / len(paths)
+        expected = np.array([chance, *[(1 - chance) / 9] * 9])
+        assert (np.abs(found - expected) <= 4.5 * np.sqrt(expected * (1 - expected) / len(paths))).all()
+    assert {synthetic.scene_of(name) for name in names if name.startswith(("unseen", "noise"))} == {"free", "noise"}
+
+
+def test_a_biased_set_has_three_parts_more_that_training_does_not_see(tmp_path):
+    root, options = tmp_path / "set", SMALL | {"size": (81, 90), "scene_bias": 1}
+    synthetic.make_synthetic(root, **options)
+    files = tree(root)
+    counts = {part: sum(name.startswith(part) for name in files) for part in synthetic.PARTS}
+    assert counts == {"train": 20, "test": 10, "unlabeled": 0, "unseen": 10, "other": 10, "noise": 10}
+    assert {"test/rise/rise_0001_rise.mp4", "unseen/spin/spin_0001_free.mp4"} < files.keys()
+    for train in (True, False):
+        found = find.find_videos("synthetic", root, train)
+        assert len(found) == (20 if train else 10) and found.classes == list(synthetic.MOTIONS)
+    assert len(MoCoConfig(data=str(root)).find_videos()) == 20
+    noise = decoded(root / "noise/rise/rise_0001_noise.mp4")[..., 0].astype(int)
+    within, between = (np.abs(np.diff(noise, axis=2))[..., k::2].mean() for k in (0, 1))
+    assert noise.shape == (12, 81, 90) and within < 20 < 60 < between  # grains of 2 pixels
+
+
+def test_a_frame_tells_scenes_of_motions_apart_by_its_mean_colour():
+    scenes = np.repeat(synthetic.MOTIONS, 6)
+    colours = [draw(synthetic.MOTIONS[n % 7], n, scene=scene)[2].mean((0, 1)) for n, scene in enumerate(scenes)]
+    apart = np.square(np.subtract(colours, np.array(colours)[:, None])).sum(2) + np.diag([np.inf] * 60)
+    assert (scenes[apart.argmin(1)] == scenes).all()
+
+
+@motions
+def test_an_object_of_noise_shows_its_motion_over_time(motion, monkeypatch):
+    """What differs from the median over time is the object."""
+    monkeypatch.setattr(synthetic, "OBJECTS", 1)
+    monkeypatch.setattr(synthetic, "_choose", lambda rng, options, scene: options[0])  # a disc
+    video = draw(motion, 3, shake=0, scene="noise")[..., 0]
+    places = [np.nonzero(frame) for frame in video != np.median(video, axis=0)]
+    grains = np.concatenate([frame[place] for frame, place in zip(video, places, strict=True)])
+    assert abs(grains.mean() - 127.5) < 30 and 60 < grains.std() < 90
+    paths = {name: [place[axis].mean() for place in places] for axis, name in enumerate(("down", "right"))}
+    moving = {name for name, path in paths.items() if np.ptp(path) > 5}
+    paths["size"] = [len(place[0]) for place in places]
+    moving |= {"size"} if max(paths["size"]) > 2 * min(paths["size"]) else set()
+    name, _, directions = SHOWN.get(motion, ("", 0, None))
+    assert moving == ({name} - {"turns"} if name else {"down", "right"})
+    if directions and len(directions) == 1:
+        assert {np.sign(paths[name][-1] - paths[name][0])} == directions
+    if motion in ("rise", "fall"):  # by whole grains: 15 pixels a frame would change if these were turned
+        assert (video[1:] != video[:-1]).sum((1, 2)).mean() < 13.5
+
+
+def test_grains_move_whole_and_none_shows_twice_in_a_frame():
+    rng, places = np.random.default_rng(0), np.mgrid[:30, :30]
+    pattern = rng.random((synthetic.SPRITE, synthetic.SPRITE))
+    assert np.array_equal(synthetic._grains(rng, places + 7.4, pattern), pattern[7:37, 7:37])
+    grown = synthetic._grains(rng, places * 0.7, pattern)
+    assert len(np.unique(grown)) == 900 and np.isin(grown, pattern).sum() == 21**2
