@@ -40,10 +40,9 @@ import augment
 import data
 import fima
 import find
-from cli import command_line, dispatch
+from cli import command_line, dispatch, start_process
 from models import recorded_inputs
 from pretrain import Method
-from processes import start_process
 from runs import check_replaceable, made_by
 from train import Options, Process, UserError, autocast_bf16, option, progress, sgd, user_errors, write_file
 from video import BadVideo, Video

@@ -572,12 +572,11 @@ def main() -> None:
     """`data.py check ROOT` finds videos that can't be read, `data.py synthetic ROOT` makes videos to train on, `data.py
     shrink ROOT OUT` makes a smaller copy of all videos, quick to read."""
     import find
-    import shrink
     from cli import dispatch
     from train import UserError
 
     commands = {"check": (find.check, find.CheckConfig), "synthetic": (find.generate, find.SyntheticConfig)}
-    commands["shrink"] = shrink.shrink, shrink.ShrinkConfig
+    commands["shrink"] = find.shrink, find.ShrinkConfig
     name, function, config, words = dispatch(commands, inspect.getdoc(main), words=True)
     if len(words) != 1 + (name == "shrink"):
         raise UserError(f"name the {'two folders' if name == 'shrink' else 'folder'} after {name}, before all flags")

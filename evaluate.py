@@ -1,11 +1,10 @@
-"""Evaluation of an encoder, from a checkpoint or untrained, by six protocols (FIMA Sec. 4.1, MCL Sec. 4.2).
+"""Evaluation of an encoder, from a checkpoint or untrained, by five protocols (FIMA Sec. 4.1, MCL Sec. 4.2).
 
     linear      a linear classifier on the frozen encoder: top-1, top-5, per class
     finetune    encoder and classifier trained together: top-1, top-5, per class
     retrieve    R@k: is one of the k nearest training videos of the test video's class?
     knn         the k nearest training videos vote, nothing is trained: top-1, top-5, per class
     svm         a linear SVM on the videos' features: top-1, top-5, per class
-    bias        do the features know the motion or the scene? With frames held, shuffled, and in scenes that mislead
     export      writes the encoder for other code, evaluates nothing
 
     python fima.py --dataset ucf101 --data /data/ucf101 --out runs/fima
@@ -25,7 +24,7 @@ import json
 import math
 import os
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -35,12 +34,10 @@ from torch import Tensor, nn
 
 import data
 import find
-from cli import command_line, dispatch, shown
+from cli import command_line, dispatch, loader_workers, shown, start_process
 from features import EncoderConfig, clip_outputs, load_encoder, nearest, pooled_features, unit_features, video_outputs
 from models import ENCODERS, export_weights
-from processes import loader_workers, start_process
 from runs import check_replaceable, claim_folder, continued, fit_in_folder, load_checkpoint, made_by
-from synthetic import SCENE_PARTS, scene_of
 from train import Options, Process, TrainConfig, UserError, check_sums, method_name, option, user_errors, write_file
 
 RECALLS = (1, 5, 10, 20, 50)
@@ -71,13 +68,6 @@ class SvmConfig(RetrieveConfig):
 
     clips: int = option(20, "uniformly spaced clips of a video", (1, 10_000))
     cost: float = option(1.0, "cost of a training video on the wrong side, C", (1e-6, 1e6))
-
-
-@dataclasses.dataclass(frozen=True)
-class BiasConfig(SvmConfig):
-    """Options of the test of motion against scene."""
-
-    clips: int = option(10, "uniformly spaced clips of a video", (1, 10_000))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -348,9 +338,6 @@ def draw_confusion(path: Path, percent: Tensor, classes: list[str], title: str) 
         write_file(path, memory.getbuffer())
 
 
-# -------------------------------------------------------------------------------------------------------- classifiers
-
-
 class Classifier(nn.Module):
     """A linear layer on an encoder's pooled features, trained by cross-entropy.
 
@@ -484,78 +471,6 @@ def svm(config: SvmConfig) -> None:
     save_accuracy(process, config, test, scores, good, bad, {"training_videos": len(gallery)})
 
 
-def with_stills(function: Callable[[Tensor], Tensor], seed: int) -> Callable[[Tensor], Tensor]:
-    """A function, clips (N, 3, T, H, W) → (N, D), as one that gives (N, 3, D): what it makes of each clip, of
-    its middle frame repeated, and of its frames in an order drawn from the seed."""
-
-    def outputs(clips: Tensor) -> Tensor:
-        still = clips[:, :, clips.shape[2] // 2, None].expand_as(clips)
-        drawn = torch.rand(len(clips), 1, clips.shape[2], 1, 1, generator=torch.Generator().manual_seed(seed))
-        shuffled = clips.take_along_dim(drawn.argsort(2).to(clips.device), 2)
-        return torch.stack([function(clips), function(still), function(shuffled)], 1)
-
-    return outputs
-
-
-def bias(config: BiasConfig) -> None:
-    """Motion or scene: which of the two do the features know, by what a linear SVM as in `svm` makes of them?
-
-    It names the motion of test videos, of their clips' middle frames repeated, and of their frames shuffled. Of a set
-    made with --scene_bias also that of unseen/, other/ and noise/, and which of two opposite motions test videos show;
-    a second SVM, trained on the training videos' scenes, names scenes.
-    """
-    process, config, encoder, train, test, _ = prepare(config)
-    parts = SCENE_PARTS if config.dataset == "synthetic" and scene_of(test.paths[0]) else ()
-
-    def find_parts() -> list[data.VideoList]:
-        found = (find_labelled("folder", os.path.join(config.data, part), False, 1) for part in parts)
-        return [with_same_classes(train, videos)[1] for videos in found]
-
-    with user_errors():
-        others = process.first(find_parts, lambda found: [videos.mark(config.data) for videos in found])
-    function = unit_features(encoder)
-    gallery, known, _ = video_outputs(function, train, config, process, "training videos")
-    queries, readable, bad = video_outputs(with_stills(function, config.seed), test, config, process, "test videos")
-    features = dict(zip(("test", "still", "shuffled"), queries.unbind(1), strict=True))
-    videos, good = dict.fromkeys(features, test), dict.fromkeys(features, readable)
-    for part, found in zip(parts, others, strict=True):
-        videos[part] = found
-        features[part], good[part], unreadable = video_outputs(function, found, config, process, f"{part} videos")
-        bad += unreadable
-
-    def scores_by(labels: Tensor) -> dict[str, Tensor]:
-        arguments = gallery[known], labels[known], len(train.classes), config.cost
-        with user_errors():
-            scores = svm_scores(torch.cat([*features.values()]), *arguments)
-        return dict(zip(features, scores.split([*map(len, features.values())]), strict=True))
-
-    def scenes(videos: data.VideoList) -> Tensor:
-        return torch.tensor([train.classes.index(scene_of(path)) for path in videos.paths])
-
-    def right(name: str, scores: Tensor, labels: Tensor) -> tuple[Tensor, float]:
-        return (in_top_k(scores, labels, 1) & good[name]).double(), 1 / scores.shape[1]
-
-    motions = scores_by(torch.tensor(train.labels))
-    rows = {name: right(name, motions[name], torch.tensor(videos[name].labels)) for name in videos}
-    rows["test less shuffled"] = rows["test"][0] - rows["shuffled"][0], 0.0
-    if parts:
-        named, labels = scores_by(scenes(train)), torch.tensor(test.labels)
-        rows["other, as its scene's motion"] = right("other", motions["other"], scenes(videos["other"]))
-        for name in ("test", "other"):
-            rows[f"scene of {name}"] = right(name, named[name], scenes(videos[name]))
-        for pair in (("rise", "fall"), ("grow", "shrink")):
-            two = torch.tensor([train.classes.index(name) for name in pair])
-            hits, chance = right("test", motions["test"][:, two], (labels == two[1]).long())
-            rows[" or ".join(pair)] = hits[torch.isin(labels, two)], chance
-    process.say(f"{'':<30}{'right':>9}{'chance':>11}{'videos':>9}")
-    table = {}
-    for row, (hits, chance) in rows.items():
-        values = round(100 * hits.mean().item(), 2), round(100 * chance, 2), len(hits)
-        table[row] = dict(zip(("percent", "chance_percent", "videos"), values, strict=True))
-        process.say("{:<30}{:>7.1f} %{:>9.1f} %{:>9}".format(row, *values))
-    write_result(process, config, {"table": table, "unreadable": bad})
-
-
 def export(config: ExportConfig) -> None:
     """Writes an encoder's weights under the names of torchvision's networks or of piergiaj's I3D, for their code.
 
@@ -629,7 +544,6 @@ PROTOCOLS = {
     "retrieve": (retrieve, RetrieveConfig),
     "knn": (knn, KnnConfig),
     "svm": (svm, SvmConfig),
-    "bias": (bias, BiasConfig),
     "export": (export, ExportConfig),
 }
 

@@ -17,8 +17,8 @@ from torch.utils.data import BatchSampler
 import data
 import find
 from augment import encoder_input
+from cli import loader_workers
 from models import ENCODERS, build_encoder, encoder_weights, load_weights, recognize
-from processes import loader_workers
 from runs import load_checkpoint, saved_options
 from train import Options, Process, UserError, option, progress, user_errors
 

@@ -21,9 +21,8 @@ from torch import Tensor, nn
 import data
 import find
 from augment import encoder_input
-from cli import parse
+from cli import loader_workers, parse, start_process
 from models import ENCODERS, ProjectionHead, build_encoder
-from processes import loader_workers, start_process
 from runs import continued, fit_in_folder, unused_folder
 from train import SWITCH, Options, TrainConfig, UserError, method_name, option, program, user_errors
 

@@ -24,8 +24,6 @@ from torch import Tensor, nn
 
 from train import Config, Options, Process, Run, UserError, check_option, fit, method_name, user_errors, write_file
 
-# ---------------------------------------------------------------------------------------------------------- folders
-
 _locks: dict[str, TextIO] = {}  # of the run folders that this process has
 
 
@@ -87,9 +85,6 @@ def check_replaceable(path: str | Path, *beginnings: bytes) -> None:
     if begin and not begin.startswith(beginnings):
         what = "a folder" if os.path.isdir(path) else "something else than what would be written there"
         raise UserError(f"{path} is {what}: name another --out")
-
-
-# ---------------------------------------------------------------------------------------------------------- records
 
 
 def git_commit() -> str:
@@ -183,9 +178,6 @@ def open_record(run: Run, folder: Path) -> None:
             write_file(bad_videos, content[: content.rfind(b"\n") + 1])  # a kill may have cut the last line
 
 
-# ------------------------------------------------------------------------------------------------------ checkpoints
-
-
 CHECKPOINT = {"method": str, "config": dict, "model": dict, "optimizer": dict}
 COUNTS = {"step": 0, "steps_per_epoch": 1, "world_size": 1, "bad_videos": 0, "skipped_steps": 0}  # at least these
 THIS_START = {"out", "resume", "max_steps", "changed_data"}  # options that a checkpoint does not hand on
@@ -258,9 +250,6 @@ def unpack(path: str | Path, state: dict) -> dict:
         return seen
     except (AttributeError, TypeError, ValueError, zlib.error) as error:
         raise UserError(f"{path} is damaged, or of other code: no valid seen in it") from error
-
-
-# --------------------------------------------------------------------------------------------------------- resuming
 
 
 def differences(was: dict, now: dict) -> str:

@@ -135,21 +135,15 @@ def _grains(rng: np.random.Generator, places: np.ndarray, pattern: np.ndarray) -
 
 
 def _draw_video(
-    motions: Sequence[str],
-    rng: np.random.Generator,
-    frames: int,
-    height: int,
-    width: int,
-    shake: float = 0.008,
-    scene: str = "",
-    masked: bool = False,
+    motions: Sequence[str], rng: np.random.Generator, shape: tuple[int, int, int], shake=0.008, scene="", masked=False
 ) -> np.ndarray:
-    """Draws one video: objects before a background, a shaky camera; uint8 (shots * frames, H, W, 3).
+    """Draws one video: objects before a background, a shaky camera; uint8 (shots · T, H, W, 3) for a shape (T, H, W).
 
     Each motion is a shot of so many frames. From shot to shot, objects keep their looks and take another place. In a
     motion's `scene`, kind of texture, hue and shape are this motion's; in that of "noise", all is `_grains`.
     `masked` draws where the objects are instead, 255 on them and 0 beside.
     """
+    frames, height, width = shape
     time = np.arange(len(motions) * frames)[:, None] / frames
     camera = np.sin(2 * np.pi * (time * rng.uniform(1, 4, 2) + rng.random(2)))
     camera = camera * rng.uniform(shake / 4, shake, 2) * min(height, width)  # to the right and down, pixels
@@ -199,7 +193,7 @@ def _draw(recipe: dict, name: str, place: tuple[str, int], masked: bool = False)
         motions = rng.choice(MOTIONS, recipe["shots"], replace=False)
     grain = max(min(height, width) // 40, 1) if scene == "noise" else 1  # pixels; beside objects always as large
     shape = recipe["frames"], math.ceil(height / grain), math.ceil(width / grain)
-    video = _draw_video(motions, rng, *shape, recipe["shake"], scene, masked)
+    video = _draw_video(motions, rng, shape, recipe["shake"], scene, masked)
     return video.repeat(grain, 1).repeat(grain, 2)[:, :height, :width]
 
 

@@ -60,9 +60,6 @@ def user_errors(kinds: tuple = (ValueError, OSError), path: str | Path | None = 
         raise UserError(str(error).strip() or type(error).__name__) from error
 
 
-# ---------------------------------------------------------------------------------------------------------- options
-
-
 def option(default: Any, help: str, allowed: tuple = ()) -> Any:
     """A field of a config dataclass, which `parse` makes a command-line flag.
 
@@ -207,9 +204,6 @@ def progress(process: Process, *arguments: Any, **options: Any) -> tqdm:
     """A progress bar with ETA on the first process, drawn twice a second in a terminal, twice a minute in a file."""
     pause = 0.5 if sys.stderr.isatty() else 30
     return tqdm(*arguments, disable=process.rank > 0, dynamic_ncols=True, mininterval=pause, **options)
-
-
-# ------------------------------------------------------------------------------------------------------ checkpoints
 
 
 def write_file(path: str | Path, content: str | bytes) -> None:
@@ -389,9 +383,6 @@ class Log:
             text += f"  {last['bad_videos']} unreadable videos" * (last["bad_videos"] > 0)
             self.run.process.say(text + f"  {last['skipped_steps']} steps left out" * (last["skipped_steps"] > 0))
         self.lines = []
-
-
-# -------------------------------------------------------------------------------------------------------------- fit
 
 
 def autocast_bf16(config: TrainConfig, process: Process) -> bool:

@@ -40,11 +40,10 @@ import data
 import fima
 import find
 from augment import color_augment, encoder_input, frame_difference
-from cli import command_line, dispatch, shown
+from cli import command_line, dispatch, shown, start_process
 from evaluate import PNG, plain
 from features import EncoderConfig, load_encoder, nearest, subset, unit_features, video_outputs
 from losses import activation_map, foreground_mask
-from processes import start_process
 from runs import check_replaceable, load_checkpoint, read_json, read_lines, read_starts, saved_options
 from train import UserError, load_model, option, user_errors, write_file
 from video import Video

@@ -22,11 +22,10 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's folder
 import data
 from augment import frame_difference
-from cli import command_line, parse
+from cli import command_line, loader_workers, parse
 from evaluate import RetrieveConfig, prepare, save_result
 from features import clip_outputs, load_encoder, video_outputs
 from losses import foreground_mask
-from processes import loader_workers
 from synthetic import object_masks
 from train import option
 from visualize import both_modalities, foreground_masks

@@ -18,12 +18,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import augment
+import cli
 import data
 import evaluate
 import features
 import moco
-import processes
-import synthetic
 import train
 
 UNTRAINED = ["--encoder", "r3d_18", "--width", 0.0625, "--crop", 48]
@@ -43,19 +42,6 @@ class Color(torch.nn.Module):
 
     def forward(self, clips):
         return clips.mean((2, 3, 4), keepdim=True)
-
-
-class Motion(Color):
-    """One whose features are how far the place and the extent of what changes go, to and fro, and in the end."""
-
-    def forward(self, clips):
-        changed = (clips.diff(dim=2).abs().mean(1) - 0.3).relu()  # (N, T − 1, H, W)
-        weights = changed / changed.sum((2, 3), keepdim=True).clamp(min=1e-6)
-        y, x = torch.meshgrid(*[torch.linspace(-1, 1, side) for side in changed.shape[2:]], indexing="ij")
-        extent = (changed > 0).float().mean((2, 3)).sqrt()
-        paths = torch.stack([(weights * y).sum((2, 3)), (weights * x).sum((2, 3)), extent], 2)  # (N, T − 1, 3)
-        early, late = (half.mean(1) for half in paths.tensor_split(2, 1))
-        return torch.cat([late - early, paths.std(1), torch.full((len(clips), 1), 0.2)], 1)[..., None, None, None]
 
 
 def numbers(path):
@@ -311,7 +297,7 @@ def evaluate_as(rank, world, port, pretrained, videos, out):
     for flags in (probe if world == 3 else test, vote):
         sys.argv = ["evaluate.py", *map(str, flags)]
         evaluate.main()
-    processes.end_process()
+    cli.end_process()
 
 
 @pytest.mark.slow
@@ -456,55 +442,3 @@ def test_svm_tells_separable_classes_apart_and_gives_absent_ones_no_score(classe
     scores = evaluate.svm_scores(centers[labels] + noise[0], centers[labels] + noise[1], 2 * labels, 2 * classes, 1.0)
     assert scores.shape == (60, 2 * classes) and torch.equal(scores.argmax(1), 2 * labels)
     assert scores[:, 1::2].isneginf().all() and scores[:, ::2].isfinite().all()
-
-
-@pytest.fixture(scope="module")
-def biased(tmp_path_factory):
-    """A set whose scenes tell the motion of most videos; one of test/ and one of other/ are unreadable."""
-    root = tmp_path_factory.mktemp("biased") / "set"
-    synthetic.make_synthetic(root, train=100, test=20, frames=40, shake=0, scene_bias=0.8)
-    for part in ("test", "other"):
-        next(root.glob(f"{part}/rise/rise_0001_*")).write_bytes(b"not a video")
-    return root
-
-
-def bias_of(run, monkeypatch, encoder, *flags):
-    monkeypatch.setattr(features, "build_encoder", lambda *_: encoder())
-    flags = [*FAST, "--crop", 32, "--clips", 1, "--out", "bias.json", *flags]
-    out, result = run.ok(evaluate, "bias", *flags, dataset=None), numbers(run.path / "bias.json")
-    rows = {row: values["percent"] for row, values in result["table"].items()}
-    assert all(f"{row:<30}{percent:>7.1f} %" in out for row, percent in rows.items())
-    return rows, result
-
-
-def test_bias_tells_an_encoder_of_colours_from_one_of_motion(run, biased, monkeypatch):
-    monkeypatch.setattr(evaluate, "svm_scores", scores := mock.Mock(side_effect=evaluate.svm_scores))
-    (colour, result), (motion, _) = (
-        bias_of(run, monkeypatch, encoder, "--dataset", "synthetic", "--data", biased) for encoder in (Color, Motion)
-    )
-    shown = [synthetic.scene_of(path) for path in sorted(biased.glob("train/*/*"))]
-    assert [synthetic.MOTIONS[label] for label in scores.call_args.args[2]] == shown
-    own = [synthetic.scene_of(path) == path.parent.name for path in biased.glob("test/*/*") if path.stat().st_size > 99]
-    assert {colour[row] for row in ("test", "still", "shuffled")} == {5 * sum(own)} != {100}
-    assert {colour[row] for row in ("scene of test", "scene of other", "other, as its scene's motion")} == {95}
-    assert colour["other"] == colour["test less shuffled"] == 0 and max(colour["unseen"], colour["noise"]) < 30
-    assert min(motion[row] for row in ("test", "unseen", "other", "noise")) > 40
-    assert max(motion[row] for row in ("still", "scene of other", "other, as its scene's motion")) < 20
-    assert motion["grow or shrink"] == 100 and motion["test less shuffled"] > 15
-    assert motion["rise or fall"] == 75 and result["table"]["rise or fall"]["videos"] == 4  # one is unreadable
-    assert len(result["unreadable"]) == 2
-
-
-@pytest.mark.parametrize("dataset", ["folder", "synthetic"])
-def test_bias_without_scenes_is_of_still_and_shuffled_frames_alone(run, biased, videos, monkeypatch, dataset):
-    where = biased if dataset == "folder" else videos
-    rows, _ = bias_of(run, monkeypatch, Color, "--dataset", dataset, "--data", where)
-    assert [*rows] == ["test", "still", "shuffled", "test less shuffled"]
-
-
-def test_a_clip_is_shown_with_its_middle_frame_alone_and_with_frames_in_another_order():
-    clips = torch.arange(9).expand(4, 3, 9).mul(20).byte()[..., None, None].expand(-1, -1, -1, 2, 2)
-    found = evaluate.with_stills(lambda clips: clips.float().mean((1, 3, 4)) / 20, seed=0)(clips)
-    whole, still, shuffled = found.unbind(1)
-    assert whole.equal(torch.arange(9.0).expand(4, 9)) and (still == 4).all()
-    assert shuffled.sort().values.equal(whole) and len(torch.cat([whole[:1], shuffled]).unique(dim=0)) == 5

@@ -12,11 +12,11 @@ import torch
 import tubelet_contrast as tubelet
 from helpers import CONV4, join_group, log_ratio, make_views, mean, weights
 
+import cli
 import data
 import evaluate
 import find
 import moco
-import processes
 import visualize
 
 
@@ -44,7 +44,7 @@ def step_process(rank, folder):
     (loss,) = parallel({name: value.chunk(2)[rank] for name, value in views.items()}).values()
     loss.backward()
     torch.save((loss.item(), [p.grad for p in method.parameters()]), f"{folder}/{rank}.pt")
-    processes.end_process()
+    cli.end_process()
 
 
 @pytest.mark.slow
@@ -152,20 +152,10 @@ def test_foreground_adds_up_what_masks_hold(run, monkeypatch):
     half = torch.zeros(3, 1, 2, 2, dtype=torch.bool)
     half[:, :, 0] = True
     monkeypatch.setattr(foreground, "foreground_masks", lambda rgb, motion, ratio: half.expand(-1, len(rgb), -1, -1))
-    run.ok(
-        foreground,
-        "--encoder=r3d_18",
-        "--width=0.0625",
-        "--crop=48",
-        "--clips=2",
-        "--frames=8",
-        "--out=fg.json",
-        small=False,
-    )
-    found, shares = (
-        json.loads((run.path / "fg.json").read_text())["result"]["inside_percent"],
-        {"motion": [], "objects": []},
-    )
+    encoder = ["--encoder=r3d_18", "--width=0.0625", "--crop=48", "--frames=8"]
+    run.ok(foreground, *encoder, "--clips=2", "--out=fg.json", small=False)
+    found = json.loads((run.path / "fg.json").read_text())["result"]["inside_percent"]
+    shares = {"motion": [], "objects": []}
     test = find.find_videos("synthetic", run.videos, False, 1)
     for kind, clips in (("motion", data.TestClips), ("objects", foreground.ObjectClips)):
         for item in clips(test, 48, 8, 2, 2):

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from helpers import ALONE, assert_trains, join_group, log_ratio, make_views, mean, with_equal_features
 
 import augment
+import cli
 import fima
 import moco
-import processes
 import train
 
 SMALL = dict(encoder="r3d_18", width=0.0625, crop=48, frames=16, queue=12, decoder_width=32, momentum=0.9, batch_size=3)
@@ -221,7 +221,7 @@ def group_process(rank: int, folder: str) -> None:
     for name in STEPS:
         process, part = train.Process(rank, 2, torch.device("cpu")), slice(2 * rank, 2 * rank + 2)
         torch.save(step(name, process, part), f"{folder}/{name}{rank}.pt")
-    processes.end_process()
+    cli.end_process()
 
 
 def test_keys_are_made_of_clips_that_are_dealt_out_with_their_colours_and_put_back(monkeypatch):

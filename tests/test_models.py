@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import cli
 import models
-import processes
 
 WIDTHS = [("conv4", 1.0), ("i3d", 0.125), ("r3d_18", 0.125), ("r2plus1d_18", 0.125), ("s3d", 1.0)]
 
@@ -223,7 +223,7 @@ def group_process(rank: int, folder: str) -> None:
         for step in range(3):
             queue.enqueue(torch.tensor([[step, rank], [step, rank + 10]]))
         torch.save([found, queue.keys, int(queue.pointer)], f"{folder}/{world}{rank}.pt")
-        processes.end_process()
+        cli.end_process()
 
 
 @pytest.mark.slow

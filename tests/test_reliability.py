@@ -26,7 +26,6 @@ import evaluate
 import fima
 import moco
 import pretrain
-import processes
 import runs
 import train
 
@@ -192,7 +191,7 @@ def test_an_evaluation_that_nobody_reads_writes_its_result(streams, videos, tmp_
 
 def test_deterministic_is_passed_on_to_torch(monkeypatch):
     monkeypatch.setattr(torch, "use_deterministic_algorithms", asked := mock.Mock())
-    processes.start_process("cpu", deterministic=True)
+    cli.start_process("cpu", deterministic=True)
     assert asked.call_args.args == (True,)
 
 
@@ -243,7 +242,7 @@ def start_two(*folders, flags, at_step_6="", **environment):
 def leave_at_once() -> None:
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     torch.distributed.all_gather([torch.empty(1 << 22)], torch.ones(1 << 22), async_op=True)
-    processes.end_process()
+    cli.end_process()
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from torch.nn.functional import interpolate
 
 import cli
 import data
-import shrink
+import find
 import video
 from find import find_videos
 from video import Video
@@ -59,7 +59,7 @@ def tree(tmp_path_factory):
     return root
 
 
-OWN = {shrink.FAILED, shrink.RECIPE}
+OWN = {find.FAILED, find.RECIPE}
 
 
 def listed(folder: Path) -> dict[str, tuple[int, int, int]]:
@@ -75,7 +75,7 @@ def test_a_copy_has_all_frames_at_their_times_and_stands_in_for_the_original(tre
     code, said, err = in_process(data, *flags)
     assert code == 1 and "error" not in err and listed(tree) == before
     assert said.startswith(f"{len(FILES) + len(CASES)} videos, ") and f"\n1 of {len(FILES) + len(CASES) + 1} " in said
-    assert (out / shrink.FAILED).read_text().startswith("'test/b/broken.mp4'\t")
+    assert (out / find.FAILED).read_text().startswith("'test/b/broken.mp4'\t")
     assert listed(out).keys() == before.keys() - {"test/b/broken.mp4"} | OWN
     for name in ("sound.wav", "lists/train.txt"):
         assert (out / name).read_bytes() == (tree / name).read_bytes()
@@ -96,7 +96,7 @@ def test_a_copy_has_all_frames_at_their_times_and_stands_in_for_the_original(tre
     assert [25 * time for time in Video(out / "train/b/uneven.mkv").times()] == [time - 1 for time in UNEVEN]
     assert Video(out / "test/a/turned.mov").read([0])[0].shape == (48, 36, 3)
     for options in ({}, {"list_file": "lists/train.txt"}):
-        old, new = (find_videos("folder", root, True, exclude=out / shrink.FAILED, **options) for root in (tree, out))
+        old, new = (find_videos("folder", root, True, exclude=out / find.FAILED, **options) for root in (tree, out))
         assert [row[:3] for row in old.seen(tree)] == [row[:3] for row in new.seen(out)]
         assert len(old.shared) == len(new.shared) == (0 if options else 1)
     made = listed(out)
@@ -118,7 +118,7 @@ def test_a_copy_has_all_frames_at_their_times_and_stands_in_for_the_original(tre
 def test_a_copy_that_was_stopped_goes_on_and_nothing_is_ever_half(
     tree, tmp_path, monkeypatch, in_process, number, code
 ):
-    out, whole = tmp_path / "out", shrink._encode
+    out, whole = tmp_path / "out", find._encode
 
     def stopped(opened, config):
         content = whole(opened, config)
@@ -126,17 +126,17 @@ def test_a_copy_that_was_stopped_goes_on_and_nothing_is_ever_half(
             os.kill(os.getppid(), number)
         return content
 
-    monkeypatch.setattr(shrink, "_encode", stopped)
+    monkeypatch.setattr(find, "_encode", stopped)
     words = ["shrink", str(tree), str(out), "--workers=1"]
     monkeypatch.setattr(sys, "argv", ["data.py", *words])
     process = FORK.Process(target=cli.command_line, args=(data.main,))
     process.start()
     process.join(120)
-    before = {name: state for name, state in listed(out).items() if not name.startswith(shrink.HIDDEN)}
+    before = {name: state for name, state in listed(out).items() if not name.startswith(find.HIDDEN)}
     assert process.exitcode == code and {"test/b/raw.h264"} | OWN < before.keys() < listed(tree).keys() | OWN
-    assert (out / shrink.HIDDEN).exists() == (number == signal.SIGKILL)
-    monkeypatch.setattr(shrink, "_encode", whole)
-    assert in_process(data, *words)[0] == 1 and not (out / shrink.HIDDEN).exists()
+    assert (out / find.HIDDEN).exists() == (number == signal.SIGKILL)
+    monkeypatch.setattr(find, "_encode", whole)
+    assert in_process(data, *words)[0] == 1 and not (out / find.HIDDEN).exists()
     assert {name for name, _ in before.items() - listed(out).items()} == OWN
     for name in FILES:
         with Video(tree / name) as old, Video(out / name) as new:

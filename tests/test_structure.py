@@ -39,7 +39,7 @@ def test_imports_run_one_way():
         assert imports(name) <= libraries
     for name in METHODS:
         assert imports(name) & FILES.keys() <= PARTS.keys() | SHARED | {"moco"} - {name}
-    for name in ("pretrain", "cli", "runs", "processes", "find", *PARTS):
+    for name in ("pretrain", "cli", "runs", "find", *PARTS):
         assert not imports(name) & (METHODS | COMMANDS), name
     assert not (imports("evaluate") | imports("features")) & METHODS
     graphlib.TopologicalSorter({name: imports(name) & FILES.keys() for name in FILES}).prepare()  # there is no cycle

@@ -27,7 +27,7 @@ def tree(root: Path) -> dict[str, bytes]:
 
 
 def draw(motion: str, seed: int, **options: float | str) -> np.ndarray:
-    return synthetic._draw_video([motion], np.random.default_rng(seed), frames=64, height=40, width=40, **options)
+    return synthetic._draw_video([motion], np.random.default_rng(seed), (64, 40, 40), **options)
 
 
 def decoded(path: Path) -> np.ndarray:
@@ -233,7 +233,7 @@ def test_each_shot_shows_its_own_motion_of_the_same_object(one_object):
     rows = np.arange(40)[:, None, None]
     for seed in range(10):
         shots = ["rise", "sway", "fall"]
-        video = synthetic._draw_video(shots, np.random.default_rng(seed), 48, 40, 40, shake=0).astype(float)
+        video = synthetic._draw_video(shots, np.random.default_rng(seed), (48, 40, 40), shake=0).astype(float)
         assert video.shape == (144, 40, 40, 3)
         seen = np.abs(video - np.median(video))
         heights = ((seen * rows).sum((1, 2, 3)) / seen.sum((1, 2, 3))).reshape(3, 48)
