@@ -331,6 +331,14 @@ class TestClips(Items):
         return []
 
 
+def read_clip(path: str | Path, frames: int = 16, stride: int = 2, crop: int = 224) -> Tensor:
+    """The clip in the middle of a video, as `TestClips` cuts it: uint8 (3, frames, crop, crop). Raises BadVideo."""
+    item = TestClips(VideoList([str(path)], [-1], [], ""), crop, frames, stride, clips=3)[0]
+    for bad in item["bad"]:
+        raise BadVideo(*bad)
+    return item["clips"][1]
+
+
 @dataclass(eq=False)
 class StepSampler(Sampler):
     """Batch sampler of a whole run: for each step from `start_step` on, this rank's list of (epoch, index).

@@ -49,12 +49,14 @@ class EncoderConfig(Options):
     seed: int = option(0, "seed of everything random", (0, 2**31 - 1))
 
 
-def load_encoder(config: EncoderConfig, say=print, key: bool = False) -> tuple[nn.Module, EncoderConfig]:
-    """The encoder of the checkpoint, or of the run to resume, its key encoder with `key` where there is one, and the
-    options with those that were left open filled in; `say` is told what was taken from another project's checkpoint.
+def load_encoder(config: EncoderConfig | str, say=print, key: bool = False) -> tuple[nn.Module, EncoderConfig]:
+    """The encoder of a checkpoint, by options or by its path alone, or of the run to resume, in eval mode, its key
+    encoder with `key` where there is one, and the options with those that were left open filled in; `say` is told what
+    was taken from another project's checkpoint.
 
     Raises UserError: no such checkpoint, none of a known or one of another encoder; clips or a width not for it.
     """
+    config = EncoderConfig(config) if isinstance(config, str) else config
     resume = getattr(config, "resume", "")
     path = config.checkpoint if resume in ("", "auto") else resume
     state = load_checkpoint(path, foreign=True) if path else {"method": "none", "config": {}, "model": {}}
@@ -83,7 +85,7 @@ def load_encoder(config: EncoderConfig, say=print, key: bool = False) -> tuple[n
             raise UserError(f"{path} holds no {config.encoder} of --width {config.width:g}: {error}") from error
         if not state["method"]:
             say(f"{path}: {config.encoder}, {report}")
-    return encoder, config
+    return encoder.eval(), config
 
 
 def subset(videos: data.VideoList, indices: Sequence[int]) -> data.VideoList:

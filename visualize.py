@@ -46,7 +46,7 @@ from features import EncoderConfig, load_encoder, nearest, subset, unit_features
 from losses import activation_map, foreground_mask
 from runs import check_replaceable, load_checkpoint, read_json, read_lines, read_starts, saved_options
 from train import UserError, load_model, option, user_errors, write_file
-from video import Video
+from video import BadVideo, Video
 
 BLUE, ORANGE, GREEN, GRAY = "#0072B2", "#D55E00", "#009E73", "#555555"  # colour-blind safe (Okabe and Ito)
 COLORS = (BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -131,13 +131,10 @@ def class_name(videos: data.VideoList, index: int) -> str:
 
 
 def middle_clips(videos: data.VideoList, config: FigureConfig) -> Tensor:
-    """The central crop of the clip in the middle of each video, uint8 (N, 3, frames, crop, crop); a UserError names a
-    video that cannot be read."""
-    clips = data.TestClips(videos, config.crop, config.frames, config.frame_stride, clips=3)
-    items = [clips[i] for i in range(len(videos))]
-    for path, reason in itertools.chain(*(item["bad"] for item in items)):
-        raise UserError(f"{path} cannot be read: {reason}")
-    return torch.stack([item["clips"][1] for item in items])
+    """`data.read_clip` of each video, uint8 (N, 3, frames, crop, crop); a UserError names one that cannot be read."""
+    with user_errors((BadVideo,)):
+        clips = [data.read_clip(path, config.frames, config.frame_stride, config.crop) for path in videos.paths]
+    return torch.stack(clips)
 
 
 @torch.no_grad()

@@ -24,6 +24,7 @@ import evaluate
 import features
 import moco
 import train
+import video
 
 UNTRAINED = ["--encoder", "r3d_18", "--width", 0.0625, "--crop", 48]
 FAST = ["--clips", 2, "--workers", 0, "--device", "cpu"]
@@ -347,6 +348,19 @@ def test_an_untrained_encoder_is_drawn_from_the_seed():
     configs = (dataclasses.replace(config, seed=seed) for seed in (0, 0, 1))
     first, again, other = (features.load_encoder(config)[0].state_dict() for config in configs)
     assert same(first, again) and not same(first, other)
+
+
+def test_an_encoder_and_a_clip_by_their_paths_give_what_evaluation_does(pretrained, videos):
+    encoder, config = features.load_encoder(str(pretrained))
+    path = str(videos / "test" / "rise" / "rise_0001.mp4")
+    clip = data.read_clip(path, config.frames, config.frame_stride, config.crop)
+    one = data.VideoList([path], [0], ["rise"], "")
+    function, config = features.unit_features(encoder), dataclasses.replace(config, clips=3, workers=0)
+    found = features.video_outputs(function, one, config, ALONE, "one", average=False)[0][0, 1]
+    pooled = features.pooled_features(encoder, clip[None])[0]
+    torch.testing.assert_close(pooled / pooled.norm(), found)
+    with pytest.raises(video.BadVideo, match="No such file"):
+        data.read_clip("none.mp4")
 
 
 def test_what_is_left_open_is_as_in_the_checkpoints_training(pretrained, videos, tmp_path):

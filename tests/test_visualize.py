@@ -159,7 +159,7 @@ def test_the_report_is_one_file_that_holds_its_pictures(draw, runs):
     [
         (["activations", "FIMA", "--out=x.gif"], "end it in .png or .pdf or .svg"),
         (["activations", "FIMA", "--out=no/x.png"], "no such folder"),
-        (["activations", "FIMA", "--video=none.mp4", "--workers=0"], "none.mp4 cannot be read"),
+        (["activations", "FIMA", "--video=none.mp4", "--workers=0"], "none.mp4: No such file"),
         (["activations", "FIMA", "--dataset=folder", "--data=.", "--list_file=a", "--test_list=none.txt"], "none.txt"),
         (["attention", "MOCO"], "attention needs a checkpoint of fima.py"),
         (["masks", "FIMA", "MOCO"], "takes one"),
