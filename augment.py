@@ -122,21 +122,30 @@ def normalize(clips: Tensor) -> Tensor:
     return (clips - mean[:, None, None, None]).div_(std[:, None, None, None])
 
 
-def frame_difference(clip: Tensor) -> Tensor:
+DIFFERENCES = {"adjacent": (1,), "spans": (1, 4, 8)}  # what D compares, in numbers of frames
+
+
+def frame_difference(clip: Tensor, spans: tuple[int, ...] = (1,)) -> Tensor:
     """D_t = (V_{t+1} − V_t + 1) / 2 (Sec. 3.1): (B, 3, T, H, W) in [0, 1] → the same, 0.5 where nothing moves.
 
     The last difference stands twice, so that D has as many frames as V. Raises ValueError for fewer than two frames.
+    With three `spans`, numbers of frames, each plane of D is the difference of brightness over one of them.
     """
     if clip.shape[2] < 2:
         raise ValueError(f"a frame difference needs at least 2 frames, the clip has {clip.shape[2]}")
-    difference = (clip[:, :, 1:] - clip[:, :, :-1] + 1) / 2
-    return torch.cat([difference, difference[:, :, -1:]], 2)
+    several = len(spans) > 1
+    shown, planes = _luma(*clip.unbind(1))[:, None] if several else clip, []
+    for span in spans:
+        span = min(span, clip.shape[2] - 1)
+        change = (shown[:, :, span:] - shown[:, :, :-span] + 1) / 2
+        planes.append(torch.cat([change, *[change[:, :, -1:]] * span], 2))
+    return torch.cat(planes, 1) if several else planes[0]
 
 
-def _encoder_input(clips: Tensor, color: Tensor | None, difference: bool, order: torch.memory_format) -> Tensor:
+def _encoder_input(clips: Tensor, color: Tensor | None, spans: tuple[int, ...], order: torch.memory_format) -> Tensor:
     clips = clips.contiguous() / 255
-    if difference:
-        clips = frame_difference(clips)
+    if spans:
+        clips = frame_difference(clips, spans)
     clips = normalize(clips if color is None else color_augment(clips, color))
     return clips.contiguous(memory_format=order)
 
@@ -145,9 +154,9 @@ _on_gpu = None  # `_encoder_input` compiled, or as it is where that has failed
 
 
 def encoder_input(
-    clips: Tensor, color: Tensor | None = None, difference: bool = False, memory_format=torch.channels_last_3d
+    clips: Tensor, color: Tensor | None = None, spans: tuple[int, ...] = (), memory_format=torch.channels_last_3d
 ) -> Tensor:
-    """uint8 clips (N, 3, T, H, W) → V or, taken before the colours, D; then colours, if any, normalised: float32.
+    """uint8 clips (N, 3, T, H, W) → V or, with spans, D, before the colours; then colours, if any, normalised: float32.
 
     Colours on a GPU are compiled, as its memory would else be read and written some fifty times; where that fails, one
     line on stderr says so.
@@ -164,7 +173,7 @@ def encoder_input(
                 some = torch.empty((len(index), *clips.shape[1:]), memory_format=layout)
                 for clip, i in zip(some, index.tolist(), strict=True):
                     clip.copy_(clips[i])
-                some = frame_difference(some.div_(255)) if difference else some.div_(255)
+                some = frame_difference(some.div_(255), spans) if spans else some.div_(255)
                 some = color_augment(some, color[index]) if kind else some
                 for clip, i in zip(some, index.tolist(), strict=True):
                     made[i] = clip
@@ -174,7 +183,7 @@ def encoder_input(
         mean, std = (torch.tensor(values).repeat(made.shape[-1]) for values in (MEAN, STD))  # fast, as 3 are few
         rows.flatten(3).sub_(mean).div_(std)
         return made
-    arguments = clips, color, difference, memory_format
+    arguments = clips, color, spans, memory_format
     if color is None or torch.compiler.is_compiling():
         return _encoder_input(*arguments)
     _on_gpu = _on_gpu or torch.compile(_encoder_input, dynamic=False)

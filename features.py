@@ -16,7 +16,7 @@ from torch.utils.data import BatchSampler
 
 import data
 import find
-from augment import encoder_input
+from augment import DIFFERENCES, encoder_input
 from cli import loader_workers
 from models import ENCODERS, build_encoder, encoder_weights, load_weights, recognize
 from runs import load_checkpoint, saved_options
@@ -24,6 +24,7 @@ from train import Options, Process, UserError, option, progress, user_errors
 
 Function = Callable[[Tensor], Tensor]
 UNTRAINED = dict(dataset="synthetic", data="", split=1, encoder="i3d", width=1.0, frames=16, frame_stride=2, crop=224)
+UNTRAINED |= dict(difference="adjacent")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +41,7 @@ class EncoderConfig(Options):
     encoder: str = option("", "video encoder; as in the checkpoint, without one i3d", ("", *ENCODERS))
     width: float = option(0.0, "factor on the encoder's numbers of channels; 0: as trained, or 1", (0, 8))
     frames: int = option(0, "frames of a clip; 0: as trained, or 16", (0, 4096))
+    difference: str = option("", "frames that differences compare; as trained, or adjacent", ("", *DIFFERENCES))
     frame_stride: int = option(0, "a clip takes every Nth frame; 0: as trained, or 2", (0, 4096))
     crop: int = option(0, "height and width of a clip in pixels; 0: as trained, or 224", (0, 1024))
     clips: int = option(10, "uniformly spaced clips of a test video", (1, 10_000))

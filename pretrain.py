@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import data
 import find
-from augment import encoder_input
+from augment import DIFFERENCES, encoder_input
 from cli import loader_workers, parse, start_process
 from models import ENCODERS, ProjectionHead, build_encoder
 from runs import continued, fit_in_folder, unused_folder
@@ -64,6 +64,7 @@ class PretrainConfig(TrainConfig, VideosConfig):
     jitter_p: float = option(0.8, "probability of colour jitter (A.3 prints 0.2)", (0, 1))
     gray_p: float = option(0.2, "probability of grayscale", (0, 1))
     blur_p: float = option(0.5, "probability of Gaussian blur (A.3 prints 0.2)", (0, 1))
+    difference: str = option("adjacent", "frames compared by D, or brightness over spans (1, 4, 8)", tuple(DIFFERENCES))
     memory_format: str = option("channels_last", "order in memory, a matter of speed alone", tuple(MEMORY_FORMATS))
     compile: str = option("off", "torch.compile the encoders: minutes of waiting, then faster steps", SWITCH)
     activation_checkpointing: str = option("off", "compute the encoder again in the backward: less memory", SWITCH)
@@ -129,7 +130,8 @@ class Method(nn.Module):
 
     def encoder_input(self, clips: Tensor, color: Tensor | None, difference: bool = False) -> Tensor:
         """uint8 clips (N, 3, frames, H, W) → V or, taken before the colours, D; then colours, if any, normalised."""
-        return encoder_input(clips, color, difference, MEMORY_FORMATS[self.config.memory_format])
+        spans = DIFFERENCES[self.config.difference] if difference else ()
+        return encoder_input(clips, color, spans, MEMORY_FORMATS[self.config.memory_format])
 
     @staticmethod
     def project(head: nn.Module, features: Tensor) -> Tensor:

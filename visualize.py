@@ -39,7 +39,7 @@ from torch import Tensor, nn
 import data
 import fima
 import find
-from augment import color_augment, encoder_input, frame_difference
+from augment import DIFFERENCES, color_augment, encoder_input, frame_difference
 from cli import command_line, dispatch, shown, start_process
 from evaluate import PNG, plain
 from features import EncoderConfig, load_encoder, nearest, subset, unit_features, video_outputs
@@ -138,17 +138,17 @@ def middle_clips(videos: data.VideoList, config: FigureConfig) -> Tensor:
 
 
 @torch.no_grad()
-def feature_maps(encoder: nn.Module, clips: Tensor, difference: bool = False) -> Tensor:
+def feature_maps(encoder: nn.Module, clips: Tensor, spans: tuple[int, ...] = ()) -> Tensor:
     """uint8 clips (N, 3, frames, H, W) → maps (N, C, T, h, w) of the clips or of their frame differences."""
     clips = clips.to(next(encoder.parameters()).device)
-    return encoder(encoder_input(clips, difference=difference)).float()
+    return encoder(encoder_input(clips, spans=spans)).float()
 
 
-def both_modalities(encoder: nn.Module, clips: Tensor) -> tuple[Tensor, Tensor]:
+def both_modalities(encoder: nn.Module, clips: Tensor, difference: str = "adjacent") -> tuple[Tensor, Tensor]:
     """Feature maps of the clips and of their frame differences, each batch-normalised by its own statistics, as in
     pretraining: the running statistics of batch norm belong to no single modality, or to RGB alone."""
     encoder.train()
-    return feature_maps(encoder, clips), feature_maps(encoder, clips, difference=True)
+    return feature_maps(encoder, clips), feature_maps(encoder, clips, DIFFERENCES[difference])
 
 
 def cosines(x: Tensor, y: Tensor) -> Tensor:
@@ -280,8 +280,9 @@ def draw_affinity(config: FigureConfig, inputs: list[str]) -> Figure:
     fig, axes = plt.subplots(1, len(models) + 1, figsize=(PAGE, PAGE / (len(models) + 1)), layout="constrained")
     for place, (ax, model) in enumerate(zip(axes, models, strict=False), 1):
 
-        def compared(clips: Tensor, encoder: nn.Module = model.encoder) -> Tensor:
-            rgb, motion = (maps.mean(2).flatten(2).mT for maps in both_modalities(encoder, clips))  # (n, HW, C)
+        def compared(clips: Tensor, model: Model = model) -> Tensor:
+            both = both_modalities(model.encoder, clips, model.config.difference)
+            rgb, motion = (maps.mean(2).flatten(2).mT for maps in both)  # (n, HW, C)
             return torch.cat([rgb.mean(1), motion.mean(1), cosines(rgb, motion).flatten(1)], 1)
 
         found, _ = video_features(model, videos, "test videos", compared)
@@ -336,7 +337,7 @@ def draw_masks(config: FigureConfig, inputs: list[str]) -> Figure:
     model = load_models(config, inputs, key=True)[0]
     videos = draw_videos(model.config, config.count or 4)
     clips = middle_clips(videos, model.config)
-    masks = foreground_masks(*both_modalities(model.encoder, clips), config.foreground).float()
+    masks = foreground_masks(*both_modalities(model.encoder, clips, model.config.difference), config.foreground).float()
     masks = on_clip(model.encoder, masks.flatten(0, 1), model.config.crop, "nearest").unflatten(0, (3, -1))
     rows, titles = [], ("by RGB", "by frame difference", "by both")
     for i, clip in enumerate(clips):

@@ -60,7 +60,7 @@ def main() -> None:
     grid = []
 
     def masks_and_motion(clips: Tensor) -> Tensor:
-        masks = foreground_masks(*both_modalities(encoder, clips), config.foreground)  # (3, N, h, w)
+        masks = foreground_masks(*both_modalities(encoder, clips, config.difference), config.foreground)  # (3, N, h, w)
         grid[:] = masks.shape[2:]
         motion = (frame_difference(clips / 255) - 0.5).abs().mean((1, 2))
         return torch.cat([masks, F.adaptive_avg_pool2d(motion, grid)[None]]).movedim(0, 1).flatten(2)

@@ -117,17 +117,30 @@ def uint8_clips(n: int, height: int, width: int) -> torch.Tensor:
     return torch.randint(256, (n, 4, height, width, 3), dtype=torch.uint8, generator=generator(0)).movedim(-1, 1)
 
 
-@pytest.mark.parametrize("difference", [False, True])
+@given(st.integers(0, 2**31), st.integers(2, 12), st.tuples(*[st.integers(1, 9)] * 3))
+def test_differences_over_spans_are_of_brightness_a_plane_each(seed, frames, spans):
+    clip = torch.rand(2, 3, frames, 2, 3, generator=generator(seed), dtype=torch.float64)
+    found = augment.frame_difference(clip, spans)
+    gray = 0.2989 * clip[:, 0] + 0.587 * clip[:, 1] + 0.114 * clip[:, 2]
+    assert found.shape == clip.shape
+    for plane, span in enumerate(spans):
+        span = min(span, frames - 1)
+        for t in range(frames):
+            first = min(t, frames - 1 - span)  # the last one stands for those beyond the end
+            torch.testing.assert_close(found[:, plane, t], (gray[:, first + span] - gray[:, first] + 1) / 2)
+
+
+@pytest.mark.parametrize("spans", [(), (1,), (1, 4, 8)], ids=str)
 @pytest.mark.parametrize("size", [(52, 60), (24, 24)])
 @pytest.mark.parametrize("order", [torch.channels_last_3d, torch.contiguous_format])
-def test_all_clips_at_once_as_on_a_gpu_give_the_same_as_one_by_one_on_a_cpu(size, difference, order, monkeypatch):
+def test_all_clips_at_once_as_on_a_gpu_give_the_same_as_one_by_one_on_a_cpu(size, spans, order, monkeypatch):
     rng, clips = np.random.default_rng(0), uint8_clips(6, *size)
     color = torch.tensor(np.stack([data.draw_color(rng, gray_p=0.4) for _ in clips]))
     color[0] = torch.tensor(IDENTITY)
-    expected = augment.encoder_input(clips, color, difference, order)
+    expected = augment.encoder_input(clips, color, spans, order)
     monkeypatch.setattr(augment, "_on_cpu", lambda clips: False)
     monkeypatch.setattr(augment, "_on_gpu", augment._encoder_input)
-    found = augment.encoder_input(clips, color, difference, order)
+    found = augment.encoder_input(clips, color, spans, order)
     close(found, expected, 1e-5)
     assert found.is_contiguous(memory_format=order) and expected.is_contiguous(memory_format=order)
 
