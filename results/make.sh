@@ -1,0 +1,121 @@
+#!/bin/bash
+# Trains and probes the rows of docs/results.md, two at a time with one thread each, and adds a line for each run to
+# results/generated.jsonl. Rows that are there are left out, and a run that was stopped goes on:
+#
+#     bash results/make.sh                    # all rows, seeds 1, 2, 3: 15 minutes each
+#     bash results/make.sh '^1 shots fima'    # those whose "SEED SET ROW" matches
+#
+# Videos and runs lie in datasets/ and runs/results/: remove them afterwards.
+set -eu
+cd "$(dirname "$0")/.."
+export OMP_NUM_THREADS=1
+
+rows() { # set, row, script and flags
+    cat <<'END'
+shots   untrained   none
+shots   supervised  evaluate.py finetune --encoder conv4 --crop 32 --min_scale 0.5 --epochs 24 --batch_size 32
+shots   moco        moco.py
+shots   moco_vd     moco.py --losses vv,vd
+shots   fra         fima.py --losses vv,fra
+shots   dc          fima.py --losses vv,pix --mask_position none --decoder none
+shots   dc_fs       fima.py --losses vv,pix --decoder none
+shots   dc_md       fima.py --losses vv,pix --mask_position none
+shots   pix         fima.py --losses vv,pix
+shots   fima        fima.py
+shots   tubelet     examples/tubelet_contrast.py
+motion  moco        moco.py
+motion  moco_vd     moco.py --losses vv,vd
+motion  fra         fima.py --losses vv,fra
+motion  dc          fima.py --losses vv,pix --mask_position none --decoder none
+motion  dc_fs       fima.py --losses vv,pix --decoder none
+motion  dc_md       fima.py --losses vv,pix --mask_position none
+motion  pix         fima.py --losses vv,pix
+motion  fima        fima.py
+motion  fame        fame.py
+motion  dclr        dclr.py --delay 12
+motion  mcl         mcl.py
+motion  fima_fame   fima.py --fame single
+motion  tubelet     examples/tubelet_contrast.py
+long    moco        moco.py
+long    moco_vd     moco.py --losses vv,vd
+long    dc          fima.py --losses vv,pix --mask_position none --decoder none
+long    pix         fima.py --losses vv,pix
+long    fima        fima.py
+scenes  untrained   none
+scenes  supervised  evaluate.py finetune --encoder conv4 --crop 32 --min_scale 0.5 --epochs 24 --batch_size 32
+scenes  moco        moco.py
+scenes  moco_vd     moco.py --losses vv,vd
+scenes  pix         fima.py --losses vv,pix
+scenes  fima        fima.py
+scenes  fame        fame.py
+scenes  dclr        dclr.py --delay 12
+shake   untrained   none
+shake   moco        moco.py
+shake   moco_vd     moco.py --losses vv,vd
+shake   dc          fima.py --losses vv,pix --mask_position none --decoder none
+shake   dc_fs       fima.py --losses vv,pix --decoder none
+shake   pix         fima.py --losses vv,pix
+shake   fima        fima.py
+END
+}
+
+videos() { # seed, set; the long videos are for pretraining alone
+    case $2 in
+        motion) python data.py synthetic "datasets/motion_$1" --seed "$1" --test 1500 ;;
+        shots) python data.py synthetic "datasets/shots_$1" --seed "$1" --test 1500 --shots 4 ;;
+        long) python data.py synthetic "datasets/long_$1" --seed "$1" --test 10 --frames 192 ;;
+        scenes) python data.py synthetic "datasets/scenes_$1" --seed "$1" --scene_bias 0.95 ;;
+        shake) python data.py synthetic "datasets/shake_$1" --seed "$1" --test 1500 --shake 0.1 ;;
+    esac
+}
+
+work() { # script and flags; trains and probes by the variables of `run`
+    local probe="--dataset synthetic --data datasets/${set/long/motion}_$seed --workers 1" epochs="--epochs 24"
+    if [ "$1" = none ]; then
+        probe="$probe --encoder conv4 --crop 32 --seed $seed"
+    else
+        if [ "$1" = evaluate.py ]; then epochs=; fi # it has its own
+        python "$@" --dataset synthetic --data "datasets/${set}_$seed" --seed "$seed" $epochs --workers 1 \
+            --out "$out" --resume auto || return
+        probe="$probe --checkpoint $out/checkpoint.pt"
+    fi
+    if [ "$set" = scenes ]; then
+        python examples/scene_bias.py $probe --clips 3 --cost 100 --out "$out/bias.json"
+    else
+        python evaluate.py linear $probe --cached 10 --out "$out/linear" --resume auto &&
+            python evaluate.py retrieve $probe --out "$out/retrieve.json"
+    fi
+}
+
+run() { # seed, set, row, script and flags
+    local seed=$1 set=$2 row=$3 out=runs/results/$2_$3_$1 began=$SECONDS
+    shift 3
+    if grep -qs "\"seed\": $seed, \"set\": \"$set\", \"row\": \"$row\"" results/generated.jsonl; then return; fi
+    mkdir -p "$out"
+    work "$@" > "$out/output.txt" 2>&1 || { echo "failed: see $out/output.txt"; return; }
+    python - "$seed" "$set" "$row" "$*" "$out" $((SECONDS - began)) >> results/generated.jsonl <<'END'
+import json, sys
+from pathlib import Path
+
+seed, videos, row, command, out, seconds = sys.argv[1:]
+line = {"seed": int(seed), "set": videos, "row": row}
+for file in map(Path(out).joinpath, ("linear/result.json", "retrieve.json", "bias.json")):
+    if file.exists():
+        made = json.loads(file.read_text())
+        result = made["result"]
+        line |= {"linear": result["top1_percent"]} if "top1_percent" in result else {}
+        line |= {"R@1": result["recall_percent"]["R@1"]} if "recall_percent" in result else {}
+        line |= {name: value["percent"] for name, value in result.get("table", {}).items()}
+line |= {"command": command, "seconds": int(seconds), "commit": made["git_commit"], "torch": made["versions"]["torch"]}
+print(json.dumps(line))
+END
+    echo "$(date +%H:%M) done: $seed $set $row"
+}
+
+export -f work run
+chosen=$(for seed in 1 2 3; do rows | sed "s/^/$seed /"; done | tr -s ' ' | grep -E "${1:-.}")
+echo "$chosen" | while read -r seed set _; do
+    echo "$seed $set"
+    if [ "$set" = long ]; then echo "$seed motion"; fi
+done | sort -u | while read -r seed set; do videos "$seed" "$set" < /dev/null; done
+echo "$chosen" | xargs -P 2 -L 1 bash -c 'run "$@"' run
