@@ -64,9 +64,10 @@ class MCLConfig(moco.MoCoConfig, MapsConfig):
             raise UserError("--compile on: MCL differentiates a gradient, which torch can't do in it")
 
 
+MAPS = {"synthetic": dict(flow_warps=1)}
 PAPER = dict(encoder="s3d", crop=224, batch_size=8, lr=0.04)
 PRESETS = {
-    "synthetic": moco.PRESETS["synthetic"] | dict(flow_warps=1),
+    "synthetic": moco.PRESETS["synthetic"] | MAPS["synthetic"],
     "ucf101": PAPER | dict(epochs=200, queue=8192),
     "k400": PAPER | dict(epochs=400, queue=131072),
 }
@@ -249,7 +250,7 @@ def make_maps(config: MapsConfig) -> None:
 def main() -> None:
     """`mcl.py maps …` makes motion maps, `mcl.py …` trains."""
     train = functools.partial(pretrain.pretrain, MCL), MCLConfig, PRESETS
-    _, command, config, _ = dispatch({"": train, "maps": (make_maps, MapsConfig)}, __doc__)
+    _, command, config, _ = dispatch({"": train, "maps": (make_maps, MapsConfig, MAPS)}, __doc__)
     command(config)
 
 

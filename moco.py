@@ -145,11 +145,14 @@ class MoCo(Method):
             self.metrics[f"queue_age/{name}"] = len(queue.keys) / (processes * views[..., 0].numel())
 
     def warnings(self, line: dict[str, float]) -> list[str]:
-        """Those of every method, and of a queue that holds keys of the batch's own videos."""
+        """Those of every method, of a queue that holds keys of the batch's own videos, and of a key encoder that hardly
+        moves in all the steps of the run."""
         ages = [age for name, age in line.items() if name in ("queue_age/vv", "queue_age/vd")]
         long = any(2 * age > line["step"] / line["epoch"] for age in ages)  # an epoch gives two keys of each video
         own = f"--queue {self.config.queue} exceeds the videos of an epoch, which then meet their own keys"
-        return super().warnings(line) + [own] * long
+        steps = round(self.config.epochs * line["step"] / line["epoch"])
+        kept = f"--momentum {self.config.momentum} leaves most of the key encoder as it began in all {steps} steps"
+        return super().warnings(line) + [own] * long + [kept] * (self.config.momentum**steps > 0.5)
 
 
 if __name__ == "__main__":
