@@ -1,4 +1,4 @@
-"""Help fits on a page, and commands that the project prints, in help, at a run's end and in errors, work as they are."""
+"""Help fits on a page, and commands that the project prints, in help, at a run's end and in errors, work as printed."""
 
 import dataclasses
 import importlib
@@ -147,11 +147,8 @@ def test_the_next_steps_that_a_run_prints_work(module, dataset, works, flow):
     folder = [] if dataset == "synthetic" else ["--dataset=folder", "--data=flat"]
     out = works(f"python {module.__name__}.py", *folder, "--out=runs/own")
     steps = printed(out.partition("\nnext:\n")[2])
-    assert [Path(shlex.split(step)[1]).name for step in steps] == [
-        *["evaluate.py"] * 2,
-        "visualize.py",
-        f"{module.__name__}.py",
-    ]
+    scripts = [Path(shlex.split(step)[1]).stem for step in steps]
+    assert scripts == ["evaluate", "evaluate", "visualize", module.__name__]
     for step in steps:
         works(step)
 
@@ -162,9 +159,8 @@ def test_a_next_step_works_in_a_shell_from_any_folder(works):
     (step,) = re.findall("(?m)^  (python .*evaluate.py retrieve .*)$", out)  # with its comment
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     step = step.partition("#")[0] + " ".join(TESTED) + "  # " + step.partition("#")[2]
-    done = subprocess.run(
-        step, shell=True, env=os.environ | {"PATH": path}, capture_output=True, text=True, timeout=300
-    )
+    environment = os.environ | {"PATH": path}
+    done = subprocess.run(step, shell=True, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and "written to runs/a run/retrieve_synthetic.json" in done.stdout, done.stderr
 
 
@@ -210,9 +206,7 @@ def test_what_errors_and_notes_advise_works(works, place, in_process, monkeypatc
 HELP = [(module,) for module in (fima, moco, fame, dclr, mcl, simclr, tubelet_contrast)] + [(mcl, "maps")]
 HELP += [(data, name) for name in ("check", "synthetic", "shrink")]
 HELP += [(benchmark, name) for name in ("data", "step", "count")]
-HELP += [
-    (module, name) for module in (evaluate, visualize) for name in getattr(module, "PROTOCOLS", None) or module.FIGURES
-]
+HELP += [(evaluate, name) for name in evaluate.PROTOCOLS] + [(visualize, name) for name in visualize.FIGURES]
 
 
 @pytest.mark.parametrize("given", HELP, ids=lambda given: " ".join([given[0].__name__, *given[1:]]))
