@@ -5,6 +5,7 @@ import contextlib
 import ctypes
 import dataclasses
 import errno
+import functools
 import inspect
 import itertools
 import os
@@ -219,7 +220,7 @@ def loader_workers(config: TrainConfig) -> int:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (--help_all lists the flags)")
+        raise UserError(f"{message} (--help-all lists the flags)")
 
 
 DATA = {"dataset", "data", "list_file", "test_list", "exclude", "split"}  # options below the heading of this name
@@ -241,14 +242,9 @@ def make_parser(config_class: type[Options], doc: str, presets: dict[str, dict],
     all, if not `whole`."""
     fields, columns = dataclasses.fields(config_class), shutil.get_terminal_size((120, 0)).columns
     hidden = [field for field in fields if field.metadata["detail"] and not whole and len(fields) > 30]
-    parser = _Parser(
-        " ".join(train.program()),
-        "%(prog)s [--flag value …]",
-        doc,
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, 2, 28, min(columns, 120)),
-        add_help=False,
-        allow_abbrev=False,
-    )
+    style = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=28, width=min(columns, 120))
+    options = dict(formatter_class=style, add_help=False, allow_abbrev=False)
+    parser = _Parser(" ".join(train.program()), "%(prog)s [--flag value …]", doc, **options)
     headings = "data", "model and clips", "", "optimisation", "run"
     groups = {name: parser.add_argument_group(name or method_name(config_class)) for name in headings}
     for field in fields:
@@ -264,9 +260,10 @@ def make_parser(config_class: type[Options], doc: str, presets: dict[str, dict],
             **({"nargs": "?", "const": "on"} if field.metadata["allowed"] == train.SWITCH else {}),
         )
     groups["run"].add_argument("--print_config", action="store_true", help="print the value of every option, and end")
-    groups["run"].add_argument("-h", "--help", "--help_all", action="help", help="show the usual flags, or all")
+    groups["run"].add_argument("-h", "--help", action="help", help="show this text; with --help-all all of it")
+    groups["run"].add_argument("--help_all", action="help", help=argparse.SUPPRESS)
     notes = [f"--dataset {'|'.join(presets)} sets more (see --print_config), but explicit flags win"] * bool(presets)
-    notes += [f"--help_all lists {len(hidden)} more flags, and the limits of all"] * bool(hidden)
+    notes += [f"--help-all lists {len(hidden)} more flags, and the limits of all"] * bool(hidden)
     parser.epilog = "\n".join(notes)
     return parser
 

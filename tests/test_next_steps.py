@@ -218,7 +218,7 @@ def test_help_fits_on_a_page_and_says_how_to_see_the_rest(given, in_process, mon
     lines = short.splitlines()
     assert len(lines) <= 60 and max(map(len, lines)) <= 120 and lines[0].count("--") == 1
     assert few <= every and "--print_config" in few
-    assert (f"--help_all lists {len(every - few)} more flags" in lines[-1]) == (few != every)
+    assert (f"--help-all lists {len(every - few)} more flags" in lines[-1]) == (few != every)
     for heading in ("data:", "model and clips:", "optimisation:", "run:", "FIMA:") if module is fima else ():
         assert heading in lines and heading in whole.splitlines()
 
