@@ -226,7 +226,7 @@ def test_help_fits_on_a_page_and_says_how_to_see_the_rest(given, in_process, mon
 def test_print_config_shows_every_option_and_what_differs_and_ends(in_process):
     flags = ["--dataset", "k400", "--queue", "8", "--list-file", "my list"]
     code, out, _ = in_process(fima, *flags, "--print-config", main=main_of(fima))
-    assert code == 0
+    assert not code
     shown = {line.split()[0]: " ".join(line.split()[1:]) for line in out.splitlines()}
     assert [*shown] == [f"--{field.name}" for field in dataclasses.fields(fima.FIMAConfig)]
     assert shown["--queue"] == "8 # default: 2048" and shown["--pixel_queue"] == "31360 # default: 0"
