@@ -59,7 +59,7 @@ class PretrainConfig(TrainConfig, VideosConfig):
     frames: int = option(16, "frames of a clip", (1, 4096))
     frame_stride: int = option(2, "a clip takes every Nth frame of the video", (1, 4096))
     crop: int = option(224, "height and width of a clip in pixels; the paper has 112 for r2plus1d_18", (1, 1024))
-    encoder: str = option("i3d", "video encoder", tuple(ENCODERS))
+    encoder: str = option("i3d", "video encoder; on a CPU, conv4 with --crop 32", tuple(ENCODERS))
     width: float = option(1.0, "factor on the encoder's numbers of channels", (0.01, 8))
     min_scale: float = detail(0.2, "least share of a frame's area that a random crop covers", (0.01, 1))
     jitter_p: float = detail(0.8, "probability of colour jitter (A.3 prints 0.2)", (0, 1))
@@ -160,8 +160,6 @@ def pretrain(method_class: type[Method], config: PretrainConfig) -> None:
     untrained = copy.deepcopy(method.encoder) if config.dataset == "synthetic" else None
     videos = process.first(config.find_videos, lambda videos: videos.mark(config.root))
     process.say(videos.report)
-    if process.device.type == "cpu" and config.encoder != "conv4":
-        process.say(f"note: {config.encoder} takes long on a CPU, for which there is --encoder conv4 --crop 32")
     seen = {"videos": videos.seen(config.root)} if process.rank == 0 else {}
     config = continued(config, process, seen)
     views = process.first(lambda: method.make_views(videos))

@@ -46,7 +46,7 @@ FEW = {  # flags that are added to a command, by its script, or script and sub-c
     "data.py shrink": ["--workers=1"],
     "data.py synthetic": MADE,
     "benchmark.py data": ["--samples=1", "--rounds=1", "--crop=32"],
-    "benchmark.py step": [*TINY, "--rounds=1"],
+    "benchmark.py step": [*TINY, "--rounds=1", "--decoder_width=32"],
     "benchmark.py count": TINY,
     "evaluate.py linear": [*TESTED, "--epochs=1", "--batch_size=6"],
     "evaluate.py finetune": [*TESTED, "--epochs=1", "--batch_size=6"],
@@ -167,9 +167,9 @@ def test_a_next_step_works_in_a_shell_from_any_folder(works):
 @pytest.mark.slow
 def test_a_stopped_run_and_one_that_is_there_already_say_how_to_continue(works, in_process, monkeypatch):
     step = train.Run.step
-    monkeypatch.setattr(train.Run, "step", lambda *given: (step(*given), signal.raise_signal(signal.SIGTERM))[0])
-    code, out, _ = in_process(moco, *TINY, "--max_steps=3", "--out=runs/stopped", main=main_of(moco))
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Run, "step", lambda *given: (step(*given), signal.raise_signal(signal.SIGTERM))[0])
+        code, out, _ = in_process(moco, *TINY, "--max_steps=3", "--out=runs/stopped", main=main_of(moco))
     assert code == 128 + signal.SIGTERM
     assert "resumed after step 1" in works(out.partition("continue with: ")[2].strip(), "--max_steps=2")
     code, _, err = in_process(moco, *TINY, "--out=runs/stopped", main=main_of(moco))
