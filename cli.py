@@ -5,9 +5,12 @@ import contextlib
 import ctypes
 import dataclasses
 import errno
+import functools
 import inspect
 import itertools
 import os
+import re
+import shutil
 import signal
 import sys
 import threading
@@ -217,36 +220,54 @@ def loader_workers(config: TrainConfig) -> int:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (--help lists the flags)")
+        raise UserError(f"{message} (--help-all lists the flags)")
+
+
+def make_parser(config_class: type[Options], doc: str, presets: dict[str, dict], whole: bool) -> _Parser:
+    """The parser of a config's flags. Of more than 30, its help leaves out those of `train.detail`, and the limits of
+    all, if not `whole`."""
+    fields, columns = dataclasses.fields(config_class), shutil.get_terminal_size((120, 0)).columns
+    hidden = [field for field in fields if field.metadata["detail"] and not whole and len(fields) > 30]
+    style = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=28, width=min(columns, 120))
+    options = dict(formatter_class=style, add_help=False, allow_abbrev=False)
+    parser = _Parser(" ".join(train.program()), "%(prog)s [--flag value …]", doc, **options)
+    groups = {}
+    for field in fields:
+        owner = next(c for c in reversed(config_class.__mro__) if field.name in getattr(c, "__dataclass_fields__", ()))
+        title = vars(owner).get("HEADING", method_name(config_class))
+        title = "optimisation" if field.name in TrainConfig.TUNED else title
+        group = groups[title] = groups.get(title) or parser.add_argument_group(title)
+        default, text = str(field.default), train.allowed_text(field)
+        default += f"; {text}" * (field.type is not str and not hidden)
+        help = (field.metadata["help"] + f" (default: {default})" * bool(default)).replace("%", "%%")
+        group.add_argument(
+            "--" + field.name,
+            type=field.type,
+            default=argparse.SUPPRESS,
+            metavar=text if field.type is str and text else field.type.__name__.upper(),
+            help=argparse.SUPPRESS if field in hidden else help,
+            **({"nargs": "?", "const": "on"} if field.metadata["allowed"] == train.SWITCH else {}),
+        )
+    parser.add_argument("--print_config", action="store_true", help="print the value of every option, and end")
+    parser.add_argument("-h", "--help", action="help", help="show this text; with --help-all all of it")
+    parser.add_argument("--help_all", action="help", help=argparse.SUPPRESS)
+    notes = [f"--dataset {'|'.join(presets)} sets more (see --print_config), but explicit flags win"] * bool(presets)
+    notes += [f"--help-all lists {len(hidden)} more flags, and the limits of all"] * bool(hidden)
+    parser.epilog = "\n".join(notes)
+    return parser
 
 
 def parse(
     config_class: type[Config], doc: str, presets: dict[str, dict] | None = None, argv: list[str] | None = None
 ) -> Config:
     """Command line → config. Explicit flags win over the options of the checkpoint to resume, these over the preset
-    that `--dataset` selects, and this over the defaults. Raises UserError where a flag or value is unknown, the
-    checkpoint can't be read or is of another method, or an option makes another run of it."""
-    presets = presets or {}
-    parser = _Parser(
-        " ".join(train.program()),
-        description=doc,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    for field in dataclasses.fields(config_class):
-        default, text = str(field.default), train.allowed_text(field)
-        default += f"; {text}" * (field.type is not str)
-        parser.add_argument(
-            *dict.fromkeys(["--" + field.name, "--" + field.name.replace("_", "-")]),
-            type=field.type,
-            default=argparse.SUPPRESS,
-            metavar=text if field.type is str and text else field.type.__name__.upper(),
-            help=(field.metadata["help"] + f" (default: {default})" * bool(default)).replace("%", "%%"),
-            **({"nargs": "?", "const": "on"} if field.metadata["allowed"] == train.SWITCH else {}),
-        )
-    lines = [f"  {name}: " + " ".join(f"--{k} {v}" for k, v in preset.items()) for name, preset in presets.items()]
-    parser.epilog = "\n".join(["what --dataset NAME sets (explicit flags win):", *lines]) if lines else None
-    given = vars(parser.parse_args(argv))
+    that `--dataset` selects, and this over the defaults. Flags may have - for _; `--print_config` ends all. Raises
+    UserError where a flag or value is unknown, the checkpoint can't be read or is of another method, or an option makes
+    another run of it."""
+    presets, words = presets or {}, sys.argv[1:] if argv is None else argv
+    words = [re.sub("(?<=^--)[^=]+", lambda name: name[0].replace("-", "_"), word) for word in words]
+    given = vars(make_parser(config_class, doc, presets, "--help_all" in words).parse_args(words))
+    show = given.pop("print_config")
     saved, path, method = {}, given.get("resume", ""), method_name(config_class)
     if path not in ("", "auto"):
         state = load_checkpoint(path)
@@ -260,7 +281,11 @@ def parse(
     for name, value in given.items() if saved else ():
         if value != made[name] and name not in config_class.FREE | config_class.TUNED:
             raise UserError(f"{path} was trained with --{name} {made[name]}, not {value}: start anew, without --resume")
-    return config_class(**made | given)
+    config = config_class(**made | given)
+    if show:
+        print(config)
+        raise SystemExit
+    return config
 
 
 def dispatch(commands: dict[str, tuple], doc: str, words: bool = False) -> tuple[str, Callable, Options, list[str]]:
@@ -276,7 +301,7 @@ def dispatch(commands: dict[str, tuple], doc: str, words: bool = False) -> tuple
     """
     given = sys.argv[1:]
     name = given.pop(0) if given and not ("" in commands and given[0].startswith("-")) else ""
-    if name in ("-h", "--help"):
+    if name in ("-h", "--help", "--help_all", "--help-all"):
         print(doc)
         raise SystemExit
     if name not in commands:

@@ -20,7 +20,7 @@ import moco
 from cli import command_line
 from models import MomentumQueue, momentum_update
 from pretrain import main, pool
-from train import SWITCH, UserError, option
+from train import SWITCH, UserError, detail, option
 
 PARTS = {"none": "", "static": "s", "motion": "d", "both": "sd"}  # inputs that an option names
 
@@ -30,14 +30,14 @@ class DCLRConfig(moco.MoCoConfig):
     """Options of DCLR; the defaults are the paper's for UCF101, or ours where it gives none."""
 
     losses: str = option("vs,vd,sd,ac", "losses to sum, of vv, vs, vd, sd, ac (Eq. 1, 6, 10, 8, 12); sd is maximised")
-    ac_weight: float = option(0.5, "weight of ac, lambda (Eq. 16)", (0, 1000))
-    same_view: str = option("off", "vs and vd within a view, not across the two (Table 4)", SWITCH)
+    ac_weight: float = detail(0.5, "weight of ac, lambda (Eq. 16)", (0, 1000))
+    same_view: str = detail("off", "vs and vd within a view, not across the two (Table 4)", SWITCH)
     search: str = option("motion", "stills or differences of which positives are retrieved (Table 5)", tuple(PARTS))
-    retrieved: int = option(5, "positives retrieved for each clip, K (Table 6)", (1, 65_536))
-    retrieved_weights: str = option("prior", "their weights: by similarity, or equal (Table 6)", ("prior", "uniform"))
-    decouple: str = option("both", "which of vs, vd pools RGB by activation (Eq. 14, 15; Table 7)", tuple(PARTS))
-    delay: float = option(10.0, "epochs before retrieval and decoupling start", (0, 1e6))
-    refresh: int = option(10, "epochs between two updates of the slow extractor", (1, 10**6))
+    retrieved: int = detail(5, "positives retrieved for each clip, K (Table 6)", (1, 65_536))
+    retrieved_weights: str = detail("prior", "their weights: by similarity, or equal (Table 6)", ("prior", "uniform"))
+    decouple: str = detail("both", "which of vs, vd pools RGB by activation (Eq. 14, 15; Table 7)", tuple(PARTS))
+    delay: float = detail(10.0, "epochs before retrieval and decoupling start", (0, 1e6))
+    refresh: int = detail(10, "epochs between two updates of the slow extractor", (1, 10**6))
     momentum: float = option(0.0, "what the slow extractor keeps of itself at an update", (0, 1))
     queue: int = option(2048, "length of the pool of features to retrieve from", (1, 2**24))
     gray_p: float = option(0.0, "probability of grayscale, which the paper does without", (0, 1))

@@ -76,7 +76,7 @@ class ClassifyConfig(TrainConfig, RetrieveConfig):
 
     batch_size: int = option(16, "videos of a micro-batch; total batch: times --accumulate and processes", (1, 65_536))
     fraction: float = option(1.0, "share of each class's training videos to train on, at least one", (0, 1))
-    min_scale: float = option(0.2, "least share of a frame's area that a random crop covers", (0.01, 1))
+    min_scale: float = option(0.2, "least share of a frame's area that a random crop covers", (0.01, 1), detail=True)
     out: str = option("", "run folder (default: PROTOCOL_DATASET beside the checkpoint, or the folder of --resume)")
 
     FREE = TrainConfig.FREE | {"data", "list_file", "test_list", "exclude", "clips", "test_batch"}

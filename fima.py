@@ -22,7 +22,7 @@ from moco import PRESETS as MOCO_PRESETS
 from moco import FeatureMaps, MoCo, MoCoConfig
 from models import MomentumQueue, MotionDecoder
 from pretrain import main, pool
-from train import UserError, option
+from train import UserError, detail, option
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,17 +31,17 @@ class FIMAConfig(MoCoConfig):
 
     losses: str = option("vv,pix,fra", "losses to sum, of vv (Eq. 1), vd (Eq. 2), pix (Eq. 8) and fra (Eq. 10)")
     threshold: float = option(0.7, "distance below which pixels are positive, in bin diagonals (Table 3a)", (0.01, 100))
-    centres: str = option("nominal", "where feature pixels look: bin centres, or by padding", ("nominal", "measured"))
+    centres: str = detail("nominal", "where feature pixels look: bin centres, or by padding", ("nominal", "measured"))
     foreground: float = option(0.5, "portion of the pixels that is foreground, beta (Table 3d)", (0.01, 1))
-    mask_source: str = option("both", "maps that show the foreground (Table 3e)", ("rgb", "difference", "both"))
-    mask_position: str = option("both", "views without background (Table 3f)", ("none", "prediction", "target", "both"))
-    decoder: str = option("shared", "one for pix and fra, one each, none (Table 8)", ("shared", "separate", "none"))
-    decoder_depth: int = option(2, "blocks of the motion decoder (Table 3b)", (1, 64))
-    decoder_width: int = option(512, "channels of the motion decoder (Tables 3c, 7)", (1, 8192))
-    decoder_heads: int = option(4, "attention heads of the motion decoder (Table 3c)", (1, 1024))
-    frame_loss: str = option("infonce", "form of fra (Table 9)", tuple(FRAME_LOSSES))
-    pixel_negatives: str = option("batch", "whose pixels the denominator of pix has (Table 10)", ("video", "batch"))
-    pixel_queue: int = option(0, "motion pixels of earlier batches added to the denominator (Table 10)", (0, 2**24))
+    mask_source: str = detail("both", "maps that show the foreground (Table 3e)", ("rgb", "difference", "both"))
+    mask_position: str = detail("both", "views without background (Table 3f)", ("none", "prediction", "target", "both"))
+    decoder: str = detail("shared", "one for pix and fra, one each, none (Table 8)", ("shared", "separate", "none"))
+    decoder_depth: int = detail(2, "blocks of the motion decoder (Table 3b)", (1, 64))
+    decoder_width: int = detail(512, "channels of the motion decoder (Tables 3c, 7)", (1, 8192))
+    decoder_heads: int = detail(4, "attention heads of the motion decoder (Table 3c)", (1, 1024))
+    frame_loss: str = detail("infonce", "form of fra (Table 9)", tuple(FRAME_LOSSES))
+    pixel_negatives: str = detail("batch", "whose pixels the denominator of pix has (Table 10)", ("video", "batch"))
+    pixel_queue: int = detail(0, "motion pixels of earlier batches added to the denominator (Table 10)", (0, 2**24))
     fame: str = option("none", "views that FAME puts on another background", ("none", *Merging.BRANCHES))
 
     KNOWN_LOSSES = ("vv", "vd", "pix", "fra")

@@ -30,7 +30,7 @@ import pretrain
 from cli import command_line, dispatch
 from losses import crop_motion, foreground_mask, motion_alignment, motion_map, moving_windows, pool_motion, response_map
 from models import last_norms, recorded_inputs
-from train import UserError, option, user_errors, write_file
+from train import UserError, detail, option, user_errors, write_file
 from video import Video
 
 
@@ -39,7 +39,7 @@ class MapsConfig(pretrain.VideosConfig):
     """Options of `mcl.py maps`, by the names that they have in training."""
 
     maps: str = option("", "folder of the motion maps (default: beside the data set's, its name and _maps)")
-    flow_side: int = option(120, "shorter side in pixels that frames are reduced to for the flow", (16, 4096))
+    flow_side: int = detail(120, "shorter side in pixels that frames are reduced to for the flow", (16, 4096))
     flow_warps: int = option(5, "warps of TV-L1 at each scale; with fewer it is faster, and coarser", (1, 1000))
     workers: int = option(os.cpu_count() or 1, "processes", (1, 1024))
 
@@ -49,9 +49,9 @@ class MCLConfig(moco.MoCoConfig, MapsConfig):
     """Options of MCL; the defaults are the paper's."""
 
     losses: str = option("vv,t,s,st", "losses to sum, of vv (Eq. 3), and t, s, st (Eq. 7): over time, space and both")
-    alignment: str = option("v3", "what is aligned with motion (Table 2): Eq. 4, 5 or 6", ("v1", "v2", "v3"))
-    temporal_sampling: str = option("motion", "windows that move most, or any (TA of Table 1)", ("motion", "random"))
-    spatial_sampling: str = option("motion", "crops of what moves most, or any (SA of Table 1)", ("motion", "random"))
+    alignment: str = detail("v3", "what is aligned with motion (Table 2): Eq. 4, 5 or 6", ("v1", "v2", "v3"))
+    temporal_sampling: str = detail("motion", "windows that move most, or any (TA of Table 1)", ("motion", "random"))
+    spatial_sampling: str = detail("motion", "crops of what moves most, or any (SA of Table 1)", ("motion", "random"))
 
     KNOWN_LOSSES = ("vv", "t", "s", "st")
     FREE = moco.MoCoConfig.FREE | {"maps"}
@@ -64,9 +64,10 @@ class MCLConfig(moco.MoCoConfig, MapsConfig):
             raise UserError("--compile on: MCL differentiates a gradient, which torch can't do in it")
 
 
+MAPS = {"synthetic": dict(flow_warps=1)}
 PAPER = dict(encoder="s3d", crop=224, batch_size=8, lr=0.04)
 PRESETS = {
-    "synthetic": moco.PRESETS["synthetic"] | dict(flow_warps=1),
+    "synthetic": moco.PRESETS["synthetic"] | MAPS["synthetic"],
     "ucf101": PAPER | dict(epochs=200, queue=8192),
     "k400": PAPER | dict(epochs=400, queue=131072),
 }
@@ -249,7 +250,7 @@ def make_maps(config: MapsConfig) -> None:
 def main() -> None:
     """`mcl.py maps …` makes motion maps, `mcl.py …` trains."""
     train = functools.partial(pretrain.pretrain, MCL), MCLConfig, PRESETS
-    _, command, config, _ = dispatch({"": train, "maps": (make_maps, MapsConfig)}, __doc__)
+    _, command, config, _ = dispatch({"": train, "maps": (make_maps, MapsConfig, MAPS)}, __doc__)
     command(config)
 
 

@@ -21,7 +21,7 @@ from cli import command_line
 from losses import info_nce, similarity
 from models import MomentumQueue, deal, momentum_update
 from pretrain import Method, PretrainConfig, main, pool
-from train import UserError, option
+from train import UserError, detail, option
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,10 +29,10 @@ class MoCoConfig(PretrainConfig):
     """Options of MoCo; the defaults are those of FIMA's paper for UCF101 (Sec. 4.1, A.1)."""
 
     losses: str = option("vv", "losses to sum, of vv (Eq. 1) and vd (Eq. 2)")
-    temperature: float = option(0.1, "temperature of every contrast", (0.001, 1000))
+    temperature: float = detail(0.1, "temperature of every contrast", (0.001, 1000))
     momentum: float = option(0.999, "momentum of the key encoder; small data sets want 0.99", (0, 1))
     queue: int = option(2048, "length of each queue of keys; keep it below the number of videos", (1, 2**24))
-    bn: str = option("shuffle", "batch norm of keys: shuffled over processes, or local", ("shuffle", "local"))
+    bn: str = detail("shuffle", "batch norm of keys: shuffled over processes, or local", ("shuffle", "local"))
 
     KNOWN_LOSSES = ("vv", "vd")
     TUNED = PretrainConfig.TUNED | {"bn"}

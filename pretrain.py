@@ -12,6 +12,7 @@ import shlex
 import shutil
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from augment import DIFFERENCES, encoder_input
 from cli import loader_workers, parse, start_process
 from models import ENCODERS, ProjectionHead, build_encoder
 from runs import continued, fit_in_folder, unused_folder
-from train import SWITCH, Options, TrainConfig, UserError, method_name, option, program, user_errors
+from train import SWITCH, Options, TrainConfig, UserError, detail, method_name, option, program, user_errors
 
 MEMORY_FORMATS = {"channels_last": torch.channels_last_3d, "contiguous": torch.contiguous_format}
 
@@ -33,6 +34,7 @@ MEMORY_FORMATS = {"channels_last": torch.channels_last_3d, "contiguous": torch.c
 class VideosConfig(Options):
     """Options that say which videos to train on."""
 
+    HEADING = "data"  # in --help
     dataset: str = option("synthetic", "what to train on", find.DATASETS)
     data: str = option("", "folder of the data set (default: datasets/DATASET)")
     list_file: str = option("", "with --dataset folder: a file of lines 'path label', label optional")
@@ -58,17 +60,18 @@ class PretrainConfig(TrainConfig, VideosConfig):
     frames: int = option(16, "frames of a clip", (1, 4096))
     frame_stride: int = option(2, "a clip takes every Nth frame of the video", (1, 4096))
     crop: int = option(224, "height and width of a clip in pixels; the paper has 112 for r2plus1d_18", (1, 1024))
-    encoder: str = option("i3d", "video encoder", tuple(ENCODERS))
+    encoder: str = option("i3d", "video encoder; on a CPU, conv4 with --crop 32", tuple(ENCODERS))
     width: float = option(1.0, "factor on the encoder's numbers of channels", (0.01, 8))
-    min_scale: float = option(0.2, "least share of a frame's area that a random crop covers", (0.01, 1))
-    jitter_p: float = option(0.8, "probability of colour jitter (A.3 prints 0.2)", (0, 1))
-    gray_p: float = option(0.2, "probability of grayscale", (0, 1))
-    blur_p: float = option(0.5, "probability of Gaussian blur (A.3 prints 0.2)", (0, 1))
-    difference: str = option("adjacent", "frames compared by D, or brightness over spans (1, 4, 8)", tuple(DIFFERENCES))
-    memory_format: str = option("channels_last", "order in memory, a matter of speed alone", tuple(MEMORY_FORMATS))
-    compile: str = option("off", "torch.compile the encoders: minutes of waiting, then faster steps", SWITCH)
+    min_scale: float = detail(0.2, "least share of a frame's area that a random crop covers", (0.01, 1))
+    jitter_p: float = detail(0.8, "probability of colour jitter (A.3 prints 0.2)", (0, 1))
+    gray_p: float = detail(0.2, "probability of grayscale", (0, 1))
+    blur_p: float = detail(0.5, "probability of Gaussian blur (A.3 prints 0.2)", (0, 1))
+    difference: str = detail("adjacent", "frames compared by D, or brightness over spans (1, 4, 8)", tuple(DIFFERENCES))
+    memory_format: str = detail("channels_last", "order in memory, a matter of speed alone", tuple(MEMORY_FORMATS))
+    compile: str = detail("off", "torch.compile the encoders: minutes of waiting, then faster steps", SWITCH)
     activation_checkpointing: str = option("off", "compute the encoder again in the backward: less memory", SWITCH)
 
+    HEADING = "model and clips"  # in --help
     FREE = TrainConfig.FREE | {"data", "list_file", "exclude", "memory_format", "compile", "activation_checkpointing"}
 
 
@@ -182,13 +185,18 @@ def pretrain(method_class: type[Method], config: PretrainConfig) -> None:
         shape = config.crop, config.frames, config.frame_stride
         encoders = {"untrained": untrained, name: method.encoder}
         evaluate.first_look(encoders, config.root, shape, process, loader_workers(config))
-    quoted, script = shlex.quote(str(checkpoint)), shlex.join(program())
-    process.say(
-        f"\nnext:\n  python evaluate.py retrieve --checkpoint {quoted}    # R@k, 10 clips a video\n"
-        f"  python evaluate.py linear --checkpoint {quoted} --cached 10    # accuracy of a linear classifier\n"
-        f"  python {script} --dataset folder --data YOUR_VIDEOS --encoder {config.encoder} --width {config.width} "
-        f"--crop {config.crop}    # your own videos"
-    )
+    here, labelled = Path(__file__).resolve().parent, ["--data", "LABELLED_VIDEOS"] * (config.dataset == "folder")
+    place = Path() if here == Path.cwd() else here
+    shape = ["--encoder", config.encoder, "--width", config.width, "--crop", config.crop]
+    tested = ["--checkpoint", checkpoint, *labelled]
+    steps = {
+        "R@k, 10 clips a video": [place / "evaluate.py", "retrieve", *tested],
+        "accuracy of a linear classifier": [place / "evaluate.py", "linear", *tested, "--cached", 10],
+        "all figures of the run": [place / "visualize.py", "report", checkpoint.parent],
+        "your own videos": [*program(), "--dataset", "folder", "--data", "YOUR_VIDEOS", *shape],
+    }
+    lines = (f"  python {shlex.join(map(str, words))}    # {what}" for what, words in steps.items())
+    process.say("\n".join(["\nnext:", *lines]))
 
 
 def main(method_class: type[Method], config_class: type[PretrainConfig], presets: dict[str, dict], doc: str) -> None:

@@ -146,10 +146,9 @@ def read_lines(path: Path) -> list[dict[str, float]]:
 def described(run: Run) -> str:
     """The options of a run, and what follows from them."""
     config, total, batch = run.config, run.total_batch, run.config.batch_size
-    options = "".join(f"  {name:<18}{value}\n" for name, value in dataclasses.asdict(config).items())
     parameters = sum(p.numel() for p in run.method.parameters() if p.requires_grad)
     return (
-        f"{options}{parameters:,} trainable parameters, {'bf16' if run.bf16 else 'float32'} on {run.process.device}\n"
+        f"{config}\n{parameters:,} trainable parameters, {'bf16' if run.bf16 else 'float32'} on {run.process.device}\n"
         f"total batch {batch} × {total // batch} = {total}, learning rate {config.lr} × {total} / "
         f"{config.LR_BATCH} = {config.lr * total / config.LR_BATCH:.3g}, {run.steps_per_epoch} steps an epoch, "
         f"{config.epochs * run.steps_per_epoch} in all"

@@ -18,6 +18,7 @@ The learning rate is `config.learning_rate`, set before each step: a config may 
 import contextlib
 import copy
 import dataclasses
+import functools
 import io
 import itertools
 import json
@@ -60,13 +61,17 @@ def user_errors(kinds: tuple = (ValueError, OSError), path: str | Path | None = 
         raise UserError(str(error).strip() or type(error).__name__) from error
 
 
-def option(default: Any, help: str, allowed: tuple = ()) -> Any:
+def option(default: Any, help: str, allowed: tuple = (), detail: bool = False) -> Any:
     """A field of a config dataclass, which `parse` makes a command-line flag.
 
     Args:
         allowed: of a text, the choices, if not any is; of a number, which needs them, the least and the greatest.
+        detail: --help leaves it out, --help-all has it.
     """
-    return dataclasses.field(default=default, metadata={"help": help, "allowed": allowed})
+    return dataclasses.field(default=default, metadata={"help": help, "allowed": allowed, "detail": detail})
+
+
+detail = functools.partial(option, detail=True)
 
 
 SWITCH = ("off", "on")  # choices of an option whose flag alone means "on"
@@ -79,6 +84,12 @@ class Options:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             check_option(field, getattr(self, field.name))
+
+    def __str__(self) -> str:
+        """All options as flags, one a line, with the default where it is another."""
+        values = {field: getattr(self, field.name) for field in dataclasses.fields(self)}
+        notes = {field: f"  # default: {field.default!r}" * (value != field.default) for field, value in values.items()}
+        return "\n".join(f"--{field.name} {shlex.quote(str(value))}{notes[field]}" for field, value in values.items())
 
 
 def check_option(field: dataclasses.Field, value: Any) -> None:
@@ -103,27 +114,28 @@ def allowed_text(field: dataclasses.Field) -> str:
 class TrainConfig(Options):
     """What `fit` needs; a method's config inherits from it."""
 
+    HEADING = "run"  # in --help
     epochs: int = option(200, "passes over the data set, the length of the half-cosine schedule", (1, 10**6))
     batch_size: int = option(8, "videos of a micro-batch; total batch: times --accumulate and processes", (1, 65_536))
     accumulate: int = option(1, "micro-batches a step, whose gradients are averaged; saves memory", (1, 65_536))
     lr: float = option(0.04, "learning rate at a total batch of 256, scaled linearly (0.00375 at 24)", (0, 1e6))
-    sgd_momentum: float = option(0.9, "momentum of SGD", (0, 1))
-    weight_decay: float = option(1e-4, "weight decay of SGD", (0, 1000))
+    sgd_momentum: float = detail(0.9, "momentum of SGD", (0, 1))
+    weight_decay: float = detail(1e-4, "weight decay of SGD", (0, 1000))
     precision: str = option("auto", "auto: bf16 on GPUs that have it, from torch 2.11 on", ("auto", "float32", "bf16"))
     device: str = option("auto", "auto takes a GPU if there is one", ("auto", "cpu", "cuda"))
     workers: int = option(-1, "loader processes of each process; -1: its share of the CPU cores, at most 8", (-1, 1024))
     seed: int = option(0, "seed of everything random", (0, 2**31 - 1))
     out: str = option("", "run folder (default: runs/METHOD-DATASET-TIME, or the folder of --resume)")
     resume: str = option("", "checkpoint to continue; auto: the one of most steps with these options and videos")
-    changed_data: str = option("off", "resume although the videos, their labels or sizes have changed", SWITCH)
+    changed_data: str = detail("off", "resume although the videos, their labels or sizes have changed", SWITCH)
     max_steps: int = option(0, "stop and save after this step of the schedule; 0: run all of it", (0, 2**31 - 1))
-    log_every: int = option(10, "steps between two lines of log.jsonl", (1, 10**6))
-    keep_every: int = option(0, "epochs between two checkpoints kept for good; 0: keep the latest only", (0, 10**6))
-    save_minutes: float = option(30.0, "minutes after which a line of the log comes with a checkpoint, too", (0, 1e6))
-    on_nan: str = option("stop", "at a loss or gradient not finite: stop, or skip the step (slower)", ("stop", "skip"))
-    deterministic: str = option("off", "deterministic algorithms on a GPU, too, where torch has them; slower", SWITCH)
-    timeout: float = option(10.0, "minutes after which a process gives up waiting for another one", (0.01, 1e6))
-    max_bad: float = option(0.05, "stop when more than this share of an epoch's videos cannot be read", (0, 1))
+    log_every: int = detail(10, "steps between two lines of log.jsonl", (1, 10**6))
+    keep_every: int = detail(0, "epochs between two checkpoints kept for good; 0: keep the latest only", (0, 10**6))
+    save_minutes: float = detail(30.0, "minutes after which a line of the log comes with a checkpoint, too", (0, 1e6))
+    on_nan: str = detail("stop", "at a loss or gradient not finite: stop, or skip the step (slower)", ("stop", "skip"))
+    deterministic: str = detail("off", "deterministic algorithms on a GPU, too, where torch has them; slower", SWITCH)
+    timeout: float = detail(10.0, "minutes after which a process gives up waiting for another one", (0.01, 1e6))
+    max_bad: float = detail(0.05, "stop when more than this share of an epoch's videos cannot be read", (0, 1))
 
     LR_BATCH = 256  # total batch at which `lr` holds
     # What resuming may change, FREE for what defines no run, TUNED for what does; another of the rest is another run.

@@ -100,9 +100,9 @@ def test_links_and_files_that_are_named_exist(name):
 
 def test_flags_that_are_named_exist(monkeypatch):
     known = {"--nproc_per_node", "--nnodes", "--node_rank", "--master_addr"}  # of torchrun
-    add = argparse.ArgumentParser.add_argument
+    add = argparse._ActionsContainer.add_argument
     noted = lambda parser, *names, **options: known.update(names) or add(parser, *names, **options)  # noqa: E731
-    monkeypatch.setattr(argparse.ArgumentParser, "add_argument", noted)
+    monkeypatch.setattr(argparse._ActionsContainer, "add_argument", noted)
     monkeypatch.setattr(cli, "command_line", lambda main: main())
     for words in {(script, *itertools.takewhile(str.isalpha, rest)) for script, *rest in SCRIPTS.values()}:
         monkeypatch.setattr(sys, "argv", [*words, "--help"])

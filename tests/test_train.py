@@ -201,7 +201,7 @@ def below(config: type) -> list[type]:
 @pytest.mark.parametrize("config", dict.fromkeys(below(train.Options)), ids=lambda config: config.__name__)
 def test_every_number_has_limits_that_help_shows_and_beyond_them_is_one_line(config, capsys):
     with pytest.raises(SystemExit):
-        cli.parse(config, "", argv=["--help"])
+        cli.parse(config, "", argv=["--help-all"])
     described = " ".join(capsys.readouterr().out.split())
     for field in (field for field in dataclasses.fields(config) if field.type is not str):
         least, most = field.metadata["allowed"]
