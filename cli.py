@@ -223,7 +223,7 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help-all lists the flags)")
 
 
-def make_parser(config_class: type[Options], doc: str, presets: dict[str, dict], whole: bool) -> _Parser:
+def make_parser(config_class: type[Options], doc: str, whole: bool) -> _Parser:
     """The parser of a config's flags. Of more than 30, its help leaves out those of `train.detail`, and the limits of
     all, if not `whole`."""
     fields, columns = dataclasses.fields(config_class), shutil.get_terminal_size((120, 0)).columns
@@ -251,9 +251,7 @@ def make_parser(config_class: type[Options], doc: str, presets: dict[str, dict],
     parser.add_argument("--print_config", action="store_true", help="print the value of every option, and end")
     parser.add_argument("-h", "--help", action="help", help="show this text; with --help-all all of it")
     parser.add_argument("--help_all", action="help", help=argparse.SUPPRESS)
-    notes = [f"--dataset {'|'.join(presets)} sets more (see --print_config), but explicit flags win"] * bool(presets)
-    notes += [f"--help-all lists {len(hidden)} more flags, and the limits of all"] * bool(hidden)
-    parser.epilog = "\n".join(notes)
+    parser.epilog = f"--help-all lists {len(hidden)} more flags, and the limits of all" if hidden else None
     return parser
 
 
@@ -266,7 +264,7 @@ def parse(
     another run of it."""
     presets, words = presets or {}, sys.argv[1:] if argv is None else argv
     words = [re.sub("(?<=^--)[^=]+", lambda name: name[0].replace("-", "_"), word) for word in words]
-    given = vars(make_parser(config_class, doc, presets, "--help_all" in words).parse_args(words))
+    given = vars(make_parser(config_class, doc, "--help_all" in words).parse_args(words))
     show = given.pop("print_config")
     saved, path, method = {}, given.get("resume", ""), method_name(config_class)
     if path not in ("", "auto"):

@@ -296,16 +296,14 @@ class TestClips(Items):
     """Clips for evaluation, N of each video at uniformly spaced times; short videos are continued by their last frame.
 
     The crop is the central square of 7/8 of the shorter side. An item is a dict: "clips" uint8 (N, 3, frames, crop,
-    crop), "label" int64 () (-1: unknown), "index" int64 (), and "bad", empty or [(path, reason)]: an unreadable video
-    gives zeros and is never replaced, so that it can be counted as wrong.
+    crop), and "bad", empty or [(path, reason)]: an unreadable video gives zeros, never another video's clips.
     """
 
     def __init__(self, videos: VideoList, crop: int, frames: int = 16, frame_stride: int = 2, clips: int = 10):
         self.videos, self.crop, self.frames, self.frame_stride, self.clips = videos, crop, frames, frame_stride, clips
 
     def empty(self, *batch: int) -> dict[str, Tensor]:
-        clips = empty_clips(*batch, self.clips, 3, self.frames, self.crop, self.crop)
-        return {"clips": clips} | {name: torch.empty(batch, dtype=torch.int64) for name in ("label", "index")}
+        return {"clips": empty_clips(*batch, self.clips, 3, self.frames, self.crop, self.crop)}
 
     def open(self, path: str) -> Video:
         """The video of an item; a subclass may give other frames."""
@@ -313,8 +311,6 @@ class TestClips(Items):
 
     def write(self, index: int, item: dict[str, Tensor]) -> list[tuple[str, str]]:
         path, times, out = self.videos.paths[index], np.arange(self.frames) * self.frame_stride, item["clips"]
-        item["label"].fill_(self.videos.labels[index])
-        item["index"].fill_(index)
         try:
             _begin(path, index)
             with self.open(path) as video:

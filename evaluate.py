@@ -276,14 +276,10 @@ def check_out(config: RetrieveConfig) -> None:
         raise PermissionError(f"{out.parent}: no permission to write the result there, name another --out")
 
 
-def save_result(process: Process, config: RetrieveConfig, percent: dict[str, float], count: int, result: dict) -> None:
-    """Prints percentages of `count` test videos, and writes the result."""
-    process.say("  ".join(f"{name} {value:.1f} %" for name, value in percent.items()) + f"  of {count} test videos")
-    write_result(process, config, result)
-
-
-def write_result(process: Process, config: RetrieveConfig, result: dict) -> None:
-    """Writes the result, and all that is needed to get it again."""
+def save_result(process: Process, config: RetrieveConfig, result: dict, percent=None, count: int = 0) -> None:
+    """Prints percentages by name of `count` test videos, if given; writes the result, and what is needed to get it."""
+    if percent:
+        process.say("  ".join(f"{name} {value:.1f} %" for name, value in percent.items()) + f"  of {count} test videos")
     if process.rank == 0:
         out, record = result_files(config)[0], {"protocol": config.protocol, **made_by(config)}
         with user_errors((OSError,)):
@@ -305,7 +301,7 @@ def save_accuracy(
     values = (None if math.isnan(value) else round(100 * value, 2) for value in per_class.tolist())
     result["per_class_percent"] = dict(zip(test.classes, values, strict=True))
     result |= {"test_videos": len(test), "unreadable": bad} | more
-    save_result(process, config, percent, len(test), result)
+    save_result(process, config, result, percent, len(test))
     if process.rank == 0 and len(counts) <= 1000:
         confusion = torch.zeros(len(counts), len(counts))
         confusion.index_put_((labels[good], scores[good].argmax(1)), torch.ones(()), accumulate=True)
@@ -446,7 +442,7 @@ def retrieve(config: RetrieveConfig) -> None:
     hits = recall_at_k(queries, torch.tensor(test.labels), gallery, gallery_labels)
     recalls = {f"R@{k}": round(100 * (hit & good).float().mean().item(), 2) for k, hit in hits.items()}
     found = {"recall_percent": recalls, "queries": len(queries), "gallery": len(gallery), "unreadable": bad}
-    save_result(process, config, recalls, len(test), found)
+    save_result(process, config, found, recalls, len(test))
 
 
 def knn(config: KnnConfig) -> None:
@@ -499,12 +495,11 @@ class WithHalves(data.TestClips):
     "clips" (4, 3, frames, crop, crop)."""
 
     def empty(self, *batch: int) -> dict[str, Tensor]:
-        clips = data.empty_clips(*batch, 4, 3, self.frames, self.crop, self.crop)
-        return super().empty(*batch) | {"clips": clips}
+        return {"clips": data.empty_clips(*batch, 4, 3, self.frames, self.crop, self.crop)}
 
     def write(self, index: int, item: dict[str, Tensor]) -> list:
         clips, halves = item["clips"].split(2)
-        bad, rng = super().write(index, item | {"clips": clips}), np.random.default_rng(index)
+        bad, rng = super().write(index, {"clips": clips}), np.random.default_rng(index)
         for clip, half in zip(clips, halves, strict=True):
             region = data.draw_region(rng, self.crop, self.crop)
             images = clip.permute(1, 2, 3, 0).numpy()  # (frames, crop, crop, 3)

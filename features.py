@@ -32,8 +32,6 @@ class EncoderConfig(Options):
     """Which encoder, and clips of which videos. What is left at "" or 0 is as in the checkpoint's training, or as in
     UNTRAINED."""
 
-    HEADING = "model and clips"  # in --help
-
     checkpoint: str = option("", "checkpoint.pt of a run, or another project's; without it, an untrained encoder")
     dataset: str = option("", "what to evaluate on", ("", *find.DATASETS))
     data: str = option("", "folder of the data set (default: the checkpoint's, or datasets/DATASET)")

@@ -35,7 +35,7 @@ class VideosConfig(Options):
     """Options that say which videos to train on."""
 
     HEADING = "data"  # in --help
-    dataset: str = option("synthetic", "what to train on", find.DATASETS)
+    dataset: str = option("synthetic", "what to train on; sets other flags, too (--print_config)", find.DATASETS)
     data: str = option("", "folder of the data set (default: datasets/DATASET)")
     list_file: str = option("", "with --dataset folder: a file of lines 'path label', label optional")
     exclude: str = option("", "files of videos to leave out, by commas: of data.py check, or a run's bad_videos.log")
@@ -54,8 +54,7 @@ class VideosConfig(Options):
 
 @dataclasses.dataclass(frozen=True)
 class PretrainConfig(TrainConfig, VideosConfig):
-    """Options of every method: of the loop, of videos, of clips and their colours, and of the encoder; the defaults are
-    FIMA's for UCF101 (Sec. 4.1, A.3)."""
+    """Options of every method; the defaults are FIMA's for UCF101 (Sec. 4.1, A.3)."""
 
     frames: int = option(16, "frames of a clip", (1, 4096))
     frame_stride: int = option(2, "a clip takes every Nth frame of the video", (1, 4096))
@@ -185,18 +184,16 @@ def pretrain(method_class: type[Method], config: PretrainConfig) -> None:
         shape = config.crop, config.frames, config.frame_stride
         encoders = {"untrained": untrained, name: method.encoder}
         evaluate.first_look(encoders, config.root, shape, process, loader_workers(config))
-    here, labelled = Path(__file__).resolve().parent, ["--data", "LABELLED_VIDEOS"] * (config.dataset == "folder")
-    place = Path() if here == Path.cwd() else here
-    shape = ["--encoder", config.encoder, "--width", config.width, "--crop", config.crop]
-    tested = ["--checkpoint", checkpoint, *labelled]
-    steps = {
-        "R@k, 10 clips a video": [place / "evaluate.py", "retrieve", *tested],
-        "accuracy of a linear classifier": [place / "evaluate.py", "linear", *tested, "--cached", 10],
-        "all figures of the run": [place / "visualize.py", "report", checkpoint.parent],
-        "your own videos": [*program(), "--dataset", "folder", "--data", "YOUR_VIDEOS", *shape],
-    }
-    lines = (f"  python {shlex.join(map(str, words))}    # {what}" for what, words in steps.items())
-    process.say("\n".join(["\nnext:", *lines]))
+    here, tested = Path(__file__).resolve().parent, f"--checkpoint {shlex.quote(str(checkpoint))}"
+    tested += " --data LABELLED_VIDEOS" * (config.dataset == "folder")
+    scripts = [shlex.quote(str((Path() if here == Path.cwd() else here) / x)) for x in ("evaluate.py", "visualize.py")]
+    process.say(
+        f"\nnext:\n  python {scripts[0]} retrieve {tested}    # R@k, 10 clips a video\n"
+        f"  python {scripts[0]} linear {tested} --cached 10    # accuracy of a linear classifier\n"
+        f"  python {scripts[1]} report {shlex.quote(str(checkpoint.parent))}    # all figures of the run\n"
+        f"  python {shlex.join(program())} --dataset folder --data YOUR_VIDEOS --encoder {config.encoder} "
+        f"--width {config.width} --crop {config.crop}    # your own videos"
+    )
 
 
 def main(method_class: type[Method], config_class: type[PretrainConfig], presets: dict[str, dict], doc: str) -> None:

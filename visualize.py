@@ -6,7 +6,6 @@
     python visualize.py affinity runs/moco runs/fima                        # RGB against motion features (Fig. 5)
     python visualize.py attention runs/fima --video clip.mp4                # where the motion decoder looks (Fig. 7)
     python visualize.py masks runs/fima                                     # foreground of each modality (Fig. 8, 9)
-    python visualize.py tsne runs/moco runs/fima                            # features of test videos (Fig. 10, 11)
     python visualize.py retrieval runs/fima                                 # queries and their nearest neighbours
     python visualize.py report runs/fima                                    # all of a run in one HTML file
 
@@ -50,7 +49,6 @@ from video import BadVideo, Video
 
 BLUE, ORANGE, GREEN, GRAY = "#0072B2", "#D55E00", "#009E73", "#555555"  # colour-blind safe (Okabe and Ito)
 COLORS = (BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = "os^DvPX*"
 STYLE = {"font.size": 8, "axes.titlesize": 8, "figure.dpi": 200, "pdf.fonttype": 42, "savefig.pad_inches": 0.05}
 PAGE = 7.0  # inches
 PICTURES = {".png": PNG, ".pdf": b"%PDF", ".svg": b"<?xml"}  # how they begin
@@ -62,9 +60,8 @@ class FigureConfig(EncoderConfig):
     """Options of the figures. What is left open is as in the first checkpoint's training."""
 
     video: str = option("", "a video file to draw, instead of test videos of the data set")
-    count: int = option(0, "test videos, drawn by --seed; 0: 4, of affinity 50, of tsne 1000 at most", (0, 10**6))
+    count: int = option(0, "test videos, drawn by --seed; 0: 4, of affinity 50", (0, 10**6))
     foreground: float = option(0.5, "masks: portion of the pixels that is foreground, beta of Eq. 6", (0.01, 1))
-    classes: int = option(20, "tsne: classes at most, drawn by --seed", (1, 1000))
     neighbours: int = option(5, "retrieval: neighbours of a query", (1, 100))
     gallery: int = option(1000, "retrieval: training videos to search, drawn by --seed; 0: all", (0, 10**7))
     out: str = option("", "file to write (default: FIGURE.png, of report report.html in the run folder)")
@@ -346,30 +343,6 @@ def draw_masks(config: FigureConfig, inputs: list[str]) -> Figure:
     return draw_rows(rows)
 
 
-def draw_tsne(config: FigureConfig, inputs: list[str]) -> Figure:
-    """t-SNE of the features of test videos (Fig. 10, 11): mean over the clips of the L2-normalised pooled features."""
-    from sklearn.manifold import TSNE  # here, as its import takes a second that other figures need not wait
-
-    models = load_models(config, inputs)
-    videos, rng = find_part(models[0].config, train=False), np.random.default_rng(config.seed)
-    chosen = sorted(rng.permutation(sorted(set(videos.labels)))[: config.classes].tolist())
-    found = [i for i in rng.permutation(len(videos)).tolist() if videos.labels[i] in chosen][: config.count or 1000]
-    videos = subset(videos, found)
-    fig, axes = grid(1, len(models), PAGE / 2, layout="constrained")
-    for ax, model in zip(axes[0], models, strict=True):
-        features, readable = video_features(model, videos, "test videos")
-        if len(readable) < 4:
-            raise UserError(f"{len(readable)} of {len(videos)} test videos can be read, t-SNE needs 4 or more")
-        tsne = TSNE(perplexity=min(30, (len(readable) - 1) / 3), init="pca", random_state=config.seed)
-        places, labels = tsne.fit_transform(features.numpy()), np.array(readable.labels)
-        for label, marker, color in zip(chosen, itertools.cycle(MARKERS), itertools.cycle(COLORS), strict=False):
-            name = plain(videos.classes[label]) if label >= 0 else "no label"
-            ax.scatter(*places[labels == label].T, s=12, marker=marker, color=color, lw=0, alpha=0.8, label=name)
-        ax.set_title(model.name)
-    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", fontsize=7, ncols=5)
-    return fig
-
-
 def draw_retrieval(config: FigureConfig, inputs: list[str]) -> Figure:
     """Test videos and, below each, the training videos nearest to it, as strips of frames.
 
@@ -479,7 +452,7 @@ def write_report(config: FigureConfig, inputs: list[str]) -> str:
 """
 
 
-DRAWN = draw_sample, draw_curves, draw_activations, draw_affinity, draw_attention, draw_masks, draw_tsne, draw_retrieval
+DRAWN = draw_sample, draw_curves, draw_activations, draw_affinity, draw_attention, draw_masks, draw_retrieval
 FIGURES = {draw.__name__.removeprefix("draw_"): (draw, FigureConfig) for draw in DRAWN}
 FIGURES["report"] = write_report, FigureConfig
 
@@ -489,7 +462,7 @@ def main() -> None:
     name, draw, config, inputs = dispatch(FIGURES, __doc__, words=True)
     if not inputs and name in ("curves", "report"):
         raise UserError(f"{name} needs a run folder: visualize.py {name} RUN")
-    if len(inputs) > 1 and name not in ("curves", "activations", "affinity", "tsne"):
+    if len(inputs) > 1 and name not in ("curves", "activations", "affinity"):
         raise UserError(f"{name} takes one checkpoint or run folder")
     suffixes = {".html": b"<!doctype html>"} if name == "report" else PICTURES
     out = Path(config.out or (Path(inputs[0], "report.html") if name == "report" else f"{name}.png"))

@@ -81,7 +81,7 @@ def main() -> None:
         inside = (torch.cat([masks, best], 1) * found).sum(2) / found.sum(2)
         shares = zip(("rgb", "difference", "both", "frames", "best"), inside.nanmean(0).tolist(), strict=True)
         result |= {f"{name}_{source}": round(100 * share, 2) for source, share in shares}
-    save_result(process, config, result, len(test), {"inside_percent": result, "unreadable": bad})
+    save_result(process, config, {"inside_percent": result, "unreadable": bad}, result, len(test))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's folder
 import data
 from cli import command_line, parse
-from evaluate import SvmConfig, find_labelled, in_top_k, prepare, svm_scores, with_same_classes, write_result
+from evaluate import SvmConfig, find_labelled, in_top_k, prepare, save_result, svm_scores, with_same_classes
 from features import unit_features, video_outputs
 from synthetic import SCENE_PARTS, scene_of
 from train import option, user_errors
@@ -97,7 +97,7 @@ def main() -> None:
         values = round(100 * hits.mean().item(), 2), round(100 * chance, 2), len(hits)
         table[row] = dict(zip(("percent", "chance_percent", "videos"), values, strict=True))
         process.say("{:<30}{:>7.1f} %{:>9.1f} %{:>9}".format(row, *values))
-    write_result(process, config, {"table": table, "unreadable": bad})
+    save_result(process, config, {"table": table, "unreadable": bad})
 
 
 if __name__ == "__main__":

@@ -116,7 +116,6 @@ def test_maps_lie_on_what_their_pixels_look_at(size, pixels, stride, offset):
         ("masks", ["fima"], ["--count=2", "--foreground=0.3"]),
         ("retrieval", ["fima"], ["--count=2", "--neighbours=3", "--gallery=6"]),
         ("sample", ["fima"], []),
-        pytest.param("tsne", ["moco", "fima"], [], marks=pytest.mark.slow),
     ],
 )
 def test_a_command_draws_a_picture(draw, runs, tmp_path, name, inputs, flags):
@@ -142,7 +141,6 @@ def test_videos_without_labels_or_parts(draw, videos, tmp_path):
         shutil.copy(path, tmp_path / "films" / f"$ {n}.mp4")
     where = ["--dataset=folder", "--data=films", *UNTRAINED]
     draw("retrieval", *where, "--count=2", "--neighbours=9")
-    draw("tsne", *where)
 
 
 @pytest.mark.slow
