@@ -99,11 +99,11 @@ def load_decoder(config: FigureConfig, inputs: list[str]) -> tuple[Model, nn.Mod
     if state["method"] != "FIMA":
         raise UserError("attention needs a checkpoint of fima.py: visualize.py attention RUN")
     options = saved_options(path, state, fima.FIMAConfig, ["bn"]) | {"bn": "local"}  # older ones may say "sync"
-    method = fima.FIMA(fima.FIMAConfig(**options))
-    if method.decoder is None:
+    decoder = fima.FIMA(fima.FIMAConfig(**options)).decoder
+    if decoder is None:
         raise UserError(f"{path} was trained without a motion decoder (--losses, --decoder)")
-    load_model(path, method, state["model"])
-    return model, method.decoder.eval().to(next(model.encoder.parameters()).device)
+    load_model(path, decoder, {k[8:]: v.float() for k, v in state["model"].items() if k.startswith("decoder.")})
+    return model, decoder.eval().to(next(model.encoder.parameters()).device)
 
 
 def find_part(config: FigureConfig, train: bool) -> data.VideoList:
@@ -301,7 +301,7 @@ def draw_attention(config: FigureConfig, inputs: list[str]) -> Figure:
     """Where in the target the motion decoder looks for a point of the source (Fig. 7).
 
     The attention of the decoder's last block, averaged over its heads, for two pixels of the source view's feature map,
-    circled: the most and the least active one. Both views are augmented as in pretraining, without colours.
+    circled, the most and the least active one; blue is its least share, yellow its greatest. Views have no colours.
     """
     model, decoder = load_decoder(config, inputs)
     options, encoder = model.config, model.encoder
@@ -320,7 +320,8 @@ def draw_attention(config: FigureConfig, inputs: list[str]) -> Figure:
         for query, kind in ((activity.argmax(), "most"), (activity.argmin(), "least")):
             spot = encoder.strides[1] * (torch.stack([query % columns, query // columns]) + 0.5) + encoder.offsets[1]
             heat = on_clip(encoder, weights[query].view(1, *maps.shape[3:]), options.crop)[0]
-            row += [(f"source, {kind} active", source, None, spot - 0.5), ("target, attention", target, heat)]
+            title = f"attention {weights[query].min():.1%} to {weights[query].max():.1%}"
+            row += [(f"source, {kind} active", source, None, spot - 0.5), (title, target, heat)]
         rows.append(row)
     return draw_rows(rows)
 

@@ -2,13 +2,13 @@
 # Makes runs/small anew, the trained encoder that comes with the project: half an hour on two CPU cores.
 set -eu
 cd "$(dirname "$0")/.."
-python fima.py --epochs 48 --workers 1 --out runs/small_training --resume auto
+python fima.py --epochs 48 --workers 1 --out runs/whole --resume auto
 mkdir -p runs/small
-cp runs/small_training/{run.json,log.jsonl} runs/small
+cp runs/whole/{run.json,log.jsonl} runs/small
 python - <<'END'
 import torch
 
-state = torch.load("runs/small_training/checkpoint.pt")
+state = torch.load("runs/whole/checkpoint.pt")
 kept = {name: value for name, value in state["model"].items() if name.startswith(("encoder.", "decoder."))}
 state["model"] = {name: value.half() if value.is_floating_point() else value for name, value in kept.items()}
 torch.save(state | {"optimizer": {}}, "runs/small/checkpoint.pt")
