@@ -258,8 +258,8 @@ def make_parser(config_class: type[Options], doc: str, whole: bool) -> _Parser:
 def parse(
     config_class: type[Config], doc: str, presets: dict[str, dict] | None = None, argv: list[str] | None = None
 ) -> Config:
-    """Command line → config, - for _ in flags or not. Explicit flags win over the options of a checkpoint to resume, these
-    over the preset that `--dataset` selects, this over the defaults. Raises UserError where a flag or value is unknown,
+    """Command line → config, - for _ or not. Explicit flags win over the options of a checkpoint to resume, these over
+    the preset that `--dataset` selects, and this over the defaults. Raises UserError where a flag or value is unknown,
     the checkpoint can't be read or is of another method, or an option makes another run of it."""
     presets, words = presets or {}, sys.argv[1:] if argv is None else argv
     words = [re.sub("(?<=^--)[^=]+", lambda name: name[0].replace("-", "_"), word) for word in words]
@@ -281,7 +281,7 @@ def parse(
     config = config_class(**made | given)
     if show:
         print(config)
-        raise SystemExit
+        raise SystemExit(0)
     return config
 
 

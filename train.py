@@ -128,7 +128,7 @@ class TrainConfig(Options):
     out: str = option("", "run folder (default: runs/METHOD-DATASET-TIME, or the folder of --resume)")
     resume: str = option("", "checkpoint to continue; auto: the one of most steps with these options and videos")
     changed_data: str = detail("off", "resume although the videos, their labels or sizes have changed", SWITCH)
-    max_steps: int = option(0, "stop and save after this step of the schedule; 0: run all of it", (0, 2**31 - 1))
+    max_steps: int = detail(0, "stop and save after this step of the schedule; 0: run all of it", (0, 2**31 - 1))
     log_every: int = detail(10, "steps between two lines of log.jsonl", (1, 10**6))
     keep_every: int = detail(0, "epochs between two checkpoints kept for good; 0: keep the latest only", (0, 10**6))
     save_minutes: float = detail(30.0, "minutes after which a line of the log comes with a checkpoint, too", (0, 1e6))
