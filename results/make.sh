@@ -22,6 +22,7 @@ shots   dc_fs       fima.py --losses vv,pix --decoder none
 shots   dc_md       fima.py --losses vv,pix --mask_position none
 shots   pix         fima.py --losses vv,pix
 shots   fima        fima.py
+shots   adjacent    fima.py --difference adjacent
 shots   tubelet     examples/tubelet_contrast.py
 motion  moco        moco.py
 motion  moco_vd     moco.py --losses vv,vd
@@ -31,6 +32,7 @@ motion  dc_fs       fima.py --losses vv,pix --decoder none
 motion  dc_md       fima.py --losses vv,pix --mask_position none
 motion  pix         fima.py --losses vv,pix
 motion  fima        fima.py
+motion  adjacent    fima.py --difference adjacent
 motion  fame        fame.py
 motion  dclr        dclr.py --delay 12
 motion  mcl         mcl.py
@@ -47,6 +49,7 @@ scenes  moco        moco.py
 scenes  moco_vd     moco.py --losses vv,vd
 scenes  pix         fima.py --losses vv,pix
 scenes  fima        fima.py
+scenes  adjacent    fima.py --difference adjacent
 scenes  fame        fame.py
 scenes  dclr        dclr.py --delay 12
 shake   untrained   none
@@ -56,6 +59,7 @@ shake   dc          fima.py --losses vv,pix --mask_position none --decoder none
 shake   dc_fs       fima.py --losses vv,pix --decoder none
 shake   pix         fima.py --losses vv,pix
 shake   fima        fima.py
+shake   adjacent    fima.py --difference adjacent
 END
 }
 
