@@ -1,5 +1,8 @@
 """Weights of others: files made by their names and shapes, against networks written anew from their descriptions."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -228,3 +231,12 @@ def test_mistakes_are_one_clear_line(run, case):
     content, flags, says = WRONG[case]
     torch.save(content, run.path / "theirs.pth")
     run.refused(evaluate, "linear", "--checkpoint", "theirs.pth", *NARROW, *flags, says=["theirs.pth", *says])
+
+
+def test_the_small_encoder_of_the_project_finds_motions(run):
+    checkpoint, found = Path(__file__).parents[1] / "runs" / "small" / "checkpoint.pt", {}
+    assert checkpoint.stat().st_size < 1e6
+    for name, flags in {"small": [f"--checkpoint={checkpoint}"], "none": ["--encoder=conv4", "--crop=32"]}.items():
+        run.ok(evaluate, "retrieve", *flags, "--workers=0", f"--out={name}.json")
+        found[name] = json.loads((run.path / f"{name}.json").read_text())["result"]["recall_percent"]["R@5"]
+    assert found["small"] >= found["none"] + 20
