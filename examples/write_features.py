@@ -1,7 +1,7 @@
 """Writes the features of all videos of a data set, labelled or not, to a file for NumPy.
 
 python examples/write_features.py --checkpoint runs/fima/checkpoint.pt --dataset folder --data /videos
-torchrun --nproc_per_node=8 examples/write_features.py --checkpoint runs/fima/checkpoint.pt
+torchrun --nproc_per_node=8 examples/write_features.py --checkpoint runs/fima/checkpoint.pt --out ucf101.npz
 
 The file has "features", float32 (videos, clips, C), L2-normalised, nan for a video that cannot be read; and of each
 video "paths", "labels" (-1: unknown, else a place in "classes") and "test": is it of the test part? What is done is
