@@ -514,7 +514,8 @@ def first_look(encoders: dict, root: str, shape: tuple[int, int, int], process: 
     "same motion": R@1 of the class among the training videos, two clips a video. "own other half": R@1 of the same
     video among the held-out ones, from one half to the other, under another crop and flip: what L_VV teaches.
     """
-    train, test = (find_labelled("synthetic", root, part, 1) for part in (True, False))
+    with user_errors():
+        train, test = (find_labelled("synthetic", root, part, 1) for part in (True, False))
     own, labels, known = torch.arange(len(test)), torch.tensor(test.labels), torch.tensor(train.labels)
     functions = [unit_features(encoder.to(process.device)) for encoder in encoders.values()]
     gallery, looked_at = (  # (videos, clips, encoders, C)

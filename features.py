@@ -29,8 +29,7 @@ UNTRAINED |= dict(difference="adjacent")
 
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig(Options):
-    """Which encoder, and clips of which videos. What is left at "" or 0 is as in the checkpoint's training, or as in
-    UNTRAINED."""
+    """Which encoder, and clips of which videos. What is left at "" or 0 is as in training, or as in UNTRAINED."""
 
     checkpoint: str = option("", "checkpoint.pt of a run, or another project's; without it, an untrained encoder")
     dataset: str = option("", "what to evaluate on", ("", *find.DATASETS))

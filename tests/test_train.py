@@ -313,3 +313,13 @@ def test_too_many_unreadable_videos_stop_the_run_and_are_named_once(tmp_path, ca
     assert capsys.readouterr().out.count("  8 unreadable videos") == 2
     log = (tmp_path / "many" / "bad_videos.log").read_text()
     assert log == "step 1\t'a/0.mp4'\tempty\nstep 1\t'b\\n.mp4'\tcut\n"
+
+
+@pytest.mark.slow
+def test_a_stray_video_of_the_generated_set_ends_the_first_look_in_one_line(run):
+    root = shutil.copytree(run.videos, run.path / "set")
+    shutil.copy(next(root.glob("train/*/*.mp4")), root / "train" / "stray.mp4")
+    run.refused(
+        moco, "--max_steps=1", "--dataset=synthetic", f"--data={root}", dataset=None, says=["1 videos have no label"]
+    )
+    assert list((run.path / "runs").glob("*/checkpoint.pt"))  # what was trained is saved
