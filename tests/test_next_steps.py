@@ -18,7 +18,7 @@ import test_mcl
 import torch
 import tubelet_contrast
 from conftest import main_of
-from helpers import CONV4, FORK, ROOT, TORCHRUN, write
+from helpers import CONV4, FORK, ROOT, write
 
 import benchmark
 import cli
@@ -92,17 +92,12 @@ def place(videos, tmp_path, monkeypatch):
 
 @pytest.fixture
 def works(place, in_process):
-    """Checks that a command ends well, in this process, or with torchrun in one of its own; gives what it prints."""
+    """Checks that a command ends well in this process, alone in the place of torchrun's; gives what it prints."""
 
     def call(command, *more):
         launcher, *words = [place.get(word, word) for word in shlex.split(command, comments=True)]
         words = [word for word in words if not word.startswith("--nproc_per_node")] if launcher == "torchrun" else words
         script, *flags = [*words, *few(words), *more]
-        if launcher == "torchrun":
-            start = [*TORCHRUN, "--nproc_per_node=1", str(ROOT / script)]
-            done = subprocess.run([*start, *flags], capture_output=True, text=True, timeout=300)
-            assert done.returncode == 0, done.stderr[-3000:]
-            return done.stdout
         module = importlib.import_module(Path(script).stem)
         code, out, err = in_process(module, *flags, main=main_of(module))
         assert code == 0, f"{command}\n{err}"
@@ -132,8 +127,6 @@ def test_the_commands_in_a_scripts_help_work(path, works, flow):
             works(f"python {name}.py --out runs/{name}")
     assert printed(doc)
     for number, command in enumerate(printed(doc)):
-        if "torchrun" in command and path.stem == "mcl" and not importlib.util.find_spec("skimage"):
-            continue  # a process of its own makes maps by TV-L1 itself
         works(command, *[f"--out=runs/{number}"] * bool(re.search("evaluate.py (linear|finetune)", command)))
 
 
