@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's folder
 from cli import command_line, parse, start_process
@@ -97,7 +98,13 @@ def main() -> None:
             continue
         few = subset(videos, range(i, min(i + PART, len(videos))))
         title = f"videos {i + 1} to {i + len(few)} of {len(videos)}"
-        features, good, _ = video_outputs(function, few, config, process, title, average=False)
+        try:
+            features, good, _ = video_outputs(function, few, config, process, title, average=False)
+        except UserError as error:
+            if not str(error).endswith("can be read") or len(few) == len(videos):
+                raise
+            features = torch.empty(len(few), config.clips, encoder.out_channels)  # a part without a readable video
+            good = torch.zeros(len(few), dtype=torch.bool)
         features[~good] = math.nan
         if process.rank == 0:
             memory = io.BytesIO()

@@ -200,9 +200,10 @@ def test_features_in_a_file_are_those_of_the_videos_in_order(run, monkeypatch):
 def test_features_go_on_where_they_were_stopped(run, monkeypatch):
     films, whole, made = run.path / "films", write_features.video_outputs, []
     films.mkdir()
-    for n, path in enumerate(find.find_videos("synthetic", run.videos, True).paths[:6]):
+    for n, path in enumerate(find.find_videos("synthetic", run.videos, True).paths[:7]):
         shutil.copy(path, films / f"{n}.mp4")
-    (films / "3.mp4").write_bytes(b"none")
+    for name in ("3.mp4", "6.mp4"):  # the second is alone in its part
+        (films / name).write_bytes(b"none")
 
     def stopped(function, videos, *rest, **more):
         made.append(len(videos))
@@ -218,10 +219,10 @@ def test_features_go_on_where_they_were_stopped(run, monkeypatch):
     run.refused(write_features, *TINY[:-1], "--clips=2", *flags[-2:], **where, says=["features.npz.parts", "remove it"])
     made[:] = [0] * 3  # it is stopped no more
     assert "3.mp4' cannot be read" not in run.ok(write_features, *flags, **where)
-    assert made[3:] == [2]
+    assert made[3:] == [2, 1]
     found = np.load(run.path / "features.npz")
-    assert np.isnan(found["features"]).all((1, 2)).tolist() == [False] * 3 + [True] + [False] * 2
-    assert found["labels"].tolist() == [-1] * 6 and not found["test"].any()
+    assert np.isnan(found["features"]).all((1, 2)).tolist() == [False] * 3 + [True] + [False] * 2 + [True]
+    assert found["labels"].tolist() == [-1] * 7 and not found["test"].any()
 
 
 @pytest.mark.slow
