@@ -43,7 +43,8 @@ class VideoList:
     """Videos of one part of a data set: paths, labels (-1: unknown), class names, and a line on what was found.
 
     `shared` names the training videos that were left out because links make them held-out ones too, `closed` the
-    folders that may not be listed, whose videos are missing.
+    folders that may not be listed, whose videos are missing; `features` are those of each video's clips, (clips, C) by
+    path, where they come from a file.
     """
 
     paths: list[str]
@@ -52,6 +53,7 @@ class VideoList:
     report: str
     shared: tuple[str, ...] = ()
     closed: tuple[str, ...] = ()
+    features: dict[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -296,14 +298,16 @@ class TestClips(Items):
     """Clips for evaluation, N of each video at uniformly spaced times; short videos are continued by their last frame.
 
     The crop is the central square of 7/8 of the shorter side. An item is a dict: "clips" uint8 (N, 3, frames, crop,
-    crop), and "bad", empty or [(path, reason)]: an unreadable video gives zeros, never another video's clips.
+    crop), "start" (N,), when each begins, in seconds, and "bad", empty or [(path, reason)]: an unreadable video gives
+    zeros, never another video's clips.
     """
 
     def __init__(self, videos: VideoList, crop: int, frames: int = 16, frame_stride: int = 2, clips: int = 10):
         self.videos, self.crop, self.frames, self.frame_stride, self.clips = videos, crop, frames, frame_stride, clips
 
     def empty(self, *batch: int) -> dict[str, Tensor]:
-        return {"clips": empty_clips(*batch, self.clips, 3, self.frames, self.crop, self.crop)}
+        clips = empty_clips(*batch, self.clips, 3, self.frames, self.crop, self.crop)
+        return {"clips": clips, "start": torch.zeros(*batch, self.clips)}
 
     def open(self, path: str) -> Video:
         """The video of an item; a subclass may give other frames."""
@@ -315,6 +319,7 @@ class TestClips(Items):
             _begin(path, index)
             with self.open(path) as video:
                 starts = np.linspace(0, max(len(video) - times[-1] - 1, 0), self.clips).round().astype(int)
+                item["start"][:] = torch.tensor([float(time) for time in video.times()])[starts]
                 frames = np.minimum(starts[:, None] + times, len(video) - 1).ravel().tolist()
                 for images in video.stream(frames):
                     height, width = next(iter(images.values())).shape[:2]

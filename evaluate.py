@@ -5,6 +5,7 @@
     retrieve    R@k: is one of the k nearest training videos of the test video's class?
     knn         the k nearest training videos vote, nothing is trained: top-1, top-5, per class
     svm         a linear SVM on the videos' features: top-1, top-5, per class
+    features    writes the features of all videos, labelled or not, to a file for NumPy, evaluates nothing
     export      writes the encoder for other code, evaluates nothing
 
     python fima.py --dataset ucf101 --data /data/ucf101 --out runs/fima
@@ -14,6 +15,7 @@
     python evaluate.py retrieve --dataset ucf101 --data /data/ucf101 --encoder i3d      # an untrained encoder
     torchrun --nproc_per_node=8 evaluate.py linear --checkpoint runs/fima/checkpoint.pt --batch_size 2
 
+linear, retrieve, knn and svm take such a file of features by --features, and then need neither videos nor GPU.
 Results lie beside the checkpoint. Every test video counts: one that cannot be read counts as wrong and is named.
 Processes share the videos batch by batch, so that the same batches are computed whatever their number.
 """
@@ -35,7 +37,18 @@ from torch import Tensor, nn
 import data
 import find
 from cli import command_line, dispatch, loader_workers, shown, start_process
-from features import EncoderConfig, clip_outputs, load_encoder, nearest, pooled_features, unit_features, video_outputs
+from features import (
+    EncoderConfig,
+    FeaturesConfig,
+    clip_outputs,
+    load_encoder,
+    load_stored,
+    nearest,
+    pooled_features,
+    unit_features,
+    video_outputs,
+    write_features,
+)
 from models import ENCODERS, export_weights
 from runs import check_replaceable, claim_folder, continued, fit_in_folder, load_checkpoint, made_by
 from train import Options, Process, TrainConfig, UserError, check_sums, method_name, option, user_errors, write_file
@@ -51,6 +64,7 @@ class RetrieveConfig(EncoderConfig):
     protocol = property(lambda self: method_name(type(self)).lower())
 
     exclude: str = option("", "file of training videos to leave out, as in pretraining; no test video is left out")
+    features: str = option("", "linear, retrieve, knn, svm: file of `features`, instead of videos and encoder")
     out: str = option("", "JSON file to write (default: PROTOCOL_DATASET.json beside the checkpoint)")
 
 
@@ -79,7 +93,7 @@ class ClassifyConfig(TrainConfig, RetrieveConfig):
     min_scale: float = option(0.2, "least share of a frame's area that a random crop covers", (0.01, 1), detail=True)
     out: str = option("", "run folder (default: PROTOCOL_DATASET beside the checkpoint, or the folder of --resume)")
 
-    FREE = TrainConfig.FREE | {"data", "list_file", "test_list", "exclude", "clips", "test_batch"}
+    FREE = TrainConfig.FREE | {"data", "list_file", "test_list", "exclude", "features", "clips", "test_batch"}
     LR_BATCH = 16
     DROPS = ()  # epochs at which the rate is divided by 10, of the default number of epochs
 
@@ -166,10 +180,14 @@ def with_same_classes(train: data.VideoList, test: data.VideoList) -> tuple[data
 def prepare(config: RetrieveConfig) -> tuple:
     """This process, the options filled in, the encoder, training and test videos, and on the first process what of all
     this a run to resume must have seen."""
+    if config.features and isinstance(config, FinetuneConfig):
+        raise UserError("finetune trains the encoder: it takes videos, not --features")
     process = start_process(config.device, getattr(config, "timeout", 10), getattr(config, "deterministic", "") == "on")
-    encoder, config = load_encoder(config, process.say)
+    encoder, config = (load_stored if config.features else load_encoder)(config, process.say)
 
     def find_both() -> tuple[data.VideoList, data.VideoList]:
+        if config.features:
+            return encoder.parts
         train = find_labelled(config.dataset, config.data, True, config.split, config.list_file, config.exclude)
         test = find_labelled(config.dataset, config.data, False, config.split, config.test_list)
         return with_same_classes(train, test)
@@ -187,7 +205,7 @@ def prepare(config: RetrieveConfig) -> tuple:
     if isinstance(config, ClassifyConfig):
         if process.rank == 0:
             seen = {"training videos": train.seen(config.data), "test videos": test.seen(config.data)}
-            seen |= {"encoder": check_sums(encoder)} if config.resume in ("", "auto") else {}
+            seen |= {"encoder": check_sums(encoder)} if config.features or config.resume in ("", "auto") else {}
         config = continued(config, process, seen)
     with user_errors((OSError,)):
         process.of_first(lambda: check_out(config))
@@ -394,10 +412,15 @@ class CachedViews(data.Items):
 
 
 def cached_features(encoder: nn.Module, config: LinearConfig, process: Process, views: data.PretrainingViews) -> tuple:
-    """Features of --cached views of each video (videos, views, C), and labels (videos,), without unreadable videos."""
-    batch_size = max(config.test_batch * config.clips // config.cached, 1)  # as many clips a forward as in testing
-    arguments = CachedViews(views, config.cached), process, loader_workers(config), batch_size
-    features, good, _ = clip_outputs(unit_features(encoder), *arguments, "training videos")
+    """Features of --cached views of each video, or of the clips in a file (videos, views, C), and labels (videos,),
+    without unreadable videos."""
+    function, title = unit_features(encoder), "training videos"
+    if config.features:
+        features, good, _ = video_outputs(function, views.videos, config, process, title, average=False)
+    else:
+        batch_size = max(config.test_batch * config.clips // config.cached, 1)  # as many clips a forward as in testing
+        work = process, loader_workers(config), batch_size, title
+        features, good, *_ = clip_outputs(function, CachedViews(views, config.cached), *work)
     return features[good], torch.tensor(views.videos.labels)[good]
 
 
@@ -407,7 +430,7 @@ def classify(config: ClassifyConfig) -> None:
     process, config, encoder, train, test, seen = prepare(config)
     views, frozen = training_views(config, train), isinstance(config, LinearConfig)
     classifier = Classifier(encoder, len(train.classes), frozen, 0 if frozen else config.dropout)
-    cached = cached_features(encoder, config, process, views) if frozen and config.cached else None
+    cached = cached_features(encoder, config, process, views) if frozen and (config.cached or config.features) else None
     videos, place = len(cached[1]) if cached else len(views), (process.rank, process.world_size)
     with user_errors():
         sampler = data.StepSampler(videos, config.batch_size * config.accumulate, config.epochs, config.seed, *place)
@@ -495,11 +518,12 @@ class WithHalves(data.TestClips):
     "clips" (4, 3, frames, crop, crop)."""
 
     def empty(self, *batch: int) -> dict[str, Tensor]:
-        return {"clips": data.empty_clips(*batch, 4, 3, self.frames, self.crop, self.crop)}
+        clips = data.empty_clips(*batch, 4, 3, self.frames, self.crop, self.crop)
+        return super().empty(*batch) | {"clips": clips}
 
     def write(self, index: int, item: dict[str, Tensor]) -> list:
         clips, halves = item["clips"].split(2)
-        bad, rng = super().write(index, {"clips": clips}), np.random.default_rng(index)
+        bad, rng = super().write(index, item | {"clips": clips}), np.random.default_rng(index)
         for clip, half in zip(clips, halves, strict=True):
             region = data.draw_region(rng, self.crop, self.crop)
             images = clip.permute(1, 2, 3, 0).numpy()  # (frames, crop, crop, 3)
@@ -540,6 +564,7 @@ PROTOCOLS = {
     "retrieve": (retrieve, RetrieveConfig),
     "knn": (knn, KnnConfig),
     "svm": (svm, SvmConfig),
+    "features": (write_features, FeaturesConfig),
     "export": (export, ExportConfig),
 }
 

@@ -4,21 +4,17 @@ import cmath
 import itertools
 import json
 import math
-import shutil
 
 import foreground
-import numpy as np
 import pytest
 import simclr
 import torch
 import tubelet_contrast as tubelet
-import write_features
-from helpers import CONV4, join_group, log_ratio, make_views, mean, torchrun, weights
+from helpers import CONV4, join_group, log_ratio, make_views, mean, weights
 
 import cli
 import data
 import evaluate
-import features
 import find
 import moco
 import visualize
@@ -170,66 +166,3 @@ def test_foreground_adds_up_what_masks_hold(run, monkeypatch):
     for kind, values in shares.items():
         assert found[f"{kind}_both"] == found[f"{kind}_rgb"] == pytest.approx(mean(values), abs=0.02)
         assert found[f"{kind}_best"] > found[f"{kind}_both"]
-
-
-TINY = ["--encoder=conv4", "--width=0.25", "--crop=32", "--clips=3"]
-
-
-def test_features_in_a_file_are_those_of_the_videos_in_order(run, monkeypatch):
-    monkeypatch.setattr(write_features, "PART", 5)
-    run.ok(write_features, *TINY, small=False)
-    found = np.load(run.path / "features.npz")
-    parts = [find.find_videos("synthetic", run.videos, train) for train in (True, False)]
-    given = dict(dataset="synthetic", data=str(run.videos), encoder="conv4", width=0.25, crop=32, clips=3, workers=0)
-    encoder, config = features.load_encoder(features.EncoderConfig(**given))
-    arguments = config, cli.start_process("cpu"), "videos", False
-    expected = [features.video_outputs(features.unit_features(encoder), videos, *arguments) for videos in parts]
-    np.testing.assert_allclose(found["features"], torch.cat([rows for rows, *_ in expected]), atol=1e-5)
-    assert found["paths"].tolist() == parts[0].paths + parts[1].paths
-    assert found["test"].tolist() == [False] * len(parts[0]) + [True] * len(parts[1])
-    names = [videos.classes[label] for videos in parts for label in videos.labels]
-    assert found["classes"][found["labels"]].tolist() == names and not (run.path / "features.npz.parts").exists()
-    run.refused(write_features, *TINY, small=False, says=["features.npz is there already"])
-    run.ok(write_features, *TINY, "--normalise=off", "--out=plain.npz", small=False)
-    plain = np.load(run.path / "plain.npz")["features"]
-    lengths = np.linalg.norm(plain, axis=2, keepdims=True)
-    assert not np.allclose(lengths, 1)
-    np.testing.assert_allclose(plain / lengths, found["features"], atol=1e-5)
-
-
-def test_features_go_on_where_they_were_stopped(run, monkeypatch):
-    films, whole, made = run.path / "films", write_features.video_outputs, []
-    films.mkdir()
-    for n, path in enumerate(find.find_videos("synthetic", run.videos, True).paths[:7]):
-        shutil.copy(path, films / f"{n}.mp4")
-    for name in ("3.mp4", "6.mp4"):  # the second is alone in its part
-        (films / name).write_bytes(b"none")
-
-    def stopped(function, videos, *rest, **more):
-        made.append(len(videos))
-        if len(made) == 3:
-            raise KeyboardInterrupt
-        return whole(function, videos, *rest, **more)
-
-    monkeypatch.setattr(write_features, "PART", 2)
-    monkeypatch.setattr(write_features, "video_outputs", stopped)
-    where = dict(dataset=None, small=False)
-    flags = [*TINY, "--dataset=folder", f"--data={films}"]
-    assert run(write_features, *flags, **where)[0] == 130
-    run.refused(write_features, *TINY[:-1], "--clips=2", *flags[-2:], **where, says=["features.npz.parts", "remove it"])
-    made[:] = [0] * 3  # it is stopped no more
-    assert "3.mp4' cannot be read" not in run.ok(write_features, *flags, **where)
-    assert made[3:] == [2, 1]
-    found = np.load(run.path / "features.npz")
-    assert np.isnan(found["features"]).all((1, 2)).tolist() == [False] * 3 + [True] + [False] * 2 + [True]
-    assert found["labels"].tolist() == [-1] * 7 and not found["test"].any()
-
-
-@pytest.mark.slow
-def test_two_processes_write_the_features_of_one(run, tmp_path):
-    flags = [*TINY, "--dataset=synthetic", f"--data={run.videos}", "--workers=0", "--test_batch=2"]
-    run.ok(write_features, *flags, "--out=one.npz", dataset=None, small=False)
-    done = torchrun(write_features.__file__, *flags, "--out=two.npz", folder=tmp_path)
-    assert done.returncode == 0, done.stderr
-    one, two = (np.load(run.path / f"{name}.npz") for name in ("one", "two"))
-    assert all(np.array_equal(one[name], two[name]) for name in one)
