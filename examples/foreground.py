@@ -46,6 +46,9 @@ class Frames(list):
     def stream(self, frames: list[int]) -> list[dict[int, np.ndarray]]:
         return [{k: self[k] for k in frames}]
 
+    def times(self) -> range:
+        return range(len(self))
+
 
 class ObjectClips(data.TestClips):
     """Where the objects of generated videos are, cut as `data.TestClips` cuts the videos."""

@@ -133,9 +133,9 @@ def test_outputs_of_clips_are_averaged_and_linear_alone_normalises_features(vide
     classifier = evaluate.Classifier(encoder, 10, frozen, dropout=0.9).eval()
     torch.nn.init.normal_(classifier.fc.weight, std=5)
     arguments = clips, ALONE, 2, 4, ""
-    found, good, bad = features.clip_outputs(classifier.probabilities, *arguments, average=True)
+    found, good, bad, _ = features.clip_outputs(classifier.probabilities, *arguments, average=True)
     assert good.tolist() == [i != 3 for i in range(10)] and [path for path, _ in bad] == ["nowhere.mp4"]
-    of_clips, _, _ = features.clip_outputs(features.unit_features(encoder.train()), *arguments)
+    of_clips, *_ = features.clip_outputs(features.unit_features(encoder.train()), *arguments)
     assert not encoder.training
     for i in (i for i in range(10) if i != 3):
         expected = [0.0] * 10
