@@ -6,7 +6,7 @@
     knn         the k nearest training videos vote, nothing is trained: top-1, top-5, per class
     svm         a linear SVM on the videos' features: top-1, top-5, per class
     features    writes the features of all videos, labelled or not, to a file for NumPy, evaluates nothing
-    export      writes the encoder for other code, evaluates nothing
+    export      writes the encoder for other code or for ONNX, evaluates nothing
 
     python fima.py --dataset ucf101 --data /data/ucf101 --out runs/fima
     python evaluate.py linear --checkpoint runs/fima/checkpoint.pt          # --cached 10: nearly the same, much faster
@@ -21,6 +21,7 @@ Processes share the videos batch by batch, so that the same batches are computed
 """
 
 import dataclasses
+import importlib.util
 import io
 import json
 import math
@@ -148,7 +149,10 @@ class ExportConfig(Options):
     checkpoint: str = option("", "checkpoint.pt of a run, or another project's")
     encoder: str = option("", "video encoder; as in the checkpoint", ("", *ENCODERS))
     width: float = option(0.0, "factor on the encoder's numbers of channels; 0: as trained, or 1", (0, 8))
-    out: str = option("", "file to write (default: encoder.pt beside the checkpoint)")
+    to: str = option("torch", "torch: weights; onnx: the encoder itself, for onnxruntime", ("torch", "onnx"))
+    frames: int = option(0, "for onnx: frames of a clip; 0: as trained, or 16", (0, 4096))
+    crop: int = option(0, "for onnx: height and width of a clip; 0: as trained, or 224", (0, 1024))
+    out: str = option("", "file to write (default: encoder.pt or encoder.onnx beside the checkpoint)")
 
 
 def find_labelled(dataset: str, root: str, train: bool, split: int, listed="", exclude="") -> data.VideoList:
@@ -496,13 +500,26 @@ def export(config: ExportConfig) -> None:
     Without a classifier: load with strict=False. Their code is to be given clips normalised as here, of an i3d_piergiaj
     RGB in [-1, 1]. For piergiaj, whose batch norm has eps 1e-3, that of an i3d gets factors with which its outputs in
     eval mode stay the same; to evaluate such a file here, say --encoder i3d.
+
+    --to onnx writes the encoder with its weights: normalised "clips" (any number, 3, frames, H, W) → "maps".
     """
     if not config.checkpoint:
         raise UserError("export needs a --checkpoint")
-    out = Path(config.out or Path(config.checkpoint).with_name("encoder.pt"))
+    options = {name: value for name, value in dataclasses.asdict(config).items() if name not in ("to", "out")}
+    encoder, filled = load_encoder(EncoderConfig(**options))
+    out = Path(config.out or Path(filled.checkpoint).with_name("encoder." + config.to.replace("torch", "pt")))
     if out.exists():
         raise UserError(f"{out} is there already: name another --out")
-    encoder, _ = load_encoder(EncoderConfig(config.checkpoint, encoder=config.encoder, width=config.width))
+    if config.to == "onnx":
+        if not importlib.util.find_spec("onnxscript"):
+            raise UserError("--to onnx needs another package: pip install onnxscript")
+        clips = torch.zeros(2, 3, filled.frames, filled.crop, filled.crop)
+        names = dict(input_names=["clips"], output_names=["maps"], dynamic_shapes=({0: "number"},))
+        program = torch.onnx.export(encoder, (clips,), dynamo=True, verbose=False, **names)
+        with user_errors((OSError,)):
+            write_file(out, program.model_proto.SerializeToString())
+        print(f"written to {out}: clips of {filled.frames} frames, {filled.crop} × {filled.crop}")
+        return
     memory = io.BytesIO()
     with user_errors():
         weights = export_weights(encoder)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import generator
+from helpers import ROOT, generator
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torchvision.models import video as torchvision_video
 
 import augment
 import evaluate
+import features
 import models
 
 WIDTH = 1 / 16
@@ -206,6 +207,25 @@ def test_export_from_the_command_line_and_back(run):
     out = run.ok(evaluate, "retrieve", "--checkpoint", "encoder.pt", "--encoder", "i3d", *NARROW)
     assert "encoder.pt: i3d, 342 of 342 entries matched" in out and "R@1" in out
     run.refused(evaluate, *export, dataset=None, says=["encoder.pt is there"])
+
+
+def test_the_onnx_file_gives_the_encoders_maps_for_any_number_of_clips(run):
+    pytest.importorskip("onnxscript", reason="torch.onnx needs onnxscript, which is not installed")
+    runtime = pytest.importorskip("onnxruntime", reason="onnxruntime, which runs the file, is not installed")
+    small = ROOT / "runs" / "small"
+    assert "16 frames, 32 × 32" in run.ok(
+        evaluate, "export", "--checkpoint", small, "--to=onnx", "--out=e.onnx", dataset=None
+    )
+    session, clips = runtime.InferenceSession(run.path / "e.onnx"), torch.randn(3, 3, 16, 32, 32)
+    encoder, _ = features.load_encoder(str(small))
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(session.run(["maps"], {"clips": clips.numpy()})[0]), encoder(clips))
+
+
+def test_onnx_without_its_package_is_one_line(run, monkeypatch):
+    monkeypatch.setattr(evaluate.importlib.util, "find_spec", lambda name: None)
+    export = ["export", "--checkpoint", ROOT / "runs" / "small", "--to=onnx", "--out=e.onnx"]
+    run.refused(evaluate, *export, dataset=None, says=["pip install onnxscript"])
 
 
 def test_files_of_torch_before_1_6_are_read(run):
