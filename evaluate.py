@@ -36,20 +36,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import data
+import features
 import find
 from cli import command_line, dispatch, loader_workers, shown, start_process
-from features import (
-    EncoderConfig,
-    FeaturesConfig,
-    clip_outputs,
-    load_encoder,
-    load_stored,
-    nearest,
-    pooled_features,
-    unit_features,
-    video_outputs,
-    write_features,
-)
+from features import EncoderConfig, clip_outputs, load_encoder, nearest, pooled_features, unit_features, video_outputs
 from models import ENCODERS, export_weights
 from runs import check_replaceable, claim_folder, continued, fit_in_folder, load_checkpoint, made_by
 from train import Options, Process, TrainConfig, UserError, check_sums, method_name, option, user_errors, write_file
@@ -187,7 +177,7 @@ def prepare(config: RetrieveConfig) -> tuple:
     if config.features and isinstance(config, FinetuneConfig):
         raise UserError("finetune trains the encoder: it takes videos, not --features")
     process = start_process(config.device, getattr(config, "timeout", 10), getattr(config, "deterministic", "") == "on")
-    encoder, config = (load_stored if config.features else load_encoder)(config, process.say)
+    encoder, config = (features.load_stored if config.features else load_encoder)(config, process.say)
 
     def find_both() -> tuple[data.VideoList, data.VideoList]:
         if config.features:
@@ -581,7 +571,7 @@ PROTOCOLS = {
     "retrieve": (retrieve, RetrieveConfig),
     "knn": (knn, KnnConfig),
     "svm": (svm, SvmConfig),
-    "features": (write_features, FeaturesConfig),
+    "features": (features.write_features, features.FeaturesConfig),
     "export": (export, ExportConfig),
 }
 

@@ -110,10 +110,8 @@ def load_stored(config: EncoderConfig, say: Function) -> tuple[nn.Module, Encode
         with np.load(path) as file:
             features, paths, labels = (file[name] for name in ("features", "paths", "labels"))
             test, classes, options = file["test"], file["classes"].tolist(), json.loads(str(file["options"]))
-    except OSError as error:
-        raise UserError(f"{path} can't be read: {error.strerror or error}") from error
-    except (AttributeError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"{path} is damaged, or no file of `evaluate.py features`") from error
+    except (AttributeError, EOFError, LookupError, OSError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as e:
+        raise UserError(f"{path} can't be read as a file of `evaluate.py features`: {e}") from e
     if features.ndim != 3 or (labels < 0).any() or not test.any():
         raise UserError(f"{path} has feature maps, or videos without labels, or no test videos: nothing to evaluate")
     options = {name: value for name, value in options.items() if hasattr(config, name)}

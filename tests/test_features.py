@@ -198,9 +198,9 @@ def test_a_file_that_does_not_serve_is_refused_in_one_line(run):
     (run.path / "flipped.npz").write_bytes(content[:3000] + bytes([content[3000] ^ 1]) + content[3001:])
     (run.path / "empty.npz").touch()
     for name in ("other.npz", "array.npy", "cut.npz", "flipped.npz", "empty.npz"):
-        says = [f"{name} is damaged, or no file of `evaluate.py features`"]
+        says = [f"{name} can't be read as a file of `evaluate.py features`"]
         run.refused(evaluate, "knn", "--features", name, dataset=None, says=says)
-    run.refused(evaluate, "knn", "--features", "none.npz", dataset=None, says=["none.npz can't be read: No such file"])
+    run.refused(evaluate, "knn", "--features", "none.npz", dataset=None, says=["none.npz", "No such file"])
 
 
 def test_torch_hub_gives_the_encoder(trained, tmp_path):
