@@ -34,8 +34,8 @@ def shown(text: str, besides: str = "") -> str:
 
 
 class _Output:
-    """A standard stream in which no text has codes of a terminal's. What nobody reads is lost, and the end of the
-    terminal itself is a SIGHUP."""
+    """A standard stream without codes of a terminal's. What nobody reads is lost; the terminal's end is a SIGHUP. What a
+    progress bar shows is a line of its own where there is no terminal, and nothing with --quiet."""
 
     def __init__(self, stream: TextIO):
         self.stream = stream
@@ -44,6 +44,9 @@ class _Output:
         return getattr(self.stream, name)
 
     def write(self, text: str) -> int:
+        quiet, bar = "--quiet" in sys.argv, text.strip("\r ")  # tqdm returns to the line's begin, and may blank it
+        if text.startswith("\r") and (quiet or not self.stream.isatty()):
+            text = f"{bar}\n" * bool(bar and not quiet)
         self.attempt(self.stream.write, shown(text, "\n\r\t"))
         return len(text)
 
@@ -249,6 +252,7 @@ def make_parser(config_class: type[Options], doc: str, whole: bool) -> _Parser:
             **({"nargs": "?", "const": "on"} if field.metadata["allowed"] == train.SWITCH else {}),
         )
     parser.add_argument("--print_config", action="store_true", help="print the value of every option, and end")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
     parser.add_argument("-h", "--help", action="help", help="show this text; with --help-all all of it")
     parser.add_argument("--help_all", action="help", help=argparse.SUPPRESS)
     parser.epilog = f"--help-all lists {len(hidden)} more flags, and the limits of all" if hidden else None
@@ -264,7 +268,7 @@ def parse(
     presets, words = presets or {}, sys.argv[1:] if argv is None else argv
     words = [re.sub("(?<=^--)[^=]+", lambda name: name[0].replace("-", "_"), word) for word in words]
     given = vars(make_parser(config_class, doc, "--help_all" in words).parse_args(words))
-    show = given.pop("print_config")
+    show, _ = given.pop("print_config"), given.pop("quiet")
     saved, path, method = {}, given.get("resume", ""), method_name(config_class)
     if path not in ("", "auto"):
         state = load_checkpoint(path)

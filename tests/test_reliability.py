@@ -356,3 +356,16 @@ def test_names_reach_no_terminal_with_codes(in_process):
     said = "\x1b[31m\udcff\x9b\rclass"
     code, *streams = in_process(cli, main=lambda: [print(said, file=file) for file in (sys.stdout, sys.stderr)])
     assert code == 0 and streams == ["\\x1b[31m\\udcff\\x9b\rclass\n"] * 2
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_bars_are_lines_in_a_file_and_nothing_with_quiet(in_process, quiet):
+    alone = train.Process(0, 1, torch.device("cpu"))
+
+    def work():
+        for n in train.progress(alone, range(3), desc="work", miniters=1):
+            alone.say(f"said {n}")
+
+    code, out, err = in_process(cli, *["--quiet"] * quiet, main=work)
+    assert code == 0 and out == "said 0\nsaid 1\nsaid 2\n" and "\r" not in err
+    assert err.strip() == "" if quiet else err.startswith("work:   0%") and "3/3" in err
