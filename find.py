@@ -116,12 +116,10 @@ def find_videos(
         title = f"{dataset} list {list_file}{note}"
     else:
         videos, others, closed = walk(root)
-        ends = ".txt", ".csv", ".json"
-        lists = {
-            os.path.basename(path): path for path in reversed(others) if path.lower().endswith(ends)
-        }  # the topmost
-        kinds = (os.path.splitext(path)[1].lower() for path in others if not path.lower().endswith(ends))
-        passed.update(kind.rstrip(".") or "without suffix" for kind in kinds)
+        ends = ".txt", ".csv", ".json"  # of lists, of which of equal names the topmost counts
+        lists = {os.path.basename(path): path for path in reversed(others) if path.lower().endswith(ends)}
+        suffixes = (os.path.splitext(path)[1].lower() for path in others if not path.lower().endswith(ends))
+        passed.update(suffix.rstrip(".") or "without suffix" for suffix in suffixes)
         above = os.path.join(root, UNLABELED, "")
         apart = {path for path in videos if dataset == "synthetic" and path.startswith(above)}
         if unlabeled and apart:

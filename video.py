@@ -425,7 +425,7 @@ class Video(contextlib.ExitStack):
             return self._packets[i]
         is_file = os.path.isfile(self._frames[i])
         packet = av.Packet((Path(self._frames[i]).read_bytes() if is_file else b"") or b"\0")
-        packet.pts = i
+        packet.pts, packet.is_keyframe = i, True  # PNG adds other packets to the picture before
         return packet
 
     def _pixels(self, image: av.VideoFrame) -> np.ndarray:
