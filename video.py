@@ -420,11 +420,11 @@ class Video(contextlib.ExitStack):
                 yield i, image
 
     def _packet(self, i: int) -> av.Packet:
-        """Packet i. Of a folder, it holds the file of frame i, or a byte that is no picture: none would be an end."""
+        """Packet i. Of a folder, it holds the picture of frame i, or a byte that is none: no byte would be the end."""
         if not self._frames:
             return self._packets[i]
-        is_file = os.path.isfile(self._frames[i])
-        packet = av.Packet((Path(self._frames[i]).read_bytes() if is_file else b"") or b"\0")
+        file = Path(self._frames[i])
+        packet = av.Packet(file.read_bytes() if file.is_file() and file.stat().st_size else b"\0")  # some have no end
         packet.pts, packet.is_keyframe = i, True  # PNG adds other packets to the picture before
         return packet
 
