@@ -35,7 +35,12 @@ from torch import Tensor
 from torch.utils.data import Sampler
 from tqdm import tqdm
 
-from video import WANTS, BadVideo, Video, blame_machine, is_memory_short
+from video import WANTS, BadVideo, Video, blame_machine, frames_of, is_memory_short
+
+
+def size_of(path: str) -> int:
+    """A video's size: bytes of a file, frames of a folder, −1 if it is not there."""
+    return len(frames_of(path)) or (os.path.getsize(path) if os.path.exists(path) else -1)
 
 
 @dataclass(frozen=True)
@@ -65,10 +70,9 @@ class VideoList:
         return f"{len(self)} videos, {len(self.classes)} classes, check sum {zlib.crc32(listed.encode()):08x}"
 
     def seen(self, root: str | Path) -> list[list]:
-        """Of each video its path below `root`, label, class, and size in bytes (−1: no file): what a run goes by."""
+        """Of each video its path below `root`, label, class, and size (`size_of`): what a run goes by."""
         above, classes = os.path.join(os.path.abspath(root), ""), [*self.classes, ""]
-        sizes = [os.path.getsize(path) if os.path.exists(path) else -1 for path in self.paths]
-        videos = zip(self.paths, self.labels, sizes, strict=True)
+        videos = zip(self.paths, self.labels, map(size_of, self.paths), strict=True)
         return [[path.removeprefix(above), label, classes[label], size] for path, label, size in videos]
 
 

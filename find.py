@@ -31,7 +31,7 @@ from av.video.reformatter import VideoReformatter
 from data import VideoList, visit_videos
 from synthetic import MOTIONS, SYNTHETIC_MARKER, SYNTHETIC_VERSION, UNLABELED, alone, make_synthetic
 from train import SWITCH, Options, option, user_errors, write_file
-from video import BadVideo, Video
+from video import BadVideo, Video, frames_of
 
 SUFFIXES = (  # of files in CONTAINERS, without those of sounds and single pictures
     *("avi", "divx", "xvid", "mp4", "m4v", "mp4v", "mpeg4", "mov", "qt", "f4v", "3gp", "3gpp", "3g2", "3gp2", "ismv"),
@@ -116,13 +116,10 @@ def find_videos(
         title = f"{dataset} list {list_file}{note}"
     else:
         videos, others, closed = walk(root)
-        lists = {}  # paths by name, of equal names the topmost
-        for path in others:
-            suffix = os.path.splitext(path)[1][1:].lower()
-            if suffix in ("txt", "csv", "json"):
-                lists.setdefault(os.path.basename(path), path)
-            else:
-                passed[f".{suffix}" if suffix else "without suffix"] += 1
+        ends = ".txt", ".csv", ".json"  # of lists, of which of equal names the topmost counts
+        lists = {os.path.basename(path): path for path in reversed(others) if path.lower().endswith(ends)}
+        suffixes = (os.path.splitext(path)[1].lower() for path in others if not path.lower().endswith(ends))
+        passed.update(suffix.rstrip(".") or "without suffix" for suffix in suffixes)
         above = os.path.join(root, UNLABELED, "")
         apart = {path for path in videos if dataset == "synthetic" and path.startswith(above)}
         if unlabeled and apart:
@@ -188,7 +185,7 @@ def is_video(name: str) -> bool:
 
 def walk(root: str) -> tuple[list[str], list[str], list[str]]:
     """Paths of all videos below a folder; of all other files, the upper ones first; of folders that can't be listed."""
-    videos, others, closed, seen = [], [], [], set()
+    videos, others, closed, seen, stems = [], [], [], set(), set()
 
     def visit(folder: str, part: str, above: tuple) -> None:
         try:
@@ -196,10 +193,7 @@ def walk(root: str) -> tuple[list[str], list[str], list[str]]:
         except PermissionError:
             closed.append(folder)
             return
-        if place in above or (part, place) in seen:  # by a link, upwards or in the same part of the set
-            return
-        seen.add((part, place))
-        below = []
+        below, own, rest = [], [], []
         for entry in entries:
             if NOT_READ.fullmatch(entry.name):
                 continue
@@ -207,7 +201,15 @@ def walk(root: str) -> tuple[list[str], list[str], list[str]]:
                 if not (entry.is_symlink() and re.match(r"/(proc|sys)(/|$)", os.path.realpath(entry.path))):
                     below.append((entry.path, part or (entry.path if PART.fullmatch(entry.name) else "")))
             else:  # if a video is a link to nothing, reading it will say so
-                (videos if is_video(entry.name) else others).append(entry.path)
+                (own if is_video(entry.name) else rest).append(entry.path)
+        holds_others = below or own or folder == root or folder in stems  # by its name, the frames of a file beside it
+        frames = set() if holds_others else {*frames_of(folder, map(os.path.basename, rest))}
+        if not frames and (place in above or (part, place) in seen):  # by a link, upwards or in this part of the set
+            return
+        seen.add((part, place))
+        stems.update(os.path.splitext(path)[0] for path in own)
+        videos.extend([folder] if frames else own)
+        others.extend(path for path in rest if path not in frames)
         for inner in below:
             visit(*inner, (*above, place))
 
@@ -294,7 +296,8 @@ def _read_official(
     stems, rows = {}, []
     length = 11 if dataset == "k400" else None  # what follows a YouTube identifier is written in many ways
     for path in videos:
-        stems.setdefault(os.path.splitext(os.path.basename(path))[0][:length].casefold(), []).append(path)
+        name = os.path.basename(path) + "." * (not is_video(path))  # of a folder of frames
+        stems.setdefault(os.path.splitext(name)[0][:length].casefold(), []).append(path)
     for name, label in named:
         paths = stems.get(name.casefold(), [None])
         if len(paths) > 1:
@@ -366,8 +369,10 @@ def _read_list(root: str, list_file: str | Path) -> tuple[list[tuple[str | None,
         return found
 
     def paths_of(name: str) -> list[str]:
-        places = [os.path.split(os.path.normpath(os.path.join(root, n))) for n in {name: 0, name.replace("\\", "/"): 0}]
-        return next((paths for folder, last in places if (paths := videos_in(folder).get(last))), [])
+        paths = [os.path.normpath(os.path.join(root, n)) for n in {name: 0, name.replace("\\", "/"): 0}]
+        files = [found for folder, last in map(os.path.split, paths) if (found := videos_in(folder).get(last))]
+        folders = (folder for path in paths for folder in (path, os.path.splitext(path)[0]))
+        return files[0] if files else [folder for folder in folders if frames_of(folder)][:1]
 
     rows, columns, remark, above = [], 0, "", os.path.join(root, "")
     for number, line in enumerate(_read_text(file).split("\n"), 1):
@@ -534,12 +539,12 @@ def _encode(video: Video, config: ShrinkConfig) -> bytes:
     return content.getvalue()
 
 
-def _shrink_file(root: str, out: Path, config: ShrinkConfig, path: str) -> None:
+def _shrink_file(targets: dict[str, Path], out: Path, config: ShrinkConfig, path: str) -> None:
     """Makes the copy of a file. That of a video is MP4 under the old name, suffix and all, so that lists still hold:
     `Video` goes by the content, as all that use FFmpeg do, and neither AVI nor Matroska can hold every time exactly."""
-    made, target = out / HIDDEN / "made" / os.urandom(8).hex(), out / os.path.relpath(path, root)
+    made, target = out / HIDDEN / "made" / os.urandom(8).hex(), targets[path]
     target.parent.mkdir(parents=True, exist_ok=True)
-    if is_video(path):
+    if is_video(path) or os.path.isdir(path):
         with Video(path) as video, video.bad_video():
             write_file(made, _encode(video, config))
             with Video(made) as copy:
@@ -575,22 +580,24 @@ def shrink(config: ShrinkConfig, data: str, folder: str) -> None:
         out.mkdir(parents=True, exist_ok=True)
         write_file(out / RECIPE, recipe)
         targets = {path: out / os.path.relpath(path, root) for path in [*videos, *filter(os.path.isfile, others)]}
+        targets |= {path: out / f"{os.path.relpath(path, root)}.mp4" for path in videos if not is_video(path)}
         first = {identity(path): path for path in reversed(targets) if targets[path] != out / FAILED}
         with alone(out / HIDDEN), user_errors(path=out / FAILED):
             (out / HIDDEN / "made").mkdir()
             todo = [path for path in first.values() if not targets[path].exists()]
-            visit = functools.partial(_shrink_file, root, out, config)
+            visit = functools.partial(_shrink_file, targets, out, config)
             bad = visit_videos(visit, todo[::-1], root, out / FAILED, config.workers, f"shrinking {root}")
         for path, target in targets.items():
             if not target.exists() and (made := targets[first[identity(path)]]).exists():  # a file of more paths is one
                 target.parent.mkdir(parents=True, exist_ok=True)  # there, too: training leaves out what tests have
                 target.symlink_to(os.path.relpath(made, target.parent))
-        done = [path for path in first.values() if is_video(path) and targets[path].exists()]
-        sizes = [[os.path.getsize(at) / 1e6 for at in (path, targets[path])] for path in done]
+        done = [path for path in sorted({*videos} & {*first.values()}) if targets[path].exists()]
+        files = [file for path in done for file in frames_of(path) or [path] if os.path.exists(file)]
+        before, after = (sum(map(os.path.getsize, part)) / 1e6 for part in (files, map(targets.get, done)))
         sample = [done[k] for k in np.random.default_rng(0).permutation(len(done))[:20]]
         times = [[_reading_time(at) for at in (path, targets[path])] for path in sample]
     if done:
-        (before, after), (slow, fast) = np.sum(sizes, 0), np.mean(times, 0)
+        slow, fast = np.mean(times, 0)
         print(f"{len(done)} videos, {before:,.1f} → {after:,.1f} MB; reading 64 frames {slow:.1f} → {fast:.1f} ms")
     print(f"{bad} of {len(done) + bad} videos can't be read" + f": {out / FAILED} says why" * (bad > 0), flush=True)
     if bad:

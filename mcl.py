@@ -97,7 +97,7 @@ def tvl1_flow(images: Sequence[np.ndarray], side: int, warps: int = 5) -> Tensor
 class MotionMaps:
     """m of Eq. 1 for each frame of each video, averaged over cells, made once: when first read, or by `mcl.py maps`.
 
-    FOLDER/flow_SIDE_WARPS/a/b.mp4.BYTES.npz holds the maps of ROOT/a/b.mp4, a file of so many bytes, as square roots in
+    FOLDER/flow_SIDE_WARPS/a/b.mp4.SIZE.npz holds the maps of ROOT/a/b.mp4 (`data.size_of`), as square roots in
     8 bits. Each video has a scale of its own, which neither sampling nor alignment knows.
     """
 
@@ -122,8 +122,7 @@ class MotionMaps:
 
     def file(self, path: str) -> Path:
         """Where the maps of a video lie, as it is now."""
-        size = os.path.getsize(path) if os.path.exists(path) else -1
-        return self.folder / f"{os.path.relpath(path, self.config.root)}.{size}.npz"
+        return self.folder / f"{os.path.relpath(path, self.config.root)}.{data.size_of(path)}.npz"
 
     def visit(self, path: str) -> None:
         """Makes the maps of a video, if there are none. Raises BadVideo."""

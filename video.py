@@ -1,10 +1,11 @@
-"""Frame-exact reading of video files.
+"""Frame-exact reading of videos, which are files or folders of frames.
 
 Can be copied alone into another project: it imports av (PyAV) and numpy only.
 """
 
 import contextlib
 import errno
+import io
 import mmap
 import os
 import re
@@ -32,6 +33,8 @@ WHOLE = re.compile(  # bits of a parameter set that allows whole frames only (7.
 TINY = 19  # bytes of a packet of MPEG-4 that may stand for a picture which came in a packet before
 # No playlists: they open other files.
 CONTAINERS = "avi,mov,matroska,webm,mpeg,mpegts,mpegvideo,m4v,h264,hevc,flv,asf,ogg,mxf,dv,ivf,mjpeg,jpeg_pipe"
+PICTURES = "jpeg_pipe,png_pipe,webp_pipe,bmp_pipe"  # formats of a folder's frames
+FRAME = re.compile(r"(?i)(?!\.|.*flow(?![a-wz]))(.*?)(\d+)(\D*\.(?:jpe?g|png|webp|bmp))")  # a name, by its last number
 DEADLINE = 60.0  # seconds that opening a video may take, and each part of the frames that are read
 MAX_FRAMES = 1_000_000  # of a video
 MAX_PIXELS = 8192 * 4320  # of a frame
@@ -78,13 +81,30 @@ def blame_machine(error: Exception, path: str | None) -> None:
         raise OSError(number, f"{os.strerror(number)}: {WANTS[number]}", path) from error
 
 
+def frames_of(folder: str, names: Iterable[str] | None = None) -> list[str]:
+    """Paths of the frames in a folder, in order; none where it is no video. `names` are its files, if known. Frames are
+    two pictures or more, neither hidden nor of optical flow, whose names differ in their last number only; of several
+    such series, the one called img, image or frame."""
+    if names is None:
+        names = os.listdir(folder) if os.path.isdir(folder) else []
+    series = {}
+    for name in names:
+        if match := FRAME.fullmatch(name):
+            series.setdefault(f"{match[1]}/{match[3]}", []).append((int(match[2]), os.path.join(folder, name)))
+    kinds = [kind for kind, frames in series.items() if len(frames) > 1]
+    if len(kinds) > 1:
+        kinds = [kind for kind in kinds if re.search("(?i)img|image|frame", kind)]
+    return [path for _, path in sorted(series[kinds[0]])] if len(kinds) == 1 else []
+
+
 class Video(contextlib.ExitStack):
-    """Frame-exact reader of a video file's frames in display order, which decodes only what the chosen frames need.
+    """Frame-exact reader of a video's frames in display order, which decodes only what the chosen frames need.
 
     with Video(path) as video:
         images = video.read(range(0, len(video), 2))
 
-    Frame k is the k-th picture that a player shows. The packets are read once (the compressed file is held in memory).
+    Frame k is the k-th picture that a player shows. The packets are read once (the compressed file is held in memory);
+    a picture of a folder (`frames_of`) is read when it is wanted, and scaled to the size of the first.
     Decoding starts at the last key frame before each group of wanted frames. Which packet shows frame k follows
 
     - from the time stamps, where they reorder pictures as far as the decoder says that it does;
@@ -101,18 +121,20 @@ class Video(contextlib.ExitStack):
         super().__init__()
         self.path, self._container = str(path), None
         try:
-            self._state = os.stat(self.path)
+            self._state, self._frames = os.stat(self.path), frames_of(self.path)
+            source = io.BytesIO(self._packet(0)) if self._frames else f"file:{self.path}"
+            self._known = PICTURES if self._frames else CONTAINERS  # formats
         except OSError as error:
             blame_machine(error, self.path)
             raise BadVideo(self.path, error.strerror) from error
         is_file = stat.S_ISREG(self._state.st_mode)  # others may have no end
-        if not is_file or not self._state.st_size:
+        if not self._frames and not (is_file and self._state.st_size):
             raise BadVideo(self.path, "empty" if is_file else "not a file")
         try:
             with self.bad_video():
-                options = {"format_whitelist": CONTAINERS, "protocol_whitelist": "file", "max_pixels": str(MAX_PIXELS)}
+                options = {"format_whitelist": self._known, "protocol_whitelist": "file", "max_pixels": str(MAX_PIXELS)}
                 tags = {"metadata_errors": "ignore"} if av.__version__.startswith("18.") else {}  # 19 takes any bytes
-                opened = av.open(f"file:{self.path}", options=options, timeout=DEADLINE, **tags)
+                opened = av.open(source, options=options, timeout=DEADLINE, **tags)
                 self._container = self.enter_context(opened)  # for `close`, which gives file and memory back
                 self._read_packets()
                 self._find_order()
@@ -136,7 +158,7 @@ class Video(contextlib.ExitStack):
                 raise
             reasons = {av.error.ExitError: f"not read within {DEADLINE:g} s", MemoryError: "not enough memory"}
             if self._container is None:
-                reasons[av.error.ArgumentError] = f"in none of the formats {CONTAINERS.replace(',', ', ')}"
+                reasons[av.error.ArgumentError] = f"in none of the formats {self._known.replace(',', ', ')}"
             reason = reasons.get(type(error)) or getattr(error, "strerror", None) or type(error).__name__
             raise BadVideo(self.path, reason) from error
 
@@ -177,6 +199,11 @@ class Video(contextlib.ExitStack):
         was "fed" then, or its "count". `_near`: which packets hold a frame, from its ticket on, at most.
         """
         packets, codec = self._packets, self._codec
+        self._clock, self._near, self._skip = "index", (0, 0), codec.name in SKIPPING_CODECS
+        if self._frames:  # each is a packet, as `_packet` makes it
+            self._packets, self._order = self._frames, range(len(self._frames))
+            self._starts, self._stamps = [(k, k) for k in self._order], [None] * len(self._frames)
+            return
         stamps = [packet.pts for packet in packets]
         for i, packet in enumerate(packets):
             packet.pts, packet.dts = i, None  # which decoders hand on to the picture
@@ -188,7 +215,6 @@ class Video(contextlib.ExitStack):
         stamped = len(times) == len(shown) and None not in times and "avi" not in self._container.format.name.split(",")
         self._order = sorted(shown, key=stamps.__getitem__) if stamped else shown  # AVI's stamps are made up
         self._stamps = stamps if stamped else [None] * len(stamps)
-        self._clock, self._near, self._skip = "index", (0, 0), codec.name in SKIPPING_CODECS
         lag = codec.reorder_depth
         if codec.codec.intra_only:
             keys = shown
@@ -386,12 +412,21 @@ class Video(contextlib.ExitStack):
             self._check_time()
             self._codec.skip_frame = "DEFAULT" if needed is None or i in needed else "NONREF"
             try:
-                images = self._codec.decode(self._packets[i] if i <= last else None)
-            except (av.error.FFmpegError, ValueError) as error:  # ValueError: av 19, once it could not open its decoder
+                images = self._codec.decode(self._packet(i) if i <= last else None)
+            except (av.error.FFmpegError, OSError, ValueError) as error:  # ValueError: av 19, without its decoder
                 blame_machine(error, self.path)
                 continue  # damaged here; the caller counts what stays missing
             for image in images:
                 yield i, image
+
+    def _packet(self, i: int) -> av.Packet:
+        """Packet i. Of a folder, it holds the picture of frame i, or a byte that is none: no byte would be the end."""
+        if not self._frames:
+            return self._packets[i]
+        file = Path(self._frames[i])
+        packet = av.Packet(file.read_bytes() if file.is_file() and file.stat().st_size else b"\0")  # some have no end
+        packet.pts, packet.is_keyframe = i, True  # PNG adds other packets to the picture before
+        return packet
 
     def _pixels(self, image: av.VideoFrame) -> np.ndarray:
         rgb = self._to_rgb.reformat(image, *self._size, "rgb24", threads=1)  # unscaled: several times faster
