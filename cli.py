@@ -34,8 +34,8 @@ def shown(text: str, besides: str = "") -> str:
 
 
 class _Output:
-    """A standard stream without codes of a terminal's. What nobody reads is lost; the terminal's end is a SIGHUP. What a
-    progress bar shows is a line of its own where there is no terminal, and nothing with --quiet."""
+    """A standard stream without codes of a terminal's. What nobody reads is lost; the terminal's end is a SIGHUP. What
+    a progress bar shows is a line of its own where there is no terminal, and nothing with --quiet."""
 
     def __init__(self, stream: TextIO):
         self.stream = stream
