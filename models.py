@@ -38,8 +38,7 @@ class ConvUnit(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         total = _same_padding(x.shape[2:], self.conv3d.kernel_size, self.conv3d.stride)
         if any(n % 2 for n in total):  # the odd zero goes behind, which a convolution's own padding can't express
-            x = F.pad(x, [p for n in reversed(total) for p in (n // 2, n - n // 2)])
-            total = (0, 0, 0)
+            x = F.pad(x, [p for n in reversed(total) for p in (0, n % 2)])
         x = F.conv3d(x, self.conv3d.weight, None, self.conv3d.stride, [n // 2 for n in total])
         return F.relu(self.batch3d(x), inplace=True)
 
