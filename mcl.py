@@ -65,11 +65,10 @@ class MCLConfig(moco.MoCoConfig, MapsConfig):
 
 
 MAPS = {"synthetic": dict(flow_warps=1)}
-PAPER = dict(encoder="s3d", crop=224, batch_size=8, lr=0.04)
 PRESETS = {
     "synthetic": moco.PRESETS["synthetic"] | MAPS["synthetic"],
-    "ucf101": PAPER | dict(epochs=200, queue=8192),
-    "k400": PAPER | dict(epochs=400, queue=131072),
+    "ucf101": pretrain.PRESETS["ucf101"] | dict(encoder="s3d", queue=8192),
+    "k400": pretrain.PRESETS["k400"] | dict(encoder="s3d", epochs=400, queue=131072),
 }
 
 
