@@ -296,16 +296,14 @@ class ForegroundBackgroundMerging:
         color = (red * cls.LEVELS + green) * cls.LEVELS + blue  # (N, HW)
         pixels = seed.flatten(1)
         count = pixels.shape[1]
-        regions = (
-            pixels >= pixels.kthvalue(count - math.ceil(cls.FRONT * count) + 1, 1, keepdim=True).values,
-            pixels <= pixels.kthvalue(math.ceil(cls.BACK * count), 1, keepdim=True).values,
-        )
-        shares = []  # P(x | F), P(x | B) of every colour
-        for region, more in zip(regions, (0, 1), strict=True):
-            histogram = seed.new_full((len(seed), cls.LEVELS**3), more)
-            histogram.scatter_add_(1, color, region.to(seed.dtype))
-            shares.append(histogram / histogram.sum(1, keepdim=True))
-        front, back = shares
+
+        def share(region: Tensor, more: int) -> Tensor:
+            """P(x | region) of every colour, with so many pixels more of each."""
+            histogram = seed.new_full((len(seed), cls.LEVELS**3), more).scatter_add(1, color, region.to(seed.dtype))
+            return histogram / histogram.sum(1, keepdim=True)
+
+        front = share(pixels >= pixels.kthvalue(count - math.ceil(cls.FRONT * count) + 1, 1, keepdim=True).values, 0)
+        back = share(pixels <= pixels.kthvalue(math.ceil(cls.BACK * count), 1, keepdim=True).values, 1)
         return (front / (front + back)).gather(1, color).view_as(seed)
 
     @staticmethod

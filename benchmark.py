@@ -44,7 +44,7 @@ from cli import command_line, dispatch, start_process
 from models import recorded_inputs
 from pretrain import Method
 from runs import check_replaceable, made_by
-from train import Options, Process, UserError, autocast_bf16, option, progress, sgd, user_errors, write_file
+from train import Options, Process, Run, UserError, option, progress, sgd, user_errors, write_file
 from video import BadVideo, Video
 
 
@@ -151,33 +151,25 @@ def reading(config: DataConfig) -> None:
 
 
 class Training:
-    """Training steps of FIMA on one batch of noise; `flags` are other options."""
+    """Training of FIMA on one batch of noise; `flags` are other options. All steps do the same, as their rate is 0."""
 
     def __init__(self, config: StepConfig, process: Process, **flags: Any):
         torch.manual_seed(config.seed)
-        options = dataclasses.replace(config, **flags)
-        self.method = fima.FIMA(options).to(process.device).train()
-        memory = self.method.make_views(data.VideoList([], [], [], ""))
-        self.views = {name: values.zero_() for name, values in memory.empty(config.batch_size).items()}
-        for name in {"clip", "sub_clips"} & self.views.keys():
-            self.views[name].random_(0, 256)
+        options = dataclasses.replace(config, lr=0.0, **flags)
+        self.method = fima.FIMA(options)
+        self.run = Run(self.method, options, process, steps_per_epoch=1)
+        made = self.method.make_views(data.VideoList([], [], [], ""))
+        views = {name: values.zero_() for name, values in made.empty(config.batch_size * config.accumulate).items()}
+        for name in {"clip", "sub_clips"} & views.keys():
+            views[name].random_(0, 256)
+        views["box"][:] = torch.tensor([40.0, 0.0, 280.0, 240.0])  # nothing takes longer with others
         rng = np.random.default_rng(config.seed)
-        for box, colors in zip(self.views["box"].flatten(0, 1), self.views["color"].flatten(0, 1), strict=True):
-            top, left, height, width = data.draw_region(rng, 240, 320)
-            x = rng.permutation([left, left + width])  # flipped or not
-            box.copy_(torch.tensor([x[0], top, x[1], top + height]))
-            colors.copy_(torch.from_numpy(np.stack([data.draw_color(rng, **memory.color) for _ in colors])))
-        self.views = {name: values.to(process.device) for name, values in self.views.items()}
-        bf16 = autocast_bf16(options, process)
-        self.autocast = functools.partial(torch.autocast, process.device.type, torch.bfloat16, bf16)
-        self.optimizer = sgd(self.method, dataclasses.replace(options, lr=0.0))  # all steps do the same
+        for color in views["color"].flatten(0, 2):
+            color.copy_(torch.from_numpy(data.draw_color(rng, **made.color)))
+        self.views = {name: values.to(process.device) for name, values in views.items()}
 
     def step(self) -> None:
-        self.optimizer.zero_grad()
-        with self.autocast():
-            loss = torch.stack(list(self.method(self.views).values())).sum()
-        loss.backward()
-        self.optimizer.step()
+        self.run.step(self.views)
 
     def encoder_inputs(self) -> tuple[list[Tensor], list[Tensor]]:
         """What a step gives to the query and to the key encoder, pass by pass."""
@@ -194,8 +186,8 @@ class Training:
 
     def encoders_alone(self, query_clips: list[Tensor], key_clips: list[Tensor]) -> None:
         """The floor of a step: its encoder passes, backward from a random gradient of the feature maps."""
-        self.optimizer.zero_grad()
-        with self.autocast():
+        self.run.optimizer.zero_grad()
+        with torch.autocast(self.run.process.device.type, torch.bfloat16, self.run.bf16):
             maps = [self.method.encoder(clips) for clips in query_clips]
             with torch.no_grad():
                 for clips in key_clips:
@@ -312,7 +304,7 @@ def count(config: StepConfig) -> None:
     from below of its time by `--gpu`, as an estimate, and its peak memory. Nothing is fused: colours, which are
     compiled on a GPU, then move less (see docs/speed.md)."""
     process, bf16 = start_process("cpu"), config.precision != "float32" and config.gpu != "2080ti"
-    training = Training(dataclasses.replace(config, precision="float32"), process)
+    training = Training(dataclasses.replace(config, precision="float32", accumulate=1), process)
     if config.processes > 1:
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=config.processes)
     counter = counted_step(training.method, training.views, config.gpu, bf16)

@@ -15,18 +15,17 @@ import math
 import torch
 from torch import Tensor
 
+import moco
 from augment import ForegroundBackgroundMerging as Merging
 from cli import command_line
 from losses import FRAME_LOSSES, activation_map, foreground_mask, pixel_chance, pixel_contrast, positive_pairs, seen_box
-from moco import PRESETS as MOCO_PRESETS
-from moco import FeatureMaps, MoCo, MoCoConfig
 from models import MomentumQueue, MotionDecoder
 from pretrain import main, pool
 from train import UserError, detail, option
 
 
 @dataclasses.dataclass(frozen=True)
-class FIMAConfig(MoCoConfig):
+class FIMAConfig(moco.MoCoConfig):
     """Options of FIMA; the defaults are the paper's."""
 
     losses: str = option("vv,pix,fra", "losses to sum, of vv (Eq. 1), vd (Eq. 2), pix (Eq. 8) and fra (Eq. 10)")
@@ -56,9 +55,9 @@ class FIMAConfig(MoCoConfig):
             raise UserError("--fame takes the background of another video of the batch: --batch_size 2 or more")
 
 
-PRESETS = MOCO_PRESETS | {
-    "synthetic": MOCO_PRESETS["synthetic"] | dict(decoder_width=128),
-    "k400": MOCO_PRESETS["k400"] | dict(pixel_queue=31360),
+PRESETS = moco.PRESETS | {
+    "synthetic": moco.PRESETS["synthetic"] | dict(decoder_width=128),
+    "k400": moco.PRESETS["k400"] | dict(pixel_queue=31360),
 }
 
 
@@ -67,7 +66,7 @@ def feature_pixels(maps: Tensor) -> Tensor:
     return maps.permute(0, 1, 3, 4, 5, 2).flatten(3, 4).flatten(1, 2)
 
 
-class FIMA(MoCo):
+class FIMA(moco.MoCo):
     """L = L_VV + L_Pix + L_Fra (Eq. 11, Fig. 2), in both directions: each view is once the source, once the target.
 
     Tensors of both directions are stacked, (2, …): entry 0 predicts the second view from the first, entry 1 the first
@@ -119,7 +118,7 @@ class FIMA(MoCo):
         return y.unflatten(0, (2, -1)), None if y_cls is None else y_cls.unflatten(0, (2, -1))
 
     @torch.no_grad()
-    def positive_pixels(self, boxes: Tensor, maps: FeatureMaps) -> Tensor:
+    def positive_pixels(self, boxes: Tensor, maps: moco.FeatureMaps) -> Tensor:
         """φ_p of Eq. 3 from the boxes (B, 2, 4), less the background by Eq. 6: (2, B, HW, HW) bool, source × target."""
         config, grid, boxes = self.config, maps.key.shape[-2:], boxes.transpose(0, 1)
         if config.centres == "measured":

@@ -182,7 +182,7 @@ FRAME_LOSSES = {"infonce": frame_info_nce, "triplet": frame_triplet, "mse": fram
 
 
 # --------------------------------------------------------------------------------------------------------------- DCLR
-# "Eq.", "Sec." and "Table" below are those of Ding et al., ACM MM 2022. Letters: N videos, V = 2 views, R rows;
+# "Eq.", "Sec." and "Table" below are those of Ding et al., ACM MM 2022. Letters: N videos, V = 2 views;
 # v, s, d: RGB clip, static frame, frame difference; i, j: the two views.
 
 
@@ -191,14 +191,15 @@ def static_frame(clips: Tensor, frame: Tensor) -> Tensor:
     return clips[torch.arange(len(clips), device=clips.device), :, frame][:, :, None]
 
 
-def batch_contrast(query: Tensor, positive: Tensor, keys: Tensor, own: Tensor, temperature: float = 0.1) -> Tensor:
+def batch_contrast(query: Tensor, positive: Tensor, keys: Tensor, temperature: float = 0.1) -> Tensor:
     """I of Eq. 2, row by row: −log exp(q·k⁺/τ) / (exp(q·k⁺/τ) + Σ exp(q·k/τ)) over the keys of other videos.
 
-    Queries and positives (..., R, D), keys of the mini-batch (M, D), and which of them are of a query's own video, and
-    no negatives, (R, M) bool → (..., R), each ≥ 0; log(1 + number of negatives) if all similarities are equal.
+    Queries and positives of each video (..., N, D), and keys of the mini-batch (V·N, D), view by view → (..., N), each
+    ≥ 0; log(1 + number of negatives) if all similarities are equal.
     """
-    pull = similarity(query[..., None, :], positive[..., None, :], temperature)[..., 0]  # (..., R, 1)
-    push = similarity(query, keys, temperature).masked_fill(own, -math.inf)  # (..., R, M)
+    pull = similarity(query[..., None, :], positive[..., None, :], temperature)[..., 0]  # (..., N, 1)
+    own = torch.eye(query.shape[-2], dtype=torch.bool, device=keys.device).repeat(1, len(keys) // query.shape[-2])
+    push = similarity(query, keys, temperature).masked_fill(own, -math.inf)  # (..., N, V·N)
     return torch.cat([pull, push], -1).logsumexp(-1) - pull[..., 0]
 
 
@@ -209,9 +210,7 @@ def dual_contrast(query: Tensor, key: Tensor, same_view: bool = False, temperatu
     x and y (V, N, D) → scalar ≥ 0; 2 log(2N − 1) if all similarities are equal.
     """
     positive = key if same_view else key.flip(0)
-    own = torch.eye(key.shape[1], dtype=torch.bool, device=key.device).repeat(2, 2)
-    rows = batch_contrast(*(x.flatten(0, 1) for x in (query, positive, key)), own, temperature)
-    return rows.sum() / key.shape[1]
+    return batch_contrast(query, positive, key.flatten(0, 1), temperature).sum() / key.shape[1]
 
 
 def retrieve(query: Tensor, pool: Tensor, count: int, weights: str = "prior") -> tuple[Tensor, Tensor]:
@@ -237,11 +236,10 @@ def retrieved_contrast(
     Returns:
         Scalar ≥ 0; 2 log(2N − 1) if all similarities are equal and the weights of a video sum to 1.
     """
-    own = torch.eye(len(v), dtype=torch.bool, device=v.device).repeat(1, 2)
     found_v, found_d = found_v.transpose(0, 1), found_d.transpose(0, 1)  # (K, N, D)
     query = torch.stack([v.expand_as(found_v), found_v])
     positive = torch.stack([found_d, d.expand_as(found_d)])
-    rows = batch_contrast(query, positive, keys, own, temperature)  # (2, K, N)
+    rows = batch_contrast(query, positive, keys, temperature)  # (2, K, N)
     return (rows * weight.mT).sum() / len(v)
 
 

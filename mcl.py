@@ -65,11 +65,10 @@ class MCLConfig(moco.MoCoConfig, MapsConfig):
 
 
 MAPS = {"synthetic": dict(flow_warps=1)}
-PAPER = dict(encoder="s3d", crop=224, batch_size=8, lr=0.04)
 PRESETS = {
     "synthetic": moco.PRESETS["synthetic"] | MAPS["synthetic"],
-    "ucf101": PAPER | dict(epochs=200, queue=8192),
-    "k400": PAPER | dict(epochs=400, queue=131072),
+    "ucf101": pretrain.PRESETS["ucf101"] | dict(encoder="s3d", queue=8192),
+    "k400": pretrain.PRESETS["k400"] | dict(encoder="s3d", epochs=400, queue=131072),
 }
 
 
@@ -187,15 +186,13 @@ class MotionViews(data.PretrainingViews):
         moving = foreground_mask(pool_motion(self.clips[start], "s")[None], self.MOVING)[0].numpy()
         rows, columns = moving.nonzero()
         y, x = (rows + 0.5) * height / moving.shape[0], (columns + 0.5) * width / moving.shape[1]
-        best, most = None, -1
+        held = {}  # how many of them, by region
         for _ in range(self.DRAWS if self.spatial else 1):
             top, left, h, w = region = super().draw_region(rng, height, width, start)
-            held = np.count_nonzero((top <= y) & (y < top + h) & (left <= x) & (x < left + w))
-            if held > most:
-                best, most = region, held
-            if most >= self.COVERED * len(y):
+            held[region] = np.count_nonzero((top <= y) & (y < top + h) & (left <= x) & (x < left + w))
+            if held[region] >= self.COVERED * len(y):
                 break
-        return best
+        return max(held, key=held.get)
 
 
 class MCL(moco.MoCo):

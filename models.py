@@ -38,8 +38,7 @@ class ConvUnit(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         total = _same_padding(x.shape[2:], self.conv3d.kernel_size, self.conv3d.stride)
         if any(n % 2 for n in total):  # the odd zero goes behind, which a convolution's own padding can't express
-            x = F.pad(x, [p for n in reversed(total) for p in (n // 2, n - n // 2)])
-            total = (0, 0, 0)
+            x = F.pad(x, [p for n in reversed(total) for p in (0, n % 2)])
         x = F.conv3d(x, self.conv3d.weight, None, self.conv3d.stride, [n // 2 for n in total])
         return F.relu(self.batch3d(x), inplace=True)
 
@@ -221,11 +220,10 @@ class Conv4(Encoder):
     def __init__(self, width: float = 1.0):
         super().__init__()
         self.layers, self.out_channels = nn.Sequential(), 3
-        for channels, stride in ((16, 2), (32, 2), (64, 2), (96, 1)):
+        for channels, stride, padding in ((16, 2, 1), (32, 2, 1), (64, 2, 0), (96, 1, 1)):
             inputs, self.out_channels = self.out_channels, max(1, round(width * channels))
-            if channels == 64:  # zeros behind, where those of the others are before: each shifts by half a pixel
+            if not padding:  # zeros behind, where those of the others are before: each shifts by half a pixel
                 self.layers.append(nn.ConstantPad3d((0, 1) * 3, 0.0))
-            padding = int(channels != 64)
             self.layers.append(nn.Conv3d(inputs, self.out_channels, 3, stride, padding, bias=False))
             self.layers.extend([nn.BatchNorm3d(self.out_channels), nn.ReLU(inplace=True)])
 
