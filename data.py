@@ -37,6 +37,17 @@ from tqdm import tqdm
 
 from video import WANTS, BadVideo, Video, blame_machine, is_memory_short
 
+Region = tuple[int, int, int, int]  # top, left, height, width, in pixels
+RATIO = 3 / 4, 4 / 3  # of a region's width to its height
+JITTER = [(0.6, 1.4)] * 3 + [(-0.1, 0.1)]  # of brightness, contrast, saturation (factors), and hue (shift in turns)
+PREFETCH = 2  # batches that each worker makes ahead
+# How processes start: forked on Linux, whatever Python's own choice.
+PROCESSES = torch.multiprocessing.get_context("fork" if sys.platform == "linux" else None)
+CRASHES = (-4, -5, -6, -8, -9, -11)  # of a fault in FFmpeg: SIGILL, SIGTRAP, SIGABRT, SIGFPE, SIGKILL, SIGSEGV
+# In a process of `_in_processes`: what killed others before it, and how; and its end of the pipe to the parent.
+_killers: dict[Hashable, str] = {}
+_parent: multiprocessing.connection.Connection | None = None
+
 
 @dataclass(frozen=True)
 class VideoList:
@@ -68,11 +79,6 @@ class VideoList:
         sizes = [os.path.getsize(path) if os.path.exists(path) else -1 for path in self.paths]
         videos = zip(self.paths, self.labels, sizes, strict=True)
         return [[path.removeprefix(above), label, classes[label], size] for path, label, size in videos]
-
-
-Region = tuple[int, int, int, int]  # top, left, height, width, in pixels
-RATIO = 3 / 4, 4 / 3  # of a region's width to its height
-JITTER = [(0.6, 1.4)] * 3 + [(-0.1, 0.1)]  # of brightness, contrast, saturation (factors), and hue (shift in turns)
 
 
 def draw_region(rng: np.random.Generator, height: int, width: int, scale: tuple[float, float] = (0.2, 1.0)) -> Region:
@@ -144,13 +150,6 @@ def crop_frames(
             if box is not None:
                 box.copy_(applied)
         place += len(part)
-
-
-# How processes start: forked on Linux, whatever Python's own choice.
-PROCESSES = torch.multiprocessing.get_context("fork" if sys.platform == "linux" else None)
-# In a process of `_in_processes`: what killed others before it, and how; and its end of the pipe to the parent.
-_killers: dict[Hashable, str] = {}
-_parent: multiprocessing.connection.Connection | None = None
 
 
 def _begin(path: str, draw: Hashable) -> None:
@@ -406,9 +405,6 @@ def _memory_kills() -> list[str]:
     return []
 
 
-CRASHES = (-4, -5, -6, -8, -9, -11)  # of a fault in FFmpeg: SIGILL, SIGTRAP, SIGABRT, SIGFPE, SIGKILL, SIGSEGV
-
-
 def _in_processes(function: Callable, count: int, tasks: Iterable, ahead: int) -> Iterator:
     """Yields what a function makes of the tasks in so many processes, in order; each has up to `ahead` tasks.
 
@@ -478,9 +474,6 @@ def _in_processes(function: Callable, count: int, tasks: Iterable, ahead: int) -
             process.kill()
             process.join()
             pipes[i].close()
-
-
-PREFETCH = 2  # batches that each worker makes ahead
 
 
 def _shared(plan: dict[str, Tensor]) -> dict[str, Tensor]:

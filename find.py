@@ -68,6 +68,7 @@ OFFICIAL_COUNTS = {  # train and test videos of each split
     "diving48": [(15027, 1970)],
     "ssv2": [(168913, 24777)],
 }
+FAILED, RECIPE, HIDDEN = "failed.txt", ".shrink.json", ".partial"  # in OUT of `shrink`
 
 
 def find_videos(
@@ -496,9 +497,6 @@ def generate(config: SyntheticConfig, root: str) -> None:
     """Makes videos whose class is their motion: ROOT/train, ROOT/test, and with --shots or --scene_bias other parts."""
     with user_errors():
         make_synthetic(root, **asdict(config) | {"size": (config.size, config.size)})
-
-
-FAILED, RECIPE, HIDDEN = "failed.txt", ".shrink.json", ".partial"  # in OUT
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,9 @@ from torch import Tensor, nn
 
 from train import Config, Options, Process, Run, UserError, check_option, fit, method_name, user_errors, write_file
 
+CHECKPOINT = {"method": str, "config": dict, "model": dict, "optimizer": dict}  # what it holds, of which type
+COUNTS = {"step": 0, "steps_per_epoch": 1, "world_size": 1, "bad_videos": 0, "skipped_steps": 0}  # at least these
+THIS_START = {"out", "resume", "max_steps", "changed_data"}  # options that a checkpoint does not hand on
 _locks: dict[str, TextIO] = {}  # of the run folders that this process has
 
 
@@ -175,11 +178,6 @@ def open_record(run: Run, folder: Path) -> None:
         if bad_videos.exists():
             content = bad_videos.read_bytes()
             write_file(bad_videos, content[: content.rfind(b"\n") + 1])  # a kill may have cut the last line
-
-
-CHECKPOINT = {"method": str, "config": dict, "model": dict, "optimizer": dict}
-COUNTS = {"step": 0, "steps_per_epoch": 1, "world_size": 1, "bad_videos": 0, "skipped_steps": 0}  # at least these
-THIS_START = {"out", "resume", "max_steps", "changed_data"}  # options that a checkpoint does not hand on
 
 
 def load_checkpoint(path: str | Path, foreign: bool = False, whole: bool = True) -> dict:

@@ -39,6 +39,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 HANGUP = getattr(signal, "SIGHUP", 0)  # Windows has none
+SWITCH = ("off", "on")  # choices of an option whose flag alone means "on"
+Config = TypeVar("Config", bound="Options")
 
 
 class UserError(Exception):
@@ -72,9 +74,6 @@ def option(default: Any, help: str, allowed: tuple = (), detail: bool = False) -
 
 
 detail = functools.partial(option, detail=True)
-
-
-SWITCH = ("off", "on")  # choices of an option whose flag alone means "on"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,9 +145,6 @@ class TrainConfig(Options):
     def learning_rate(self, total_batch: int, epoch: float) -> float:
         """Half-period cosine per step from the linearly scaled rate (Goyal et al. 2017; FIMA Sec. 4.1)."""
         return self.lr * total_batch / self.LR_BATCH * 0.5 * (1 + math.cos(math.pi * epoch / self.epochs))
-
-
-Config = TypeVar("Config", bound=Options)
 
 
 def method_name(config_class: type[Options]) -> str:
