@@ -46,11 +46,7 @@ def _motion(name: str, rng: np.random.Generator, frames: int) -> tuple[np.ndarra
     wave = np.sin(2 * np.pi * cycle)
     bounce = 1 - 8 * (cycle % 1) * (1 - cycle % 1)  # parabolas, in [-1, 1]
     still, turn, swaying = np.zeros(frames), np.sign(direction), cycle % 2 < 1
-    right = {
-        "sway": amplitude * wave,
-        "sway_then_bounce": np.where(swaying, amplitude * wave, 0),
-        "orbit": amplitude * wave,
-    }
+    right = {"sway": wave, "sway_then_bounce": np.where(swaying, wave, 0), "orbit": wave}
     down = {
         "rise": -travel * progress,
         "fall": travel * progress,
@@ -60,7 +56,7 @@ def _motion(name: str, rng: np.random.Generator, frames: int) -> tuple[np.ndarra
     }
     sizes = {"grow": doublings * progress, "shrink": -doublings * progress, "pulse": doublings / 2 * wave}
     turns = turns + (turn * cycle / 1.5 if name == "spin" else still)
-    return right.get(name, still), down.get(name, still), sizes.get(name, still + size * doublings), turns
+    return amplitude * right.get(name, still), down.get(name, still), sizes.get(name, still + size * doublings), turns
 
 
 def _choose(rng: np.random.Generator, options: Sequence[str], scene: str) -> str:
@@ -109,7 +105,7 @@ def _sprite(rng: np.random.Generator, scene: str) -> np.ndarray:
     return np.concatenate([_texture(rng, SPRITE, SPRITE, scene), opacity[..., None]], axis=2, dtype=np.float32)
 
 
-def _shot(motion: str, rng: np.random.Generator, camera: np.ndarray, height: int, width: int) -> tuple[np.ndarray, ...]:
+def _shot(rng: np.random.Generator, motion: str, camera: np.ndarray, height: int, width: int) -> tuple[np.ndarray, ...]:
     """One object's course while the camera moves by (frames, 2): center x and y, radius, angle; each (frames,)."""
     side = min(height, width)
     right, down, size, turns = _motion(motion, rng, len(camera))
@@ -149,12 +145,9 @@ def _draw_video(
     camera = camera * rng.uniform(shake / 4, shake, 2) * min(height, width)  # to the right and down, pixels
     margin = math.ceil(np.abs(camera).max())
     background = 0.6 * _texture(rng, height + 2 * margin + 1, width + 2 * margin + 1, scene)
-    objects = []
+    parts, objects = [*zip(motions, np.split(camera, len(motions)), strict=True)], []
     for _ in range(OBJECTS):
-        shots = [
-            _shot(motion, rng, moved, height, width)
-            for motion, moved in zip(motions, np.split(camera, len(motions)), strict=True)
-        ]
+        shots = [_shot(rng, motion, moved, height, width) for motion, moved in parts]
         sprite = _sprite(rng, scene)
         sprite[..., :3] = 1 if masked else 1 - 0.6 * sprite[..., :3]  # lighter than most of the background
         objects.append((*np.concatenate(shots, axis=1), sprite))
