@@ -62,6 +62,7 @@ LAYOUTS = {
     "ssv2": "ID.webm below any folder, labels.json, train.json and validation.json",
 }
 DATASETS = tuple(LAYOUTS)
+LISTS = ("txt", "csv", "json")  # suffixes of files that may be a data set's own lists
 OFFICIAL_COUNTS = {  # train and test videos of each split
     "ucf101": [(9537, 3783), (9586, 3734), (9624, 3696)],
     "hmdb51": [(3570, 1530)] * 3,
@@ -117,13 +118,9 @@ def find_videos(
         title = f"{dataset} list {list_file}{note}"
     else:
         videos, others, closed = walk(root)
-        lists = {}  # paths by name, of equal names the topmost
-        for path in others:
-            suffix = os.path.splitext(path)[1][1:].lower()
-            if suffix in ("txt", "csv", "json"):
-                lists.setdefault(os.path.basename(path), path)
-            else:
-                passed[f".{suffix}" if suffix else "without suffix"] += 1
+        suffixes = {path: os.path.splitext(path)[1][1:].lower() for path in others}
+        lists = {os.path.basename(path): path for path in reversed(others) if suffixes[path] in LISTS}  # topmost ones
+        passed = Counter(suffix for suffix in suffixes.values() if suffix not in LISTS)
         above = os.path.join(root, UNLABELED, "")
         apart = {path for path in videos if dataset == "synthetic" and path.startswith(above)}
         if unlabeled and apart:
@@ -141,7 +138,7 @@ def find_videos(
     left_out = excluded | twice
     found = [(path, label) for path, _, label in rows if path and path not in left_out]
     missing = [name for path, name, _ in rows if not path]
-    kinds = ", ".join(f"{count} {kind}" for kind, count in passed.most_common(5))
+    kinds = ", ".join(f"{n} {f'.{suffix}' if suffix else 'without suffix'}" for suffix, n in passed.most_common(5))
     notes = [
         missing and f"{len(missing)} of {len(rows)} listed videos are not on disk: {', '.join(missing[:3])}",
         excluded and f"{sum(row[0] in excluded for row in rows)} of the {len(excluded)} named in {exclude} left out",
