@@ -229,7 +229,7 @@ def make_parser(config_class: type[Options], doc: str, whole: bool) -> _Parser:
     fields, columns = dataclasses.fields(config_class), shutil.get_terminal_size((120, 0)).columns
     hidden = [field for field in fields if field.metadata["detail"] and not whole and len(fields) > 30]
     style = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=28, width=min(columns, 120))
-    options = dict(formatter_class=style, add_help=False, allow_abbrev=False)
+    options = dict(formatter_class=style, argument_default=argparse.SUPPRESS, add_help=False, allow_abbrev=False)
     parser = _Parser(" ".join(train.program()), "%(prog)s [--flag value …]", doc, **options)
     groups = {}
     for field in fields:
@@ -243,7 +243,6 @@ def make_parser(config_class: type[Options], doc: str, whole: bool) -> _Parser:
         group.add_argument(
             "--" + field.name,
             type=field.type,
-            default=argparse.SUPPRESS,
             metavar=text if field.type is str and text else field.type.__name__.upper(),
             help=argparse.SUPPRESS if field in hidden else help,
             **({"nargs": "?", "const": "on"} if field.metadata["allowed"] == train.SWITCH else {}),
@@ -264,7 +263,7 @@ def parse(
     presets, words = presets or {}, sys.argv[1:] if argv is None else argv
     words = [re.sub("(?<=^--)[^=]+", lambda name: name[0].replace("-", "_"), word) for word in words]
     given = vars(make_parser(config_class, doc, "--help_all" in words).parse_args(words))
-    show = given.pop("print_config")
+    show = given.pop("print_config", False)
     saved, path, method = {}, given.get("resume", ""), method_name(config_class)
     if path not in ("", "auto"):
         state = load_checkpoint(path)
