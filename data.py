@@ -137,18 +137,16 @@ def crop_resize(images: Sequence[np.ndarray], region: Region, flip: bool, out: T
 
 
 def crop_frames(
-    images: dict[int, np.ndarray], frames: Sequence[int], region: Region, flip: bool, out: Tensor, box: Tensor | None
+    images: dict[int, np.ndarray], frames: Sequence[int], region: Region, flip: bool, out: Tensor, box: Tensor
 ) -> None:
     """Puts those of a clip's frames that are among the images of `Video.stream` in their places in `out`, the clip's
-    uint8 (3, T, size, size), and the crop's box in `box`, float32 (4,)."""
+    uint8 (3, T, size, size), and the crop's box, which not all callers need, in `box`, float32 (4,)."""
     place = 0
     for there, part in itertools.groupby(frames, images.__contains__):
         part = list(part)
         if there:
             shown = [images[frame] for frame in part]
-            applied = crop_resize(shown, region, flip, out[:, place : place + len(part)])
-            if box is not None:
-                box.copy_(applied)
+            box.copy_(crop_resize(shown, region, flip, out[:, place : place + len(part)]))
         place += len(part)
 
 
@@ -267,7 +265,7 @@ class PretrainingViews(Items):
                     for i in range(self.sub_clips):
                         part = item["sub_clips"][view, i]
                         shown = frames[view][i * part.shape[1] : (i + 1) * part.shape[1]]
-                        crops.append((shown, *self._draw_crop(rng, *place), part, None))
+                        crops.append((shown, *self._draw_crop(rng, *place), part, torch.empty(4)))
                 for crop in crops:
                     crop_frames(images, *crop)
                 scaling += clock()
@@ -319,7 +317,7 @@ class TestClips(Items):
                     height, width = next(iter(images.values())).shape[:2]
                     side = max(round(min(height, width) * 7 / 8), 1)
                     region = ((height - side) // 2, (width - side) // 2, side, side)
-                    crop_frames(images, frames, region, False, out.transpose(0, 1).flatten(1, 2), None)
+                    crop_frames(images, frames, region, False, out.transpose(0, 1).flatten(1, 2), torch.empty(4))
         except BadVideo as error:
             out.zero_()
             return [(error.path, error.reason)]
