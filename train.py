@@ -36,6 +36,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 HANGUP = getattr(signal, "SIGHUP", 0)  # Windows has none
@@ -337,9 +338,7 @@ class Log:
         run, count = self.run, len(self.steps)
         if not count:
             return
-        held = [value for step in self.steps for value in step.numbers.values() if isinstance(value, Tensor)]
-        values = iter(torch.stack([v.to(run.process.device, torch.float64).reshape(()) for v in held]).tolist())
-        numbers = [{k: next(values) if isinstance(v, Tensor) else v for k, v in s.numbers.items()} for s in self.steps]
+        numbers = [{name: float(value) for name, value in step.numbers.items()} for step in self.steps]
         means = mean([(1, step) for step in run.process.gather(numbers)])
         if not math.isfinite(means["loss"] + means["grad_norm"]):
             broken = next((step for step in self.steps if not step.is_finite()), "in another process")
@@ -476,9 +475,7 @@ class Run:
         self.model = method
         if process.world_size > 1:  # batch-norm statistics are each process's own; `save` averages them
             self.check_agreement()
-            self.model = nn.parallel.DistributedDataParallel(
-                method, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
+            self.model = DistributedDataParallel(method, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     def restore(self, state: dict) -> None:
         """Goes to where a checkpoint was saved. Where an epoch has other steps than it had, by another batch, data set
