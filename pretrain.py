@@ -13,7 +13,6 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -116,9 +115,7 @@ class Method(nn.Module):
                 raise UserError(f"--compile on needs a C++ compiler, there is no {compiler}: install one, or set CXX")
             self.encoder.compile(dynamic=False)  # there are no more than three batch sizes
 
-    def make_views(
-        self, videos: data.VideoList, kind: type[data.PretrainingViews] = data.PretrainingViews, **more: Any
-    ) -> data.PretrainingViews:
+    def make_views(self, videos: data.VideoList, kind: type = data.PretrainingViews, **more) -> data.PretrainingViews:
         """What to train on, by the method's options; the first process makes its own before the others do."""
         config = self.config
         color = dict(jitter_p=config.jitter_p, gray_p=config.gray_p, blur_p=config.blur_p)
@@ -168,16 +165,13 @@ def pretrain(method_class: type[Method], config: PretrainConfig) -> None:
         sampler = data.StepSampler(len(views), config.batch_size * config.accumulate, config.epochs, *place)
 
     def make_loader(start: int) -> Iterator[dict]:
-        sampler.start_step = start
-        return data.load_batches(views, sampler, loader_workers(config))
+        return data.load_batches(views, dataclasses.replace(sampler, start_step=start), loader_workers(config))
 
-    name = method_name(type(config)).lower()
+    name, steps, paths = method_name(type(config)).lower(), sampler.steps_per_epoch, views.videos.paths
     unused = f"runs/{name}-{config.dataset}-{time.strftime('%Y%m%d-%H%M%S')}"
     with user_errors((OSError,)):
         out = config.out or process.of_first(lambda: unused_folder(unused))
-    checkpoint = fit_in_folder(
-        method, config, process, make_loader, sampler.steps_per_epoch, out, seen, paths=views.videos.paths
-    )
+    checkpoint = fit_in_folder(method, config, process, make_loader, steps, out, seen, paths=paths)
     if config.dataset == "synthetic":
         import evaluate  # here, as it is a command, not a part of any method
 
