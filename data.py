@@ -368,12 +368,6 @@ class StepSampler(Sampler):
                 yield [(epoch, int(index)) for index in order[begin : begin + self.batch_size]]
 
 
-def collate(items: list[dict]) -> dict:
-    """Stack the items' entries into a batch; the lists "bad" are joined into one."""
-    batch = {name: torch.stack([item[name] for item in items]) for name in items[0] if name != "bad"}
-    return batch | {"bad": [entry for item in items for entry in item["bad"]]}
-
-
 def _serve(pipe: multiprocessing.connection.Connection, function: Callable, killers: dict) -> None:
     """What a process of `_in_processes` does, until its parent ends it or is gone."""
     global _killers, _parent
