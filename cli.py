@@ -34,8 +34,7 @@ def shown(text: str, besides: str = "") -> str:
 
 
 class _Output:
-    """A standard stream in which no text has codes of a terminal's. What nobody reads is lost, and the end of the
-    terminal itself is a SIGHUP."""
+    """A standard stream without codes of a terminal's. What nobody reads is lost; the terminal's end is a SIGHUP."""
 
     def __init__(self, stream: TextIO):
         self.stream = stream

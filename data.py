@@ -180,8 +180,7 @@ class PretrainingViews(Items):
     A window spans `frames × frame_stride` frames and starts anywhere in the video with equal chance, no two at the same
     frame as far as the video has others; a shorter video is continued with its last frame. Crops take from `min_scale`
     to all of the frame's area; `color` holds settings of `draw_color`. `windows`, 1 to train a classifier, is the
-    number of views. An item is asked for by (epoch, index) and, but for "seconds", depends on nothing but these and the
-    seed:
+    number of views. An item is asked for by (epoch, index) and, but for "seconds", follows from these and the seed:
 
     - "clip": uint8 (2, 3, frames, crop, crop), every `frame_stride`-th frame of each window.
     - "sub_clips": uint8 (2, S, 3, window // S, crop, crop), each window cut in S parts at stride 1, each with a crop
@@ -516,8 +515,7 @@ def load_batches(items: Items, batches: Sampler, workers: int = 0) -> Iterator[d
 
 
 def _lock_pages(tensors: Iterable[Tensor], until: contextlib.ExitStack) -> None:
-    """Keeps memory where it is until the end of a block, so that a GPU copies from it directly, beside other work;
-    where it can't, all goes on without."""
+    """Keeps memory in place until the end of a block, where it can, so that a GPU copies from it beside other work."""
     runtime = torch.cuda.cudart()
     for tensor in tensors:
         if runtime.cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0):

@@ -1,5 +1,4 @@
-"""Finding the videos of a data set, by its folders and its own lists or in any tree or list of files; checking and
-shrinking them.
+"""Finding the videos of a data set, by its own lists or in any tree or list of files; checking and shrinking them.
 
 `find_videos` reads directory listings and lists, never a video.
 """
@@ -307,8 +306,7 @@ def _read_tree(
     """The videos of a part of a tree whose folders are the classes, the classes, the paths of the held-out part, how
     many videos lie outside of both, and whether there are parts (`find_videos` says what they are).
 
-    A class is named by the folders below a part, and by those above where these differ: ucf/train/jump and
-    hmdb/train/jump, or jump/train.
+    A class is named by the folders below a part, and those above where these differ: ucf/train/jump, or jump/train.
     """
     folders = {folder: folder[len(root) :].strip(os.sep).split(os.sep) for folder in map(os.path.dirname, videos)}
     places, kinds_in = {}, {}  # of each folder, the parts in its path; of the folder above a part, the parts there
