@@ -265,14 +265,12 @@ def alone(folder: Path) -> Iterator[None]:
 
 def _is_complete(root: Path, recipe: dict) -> bool:
     """Whether a folder holds the set; raises FileExistsError where it holds files that are of no set."""
-
-    def stop(error: OSError) -> None:
-        raise error  # what can't be listed may hold anything
-
-    held, own = set(), set()
-    for folder, folders, files in os.walk(root, onerror=stop if root.exists() else None):
+    held, own, errors = set(), set(), []
+    for folder, folders, files in os.walk(root, onerror=errors.append):
         links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
         held |= {Path(folder, name).relative_to(root).as_posix() for name in (*files, *links)}
+    if errors and root.exists():  # what can't be listed may hold anything
+        raise errors[0]
     text = (root / SYNTHETIC_MARKER).read_text() if SYNTHETIC_MARKER in held else "{}"
     videos = {name for name in held if name.endswith(".mp4")}
     if text == json.dumps(recipe) and videos == _synthetic_names(**recipe).keys():
