@@ -226,10 +226,7 @@ def saved_options(path: str | Path, state: dict, config_class: type[Options], gi
     fields = [field for field in dataclasses.fields(config_class) if field.name in state["config"].keys() - THIS_START]
     for field in fields:
         if field.name not in given:
-            try:
-                check_option(field, state["config"][field.name])
-            except UserError as error:
-                raise UserError(f"{path} was made with {error}") from error
+            check_option(field, state["config"][field.name], f"{path} was made with ")
     return {field.name: state["config"][field.name] for field in fields}
 
 

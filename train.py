@@ -92,7 +92,7 @@ class Options:
         return "\n".join(f"--{field.name} {shlex.quote(str(value))}{notes[field]}" for field, value in values.items())
 
 
-def check_option(field: dataclasses.Field, value: Any) -> None:
+def check_option(field: dataclasses.Field, value: Any, where: str = "") -> None:
     """Raises UserError for a value of another type than the field's, none of its choices, or out of its range."""
     kind, allowed = field.type, field.metadata["allowed"]
     good = type(value) in ((int, float) if kind is float else (kind,))
@@ -100,7 +100,7 @@ def check_option(field: dataclasses.Field, value: Any) -> None:
         good = value in allowed if kind is str else allowed[0] <= value <= allowed[1]  # nan is not
     if not good:
         shown = value if isinstance(value, int | float | str) else f"of type {type(value).__name__}"
-        raise UserError(f"--{field.name} {shown}: must be {allowed_text(field) or 'a text'}")
+        raise UserError(f"{where}--{field.name} {shown}: must be {allowed_text(field) or 'a text'}")
 
 
 def allowed_text(field: dataclasses.Field) -> str:
