@@ -248,11 +248,10 @@ class PretrainingViews(Items):
         began = clock()
         with Video(path) as video:
             starts = self.draw_starts(rng, video)
-            reading = clock() - began
+            opened = clock()
             window = np.arange(0, self.frames * self.frame_stride, step)
             frames = np.minimum(starts[:, None] + window, len(video) - 1).tolist()
             crops = []  # of a clip or sub-clip: its frames, region, flip, where it goes, and where its box goes
-            began = clock()
             for images in video.stream(itertools.chain(*frames)):
                 scaling -= clock()
                 for view, start in enumerate(starts) if not crops else ():  # now that the frames' size is known
@@ -268,7 +267,7 @@ class PretrainingViews(Items):
                 for crop in crops:
                     crop_frames(images, *crop)
                 scaling += clock()
-            item["seconds"][:] = torch.tensor([reading, clock() - began - scaling, scaling])
+            item["seconds"][:] = torch.tensor([opened - began, clock() - opened - scaling, scaling])
         return starts
 
     def draw_starts(self, rng: np.random.Generator, video: Video) -> np.ndarray:
