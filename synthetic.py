@@ -202,10 +202,8 @@ def _write_video(path: Path, video: np.ndarray) -> None:
     """Encodes uint8 (T, H, W, 3) as MPEG-4 with B-frames in MP4: FFmpeg's own encoder, so every build has it."""
     reformatter = VideoReformatter()
     with av.open(str(path), "w", options={"fflags": "+bitexact"}) as container:
-        stream = container.add_stream("mpeg4", rate=25, options={"qmin": "3", "qmax": "3", "flags": "+bitexact"})
-        stream.height, stream.width = video.shape[1:3]
-        stream.pix_fmt, stream.gop_size, stream.max_b_frames = "yuv420p", 32, 2
-        stream.thread_count = 1
+        options = {"qmin": "3", "qmax": "3", "g": "32", "bf": "2", "threads": "1", "flags": "+bitexact"}
+        stream = container.add_stream("mpeg4", 25, options, width=video.shape[2], height=video.shape[1])
         for pts, picture in enumerate(video):
             frame = reformatter.reformat(av.VideoFrame.from_ndarray(picture), format="yuv420p", threads=1)
             frame.pts = pts
