@@ -6,7 +6,6 @@ examples/simclr.py, and examples/tubelet_contrast.py, which builds on MoCo.
 
 import copy
 import dataclasses
-import math
 import os
 import shlex
 import shutil
@@ -144,7 +143,7 @@ class Method(nn.Module):
         found, least = [], 0.1 * self.head.net[-1].out_features ** -0.5
         if line.get("overlap", 0) > 0.8:
             found.append("the two windows of a video share more than 80 % of their frames: take a smaller --frames")
-        if line["epoch"] > 1 and line.get("feature_std", math.inf) < least:
+        if line["epoch"] > 1 and line.get("feature_std", 1) < least:
             found.append("the features of all clips are nearly the same (feature_std): try a lower --lr")
         return found
 
