@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 import train
-from runs import free_folders, load_checkpoint, saved_options
+from runs import load_checkpoint, saved_options
 from train import Config, Interrupted, Options, Process, TrainConfig, UserError, method_name
 
 
@@ -102,7 +102,6 @@ def command_line(main: Callable[[], None]) -> NoReturn:
                 raise
         with contextlib.suppress(KeyboardInterrupt):  # of the terminal's end
             print(message, end="\n" * bool(message), file=sys.stderr)
-    free_folders()
     end_process()
     if any(thread.name == meet.__name__ for thread in threading.enumerate()):  # torch's own would abort a usual exit
         sys.stdout.flush()

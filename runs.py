@@ -31,7 +31,7 @@ _locks: dict[str, TextIO] = {}  # of the run folders that this process has
 
 
 def claim_folder(path: Path, resume: str = "") -> None:
-    """Makes a run folder this process's own, until `free_folders` or the process's end, also by a kill.
+    """Makes a run folder this process's own, until the process's end, also by a kill.
 
     The lock is the system's, on the file `lock`, of a kind (POSIX record) that children do not inherit. Where there is
     none, a line says that nothing keeps a second run away. What a killed run left half-written is deleted.
@@ -43,7 +43,7 @@ def claim_folder(path: Path, resume: str = "") -> None:
         path.mkdir(parents=True, exist_ok=True)
         if (name := os.path.realpath(path)) not in _locks:  # to open and close it again would free it
             check_replaceable(path / "lock", b"process ")
-            file = open(path / "lock", "a+")  # noqa: SIM115, as free_folders closes it
+            file = open(path / "lock", "a+")  # noqa: SIM115, as it is to be held
             try:
                 import fcntl  # Windows has none
 
@@ -71,12 +71,6 @@ def claim_folder(path: Path, resume: str = "") -> None:
         written = Path(os.path.realpath(path / name))  # where a link leads to
         for left in written.parent.glob(f"{written.name}.????????.partial"):
             left.unlink(missing_ok=True)
-
-
-def free_folders() -> None:
-    """Lets other processes have the run folders that this one has."""
-    while _locks:
-        _locks.popitem()[1].close()
 
 
 def check_replaceable(path: str | Path, *beginnings: bytes) -> None:
