@@ -156,13 +156,10 @@ def open_record(run: Run, folder: Path) -> None:
     """Adds this start of a run to run.json, and cuts the logs to what a resumed run goes on from. Raises UserError
     where a file can't be written, or run.json is damaged."""
     record, log, bad_videos = folder / "run.json", folder / "log.jsonl", folder / "bad_videos.log"
+    start = {"start_step": run.done, "started": time.strftime("%Y-%m-%d %H:%M:%S %z")}
     on_gpu = run.process.device.type == "cuda"
-    start = {
-        "start_step": run.done,
-        "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-        "processes": run.process.world_size,
-        "hardware": torch.cuda.get_device_name() if on_gpu else f"{os.cpu_count()} CPU cores",
-    }
+    hardware = torch.cuda.get_device_name() if on_gpu else f"{os.cpu_count()} CPU cores"
+    start |= {"processes": run.process.world_size, "hardware": hardware}
     starts = [*(read_starts(record) if record.exists() else []), made_by(run.config) | start]
     with user_errors((OSError,)):
         write_file(record, json.dumps(starts, indent=1) + "\n")
