@@ -169,16 +169,16 @@ def start_process(device: str = "auto", timeout: float = 10, deterministic: bool
 def meet(place: torch.device, timeout: float) -> None:
     """Meets the other processes, or raises what torch does, or TimeoutError: torch by itself tries for longer than its
     time-out, and without end where something else answers, and tells each try in lines of its own."""
-    outcome = []
+    outcome = [TimeoutError(f"not all are there after --timeout {timeout:g} minutes")]
 
     def join() -> None:
         try:
             if own:
                 torch.cuda.set_device(place)  # each thread has its own
             dist.init_process_group("nccl" if own else "gloo", timeout=timedelta(minutes=timeout), **own)
-            outcome.append(None)
+            outcome[0] = None
         except Exception as error:
-            outcome.append(error)
+            outcome[0] = error
 
     own = {"device_id": place} if place.type == "cuda" else {}
     thread = threading.Thread(target=join, name=meet.__name__, daemon=True)
@@ -194,9 +194,8 @@ def meet(place: torch.device, timeout: float) -> None:
         else:
             os.dup2(held, 2)
             os.close(held)
-    error = outcome[0] if outcome else TimeoutError(f"not all are there after --timeout {timeout:g} minutes")
-    if error is not None:
-        raise error
+    if outcome[0]:
+        raise outcome[0]
 
 
 def end_process() -> None:
