@@ -237,13 +237,10 @@ def make_parser(config_class: type[Options], doc: str, whole: bool) -> _Parser:
         default, text = str(field.default), train.allowed_text(field)
         default += f"; {text}" * (field.type is not str and not hidden)
         help = (field.metadata["help"] + f" (default: {default})" * bool(default)).replace("%", "%%")
-        group.add_argument(
-            "--" + field.name,
-            type=field.type,
-            metavar=text if field.type is str and text else field.type.__name__.upper(),
-            help=argparse.SUPPRESS if field in hidden else help,
-            **({"nargs": "?", "const": "on"} if field.metadata["allowed"] == train.SWITCH else {}),
-        )
+        help = argparse.SUPPRESS if field in hidden else help
+        metavar = text if field.type is str and text else field.type.__name__.upper()
+        switch = {"nargs": "?", "const": "on"} if field.metadata["allowed"] == train.SWITCH else {}
+        group.add_argument("--" + field.name, type=field.type, metavar=metavar, help=help, **switch)
     parser.add_argument("--print_config", action="store_true", help="print the value of every option, and end")
     parser.add_argument("-h", "--help", action="help", help="show this text; with --help-all all of it")
     parser.add_argument("--help_all", action="help", help=argparse.SUPPRESS)
