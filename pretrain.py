@@ -161,14 +161,14 @@ def pretrain(method_class: type[Method], config: PretrainConfig) -> None:
         place = config.seed, process.rank, process.world_size
         sampler = data.StepSampler(len(views), config.batch_size * config.accumulate, config.epochs, *place)
 
-    def make_loader(start: int) -> Iterator[dict]:
+    def load(start: int) -> Iterator[dict]:
         return data.load_batches(views, dataclasses.replace(sampler, start_step=start), loader_workers(config))
 
     name, steps, paths = method_name(type(config)).lower(), sampler.steps_per_epoch, views.videos.paths
     unused = f"runs/{name}-{config.dataset}-{time.strftime('%Y%m%d-%H%M%S')}"
     with user_errors((OSError,)):
         out = config.out or process.of_first(lambda: unused_folder(unused))
-    checkpoint = fit_in_folder(method, config, process, make_loader, steps, out, seen, paths=paths)
+    checkpoint = fit_in_folder(method, config, process, load, steps, out, seen, paths=paths)
     if config.dataset == "synthetic":
         import evaluate  # here, as it is a command, not a part of any method
 

@@ -15,7 +15,7 @@ import sys
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -325,27 +325,21 @@ def unused_folder(path: str) -> str:
 
 
 def fit_in_folder(
-    method: nn.Module,
-    config: Config,
-    process: Process,
-    make_loader: Callable[[int], Iterable[dict]],
-    steps_per_epoch: int,
-    out: str,
-    seen: dict,
-    **options: Any,
+    method: nn.Module, config: Config, process: Process, load: Callable, steps: int, out: str, seen: dict, **options
 ) -> Path:
     """`fit` in a run folder, `config.out` or else `out`, from the checkpoint `config.resume` on, if there is one.
 
     Args:
+        load, options: see `fit`.
+        steps: batches in an epoch.
         seen: what the checkpoints are to say of the videos, on the first process (see `continued`).
-        options: more of `fit`.
 
     Raises UserError where the folder is another run's, or can't be made; and as `fit` and `load_checkpoint` do.
     """
     folder, path = Path(config.out or out), config.resume
     process.of_first(lambda: claim_folder(folder, path))  # before the checkpoint is read: none writes it now
     state = process.of_first(lambda: load_checkpoint(path)) if path else None  # other nodes need not have it
-    run = Run(method, config, process, steps_per_epoch, state)
+    run = Run(method, config, process, steps, state)
     if state:
         seen, was, now = unpack(path, state) | seen, state["config"], dataclasses.asdict(config)
         both = [name for name in now if name in was.keys() - THIS_START and str(was[name]) != str(now[name])]
@@ -358,4 +352,4 @@ def fit_in_folder(
     process.say(described(run))
     process.of_first(lambda: open_record(run, folder))
     process.say(f"run folder {folder}" + (f", resumed after step {run.done}" if path else ""))
-    return fit(run, make_loader, folder, extra={"seen": pack(seen)}, **options)
+    return fit(run, load, folder, extra={"seen": pack(seen)}, **options)

@@ -29,7 +29,7 @@ import signal
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -453,14 +453,12 @@ class Run:
 
     Args:
         steps_per_epoch: batches in an epoch.
-        state: of the checkpoint `config.resume`, to go on from (see `runs.load_checkpoint`).
+        state: a dict, that of the checkpoint `config.resume`, to go on from (see `runs.load_checkpoint`).
     """
 
     MOST_LEFT_OUT = 10  # steps in a row; with more, --on_nan skip stops the run, too
 
-    def __init__(
-        self, method: nn.Module, config: Config, process: Process, steps_per_epoch: int, state: dict | None = None
-    ):
+    def __init__(self, method: nn.Module, config: Config, process: Process, steps_per_epoch: int, state=None):
         self.method, self.config, self.process = method.to(process.device).train(), config, process
         self.steps_per_epoch, self.done = steps_per_epoch, 0  # done: steps
         self.total_batch = config.batch_size * config.accumulate * process.world_size
@@ -577,18 +575,13 @@ def program() -> list[str]:
 
 
 def fit(
-    run: Run,
-    make_loader: Callable[[int], Iterable[dict]],
-    out: Path,
-    clips_per_video: int = 2,
-    paths: Sequence[str] = (),
-    extra: dict | None = None,
+    run: Run, load: Callable, out: Path, clips_per_video: int = 2, paths: Sequence[str] = (), extra: dict | None = None
 ) -> Path:
     """Trains to the end of the schedule in a folder of this run alone, and returns the path of the last checkpoint. The
     commands call `runs.fit_in_folder`, which makes run and folder.
 
     Args:
-        make_loader: step to start from → batches from there on, one a step; a batch is a dict of tensors (B, ...), of
+        load: step to start from → batches from there on, one a step; a batch is a dict of tensors (B, ...), of
             the videos of all micro-batches, and, under "bad", the list of (path, reason) of videos that could not be
             read and were replaced. The method gets each micro-batch with "epoch", how many of them have passed, a whole
             number at the start of each. "overlap" (B,), of the two windows of each video, is logged; "seconds" (B, 3),
@@ -603,7 +596,7 @@ def fit(
     config, process, saved, bad = run.config, run.process, time.monotonic(), []
     log = Log(run, out, clips_per_video * run.total_batch)
     with noted_signals(process) as caught, contextlib.closing(log.bar):
-        batches = iter(make_loader(run.done))
+        batches = iter(load(run.done))
         while run.done < run.stop:
             waiting = time.perf_counter()
             with user_errors((OSError,)):
