@@ -194,8 +194,8 @@ def meet(place: torch.device, timeout: float) -> None:
         else:
             os.dup2(held, 2)
             os.close(held)
-    if outcome[0]:
-        raise outcome[0]
+    if error := outcome[0]:
+        raise error
 
 
 def end_process() -> None:
