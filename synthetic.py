@@ -36,9 +36,8 @@ def _motion(name: str, rng: np.random.Generator, frames: int) -> tuple[np.ndarra
 
     Any half of the video shows the motion, and a horizontal flip leaves it what it is.
     """
-    travel, amplitude, doublings, period, phase, direction, size, turns = rng.uniform(
-        (0.5, 0.17, 1.2, 11, 0, -1, -0.5, 0), (0.6, 0.28, 1.6, 17, 2, 1, 0.5, 1)
-    )
+    low, high = (0.5, 0.17, 1.2, 11, 0, -1, -0.5, 0), (0.6, 0.28, 1.6, 17, 2, 1, 0.5, 1)
+    travel, amplitude, doublings, period, phase, direction, size, turns = rng.uniform(low, high)
     if name == "sway_then_bounce":
         period = 6 + period / 4  # at most 16, so that 32 frames hold both
     progress = np.arange(frames) / frames - 0.5
