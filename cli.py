@@ -119,10 +119,9 @@ def _places() -> tuple[int, int, int]:
     needed = {"RANK", "WORLD_SIZE"} | ({"MASTER_ADDR", "MASTER_PORT"} if world_size > 1 else set())
     good = min(values) >= 0 and max(rank, local_rank) < world_size and local_size > 0
     if given and not (good and needed <= os.environ.keys()):
-        raise UserError(
-            f"the environment has {' '.join(f'{name}={value}' for name, value in given.items())}, which is not as "
-            f"torchrun sets it: start several processes with torchrun, or one after `unset {' '.join(given)}`"
-        )
+        found = " ".join(f"{name}={value}" for name, value in given.items())
+        advice = f"start several processes with torchrun, or one after `unset {' '.join(given)}`"
+        raise UserError(f"the environment has {found}, which is not as torchrun sets it: {advice}")
     return rank, world_size, local_rank
 
 
@@ -159,10 +158,9 @@ def start_process(device: str = "auto", timeout: float = 10, deterministic: bool
         try:
             meet(place, timeout)
         except (RuntimeError, ValueError, TimeoutError) as error:
-            raise UserError(
-                f"process {rank} of {world_size} does not meet the others at {os.environ['MASTER_ADDR']}:"
-                f"{os.environ['MASTER_PORT']} ({str(error).splitlines()[0]}): start all of them, with torchrun"
-            ) from error
+            where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} ({str(error).splitlines()[0]})"
+            what = f"process {rank} of {world_size} does not meet the others at {where}"
+            raise UserError(f"{what}: start all of them, with torchrun") from error
     return Process(rank, world_size, place)
 
 
@@ -248,9 +246,7 @@ def make_parser(config_class: type[Options], doc: str, whole: bool) -> _Parser:
     return parser
 
 
-def parse(
-    config_class: type[Config], doc: str, presets: dict[str, dict] | None = None, argv: list[str] | None = None
-) -> Config:
+def parse(config_class: type[Config], doc: str, presets: dict | None = None, argv: list[str] | None = None) -> Config:
     """Command line → config, - for _ or not. Explicit flags win over the options of a checkpoint to resume, these over
     the preset that `--dataset` selects, and this over the defaults. Raises UserError where a flag or value is unknown,
     the checkpoint can't be read or is of another method, or an option makes another run of it."""

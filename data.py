@@ -136,9 +136,7 @@ def crop_resize(images: Sequence[np.ndarray], region: Region, flip: bool, out: T
     return torch.tensor([x0, top, x1, top + h], dtype=torch.float32)
 
 
-def crop_frames(
-    images: dict[int, np.ndarray], frames: Sequence[int], region: Region, flip: bool, out: Tensor, box: Tensor
-) -> None:
+def crop_frames(images: dict, frames: Sequence[int], region: Region, flip: bool, out: Tensor, box: Tensor) -> None:
     """Puts those of a clip's frames that are among the images of `Video.stream` in their places in `out`, the clip's
     uint8 (3, T, size, size), and the crop's box, which not all callers need, in `box`, float32 (4,)."""
     place = 0

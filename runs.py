@@ -144,12 +144,10 @@ def described(run: Run) -> str:
     """The options of a run, and what follows from them."""
     config, total, batch = run.config, run.total_batch, run.config.batch_size
     parameters = sum(p.numel() for p in run.method.parameters() if p.requires_grad)
-    return (
-        f"{config}\n{parameters:,} trainable parameters, {'bf16' if run.bf16 else 'float32'} on {run.process.device}\n"
-        f"total batch {batch} × {total // batch} = {total}, learning rate {config.lr} × {total} / "
-        f"{config.LR_BATCH} = {config.lr * total / config.LR_BATCH:.3g}, {run.steps_per_epoch} steps an epoch, "
-        f"{config.epochs * run.steps_per_epoch} in all"
-    )
+    trained = f"{parameters:,} trainable parameters, {'bf16' if run.bf16 else 'float32'} on {run.process.device}"
+    rate = f"learning rate {config.lr} × {total} / {config.LR_BATCH} = {config.lr * total / config.LR_BATCH:.3g}"
+    steps = f"{run.steps_per_epoch} steps an epoch, {config.epochs * run.steps_per_epoch} in all"
+    return f"{config}\n{trained}\ntotal batch {batch} × {total // batch} = {total}, {rate}, {steps}"
 
 
 def open_record(run: Run, folder: Path) -> None:

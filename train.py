@@ -342,10 +342,8 @@ class Log:
         means = mean([(1, step) for step in run.process.gather(numbers)])
         if not math.isfinite(means["loss"] + means["grad_norm"]):
             broken = next((step for step in self.steps if not step.is_finite()), "in another process")
-            raise UserError(
-                f"process {run.process.rank}: a loss or its gradient is not finite, {broken}; try a lower --lr, "
-                "--precision float32, or --on_nan skip"
-            )
+            advice = "try a lower --lr, --precision float32, or --on_nan skip"
+            raise UserError(f"process {run.process.rank}: a loss or its gradient is not finite, {broken}; {advice}")
         seconds = time.perf_counter() - self.since
         line = {"step": run.done, "epoch": run.done / run.steps_per_epoch, "lr": run.optimizer.param_groups[0]["lr"]}
         line |= means | {"clips_per_s": self.clips * count / seconds, "data_wait": self.waited / seconds}
@@ -484,10 +482,9 @@ class Run:
         self.done, before = state["step"], state["steps_per_epoch"]
         if (before, state["world_size"]) != (self.steps_per_epoch, process.world_size):
             self.done = round(self.done * self.steps_per_epoch / before)
-            process.say(
-                f"note: {path} was saved by {state['world_size']} processes with {before} steps an epoch, now it is "
-                f"{process.world_size} with {self.steps_per_epoch}: goes on at the same part of the schedule"
-            )
+            was = f"{state['world_size']} processes with {before} steps an epoch"
+            now = f"now it is {process.world_size} with {self.steps_per_epoch}"
+            process.say(f"note: {path} was saved by {was}, {now}: goes on at the same part of the schedule")
         elif self.done % before:
             self.skipped, self.bad_videos = state["skipped_steps"], state["bad_videos"]
 
@@ -622,10 +619,9 @@ def fit(
             if run.bad_videos > config.max_bad * run.steps_per_epoch * run.total_batch:
                 why = out / "bad_videos.log"
                 files = ",".join(filter(None, [getattr(config, "exclude", ""), str(why)]))
-                raise UserError(
-                    f"{run.bad_videos} videos of this epoch could not be read, more than --max_bad {config.max_bad:g}; "
-                    f"{why} says why: leave them out by --exclude {shlex.quote(files)}, or allow more"
-                )
+                many = f"{run.bad_videos} videos of this epoch could not be read, more than --max_bad"
+                advice = f"leave them out by --exclude {shlex.quote(files)}, or allow more"
+                raise UserError(f"{many} {config.max_bad:g}; {why} says why: {advice}")
             if line_due or interrupted:
                 log.line()  # before saving, as it finds losses that are not finite
             if ends or interrupted or (late and line_due):
