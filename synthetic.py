@@ -46,13 +46,9 @@ def _motion(name: str, rng: np.random.Generator, frames: int) -> tuple[np.ndarra
     bounce = 1 - 8 * (cycle % 1) * (1 - cycle % 1)  # parabolas, in [-1, 1]
     still, turn, swaying = np.zeros(frames), np.sign(direction), cycle % 2 < 1
     right = {"sway": wave, "sway_then_bounce": np.where(swaying, wave, 0), "orbit": wave}
-    down = {
-        "rise": -travel * progress,
-        "fall": travel * progress,
-        "bounce": amplitude * bounce,
-        "sway_then_bounce": np.where(swaying, amplitude, amplitude * bounce),
-        "orbit": amplitude * np.cos(2 * np.pi * cycle) * turn,
-    }
+    down = {"rise": -travel * progress, "fall": travel * progress, "bounce": amplitude * bounce}
+    down["orbit"] = amplitude * np.cos(2 * np.pi * cycle) * turn
+    down["sway_then_bounce"] = np.where(swaying, amplitude, amplitude * bounce)
     sizes = {"grow": doublings * progress, "shrink": -doublings * progress, "pulse": doublings / 2 * wave}
     turns = turns + (turn * cycle / 1.5 if name == "spin" else still)
     return amplitude * right.get(name, still), down.get(name, still), sizes.get(name, still + size * doublings), turns

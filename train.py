@@ -393,12 +393,11 @@ class Log:
 def autocast_bf16(config: TrainConfig, process: Process) -> bool:
     """Whether to run in bf16; 3-D convolutions in it are slow or wrong in the cuDNN of older torch. Raises UserError
     where it is asked for on a CPU, where the weight gradient of torch's conv3d is wrong under autocast."""
-    if process.device.type != "cuda":
-        if config.precision == "bf16":
-            raise UserError("--precision bf16 needs a GPU: on a CPU, torch's 3-D convolutions get wrong gradients")
-        return False
-    supported = torch.__version__ >= (2, 11) and torch.cuda.is_bf16_supported(including_emulation=False)
-    return config.precision == "bf16" or (config.precision == "auto" and supported)
+    on_gpu = process.device.type == "cuda"
+    if config.precision == "bf16" and not on_gpu:
+        raise UserError("--precision bf16 needs a GPU: on a CPU, torch's 3-D convolutions get wrong gradients")
+    good = on_gpu and torch.__version__ >= (2, 11) and torch.cuda.is_bf16_supported(including_emulation=False)
+    return config.precision == "bf16" or (config.precision == "auto" and good)
 
 
 def to_device(batch: dict, device: torch.device, stream: "torch.cuda.Stream | None") -> dict:
@@ -574,8 +573,7 @@ def program() -> list[str]:
 def fit(
     run: Run, load: Callable, out: Path, clips_per_video: int = 2, paths: Sequence[str] = (), extra: dict | None = None
 ) -> Path:
-    """Trains to the end of the schedule in a folder of this run alone, and returns the path of the last checkpoint. The
-    commands call `runs.fit_in_folder`, which makes run and folder.
+    """Trains to the end of the schedule, in a folder of this run alone (`runs.fit_in_folder`) → the last checkpoint.
 
     Args:
         load: step to start from → batches from there on, one a step; a batch is a dict of tensors (B, ...), of
