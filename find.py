@@ -321,8 +321,7 @@ def _read_tree(
     common = len(os.path.commonprefix([*divided]))  # noqa: RUF071, as they are tuples: folders above all parts
     rows = {}  # of a folder, its part and class
     for folder, names in folders.items():
-        inside = [place for place in places[folder] if place[0] in divided]
-        if inside:
+        if inside := [place for place in places[folder] if place[0] in divided]:
             above, kind, below = inside[0]
             name = "/".join(below if apart and below else [*above[common:], *below])
             rows[folder] = kind, name.replace("_", " ") if kinetics else name
