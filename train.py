@@ -400,17 +400,16 @@ def autocast_bf16(config: TrainConfig, process: Process) -> bool:
     return config.precision == "bf16" or (config.precision == "auto" and good)
 
 
-def to_device(batch: dict, device: torch.device, stream: "torch.cuda.Stream | None") -> dict:
-    """A batch with its tensors on the device; when `stream`, if any, is done, the loader may use their memory again. On
+def to_device(batch: dict[str, Tensor], device: torch.device, stream: "torch.cuda.Stream | None") -> dict:
+    """A batch of tensors on the device; when `stream`, if any, is done, the loader may use their memory again. On
     a GPU the copies run in that stream, while the step before, launched and not awaited, still computes."""
     with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
-        batch = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
     if stream is not None:
         current = torch.cuda.current_stream()
         current.wait_stream(stream)
         for value in batch.values():
-            if isinstance(value, Tensor):
-                value.record_stream(current)  # not to be freed before this stream is done with it
+            value.record_stream(current)  # not to be freed before this stream is done with it
     return batch
 
 
