@@ -542,8 +542,7 @@ def visit_videos(visit: Callable, paths: Sequence[str], root: str, out: str | Pa
         raise FileExistsError(f"{out} is no list of bad videos: name another file")
     bad, pause = 0, 0.5 if sys.stderr.isatty() else 30  # seconds, as in training
     visited = _in_processes(functools.partial(_visited, visit), workers, paths, 8)
-    # The file is buffered by lines, so that an interrupt loses none.
-    with open(out, "w", encoding="utf-8", buffering=1) as file, contextlib.closing(visited):
+    with open(out, "w", encoding="utf-8", buffering=1) as file, contextlib.closing(visited):  # by lines: none is lost
         for path, reason in tqdm(visited, what, len(paths), dynamic_ncols=True, mininterval=pause):
             if reason:
                 bad += 1
