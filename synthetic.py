@@ -309,24 +309,21 @@ def make_synthetic(
     if _is_complete(root, recipe):
         return
     names, hidden = _synthetic_names(**recipe), root.with_name(f".{root.name}.partial")
-
-    def make(job: tuple[str, tuple[str, int]]) -> None:
-        path = hidden / "made" / job[0]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _write_video(path, _draw(recipe, *job))
-
     with alone(hidden):
         if _is_complete(root, recipe):  # by now
             return
+        made = hidden / "made"
+        for name in names:
+            (made / name).parent.mkdir(parents=True, exist_ok=True)
         pause = 0.5 if sys.stderr.isatty() else 30  # seconds, as in training
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # NumPy and FFmpeg run without the interpreter's lock
-            jobs = pool.map(make, names.items())
+            jobs = pool.map(lambda job: _write_video(made / job[0], _draw(recipe, *job)), names.items())
             [*tqdm(jobs, f"making {root}", len(names), dynamic_ncols=True, mininterval=pause)]
         try:
-            (hidden / "made" / SYNTHETIC_MARKER).write_text(json.dumps(recipe))
+            (made / SYNTHETIC_MARKER).write_text(json.dumps(recipe))
         except OSError as error:  # a full disk's has no name
             raise OSError(error.errno, error.strerror, str(root / SYNTHETIC_MARKER)) from error
         _is_complete(root, recipe)  # nobody has put files there meanwhile
         if root.exists():
             root.rename(hidden / "before")
-        (hidden / "made").rename(root)
+        made.rename(root)
