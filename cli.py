@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 import train
-from runs import free_folders, load_checkpoint, saved_options
+from runs import load_checkpoint, saved_options
 from train import Config, Interrupted, Options, Process, TrainConfig, UserError, method_name
 
 
@@ -106,7 +106,6 @@ def command_line(main: Callable[[], None]) -> NoReturn:
                 raise
         with contextlib.suppress(KeyboardInterrupt):  # of the terminal's end
             print(message, end="\n" * bool(message), file=sys.stderr)
-    free_folders()
     end_process()
     if any(thread.name == meet.__name__ for thread in threading.enumerate()):  # torch's own would abort a usual exit
         sys.stdout.flush()
@@ -124,10 +123,9 @@ def _places() -> tuple[int, int, int]:
     needed = {"RANK", "WORLD_SIZE"} | ({"MASTER_ADDR", "MASTER_PORT"} if world_size > 1 else set())
     good = min(values) >= 0 and max(rank, local_rank) < world_size and local_size > 0
     if given and not (good and needed <= os.environ.keys()):
-        raise UserError(
-            f"the environment has {' '.join(f'{name}={value}' for name, value in given.items())}, which is not as "
-            f"torchrun sets it: start several processes with torchrun, or one after `unset {' '.join(given)}`"
-        )
+        found = " ".join(f"{name}={value}" for name, value in given.items())
+        advice = f"start several processes with torchrun, or one after `unset {' '.join(given)}`"
+        raise UserError(f"the environment has {found}, which is not as torchrun sets it: {advice}")
     return rank, world_size, local_rank
 
 
@@ -164,26 +162,25 @@ def start_process(device: str = "auto", timeout: float = 10, deterministic: bool
         try:
             meet(place, timeout)
         except (RuntimeError, ValueError, TimeoutError) as error:
-            raise UserError(
-                f"process {rank} of {world_size} does not meet the others at {os.environ['MASTER_ADDR']}:"
-                f"{os.environ['MASTER_PORT']} ({str(error).splitlines()[0]}): start all of them, with torchrun"
-            ) from error
+            where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} ({str(error).splitlines()[0]})"
+            what = f"process {rank} of {world_size} does not meet the others at {where}"
+            raise UserError(f"{what}: start all of them, with torchrun") from error
     return Process(rank, world_size, place)
 
 
 def meet(place: torch.device, timeout: float) -> None:
     """Meets the other processes, or raises what torch does, or TimeoutError: torch by itself tries for longer than its
     time-out, and without end where something else answers, and tells each try in lines of its own."""
-    outcome = []
+    outcome = [TimeoutError(f"not all are there after --timeout {timeout:g} minutes")]
 
     def join() -> None:
         try:
             if own:
                 torch.cuda.set_device(place)  # each thread has its own
             dist.init_process_group("nccl" if own else "gloo", timeout=timedelta(minutes=timeout), **own)
-            outcome.append(None)
+            outcome[0] = None
         except Exception as error:
-            outcome.append(error)
+            outcome[0] = error
 
     own = {"device_id": place} if place.type == "cuda" else {}
     thread = threading.Thread(target=join, name=meet.__name__, daemon=True)
@@ -199,8 +196,7 @@ def meet(place: torch.device, timeout: float) -> None:
         else:
             os.dup2(held, 2)
             os.close(held)
-    error = outcome[0] if outcome else TimeoutError(f"not all are there after --timeout {timeout:g} minutes")
-    if error is not None:
+    if error := outcome[0]:
         raise error
 
 
@@ -232,7 +228,7 @@ def make_parser(config_class: type[Options], doc: str, whole: bool) -> _Parser:
     fields, columns = dataclasses.fields(config_class), shutil.get_terminal_size((120, 0)).columns
     hidden = [field for field in fields if field.metadata["detail"] and not whole and len(fields) > 30]
     style = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=28, width=min(columns, 120))
-    options = dict(formatter_class=style, add_help=False, allow_abbrev=False)
+    options = dict(formatter_class=style, argument_default=argparse.SUPPRESS, add_help=False, allow_abbrev=False)
     parser = _Parser(" ".join(train.program()), "%(prog)s [--flag value …]", doc, **options)
     groups = {}
     for field in fields:
@@ -243,14 +239,10 @@ def make_parser(config_class: type[Options], doc: str, whole: bool) -> _Parser:
         default, text = str(field.default), train.allowed_text(field)
         default += f"; {text}" * (field.type is not str and not hidden)
         help = (field.metadata["help"] + f" (default: {default})" * bool(default)).replace("%", "%%")
-        group.add_argument(
-            "--" + field.name,
-            type=field.type,
-            default=argparse.SUPPRESS,
-            metavar=text if field.type is str and text else field.type.__name__.upper(),
-            help=argparse.SUPPRESS if field in hidden else help,
-            **({"nargs": "?", "const": "on"} if field.metadata["allowed"] == train.SWITCH else {}),
-        )
+        help = argparse.SUPPRESS if field in hidden else help
+        metavar = text if field.type is str and text else field.type.__name__.upper()
+        switch = {"nargs": "?", "const": "on"} if field.metadata["allowed"] == train.SWITCH else {}
+        group.add_argument("--" + field.name, type=field.type, metavar=metavar, help=help, **switch)
     parser.add_argument("--print_config", action="store_true", help="print the value of every option, and end")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     parser.add_argument("-h", "--help", action="help", help="show this text; with --help-all all of it")
@@ -259,16 +251,14 @@ def make_parser(config_class: type[Options], doc: str, whole: bool) -> _Parser:
     return parser
 
 
-def parse(
-    config_class: type[Config], doc: str, presets: dict[str, dict] | None = None, argv: list[str] | None = None
-) -> Config:
+def parse(config_class: type[Config], doc: str, presets: dict | None = None, argv: list[str] | None = None) -> Config:
     """Command line → config, - for _ or not. Explicit flags win over the options of a checkpoint to resume, these over
     the preset that `--dataset` selects, and this over the defaults. Raises UserError where a flag or value is unknown,
     the checkpoint can't be read or is of another method, or an option makes another run of it."""
     presets, words = presets or {}, sys.argv[1:] if argv is None else argv
     words = [re.sub("(?<=^--)[^=]+", lambda name: name[0].replace("-", "_"), word) for word in words]
     given = vars(make_parser(config_class, doc, "--help_all" in words).parse_args(words))
-    show, _ = given.pop("print_config"), given.pop("quiet")
+    show, _ = (given.pop(name, False) for name in ("print_config", "quiet"))
     saved, path, method = {}, given.get("resume", ""), method_name(config_class)
     if path not in ("", "auto"):
         state = load_checkpoint(path)

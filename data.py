@@ -43,6 +43,18 @@ def size_of(path: str) -> int:
     return len(frames_of(path)) or (os.path.getsize(path) if os.path.exists(path) else -1)
 
 
+Region = tuple[int, int, int, int]  # top, left, height, width, in pixels
+RATIO = 3 / 4, 4 / 3  # of a region's width to its height
+JITTER = [(0.6, 1.4)] * 3 + [(-0.1, 0.1)]  # of brightness, contrast, saturation (factors), and hue (shift in turns)
+PREFETCH = 2  # batches that each worker makes ahead
+# How processes start: forked on Linux, whatever Python's own choice.
+PROCESSES = torch.multiprocessing.get_context("fork" if sys.platform == "linux" else None)
+CRASHES = (-4, -5, -6, -8, -9, -11)  # of a fault in FFmpeg: SIGILL, SIGTRAP, SIGABRT, SIGFPE, SIGKILL, SIGSEGV
+# In a process of `_in_processes`: what killed others before it, and how; and its end of the pipe to the parent.
+_killers: dict[Hashable, str] = {}
+_parent: multiprocessing.connection.Connection | None = None
+
+
 @dataclass(frozen=True)
 class VideoList:
     """Videos of one part of a data set: paths, labels (-1: unknown), class names, and a line on what was found.
@@ -74,11 +86,6 @@ class VideoList:
         above, classes = os.path.join(os.path.abspath(root), ""), [*self.classes, ""]
         videos = zip(self.paths, self.labels, map(size_of, self.paths), strict=True)
         return [[path.removeprefix(above), label, classes[label], size] for path, label, size in videos]
-
-
-Region = tuple[int, int, int, int]  # top, left, height, width, in pixels
-RATIO = 3 / 4, 4 / 3  # of a region's width to its height
-JITTER = [(0.6, 1.4)] * 3 + [(-0.1, 0.1)]  # of brightness, contrast, saturation (factors), and hue (shift in turns)
 
 
 def draw_region(rng: np.random.Generator, height: int, width: int, scale: tuple[float, float] = (0.2, 1.0)) -> Region:
@@ -136,27 +143,16 @@ def crop_resize(images: Sequence[np.ndarray], region: Region, flip: bool, out: T
     return torch.tensor([x0, top, x1, top + h], dtype=torch.float32)
 
 
-def crop_frames(
-    images: dict[int, np.ndarray], frames: Sequence[int], region: Region, flip: bool, out: Tensor, box: Tensor | None
-) -> None:
+def crop_frames(images: dict, frames: Sequence[int], region: Region, flip: bool, out: Tensor, box: Tensor) -> None:
     """Puts those of a clip's frames that are among the images of `Video.stream` in their places in `out`, the clip's
-    uint8 (3, T, size, size), and the crop's box in `box`, float32 (4,)."""
+    uint8 (3, T, size, size), and the crop's box, which not all callers need, in `box`, float32 (4,)."""
     place = 0
     for there, part in itertools.groupby(frames, images.__contains__):
         part = list(part)
         if there:
             shown = [images[frame] for frame in part]
-            applied = crop_resize(shown, region, flip, out[:, place : place + len(part)])
-            if box is not None:
-                box.copy_(applied)
+            box.copy_(crop_resize(shown, region, flip, out[:, place : place + len(part)]))
         place += len(part)
-
-
-# How processes start: forked on Linux, whatever Python's own choice.
-PROCESSES = torch.multiprocessing.get_context("fork" if sys.platform == "linux" else None)
-# In a process of `_in_processes`: what killed others before it, and how; and its end of the pipe to the parent.
-_killers: dict[Hashable, str] = {}
-_parent: multiprocessing.connection.Connection | None = None
 
 
 def _begin(path: str, draw: Hashable) -> None:
@@ -189,8 +185,7 @@ class PretrainingViews(Items):
     A window spans `frames × frame_stride` frames and starts anywhere in the video with equal chance, no two at the same
     frame as far as the video has others; a shorter video is continued with its last frame. Crops take from `min_scale`
     to all of the frame's area; `color` holds settings of `draw_color`. `windows`, 1 to train a classifier, is the
-    number of views. An item is asked for by (epoch, index) and, but for "seconds", depends on nothing but these and the
-    seed:
+    number of views. An item is asked for by (epoch, index) and, but for "seconds", follows from these and the seed:
 
     - "clip": uint8 (2, 3, frames, crop, crop), every `frame_stride`-th frame of each window.
     - "sub_clips": uint8 (2, S, 3, window // S, crop, crop), each window cut in S parts at stride 1, each with a crop
@@ -258,11 +253,10 @@ class PretrainingViews(Items):
         began = clock()
         with Video(path) as video:
             starts = self.draw_starts(rng, video)
-            reading = clock() - began
+            opened = clock()
             window = np.arange(0, self.frames * self.frame_stride, step)
             frames = np.minimum(starts[:, None] + window, len(video) - 1).tolist()
             crops = []  # of a clip or sub-clip: its frames, region, flip, where it goes, and where its box goes
-            began = clock()
             for images in video.stream(itertools.chain(*frames)):
                 scaling -= clock()
                 for view, start in enumerate(starts) if not crops else ():  # now that the frames' size is known
@@ -274,11 +268,11 @@ class PretrainingViews(Items):
                     for i in range(self.sub_clips):
                         part = item["sub_clips"][view, i]
                         shown = frames[view][i * part.shape[1] : (i + 1) * part.shape[1]]
-                        crops.append((shown, *self._draw_crop(rng, *place), part, None))
+                        crops.append((shown, *self._draw_crop(rng, *place), part, torch.empty(4)))
                 for crop in crops:
                     crop_frames(images, *crop)
                 scaling += clock()
-            item["seconds"][:] = torch.tensor([reading, clock() - began - scaling, scaling])
+            item["seconds"][:] = torch.tensor([opened - began, clock() - opened - scaling, scaling])
         return starts
 
     def draw_starts(self, rng: np.random.Generator, video: Video) -> np.ndarray:
@@ -329,7 +323,7 @@ class TestClips(Items):
                     height, width = next(iter(images.values())).shape[:2]
                     side = max(round(min(height, width) * 7 / 8), 1)
                     region = ((height - side) // 2, (width - side) // 2, side, side)
-                    crop_frames(images, frames, region, False, out.transpose(0, 1).flatten(1, 2), None)
+                    crop_frames(images, frames, region, False, out.transpose(0, 1).flatten(1, 2), torch.empty(4))
         except BadVideo as error:
             out.zero_()
             return [(error.path, error.reason)]
@@ -380,12 +374,6 @@ class StepSampler(Sampler):
                 yield [(epoch, int(index)) for index in order[begin : begin + self.batch_size]]
 
 
-def collate(items: list[dict]) -> dict:
-    """Stack the items' entries into a batch; the lists "bad" are joined into one."""
-    batch = {name: torch.stack([item[name] for item in items]) for name in items[0] if name != "bad"}
-    return batch | {"bad": [entry for item in items for entry in item["bad"]]}
-
-
 def _serve(pipe: multiprocessing.connection.Connection, function: Callable, killers: dict) -> None:
     """What a process of `_in_processes` does, until its parent ends it or is gone."""
     global _killers, _parent
@@ -413,9 +401,6 @@ def _memory_kills() -> list[str]:
     with contextlib.suppress(OSError):
         return [line for line in Path("/proc/vmstat").read_text().split("\n") if line.startswith("oom_kill ")]
     return []
-
-
-CRASHES = (-4, -5, -6, -8, -9, -11)  # of a fault in FFmpeg: SIGILL, SIGTRAP, SIGABRT, SIGFPE, SIGKILL, SIGSEGV
 
 
 def _in_processes(function: Callable, count: int, tasks: Iterable, ahead: int) -> Iterator:
@@ -489,9 +474,6 @@ def _in_processes(function: Callable, count: int, tasks: Iterable, ahead: int) -
             pipes[i].close()
 
 
-PREFETCH = 2  # batches that each worker makes ahead
-
-
 def _shared(plan: dict[str, Tensor]) -> dict[str, Tensor]:
     """Memory like tensors without any, for processes to share: where they are forked not in /dev/shm, which containers
     keep small and others fill. Raises OSError when there is too little."""
@@ -540,8 +522,7 @@ def load_batches(items: Items, batches: Sampler, workers: int = 0) -> Iterator[d
 
 
 def _lock_pages(tensors: Iterable[Tensor], until: contextlib.ExitStack) -> None:
-    """Keeps memory where it is until the end of a block, so that a GPU copies from it directly, beside other work;
-    where it can't, all goes on without."""
+    """Keeps memory in place until the end of a block, where it can, so that a GPU copies from it beside other work."""
     runtime = torch.cuda.cudart()
     for tensor in tensors:
         if runtime.cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0):
@@ -570,10 +551,8 @@ def visit_videos(visit: Callable, paths: Sequence[str], root: str, out: str | Pa
     if os.path.isfile(out) and not re.match(rb"""\Z|(['"]).*\1\t""", Path(out).read_bytes()):
         raise FileExistsError(f"{out} is no list of bad videos: name another file")
     bad, pause = 0, 0.5 if sys.stderr.isatty() else 30  # seconds, as in training
-    with (
-        open(out, "w", encoding="utf-8", buffering=1) as file,  # by lines: an interrupt loses none
-        contextlib.closing(_in_processes(functools.partial(_visited, visit), workers, paths, 8)) as visited,
-    ):
+    visited = _in_processes(functools.partial(_visited, visit), workers, paths, 8)
+    with open(out, "w", encoding="utf-8", buffering=1) as file, contextlib.closing(visited):  # by lines: none is lost
         for path, reason in tqdm(visited, what, len(paths), dynamic_ncols=True, mininterval=pause):
             if reason:
                 bad += 1

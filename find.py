@@ -1,5 +1,4 @@
-"""Finding the videos of a data set, by its folders and its own lists or in any tree or list of files; checking and
-shrinking them.
+"""Finding the videos of a data set, by its own lists or in any tree or list of files; checking and shrinking them.
 
 `find_videos` reads directory listings and lists, never a video.
 """
@@ -62,12 +61,14 @@ LAYOUTS = {
     "ssv2": "ID.webm below any folder, labels.json, train.json and validation.json",
 }
 DATASETS = tuple(LAYOUTS)
+LISTS = ("txt", "csv", "json")  # suffixes of files that may be a data set's own lists
 OFFICIAL_COUNTS = {  # train and test videos of each split
     "ucf101": [(9537, 3783), (9586, 3734), (9624, 3696)],
     "hmdb51": [(3570, 1530)] * 3,
     "diving48": [(15027, 1970)],
     "ssv2": [(168913, 24777)],
 }
+FAILED, RECIPE, HIDDEN = "failed.txt", ".shrink.json", ".partial"  # in OUT of `shrink`
 
 
 def find_videos(
@@ -116,10 +117,9 @@ def find_videos(
         title = f"{dataset} list {list_file}{note}"
     else:
         videos, others, closed = walk(root)
-        ends = ".txt", ".csv", ".json"  # of lists, of which of equal names the topmost counts
-        lists = {os.path.basename(path): path for path in reversed(others) if path.lower().endswith(ends)}
-        suffixes = (os.path.splitext(path)[1].lower() for path in others if not path.lower().endswith(ends))
-        passed.update(suffix.rstrip(".") or "without suffix" for suffix in suffixes)
+        suffixes = {path: os.path.splitext(path)[1][1:].lower() for path in others}
+        lists = {os.path.basename(path): path for path in reversed(others) if suffixes[path] in LISTS}  # topmost ones
+        passed = Counter(suffix for suffix in suffixes.values() if suffix not in LISTS)
         above = os.path.join(root, UNLABELED, "")
         apart = {path for path in videos if dataset == "synthetic" and path.startswith(above)}
         if unlabeled and apart:
@@ -137,7 +137,7 @@ def find_videos(
     left_out = excluded | twice
     found = [(path, label) for path, _, label in rows if path and path not in left_out]
     missing = [name for path, name, _ in rows if not path]
-    kinds = ", ".join(f"{count} {kind}" for kind, count in passed.most_common(5))
+    kinds = ", ".join(f"{n} {f'.{suffix}' if suffix else 'without suffix'}" for suffix, n in passed.most_common(5))
     notes = [
         missing and f"{len(missing)} of {len(rows)} listed videos are not on disk: {', '.join(missing[:3])}",
         excluded and f"{sum(row[0] in excluded for row in rows)} of the {len(excluded)} named in {exclude} left out",
@@ -312,8 +312,7 @@ def _read_tree(
     """The videos of a part of a tree whose folders are the classes, the classes, the paths of the held-out part, how
     many videos lie outside of both, and whether there are parts (`find_videos` says what they are).
 
-    A class is named by the folders below a part, and by those above where these differ: ucf/train/jump and
-    hmdb/train/jump, or jump/train.
+    A class is named by the folders below a part, and those above where these differ: ucf/train/jump, or jump/train.
     """
     folders = {folder: folder[len(root) :].strip(os.sep).split(os.sep) for folder in map(os.path.dirname, videos)}
     places, kinds_in = {}, {}  # of each folder, the parts in its path; of the folder above a part, the parts there
@@ -328,8 +327,7 @@ def _read_tree(
     common = len(os.path.commonprefix([*divided]))  # noqa: RUF071, as they are tuples: folders above all parts
     rows = {}  # of a folder, its part and class
     for folder, names in folders.items():
-        inside = [place for place in places[folder] if place[0] in divided]
-        if inside:
+        if inside := [place for place in places[folder] if place[0] in divided]:
             above, kind, below = inside[0]
             name = "/".join(below if apart and below else [*above[common:], *below])
             rows[folder] = kind, name.replace("_", " ") if kinetics else name
@@ -501,9 +499,6 @@ def generate(config: SyntheticConfig, root: str) -> None:
     """Makes videos whose class is their motion: ROOT/train, ROOT/test, and with --shots or --scene_bias other parts."""
     with user_errors():
         make_synthetic(root, **asdict(config) | {"size": (config.size, config.size)})
-
-
-FAILED, RECIPE, HIDDEN = "failed.txt", ".shrink.json", ".partial"  # in OUT
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,12 @@ examples/simclr.py, and examples/tubelet_contrast.py, which builds on MoCo.
 
 import copy
 import dataclasses
-import math
 import os
 import shlex
 import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +26,11 @@ from runs import continued, fit_in_folder, unused_folder
 from train import SWITCH, Options, TrainConfig, UserError, detail, method_name, option, program, user_errors
 
 MEMORY_FORMATS = {"channels_last": torch.channels_last_3d, "contiguous": torch.contiguous_format}
+PRESETS = {  # what is the same for every method
+    "synthetic": dict(encoder="conv4", crop=32, epochs=12, batch_size=32, min_scale=0.5, jitter_p=0.2, blur_p=0.2),
+    "ucf101": dict(encoder="i3d", crop=224, epochs=200, batch_size=8, lr=0.04),
+    "k400": dict(encoder="i3d", crop=224, epochs=100, batch_size=8, lr=0.04),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,13 +77,6 @@ class PretrainConfig(TrainConfig, VideosConfig):
     FREE = TrainConfig.FREE | {"data", "list_file", "exclude", "memory_format", "compile", "activation_checkpointing"}
 
 
-PRESETS = {  # what is the same for every method
-    "synthetic": dict(encoder="conv4", crop=32, epochs=12, batch_size=32, min_scale=0.5, jitter_p=0.2, blur_p=0.2),
-    "ucf101": dict(encoder="i3d", crop=224, epochs=200, batch_size=8, lr=0.04),
-    "k400": dict(encoder="i3d", crop=224, epochs=100, batch_size=8, lr=0.04),
-}
-
-
 def pool(maps: Tensor) -> Tensor:
     """Global average over time and space: (..., C, T, H, W) → (..., C)."""
     return maps.mean((-3, -2, -1))
@@ -116,9 +112,7 @@ class Method(nn.Module):
                 raise UserError(f"--compile on needs a C++ compiler, there is no {compiler}: install one, or set CXX")
             self.encoder.compile(dynamic=False)  # there are no more than three batch sizes
 
-    def make_views(
-        self, videos: data.VideoList, kind: type[data.PretrainingViews] = data.PretrainingViews, **more: Any
-    ) -> data.PretrainingViews:
+    def make_views(self, videos: data.VideoList, kind: type = data.PretrainingViews, **more) -> data.PretrainingViews:
         """What to train on, by the method's options; the first process makes its own before the others do."""
         config = self.config
         color = dict(jitter_p=config.jitter_p, gray_p=config.gray_p, blur_p=config.blur_p)
@@ -147,7 +141,7 @@ class Method(nn.Module):
         found, least = [], 0.1 * self.head.net[-1].out_features ** -0.5
         if line.get("overlap", 0) > 0.8:
             found.append("the two windows of a video share more than 80 % of their frames: take a smaller --frames")
-        if line["epoch"] > 1 and line.get("feature_std", math.inf) < least:
+        if line["epoch"] > 1 and line.get("feature_std", 1) < least:
             found.append("the features of all clips are nearly the same (feature_std): try a lower --lr")
         return found
 
@@ -167,17 +161,14 @@ def pretrain(method_class: type[Method], config: PretrainConfig) -> None:
         place = config.seed, process.rank, process.world_size
         sampler = data.StepSampler(len(views), config.batch_size * config.accumulate, config.epochs, *place)
 
-    def make_loader(start: int) -> Iterator[dict]:
-        sampler.start_step = start
-        return data.load_batches(views, sampler, loader_workers(config))
+    def load(start: int) -> Iterator[dict]:
+        return data.load_batches(views, dataclasses.replace(sampler, start_step=start), loader_workers(config))
 
-    name = method_name(type(config)).lower()
+    name, steps, paths = method_name(type(config)).lower(), sampler.steps_per_epoch, views.videos.paths
     unused = f"runs/{name}-{config.dataset}-{time.strftime('%Y%m%d-%H%M%S')}"
     with user_errors((OSError,)):
         out = config.out or process.of_first(lambda: unused_folder(unused))
-    checkpoint = fit_in_folder(
-        method, config, process, make_loader, sampler.steps_per_epoch, out, seen, paths=views.videos.paths
-    )
+    checkpoint = fit_in_folder(method, config, process, load, steps, out, seen, paths=paths)
     if config.dataset == "synthetic":
         import evaluate  # here, as it is a command, not a part of any method
 

@@ -15,7 +15,7 @@ import sys
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -24,11 +24,14 @@ from torch import Tensor, nn
 
 from train import Config, Options, Process, Run, UserError, check_option, fit, method_name, user_errors, write_file
 
+CHECKPOINT = {"method": str, "config": dict, "model": dict, "optimizer": dict}  # what it holds, of which type
+COUNTS = {"step": 0, "steps_per_epoch": 1, "world_size": 1, "bad_videos": 0, "skipped_steps": 0}  # at least these
+THIS_START = {"out", "resume", "max_steps", "changed_data"}  # options that a checkpoint does not hand on
 _locks: dict[str, TextIO] = {}  # of the run folders that this process has
 
 
 def claim_folder(path: Path, resume: str = "") -> None:
-    """Makes a run folder this process's own, until `free_folders` or the process's end, also by a kill.
+    """Makes a run folder this process's own, until the process's end, also by a kill.
 
     The lock is the system's, on the file `lock`, of a kind (POSIX record) that children do not inherit. Where there is
     none, a line says that nothing keeps a second run away. What a killed run left half-written is deleted.
@@ -40,7 +43,7 @@ def claim_folder(path: Path, resume: str = "") -> None:
         path.mkdir(parents=True, exist_ok=True)
         if (name := os.path.realpath(path)) not in _locks:  # to open and close it again would free it
             check_replaceable(path / "lock", b"process ")
-            file = open(path / "lock", "a+")  # noqa: SIM115, as free_folders closes it
+            file = open(path / "lock", "a+")  # noqa: SIM115, as it is to be held
             try:
                 import fcntl  # Windows has none
 
@@ -68,12 +71,6 @@ def claim_folder(path: Path, resume: str = "") -> None:
         written = Path(os.path.realpath(path / name))  # where a link leads to
         for left in written.parent.glob(f"{written.name}.????????.partial"):
             left.unlink(missing_ok=True)
-
-
-def free_folders() -> None:
-    """Lets other processes have the run folders that this one has."""
-    while _locks:
-        _locks.popitem()[1].close()
 
 
 def check_replaceable(path: str | Path, *beginnings: bytes) -> None:
@@ -147,25 +144,20 @@ def described(run: Run) -> str:
     """The options of a run, and what follows from them."""
     config, total, batch = run.config, run.total_batch, run.config.batch_size
     parameters = sum(p.numel() for p in run.method.parameters() if p.requires_grad)
-    return (
-        f"{config}\n{parameters:,} trainable parameters, {'bf16' if run.bf16 else 'float32'} on {run.process.device}\n"
-        f"total batch {batch} × {total // batch} = {total}, learning rate {config.lr} × {total} / "
-        f"{config.LR_BATCH} = {config.lr * total / config.LR_BATCH:.3g}, {run.steps_per_epoch} steps an epoch, "
-        f"{config.epochs * run.steps_per_epoch} in all"
-    )
+    trained = f"{parameters:,} trainable parameters, {'bf16' if run.bf16 else 'float32'} on {run.process.device}"
+    rate = f"learning rate {config.lr} × {total} / {config.LR_BATCH} = {config.lr * total / config.LR_BATCH:.3g}"
+    steps = f"{run.steps_per_epoch} steps an epoch, {config.epochs * run.steps_per_epoch} in all"
+    return f"{config}\n{trained}\ntotal batch {batch} × {total // batch} = {total}, {rate}, {steps}"
 
 
 def open_record(run: Run, folder: Path) -> None:
     """Adds this start of a run to run.json, and cuts the logs to what a resumed run goes on from. Raises UserError
     where a file can't be written, or run.json is damaged."""
     record, log, bad_videos = folder / "run.json", folder / "log.jsonl", folder / "bad_videos.log"
+    start = {"start_step": run.done, "started": time.strftime("%Y-%m-%d %H:%M:%S %z")}
     on_gpu = run.process.device.type == "cuda"
-    start = {
-        "start_step": run.done,
-        "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-        "processes": run.process.world_size,
-        "hardware": torch.cuda.get_device_name() if on_gpu else f"{os.cpu_count()} CPU cores",
-    }
+    hardware = torch.cuda.get_device_name() if on_gpu else f"{os.cpu_count()} CPU cores"
+    start |= {"processes": run.process.world_size, "hardware": hardware}
     starts = [*(read_starts(record) if record.exists() else []), made_by(run.config) | start]
     with user_errors((OSError,)):
         write_file(record, json.dumps(starts, indent=1) + "\n")
@@ -175,11 +167,6 @@ def open_record(run: Run, folder: Path) -> None:
         if bad_videos.exists():
             content = bad_videos.read_bytes()
             write_file(bad_videos, content[: content.rfind(b"\n") + 1])  # a kill may have cut the last line
-
-
-CHECKPOINT = {"method": str, "config": dict, "model": dict, "optimizer": dict}
-COUNTS = {"step": 0, "steps_per_epoch": 1, "world_size": 1, "bad_videos": 0, "skipped_steps": 0}  # at least these
-THIS_START = {"out", "resume", "max_steps", "changed_data"}  # options that a checkpoint does not hand on
 
 
 def load_checkpoint(path: str | Path, foreign: bool = False, whole: bool = True) -> dict:
@@ -228,10 +215,7 @@ def saved_options(path: str | Path, state: dict, config_class: type[Options], gi
     fields = [field for field in dataclasses.fields(config_class) if field.name in state["config"].keys() - THIS_START]
     for field in fields:
         if field.name not in given:
-            try:
-                check_option(field, state["config"][field.name])
-            except UserError as error:
-                raise UserError(f"{path} was made with {error}") from error
+            check_option(field, state["config"][field.name], f"{path} was made with ")
     return {field.name: state["config"][field.name] for field in fields}
 
 
@@ -339,27 +323,21 @@ def unused_folder(path: str) -> str:
 
 
 def fit_in_folder(
-    method: nn.Module,
-    config: Config,
-    process: Process,
-    make_loader: Callable[[int], Iterable[dict]],
-    steps_per_epoch: int,
-    out: str,
-    seen: dict,
-    **options: Any,
+    method: nn.Module, config: Config, process: Process, load: Callable, steps: int, out: str, seen: dict, **options
 ) -> Path:
     """`fit` in a run folder, `config.out` or else `out`, from the checkpoint `config.resume` on, if there is one.
 
     Args:
+        load, options: see `fit`.
+        steps: batches in an epoch.
         seen: what the checkpoints are to say of the videos, on the first process (see `continued`).
-        options: more of `fit`.
 
     Raises UserError where the folder is another run's, or can't be made; and as `fit` and `load_checkpoint` do.
     """
     folder, path = Path(config.out or out), config.resume
     process.of_first(lambda: claim_folder(folder, path))  # before the checkpoint is read: none writes it now
     state = process.of_first(lambda: load_checkpoint(path)) if path else None  # other nodes need not have it
-    run = Run(method, config, process, steps_per_epoch, state)
+    run = Run(method, config, process, steps, state)
     if state:
         seen, was, now = unpack(path, state) | seen, state["config"], dataclasses.asdict(config)
         both = [name for name in now if name in was.keys() - THIS_START and str(was[name]) != str(now[name])]
@@ -372,4 +350,4 @@ def fit_in_folder(
     process.say(described(run))
     process.of_first(lambda: open_record(run, folder))
     process.say(f"run folder {folder}" + (f", resumed after step {run.done}" if path else ""))
-    return fit(run, make_loader, folder, extra={"seen": pack(seen)}, **options)
+    return fit(run, load, folder, extra={"seen": pack(seen)}, **options)

@@ -36,9 +36,8 @@ def _motion(name: str, rng: np.random.Generator, frames: int) -> tuple[np.ndarra
 
     Any half of the video shows the motion, and a horizontal flip leaves it what it is.
     """
-    travel, amplitude, doublings, period, phase, direction, size, turns = rng.uniform(
-        (0.5, 0.17, 1.2, 11, 0, -1, -0.5, 0), (0.6, 0.28, 1.6, 17, 2, 1, 0.5, 1)
-    )
+    low, high = (0.5, 0.17, 1.2, 11, 0, -1, -0.5, 0), (0.6, 0.28, 1.6, 17, 2, 1, 0.5, 1)
+    travel, amplitude, doublings, period, phase, direction, size, turns = rng.uniform(low, high)
     if name == "sway_then_bounce":
         period = 6 + period / 4  # at most 16, so that 32 frames hold both
     progress = np.arange(frames) / frames - 0.5
@@ -46,21 +45,13 @@ def _motion(name: str, rng: np.random.Generator, frames: int) -> tuple[np.ndarra
     wave = np.sin(2 * np.pi * cycle)
     bounce = 1 - 8 * (cycle % 1) * (1 - cycle % 1)  # parabolas, in [-1, 1]
     still, turn, swaying = np.zeros(frames), np.sign(direction), cycle % 2 < 1
-    right = {
-        "sway": amplitude * wave,
-        "sway_then_bounce": np.where(swaying, amplitude * wave, 0),
-        "orbit": amplitude * wave,
-    }
-    down = {
-        "rise": -travel * progress,
-        "fall": travel * progress,
-        "bounce": amplitude * bounce,
-        "sway_then_bounce": np.where(swaying, amplitude, amplitude * bounce),
-        "orbit": amplitude * np.cos(2 * np.pi * cycle) * turn,
-    }
+    right = {"sway": wave, "sway_then_bounce": np.where(swaying, wave, 0), "orbit": wave}
+    down = {"rise": -travel * progress, "fall": travel * progress, "bounce": amplitude * bounce}
+    down["orbit"] = amplitude * np.cos(2 * np.pi * cycle) * turn
+    down["sway_then_bounce"] = np.where(swaying, amplitude, amplitude * bounce)
     sizes = {"grow": doublings * progress, "shrink": -doublings * progress, "pulse": doublings / 2 * wave}
     turns = turns + (turn * cycle / 1.5 if name == "spin" else still)
-    return right.get(name, still), down.get(name, still), sizes.get(name, still + size * doublings), turns
+    return amplitude * right.get(name, still), down.get(name, still), sizes.get(name, still + size * doublings), turns
 
 
 def _choose(rng: np.random.Generator, options: Sequence[str], scene: str) -> str:
@@ -109,7 +100,7 @@ def _sprite(rng: np.random.Generator, scene: str) -> np.ndarray:
     return np.concatenate([_texture(rng, SPRITE, SPRITE, scene), opacity[..., None]], axis=2, dtype=np.float32)
 
 
-def _shot(motion: str, rng: np.random.Generator, camera: np.ndarray, height: int, width: int) -> tuple[np.ndarray, ...]:
+def _shot(rng: np.random.Generator, motion: str, camera: np.ndarray, height: int, width: int) -> tuple[np.ndarray, ...]:
     """One object's course while the camera moves by (frames, 2): center x and y, radius, angle; each (frames,)."""
     side = min(height, width)
     right, down, size, turns = _motion(motion, rng, len(camera))
@@ -149,12 +140,9 @@ def _draw_video(
     camera = camera * rng.uniform(shake / 4, shake, 2) * min(height, width)  # to the right and down, pixels
     margin = math.ceil(np.abs(camera).max())
     background = 0.6 * _texture(rng, height + 2 * margin + 1, width + 2 * margin + 1, scene)
-    objects = []
+    parts, objects = [*zip(motions, np.split(camera, len(motions)), strict=True)], []
     for _ in range(OBJECTS):
-        shots = [
-            _shot(motion, rng, moved, height, width)
-            for motion, moved in zip(motions, np.split(camera, len(motions)), strict=True)
-        ]
+        shots = [_shot(rng, motion, moved, height, width) for motion, moved in parts]
         sprite = _sprite(rng, scene)
         sprite[..., :3] = 1 if masked else 1 - 0.6 * sprite[..., :3]  # lighter than most of the background
         objects.append((*np.concatenate(shots, axis=1), sprite))
@@ -209,10 +197,8 @@ def _write_video(path: Path, video: np.ndarray) -> None:
     """Encodes uint8 (T, H, W, 3) as MPEG-4 with B-frames in MP4: FFmpeg's own encoder, so every build has it."""
     reformatter = VideoReformatter()
     with av.open(str(path), "w", options={"fflags": "+bitexact"}) as container:
-        stream = container.add_stream("mpeg4", rate=25, options={"qmin": "3", "qmax": "3", "flags": "+bitexact"})
-        stream.height, stream.width = video.shape[1:3]
-        stream.pix_fmt, stream.gop_size, stream.max_b_frames = "yuv420p", 32, 2
-        stream.thread_count = 1
+        options = {"qmin": "3", "qmax": "3", "g": "32", "bf": "2", "threads": "1", "flags": "+bitexact"}
+        stream = container.add_stream("mpeg4", 25, options, width=video.shape[2], height=video.shape[1])
         for pts, picture in enumerate(video):
             frame = reformatter.reformat(av.VideoFrame.from_ndarray(picture), format="yuv420p", threads=1)
             frame.pts = pts
@@ -272,14 +258,12 @@ def alone(folder: Path) -> Iterator[None]:
 
 def _is_complete(root: Path, recipe: dict) -> bool:
     """Whether a folder holds the set; raises FileExistsError where it holds files that are of no set."""
-
-    def stop(error: OSError) -> None:
-        raise error  # what can't be listed may hold anything
-
-    held, own = set(), set()
-    for folder, folders, files in os.walk(root, onerror=stop if root.exists() else None):
+    held, own, errors = set(), set(), []
+    for folder, folders, files in os.walk(root, onerror=errors.append):
         links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
         held |= {Path(folder, name).relative_to(root).as_posix() for name in (*files, *links)}
+    if errors and root.exists():  # what can't be listed may hold anything
+        raise errors[0]
     text = (root / SYNTHETIC_MARKER).read_text() if SYNTHETIC_MARKER in held else "{}"
     videos = {name for name in held if name.endswith(".mp4")}
     if text == json.dumps(recipe) and videos == _synthetic_names(**recipe).keys():
@@ -325,24 +309,21 @@ def make_synthetic(
     if _is_complete(root, recipe):
         return
     names, hidden = _synthetic_names(**recipe), root.with_name(f".{root.name}.partial")
-
-    def make(job: tuple[str, tuple[str, int]]) -> None:
-        path = hidden / "made" / job[0]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _write_video(path, _draw(recipe, *job))
-
     with alone(hidden):
         if _is_complete(root, recipe):  # by now
             return
+        made = hidden / "made"
+        for name in names:
+            (made / name).parent.mkdir(parents=True, exist_ok=True)
         pause = 0.5 if sys.stderr.isatty() else 30  # seconds, as in training
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # NumPy and FFmpeg run without the interpreter's lock
-            jobs = pool.map(make, names.items())
+            jobs = pool.map(lambda job: _write_video(made / job[0], _draw(recipe, *job)), names.items())
             [*tqdm(jobs, f"making {root}", len(names), dynamic_ncols=True, mininterval=pause)]
         try:
-            (hidden / "made" / SYNTHETIC_MARKER).write_text(json.dumps(recipe))
+            (made / SYNTHETIC_MARKER).write_text(json.dumps(recipe))
         except OSError as error:  # a full disk's has no name
             raise OSError(error.errno, error.strerror, str(root / SYNTHETIC_MARKER)) from error
         _is_complete(root, recipe)  # nobody has put files there meanwhile
         if root.exists():
             root.rename(hidden / "before")
-        (hidden / "made").rename(root)
+        made.rename(root)

@@ -29,16 +29,19 @@ import signal
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 HANGUP = getattr(signal, "SIGHUP", 0)  # Windows has none
+SWITCH = ("off", "on")  # choices of an option whose flag alone means "on"
+Config = TypeVar("Config", bound="Options")
 
 
 class UserError(Exception):
@@ -74,9 +77,6 @@ def option(default: Any, help: str, allowed: tuple = (), detail: bool = False) -
 detail = functools.partial(option, detail=True)
 
 
-SWITCH = ("off", "on")  # choices of an option whose flag alone means "on"
-
-
 @dataclasses.dataclass(frozen=True)
 class Options:
     """Base of the configs, whose fields are all made by `option`. Raises UserError as `check_option` does."""
@@ -92,7 +92,7 @@ class Options:
         return "\n".join(f"--{field.name} {shlex.quote(str(value))}{notes[field]}" for field, value in values.items())
 
 
-def check_option(field: dataclasses.Field, value: Any) -> None:
+def check_option(field: dataclasses.Field, value: Any, where: str = "") -> None:
     """Raises UserError for a value of another type than the field's, none of its choices, or out of its range."""
     kind, allowed = field.type, field.metadata["allowed"]
     good = type(value) in ((int, float) if kind is float else (kind,))
@@ -100,7 +100,7 @@ def check_option(field: dataclasses.Field, value: Any) -> None:
         good = value in allowed if kind is str else allowed[0] <= value <= allowed[1]  # nan is not
     if not good:
         shown = value if isinstance(value, int | float | str) else f"of type {type(value).__name__}"
-        raise UserError(f"--{field.name} {shown}: must be {allowed_text(field) or 'a text'}")
+        raise UserError(f"{where}--{field.name} {shown}: must be {allowed_text(field) or 'a text'}")
 
 
 def allowed_text(field: dataclasses.Field) -> str:
@@ -146,9 +146,6 @@ class TrainConfig(Options):
     def learning_rate(self, total_batch: int, epoch: float) -> float:
         """Half-period cosine per step from the linearly scaled rate (Goyal et al. 2017; FIMA Sec. 4.1)."""
         return self.lr * total_batch / self.LR_BATCH * 0.5 * (1 + math.cos(math.pi * epoch / self.epochs))
-
-
-Config = TypeVar("Config", bound=Options)
 
 
 def method_name(config_class: type[Options]) -> str:
@@ -341,16 +338,12 @@ class Log:
         run, count = self.run, len(self.steps)
         if not count:
             return
-        held = [value for step in self.steps for value in step.numbers.values() if isinstance(value, Tensor)]
-        values = iter(torch.stack([v.to(run.process.device, torch.float64).reshape(()) for v in held]).tolist())
-        numbers = [{k: next(values) if isinstance(v, Tensor) else v for k, v in s.numbers.items()} for s in self.steps]
+        numbers = [{name: float(value) for name, value in step.numbers.items()} for step in self.steps]
         means = mean([(1, step) for step in run.process.gather(numbers)])
         if not math.isfinite(means["loss"] + means["grad_norm"]):
             broken = next((step for step in self.steps if not step.is_finite()), "in another process")
-            raise UserError(
-                f"process {run.process.rank}: a loss or its gradient is not finite, {broken}; try a lower --lr, "
-                "--precision float32, or --on_nan skip"
-            )
+            advice = "try a lower --lr, --precision float32, or --on_nan skip"
+            raise UserError(f"process {run.process.rank}: a loss or its gradient is not finite, {broken}; {advice}")
         seconds = time.perf_counter() - self.since
         line = {"step": run.done, "epoch": run.done / run.steps_per_epoch, "lr": run.optimizer.param_groups[0]["lr"]}
         line |= means | {"clips_per_s": self.clips * count / seconds, "data_wait": self.waited / seconds}
@@ -400,25 +393,23 @@ class Log:
 def autocast_bf16(config: TrainConfig, process: Process) -> bool:
     """Whether to run in bf16; 3-D convolutions in it are slow or wrong in the cuDNN of older torch. Raises UserError
     where it is asked for on a CPU, where the weight gradient of torch's conv3d is wrong under autocast."""
-    if process.device.type != "cuda":
-        if config.precision == "bf16":
-            raise UserError("--precision bf16 needs a GPU: on a CPU, torch's 3-D convolutions get wrong gradients")
-        return False
-    supported = torch.__version__ >= (2, 11) and torch.cuda.is_bf16_supported(including_emulation=False)
-    return config.precision == "bf16" or (config.precision == "auto" and supported)
+    on_gpu = process.device.type == "cuda"
+    if config.precision == "bf16" and not on_gpu:
+        raise UserError("--precision bf16 needs a GPU: on a CPU, torch's 3-D convolutions get wrong gradients")
+    good = on_gpu and torch.__version__ >= (2, 11) and torch.cuda.is_bf16_supported(including_emulation=False)
+    return config.precision == "bf16" or (config.precision == "auto" and good)
 
 
-def to_device(batch: dict, device: torch.device, stream: "torch.cuda.Stream | None") -> dict:
-    """A batch with its tensors on the device; when `stream`, if any, is done, the loader may use their memory again. On
+def to_device(batch: dict[str, Tensor], device: torch.device, stream: "torch.cuda.Stream | None") -> dict:
+    """A batch of tensors on the device; when `stream`, if any, is done, the loader may use their memory again. On
     a GPU the copies run in that stream, while the step before, launched and not awaited, still computes."""
     with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
-        batch = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
     if stream is not None:
         current = torch.cuda.current_stream()
         current.wait_stream(stream)
         for value in batch.values():
-            if isinstance(value, Tensor):
-                value.record_stream(current)  # not to be freed before this stream is done with it
+            value.record_stream(current)  # not to be freed before this stream is done with it
     return batch
 
 
@@ -458,14 +449,12 @@ class Run:
 
     Args:
         steps_per_epoch: batches in an epoch.
-        state: of the checkpoint `config.resume`, to go on from (see `runs.load_checkpoint`).
+        state: a dict, that of the checkpoint `config.resume`, to go on from (see `runs.load_checkpoint`).
     """
 
     MOST_LEFT_OUT = 10  # steps in a row; with more, --on_nan skip stops the run, too
 
-    def __init__(
-        self, method: nn.Module, config: Config, process: Process, steps_per_epoch: int, state: dict | None = None
-    ):
+    def __init__(self, method: nn.Module, config: Config, process: Process, steps_per_epoch: int, state=None):
         self.method, self.config, self.process = method.to(process.device).train(), config, process
         self.steps_per_epoch, self.done = steps_per_epoch, 0  # done: steps
         self.total_batch = config.batch_size * config.accumulate * process.world_size
@@ -480,9 +469,7 @@ class Run:
         self.model = method
         if process.world_size > 1:  # batch-norm statistics are each process's own; `save` averages them
             self.check_agreement()
-            self.model = nn.parallel.DistributedDataParallel(
-                method, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
+            self.model = DistributedDataParallel(method, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     def restore(self, state: dict) -> None:
         """Goes to where a checkpoint was saved. Where an epoch has other steps than it had, by another batch, data set
@@ -493,10 +480,9 @@ class Run:
         self.done, before = state["step"], state["steps_per_epoch"]
         if (before, state["world_size"]) != (self.steps_per_epoch, process.world_size):
             self.done = round(self.done * self.steps_per_epoch / before)
-            process.say(
-                f"note: {path} was saved by {state['world_size']} processes with {before} steps an epoch, now it is "
-                f"{process.world_size} with {self.steps_per_epoch}: goes on at the same part of the schedule"
-            )
+            was = f"{state['world_size']} processes with {before} steps an epoch"
+            now = f"now it is {process.world_size} with {self.steps_per_epoch}"
+            process.say(f"note: {path} was saved by {was}, {now}: goes on at the same part of the schedule")
         elif self.done % before:
             self.skipped, self.bad_videos = state["skipped_steps"], state["bad_videos"]
 
@@ -584,18 +570,12 @@ def program() -> list[str]:
 
 
 def fit(
-    run: Run,
-    make_loader: Callable[[int], Iterable[dict]],
-    out: Path,
-    clips_per_video: int = 2,
-    paths: Sequence[str] = (),
-    extra: dict | None = None,
+    run: Run, load: Callable, out: Path, clips_per_video: int = 2, paths: Sequence[str] = (), extra: dict | None = None
 ) -> Path:
-    """Trains to the end of the schedule in a folder of this run alone, and returns the path of the last checkpoint. The
-    commands call `runs.fit_in_folder`, which makes run and folder.
+    """Trains to the end of the schedule, in a folder of this run alone (`runs.fit_in_folder`) → the last checkpoint.
 
     Args:
-        make_loader: step to start from → batches from there on, one a step; a batch is a dict of tensors (B, ...), of
+        load: step to start from → batches from there on, one a step; a batch is a dict of tensors (B, ...), of
             the videos of all micro-batches, and, under "bad", the list of (path, reason) of videos that could not be
             read and were replaced. The method gets each micro-batch with "epoch", how many of them have passed, a whole
             number at the start of each. "overlap" (B,), of the two windows of each video, is logged; "seconds" (B, 3),
@@ -610,7 +590,7 @@ def fit(
     config, process, saved, bad = run.config, run.process, time.monotonic(), []
     log = Log(run, out, clips_per_video * run.total_batch)
     with noted_signals(process) as caught, contextlib.closing(log.bar):
-        batches = iter(make_loader(run.done))
+        batches = iter(load(run.done))
         while run.done < run.stop:
             waiting = time.perf_counter()
             with user_errors((OSError,)):
@@ -636,10 +616,9 @@ def fit(
             if run.bad_videos > config.max_bad * run.steps_per_epoch * run.total_batch:
                 why = out / "bad_videos.log"
                 files = ",".join(filter(None, [getattr(config, "exclude", ""), str(why)]))
-                raise UserError(
-                    f"{run.bad_videos} videos of this epoch could not be read, more than --max_bad {config.max_bad:g}; "
-                    f"{why} says why: leave them out by --exclude {shlex.quote(files)}, or allow more"
-                )
+                many = f"{run.bad_videos} videos of this epoch could not be read, more than --max_bad"
+                advice = f"leave them out by --exclude {shlex.quote(files)}, or allow more"
+                raise UserError(f"{many} {config.max_bad:g}; {why} says why: {advice}")
             if line_due or interrupted:
                 log.line()  # before saving, as it finds losses that are not finite
             if ends or interrupted or (late and line_due):

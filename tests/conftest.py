@@ -7,7 +7,7 @@ import sys
 os.environ["OMP_NUM_THREADS"] = "1"  # operators so small take longer where threads wait for each other
 
 import pytest
-from helpers import SMALL, one_line
+from helpers import SMALL, free_folders, one_line
 from hypothesis import settings
 
 import benchmark
@@ -86,6 +86,7 @@ def in_process(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, words)])
         with pytest.raises(SystemExit) as stop:
             cli.command_line(main or module.main)
+        free_folders()
         return stop.value.code, *capsys.readouterr()
 
     return call

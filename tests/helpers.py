@@ -18,8 +18,10 @@ import av
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.utils.data import default_collate
 
 import data
+import runs
 import train
 
 ROOT = Path(__file__).parents[1]
@@ -44,6 +46,18 @@ def same(a, b):
     if isinstance(a, list | tuple):
         return len(a) == len(b) and all(map(same, a, b))
     return a == b
+
+
+def collate(items):
+    """Items as a batch; their lists of what is bad are joined, which need not be of one length as torch's do."""
+    batch = default_collate([{name: value for name, value in item.items() if name != "bad"} for item in items])
+    return batch | {"bad": [entry for item in items for entry in item["bad"]]}
+
+
+def free_folders():
+    """Lets others have the run folders that this process has, as its end does."""
+    while runs._locks:
+        runs._locks.popitem()[1].close()
 
 
 def lines(folder):

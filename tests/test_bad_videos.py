@@ -16,7 +16,7 @@ from unittest.mock import Mock
 import av
 import numpy as np
 import pytest
-from helpers import encode, moving_texture, one_line, same, touch, write_sound
+from helpers import collate, encode, moving_texture, one_line, same, touch, write_sound
 from hypothesis import example, given
 from hypothesis import strategies as st
 from torch.utils.data import BatchSampler
@@ -270,7 +270,7 @@ def test_a_process_that_dies_once_costs_no_video(folder, fatal, tmp_path, number
     once.touch()
     views = mortal(paths, number, lambda epoch: once.exists() and not once.unlink())
     batch = load(views, (0, 0), (0, 1))
-    assert same(batch, data.collate([views_of(paths)[0, i] for i in range(2)])) and not once.exists()
+    assert same(batch, collate([views_of(paths)[0, i] for i in range(2)])) and not once.exists()
 
 
 def no_more_files(more: int = 0) -> None:

@@ -13,7 +13,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from helpers import ALONE, encode, free_port, generator, one_line, same, touch, weights, write
+from helpers import ALONE, collate, encode, free_port, generator, one_line, same, touch, weights, write
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -216,7 +216,7 @@ def test_only_finetune_augments_colours_and_views_are_as_asked_for(videos):
         views = evaluate.training_views(config, found)
         assert (views.min_scale, views.color) == (0.5, dict(jitter_p=0, gray_p=0, blur_p=0) | color)
         assert len(views) == 10  # one of each class's one or two
-        batch, encoder = data.collate([views[0, index] for index in range(4)]), Color()
+        batch, encoder = collate([views[0, index] for index in range(4)]), Color()
         encoder.forward = mock.Mock(side_effect=encoder.forward)
         evaluate.Classifier(encoder, 10, frozen=not color).train()(batch)
         plain = augment.normalize(batch["clip"][:, 0] / 255)

@@ -13,7 +13,20 @@ from unittest.mock import MagicMock, Mock
 
 import pytest
 import torch
-from helpers import ALONE, CONV4, FORK, TORCHRUN, Bare, alive, descendants, digests, one_line, touch, within
+from helpers import (
+    ALONE,
+    CONV4,
+    FORK,
+    TORCHRUN,
+    Bare,
+    alive,
+    descendants,
+    digests,
+    free_folders,
+    one_line,
+    touch,
+    within,
+)
 
 import benchmark
 import data
@@ -54,7 +67,7 @@ def hold():
         process.kill()
         process.join()
         os.kill(child, signal.SIGKILL)
-    runs.free_folders()
+    free_folders()
 
 
 @pytest.mark.slow
@@ -71,7 +84,7 @@ def test_a_run_folder_is_one_processes_until_it_ends_or_is_killed(tmp_path, hold
         runs.claim_folder(tmp_path / "run")
     with pytest.raises(EOFError):  # it ends, as the folder is this one's
         hold(tmp_path / "run")
-    runs.free_folders()
+    free_folders()
     hold(tmp_path / "run")
 
 
@@ -93,7 +106,7 @@ def test_where_nothing_can_be_locked_a_run_says_so_and_goes_on(fcntl, tmp_path, 
     monkeypatch.setitem(sys.modules, "fcntl", fcntl)
     runs.claim_folder(tmp_path / "run")
     assert capsys.readouterr().out.count("run can't be locked (") == 1
-    runs.free_folders()
+    free_folders()
 
 
 def test_what_a_killed_run_has_left_half_written_is_deleted_and_nothing_else(tmp_path):
@@ -103,7 +116,7 @@ def test_what_a_killed_run_has_left_half_written_is_deleted_and_nothing_else(tmp
     (tmp_path / "run" / "checkpoint.pt").symlink_to("../disk/a.pt")
     runs.claim_folder(tmp_path / "run")
     assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.partial")} == {*kept}
-    runs.free_folders()
+    free_folders()
 
 
 @pytest.mark.slow

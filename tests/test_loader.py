@@ -14,11 +14,11 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from helpers import CONV4, encode, moving_texture, same
+from helpers import CONV4, collate, encode, moving_texture, same
 
 import data
 import evaluate
-from data import PretrainingViews, StepSampler, VideoList, collate, load_batches
+from data import PretrainingViews, StepSampler, VideoList, load_batches
 
 NOT_FORKED = [pytest.param(method, marks=pytest.mark.slow) for method in ("spawn", "forkserver")]
 
