@@ -1,6 +1,6 @@
 """Speed of this code, as ratios of variants that take turns in one run.
 
-    python benchmark.py data --data /videos        # reading a sample, against decoding alone
+    python benchmark.py data --dataset ucf101      # reading a sample, against decoding alone
     python benchmark.py step --dataset ucf101      # a training step of FIMA, against its encoder passes alone
     python benchmark.py count --dataset ucf101     # bytes, FLOP and memory of a step on a GPU, without one
 
@@ -39,31 +39,19 @@ from torch.utils.flop_counter import flop_registry
 import augment
 import data
 import fima
-import find
 from cli import command_line, dispatch, start_process
 from models import recorded_inputs
 from pretrain import Method
 from runs import check_replaceable, made_by
-from train import Options, Process, Run, UserError, option, progress, sgd, user_errors, write_file
+from train import Process, Run, UserError, option, progress, sgd, user_errors, write_file
 from video import BadVideo, Video
 
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig(Options):
-    """Options of the benchmark of reading."""
-
-    data: str = option("datasets/synthetic", "a folder of videos; the default's are made if need be")
-    samples: int = option(32, "samples a turn", (1, 100_000))
-    crop: int = option(224, "height and width of a clip in pixels", (1, 1024))
-    frames: int = option(16, "frames of a clip", (8, 4096))
-    rounds: int = option(5, "turns of each variant", (1, 10_000))
-    seed: int = option(0, "seed of views and samples", (0, 2**31 - 1))
-    out: str = option("results", "folder to write to")
+SAMPLES = 32  # that are read in a turn
 
 
 @dataclasses.dataclass(frozen=True)
 class StepConfig(fima.FIMAConfig):
-    """Options of FIMA, and of the benchmark of its step; the default is what `python fima.py` trains."""
+    """Options of FIMA, and of its benchmarks; the default is what `python fima.py` trains."""
 
     rounds: int = option(5, "turns of each variant", (1, 10_000))
     processes: int = option(1, "count: processes, to count what they exchange", (1, 65_536))
@@ -95,7 +83,7 @@ def compare(title: str, seconds: dict[str, list[float]], base: str) -> dict[str,
     return rows
 
 
-def write(config: DataConfig | StepConfig, command: str, device: torch.device, results: dict[str, Any]) -> None:
+def write(config: StepConfig, command: str, device: torch.device, results: dict[str, Any]) -> None:
     """Writes results and where they come from to OUT/benchmark_COMMAND_DEVICE.json."""
     machine = {"cpu": platform.processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
     if Path("/proc/cpuinfo").exists():
@@ -118,24 +106,21 @@ class PicturesDropped(Video):
         return None
 
 
-def reading(config: DataConfig) -> None:
-    """Times a sample against decoding alone."""
-    process = start_process("cpu")
+def reading(config: StepConfig) -> None:
+    """Times the reading of samples, as training takes them, on one core, against decoding alone."""
+    process, videos = start_process("cpu"), config.find_videos()
     torch.set_num_threads(1)
-    with user_errors():
-        dataset = "synthetic" if config.data == DataConfig.data else "folder"
-        videos = find.find_videos(dataset, config.data, train=True)
     print(videos.report)
-    parts, window = config.frames // 8, 2 * config.frames  # FIMA's sub-clips, one a feature frame, and frame stride
-    views = data.PretrainingViews(videos, config.crop, config.frames, 2, parts, config.seed)
-    keys = [(n, n * max(len(videos) // config.samples, 1) % len(videos)) for n in range(config.samples)]
+    views = fima.FIMA(config).make_views(videos)
+    keys = [(n, n * max(len(videos) // SAMPLES, 1) % len(videos)) for n in range(SAMPLES)]
     memory = views.empty()  # used again and again, as a place in the loader's batches is
+    window = np.arange(config.frames * config.frame_stride)
 
     def read(reader: type[Video]) -> None:
         for epoch, index in keys:
             with reader(videos.paths[index]) as video:
                 starts = views.draw_starts(np.random.default_rng([config.seed, epoch, index, 0]), video)[:, None]
-                video.read(np.minimum(starts + np.arange(window), len(video) - 1).ravel())
+                video.read(np.minimum(starts + window, len(video) - 1).ravel())
 
     ways = {
         "decoding alone, the limit": lambda: read(PicturesDropped),
@@ -145,7 +130,7 @@ def reading(config: DataConfig) -> None:
     try:
         seconds = take_turns(ways, time.process_time, config.rounds, process)
     except BadVideo as error:
-        raise UserError(f"{error}: take it out of {config.data}") from error
+        raise UserError(f"{error}: leave it out by --exclude") from error
     seconds = {name: [turn / len(keys) for turn in turns] for name, turns in seconds.items()}
     write(config, "data", process.device, {"one_core": compare("a sample on one core", seconds, next(iter(ways)))})
 
@@ -324,7 +309,8 @@ def count(config: StepConfig) -> None:
 
 def main() -> None:
     """`benchmark.py COMMAND --flag value …`"""
-    commands = {"data": (reading, DataConfig)} | {f.__name__: (f, StepConfig, fima.PRESETS) for f in (step, count)}
+    commands = {"data": reading, "step": step, "count": count}
+    commands = {name: (function, StepConfig, fima.PRESETS) for name, function in commands.items()}
     name, command, config, _ = dispatch(commands, __doc__)
     for path in Path(config.out).glob(f"benchmark_{name}_*"):
         check_replaceable(path, b'{\n "command"')

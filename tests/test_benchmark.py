@@ -100,10 +100,8 @@ def test_bytes_flop_and_memory_are_counted():
 @pytest.mark.parametrize("command", [benchmark.reading, benchmark.step, benchmark.count])
 def test_a_command_writes_its_json(command, videos, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
-    if command == benchmark.reading:
-        command(benchmark.DataConfig(crop=32, rounds=1, samples=2, data=str(videos), out=str(tmp_path)))
-    else:
-        command(benchmark.StepConfig(**TINY, out=str(tmp_path)))
+    monkeypatch.setattr(benchmark, "SAMPLES", 2)
+    command(benchmark.StepConfig(**TINY, data=str(videos), out=str(tmp_path)))
     (path,) = tmp_path.glob("benchmark_*_cpu.json")
     record = json.loads(path.read_text())
     assert record.keys() >= {"command", "config", "machine", "git_commit", "versions", "written"}
@@ -127,6 +125,6 @@ def test_decoding_alone_decodes_the_frames_and_makes_no_pixels(videos, monkeypat
 
 def test_a_mistake_is_one_line():
     with pytest.raises(UserError, match="nowhere: no such folder"):
-        benchmark.reading(benchmark.DataConfig(data="nowhere"))
+        benchmark.reading(benchmark.StepConfig(dataset="folder", data="nowhere"))
     with pytest.raises(UserError, match="--crop 16"):
         benchmark.step(benchmark.StepConfig(**TINY | {"crop": 16}))
