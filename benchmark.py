@@ -1,8 +1,8 @@
 """Speed of this code, as ratios of variants that take turns in one run.
 
-    python benchmark.py data --dataset ucf101      # reading a sample, against decoding alone
-    python benchmark.py step --dataset ucf101      # a training step of FIMA, against its encoder passes alone
-    python benchmark.py count --dataset ucf101     # bytes, FLOP and memory of a step on a GPU, without one
+    python benchmark.py data --dataset folder --data /videos    # reading a sample, against decoding alone
+    python benchmark.py step --dataset ucf101    # a training step, against its encoder passes alone
+    python benchmark.py count --dataset ucf101    # bytes, FLOP, memory of a step on a GPU, without one
 
 A machine's speed wanders, so milliseconds of two runs do not compare. After a warm-up of each, variants go round robin
 (A B C A B C …), and what to quote is the ratio: the median over the rounds of a variant's time by the base's in the

@@ -45,7 +45,7 @@ FEW = {  # flags that are added to a command, by its script, or script and sub-c
     "data.py check": ["--workers=1"],
     "data.py shrink": ["--workers=1"],
     "data.py synthetic": MADE,
-    "benchmark.py data": ["--rounds=1", "--crop=32"],
+    "benchmark.py data": [*TINY, "--rounds=1", "--decoder_width=32"],
     "benchmark.py step": [*TINY, "--rounds=1", "--decoder_width=32"],
     "benchmark.py count": TINY,
     "evaluate.py linear": [*TESTED, "--epochs=1", "--batch_size=6"],
