@@ -298,7 +298,7 @@ def save_accuracy(
     percent = {"top1": top1.mean(), "top5": top5.mean(), "mean_class": per_class.nanmean()}
     percent = {name: round(100 * value.item(), 2) for name, value in percent.items()}
     result = {f"{name}_percent": value for name, value in percent.items()}
-    chance = {name: min(k / len(counts), 1) for name, k in (("top1", 1), ("top5", 5), ("mean_class", 1))}
+    chance = {name: min(k / len(counts), 1.0) for name, k in (("top1", 1), ("top5", 5), ("mean_class", 1))}
     result["chance_percent"] = {name: round(100 * value, 2) for name, value in chance.items()}
     values = (None if math.isnan(value) else round(100 * value, 2) for value in per_class.tolist())
     result["per_class_percent"] = dict(zip(test.classes, values, strict=True))

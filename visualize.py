@@ -494,20 +494,19 @@ def table(head: tuple, cells: dict[tuple, dict[str, str]]) -> str:
 
 def results(runs: list[str]) -> dict[tuple, dict[str, str]]:
     """Cells of a table: what evaluate.py has measured of runs, of untrained encoders in the same way, and chance."""
-    cells, tested = {}, []
-    for folder in [*map(Path, runs), *sorted(Path("runs").glob("untrained_*"))]:
-        for path in filter(Path.is_file, sorted(folder.rglob("*.json"))):
-            record, name = read_json(path), path.relative_to(folder).with_suffix("").as_posix().removesuffix("/result")
-            with contextlib.suppress(AttributeError, KeyError, TypeError):  # of other files
-                percents = {key[:-8]: value for key, value in record["result"].items() if key.endswith("_percent")}
-                options = [record["config"].get(option) for option in SAME]
-                if str(folder) in runs or options in tested:
-                    tested.append(options)
-                    columns = {str(folder): percents.get("recall", percents), "chance": percents.get("chance", {})}
-                    for column, values in columns.items():
-                        for measure, value in values.items():
-                            if isinstance(value, float):
-                                cells.setdefault((name, measure), {})[column] = f"{value:.2f}"
+    cells, tested, folders = {}, [], [*runs, *map(str, sorted(Path("runs").glob("untrained_*")))]
+    for folder, path in ((x, path) for x in folders for path in sorted(Path(x).rglob("*.json")) if path.is_file()):
+        record, name = read_json(path), path.relative_to(folder).with_suffix("").as_posix().removesuffix("/result")
+        with contextlib.suppress(AttributeError, KeyError, TypeError):  # of other files
+            percents = {key[:-8]: value for key, value in record["result"].items() if key.endswith("_percent")}
+            options = [record["config"].get(option) for option in SAME]
+            if folder in runs or options in tested:
+                tested.append(options)
+                columns = {folder: percents.get("recall", percents), "chance": percents.get("chance", {})}
+                for column, values in columns.items():
+                    for measure in (key for key, value in values.items() if isinstance(value, float)):
+                        row = cells.setdefault((name, measure), dict.fromkeys(runs, "–"))
+                        row[column] = f"{values[measure]:.2f}"
     return cells
 
 
