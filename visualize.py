@@ -252,6 +252,9 @@ def written(fig: Figure, suffix: str) -> memoryview:
                 artist.set(**artist.frames[step * len(artist.frames) // steps])
             fig.savefig(image := io.BytesIO(), format="png", bbox_inches="tight", dpi=150)
             images.append(Image.open(image).convert("RGB"))
+        if suffix == ".gif":  # in one palette, as colours flicker otherwise
+            palette = images[steps // 2].quantize()
+            images = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images]
         images[0].save(memory, suffix[1:], save_all=True, append_images=images[1:], duration=100, loop=0)
     plt.close(fig)
     return memory.getbuffer()
@@ -282,9 +285,8 @@ def draw_boxes(ax: Axes, boxes: Tensor) -> None:
 def draw_activations(config: FigureConfig, inputs: list[str]) -> Figure:
     """Class-agnostic activation maps (Fig. 3, 4): where is each encoder active, summed over channels and time?
 
-    A row for each video: the middle frame, its difference to the next frame (what moves), and the map of each encoder.
-    Where it plays, the maps of the encoder's feature frames follow each other. Look whether a map is bright on what
-    moves, and goes with it, or on the scene.
+    A row for each video: the middle frame, its difference to the next frame, and the map of each encoder; where it
+    plays, that of each feature frame. Look whether the map is bright on what moves, and goes with it, or on the scene.
     """
     models = load_models(config, inputs)
     videos = draw_videos(models[0].config, config.count or 4)
@@ -444,9 +446,8 @@ def draw_sample(config: FigureConfig, inputs: list[str]) -> Figure:
 
 
 def draw_curves(config: FigureConfig, inputs: list[str]) -> Figure:
-    """Training curves of runs from their log.jsonl: each loss beside its value at chance (dashed), and what else tells
-    how training goes: spread of the features, pixels with a positive, accuracy of a classifier. Look whether losses
-    fall below chance, and the spread stays away from 0."""
+    """Training curves of runs (log.jsonl): losses and their values at chance (dashed), spread of the features, pixels
+    with a positive, accuracy of a classifier. Look for losses below chance, and a spread that stays away from 0."""
     logs = [read_log(run) for run in inputs]
     names = {key for log in logs for key in log[-1] if key.startswith("loss/") or key in MEASURES}
     names = sorted(names, key=lambda name: (name in MEASURES, name))
@@ -528,9 +529,9 @@ def write_report(config: FigureConfig, inputs: list[str]) -> str:
     runs, pictures = [str(Path(run)) for run in inputs], []
     states = [load_checkpoint(Path(run, "checkpoint.pt")) for run in runs]
     title, cells = escaped(", ".join(runs)), results(runs)
-    command = f"python evaluate.py retrieve --checkpoint {shlex.quote(str(Path(runs[0], 'checkpoint.pt')))}"
-    note = "In percent. Untrained: evaluate.py with the same options, without --checkpoint."
-    note = note if cells else f"No protocol was run yet. This runs one: {command}"
+    checkpoint = shlex.quote(str(Path(runs[0], "checkpoint.pt")))
+    none = f"No protocol was run yet. This runs one: python evaluate.py retrieve --checkpoint {checkpoint}"
+    note = "In percent. Untrained: evaluate.py with the same options, without --checkpoint." if cells else none
     config = dataclasses.replace(config, gallery=min(config.gallery or 200, 200))  # a report is not to take long
     for name in SECTIONS if len(runs) == 1 else SECTIONS[:1]:
         if name != "attention" or any(key.startswith("decoder.") for key in states[0]["model"]):
