@@ -473,9 +473,8 @@ SAME += ("frame_stride", "crop", "clips")  # options without which results do no
 HEAD = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><style>
 html { color-scheme: light dark; font-family: sans-serif; max-width: 60rem; margin: auto; overflow-wrap: anywhere }
-img { max-width: 100% }
-table, pre { display: block; overflow-x: auto }
-td { padding: 0.2rem 0.6rem; border-bottom: 1px solid gray; overflow-wrap: normal }
+img, table, pre { display: block; max-width: 100%; overflow-x: auto }
+td { padding: 0.2rem 0.3rem; border-bottom: 1px solid gray; overflow-wrap: normal }
 </style>
 """
 
@@ -488,9 +487,9 @@ def escaped(text: str) -> str:
 def table(head: tuple, cells: dict[tuple, dict[str, str]]) -> str:
     """A table in HTML: `cells` has the texts by row and column, `head` tells what the names of a row are."""
     columns = dict.fromkeys(itertools.chain(*cells.values()))
-    rows = [(*names, *(row.get(column, "–") for column in columns)) for names, row in cells.items()]
-    lines = ("".join(f"<td>{escaped(text)}</td>" for text in row) for row in [(*head, *columns), *rows])
-    return "<table>" + "".join(f"<tr>{line}</tr>\n" for line in lines) + "</table>\n"
+    rows = [(*head, *columns), *((*names, *(row.get(name, "–") for name in columns)) for names, row in cells.items())]
+    texts = [[escaped(text).replace("_", "_<wbr>").replace("/", "/<wbr>") for text in row] for row in rows]  # may break
+    return "<table>" + "".join(f"<tr><td>{'</td><td>'.join(row)}</td></tr>\n" for row in texts) + "</table>\n"
 
 
 def results(runs: list[str]) -> dict[tuple, dict[str, str]]:
@@ -531,7 +530,7 @@ def write_report(config: FigureConfig, inputs: list[str]) -> str:
     title, cells = escaped(", ".join(runs)), results(runs)
     checkpoint = shlex.quote(str(Path(runs[0], "checkpoint.pt")))
     none = f"No protocol was run yet. This runs one: python evaluate.py retrieve --checkpoint {checkpoint}"
-    note = "In percent. Untrained: evaluate.py with the same options, without --checkpoint." if cells else none
+    note = "Untrained: evaluate.py with the same options, without --checkpoint." if cells else none
     config = dataclasses.replace(config, gallery=min(config.gallery or 200, 200))  # a report is not to take long
     for name in SECTIONS if len(runs) == 1 else SECTIONS[:1]:
         if name != "attention" or any(key.startswith("decoder.") for key in states[0]["model"]):
@@ -542,7 +541,7 @@ def write_report(config: FigureConfig, inputs: list[str]) -> str:
         for path in itertools.chain(*(sorted(Path(run).rglob("*_confusion.png")) for run in runs)):
             pictures.append((str(path), "png", path.read_bytes(), "Rows are true classes. Look off the diagonal."))
     parts = [HEAD, f"<title>{title}</title></head>\n<body><h1>{title}</h1>\n<h2>results</h2>"]
-    parts.append(f"{table(('protocol', 'measure'), cells)}<p>{escaped(note)}</p>\n")
+    parts.append(f"{table(('protocol', '%'), cells)}<p>{escaped(note)}</p>\n")
     for name, kind, picture, caption in pictures:
         source = f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"
         parts.append(f'<h2>{escaped(name)}</h2><img alt="{escaped(name)}" src="{source}"><p>{escaped(caption)}</p>\n')

@@ -206,7 +206,7 @@ class Page(HTMLParser):
 
     def handle_data(self, text):
         self.text += text
-        if self.lasttag == "td":
+        if self.lasttag in ("td", "wbr"):
             self.rows[-1][-1] += text.strip()
         self.headings += [text] if self.lasttag == "h2" and text.strip() else []
 
@@ -227,7 +227,7 @@ def test_results_are_those_of_evaluate_beside_chance_and_an_untrained_encoder(ru
     monkeypatch.setattr(visualize, "SECTIONS", ("curves",))
     run.ok(visualize, "compare", runs / "moco", runs / "fima", *quick, dataset=None)
     page = Page(tmp_path / "compare.html")
-    assert page.headings == ["results", "curves", "options"] and page.rows[0] == ["protocol", "measure"]
+    assert page.headings == ["results", "curves", "options"] and page.rows[0] == ["protocol", "%"]
     assert "python evaluate.py retrieve --checkpoint " + repr(str(runs / "moco" / "checkpoint.pt")) in page.text
     assert ["decoder_width", "–", "16"] in page.rows and "crop" not in [row[0] for row in page.rows]
 
