@@ -494,7 +494,8 @@ def table(head: tuple, cells: dict[tuple, dict[str, str]]) -> str:
 
 def results(runs: list[str]) -> dict[tuple, dict[str, str]]:
     """Cells of a table: what evaluate.py has measured of runs, of untrained encoders in the same way, and chance."""
-    cells, tested, folders = {}, [], [*runs, *map(str, sorted(Path("runs").glob("untrained_*")))]
+    cells, tested = {}, []
+    folders = [*runs, *map(str, sorted(Path("runs").glob("untrained_*")))]
     for folder, path in ((x, path) for x in folders for path in sorted(Path(x).rglob("*.json")) if path.is_file()):
         record, name = read_json(path), path.relative_to(folder).with_suffix("").as_posix().removesuffix("/result")
         with contextlib.suppress(AttributeError, KeyError, TypeError):  # of other files
@@ -504,18 +505,18 @@ def results(runs: list[str]) -> dict[tuple, dict[str, str]]:
                 tested.append(options)
                 columns = {folder: percents.get("recall", percents), "chance": percents.get("chance", {})}
                 for column, values in columns.items():
-                    for measure in (key for key, value in values.items() if isinstance(value, float)):
-                        row = cells.setdefault((name, measure), dict.fromkeys(runs, "–"))
-                        row[column] = f"{values[measure]:.2f}"
+                    for measure, value in values.items():
+                        if isinstance(value, float):
+                            cells.setdefault((name, measure), dict.fromkeys(runs, "–"))[column] = f"{value:.2f}"
     return cells
 
 
 def settings(runs: list[str]) -> dict[tuple, dict[str, str]]:
-    """Cells of a table: options, versions and commits of the last starts of runs, of several those that differ."""
+    """Cells of a table: what run.json says of the last starts of runs, of several what differs."""
     flat = {}
     for run in runs:
         start = read_starts(Path(run, "run.json"))[-1]
-        flat[run] = start["config"] | start["versions"] | {"commit": start.get("git_commit")}
+        flat[run] = start["config"] | start["versions"] | {k: v for k, v in start.items() if not isinstance(v, dict)}
     names = dict.fromkeys(itertools.chain(*flat.values()))
     cells = {(name,): {run: str(flat[run].get(name, "–")) for run in runs} for name in names}
     return {name: row for name, row in cells.items() if len(runs) == 1 or len({*row.values()}) > 1}
