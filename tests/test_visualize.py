@@ -252,7 +252,7 @@ def test_results_are_those_of_evaluate_beside_chance_and_an_untrained_encoder(ru
         numbers.append(["retrieve_synthetic", name, number, chance, other])
     assert page.rows[0] == [
         "protocol",
-        "measure",
+        "%",
         *(str(runs / x) for x in ("moco", "fima")),
         "chance",
         "runs/untrained_conv4",
