@@ -310,6 +310,8 @@ def save_accuracy(
     percent = {"top1": top1.mean(), "top5": top5.mean(), "mean_class": per_class.nanmean()}
     percent = {name: round(100 * value.item(), 2) for name, value in percent.items()}
     result = {f"{name}_percent": value for name, value in percent.items()}
+    chance = {name: min(k / len(counts), 1.0) for name, k in (("top1", 1), ("top5", 5), ("mean_class", 1))}
+    result["chance_percent"] = {name: round(100 * value, 2) for name, value in chance.items()}
     values = (None if math.isnan(value) else round(100 * value, 2) for value in per_class.tolist())
     result["per_class_percent"] = dict(zip(test.classes, values, strict=True))
     result |= {"test_videos": len(test), "unreadable": bad} | more
@@ -456,9 +458,14 @@ def retrieve(config: RetrieveConfig) -> None:
     compared by cosine.
     """
     process, config, test, gallery, gallery_labels, queries, good, bad = compared(config)
-    hits = recall_at_k(queries, torch.tensor(test.labels), gallery, gallery_labels)
+    labels, size = torch.tensor(test.labels), len(gallery)
+    hits = recall_at_k(queries, labels, gallery, gallery_labels)
     recalls = {f"R@{k}": round(100 * (hit & good).float().mean().item(), 2) for k, hit in hits.items()}
-    found = {"recall_percent": recalls, "queries": len(queries), "gallery": len(gallery), "unreadable": bad}
+    others, drawn = size - torch.bincount(gallery_labels, minlength=len(test.classes)), torch.arange(min(size, 50))
+    misses = ((others[labels, None] - drawn).clamp(min=0) / (size - drawn)).cumprod(1).mean(0)  # of a random order
+    chance = {f"R@{k}": round(100 - 100 * misses[:k][-1].item(), 2) for k in RECALLS}
+    found = {"recall_percent": recalls, "chance_percent": chance, "queries": len(queries), "gallery": size}
+    found["unreadable"] = bad
     save_result(process, config, found, recalls, len(test))
 
 

@@ -7,21 +7,25 @@
     python visualize.py attention runs/fima --video clip.mp4                # where the motion decoder looks (Fig. 7)
     python visualize.py masks runs/fima                                     # foreground of each modality (Fig. 8, 9)
     python visualize.py retrieval runs/fima                                 # queries and their nearest neighbours
+    python visualize.py sample --out sample.gif                             # playing, as retrieval, activations, masks
     python visualize.py report runs/fima                                    # all of a run in one HTML file
+    python visualize.py compare runs/moco runs/fima                         # results, options and curves of runs
 
 Before the flags come checkpoints, or run folders with a checkpoint.pt; several are drawn side by side, and none (or
-`--checkpoint`) is as in evaluate.py. A figure is a PNG, or by the suffix of --out a PDF or SVG, made for the width of
-a page (7 inches), in colours that the colour-blind can tell apart. `visualize.py FIGURE --help` explains each.
+`--checkpoint`) is as in evaluate.py. A figure is a PNG, or by the suffix of --out a PDF or SVG, and of those with
+clips a GIF or WebP that plays. It is made for the width of a page (7 inches), in colours that the colour-blind can tell
+apart. `visualize.py FIGURE --help` explains each.
 """
 
 import base64
+import contextlib
 import dataclasses
 import html
 import inspect
 import io
 import itertools
-import json
 import math
+import shlex
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,6 +37,7 @@ import torch.nn.functional as F
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from PIL import Image  # which matplotlib needs, too
 from torch import Tensor, nn
 
 import data
@@ -52,6 +57,8 @@ COLORS = (BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLE = {"font.size": 8, "axes.titlesize": 8, "figure.dpi": 200, "pdf.fonttype": 42, "savefig.pad_inches": 0.05}
 PAGE = 7.0  # inches
 PICTURES = {".png": PNG, ".pdf": b"%PDF", ".svg": b"<?xml"}  # how they begin
+MOVIES = {".gif": b"GIF8", ".webp": b"RIFF"}
+MOVING = ("sample", "retrieval", "activations", "masks")  # figures that play
 MEASURES = ("feature_std", "pixels_with_positive", "accuracy")  # of log.jsonl, drawn beside the losses
 
 
@@ -64,7 +71,9 @@ class FigureConfig(EncoderConfig):
     foreground: float = option(0.5, "masks: portion of the pixels that is foreground, beta of Eq. 6", (0.01, 1))
     neighbours: int = option(5, "retrieval: neighbours of a query", (1, 100))
     gallery: int = option(1000, "retrieval: training videos to search, drawn by --seed; 0: all", (0, 10**7))
-    out: str = option("", "file to write (default: FIGURE.png, of report report.html in the run folder)")
+    out: str = option("", "file to write (default: FIGURE.png, compare.html, or report.html in the run folder)")
+
+    moving = property(lambda self: Path(self.out).suffix in MOVIES)
 
 
 class Model(NamedTuple):
@@ -106,19 +115,14 @@ def load_decoder(config: FigureConfig, inputs: list[str]) -> tuple[Model, nn.Mod
     return model, decoder.eval().to(next(model.encoder.parameters()).device)
 
 
-def find_part(config: FigureConfig, train: bool) -> data.VideoList:
-    """`find.find_videos` by the options."""
+def draw_videos(config: FigureConfig, count: int, train: bool = False) -> data.VideoList:
+    """`count` videos of a part, drawn by --seed, or all for 0; the test part is the file of --video if there is one."""
+    if config.video and not train:
+        return data.VideoList([config.video], [-1], [], config.video)
     list_file = config.list_file if train else config.test_list
     with user_errors():
-        return find.find_videos(config.dataset, config.data, train, config.split, list_file)
-
-
-def draw_videos(config: FigureConfig, count: int) -> data.VideoList:
-    """The file of --video, or `count` test videos drawn by --seed."""
-    if config.video:
-        return data.VideoList([config.video], [-1], [], config.video)
-    videos = find_part(config, train=False)
-    return subset(videos, np.random.default_rng(config.seed).permutation(len(videos))[:count].tolist())
+        videos = find.find_videos(config.dataset, config.data, train, config.split, list_file)
+    return subset(videos, np.random.default_rng(config.seed).permutation(len(videos))[: count or None].tolist())
 
 
 def class_name(videos: data.VideoList, index: int) -> str:
@@ -195,7 +199,7 @@ def grid(rows: int, columns: int, cell: float, **options) -> tuple[Figure, np.nd
 
 
 def draw_rows(rows: list[list[tuple]]) -> Figure:
-    """A figure of rows of (title, picture, …), as `show` takes them."""
+    """A figure of rows of (title, picture or clip, …), as `show` takes them."""
     fig, axes = grid(len(rows), len(rows[0]), 1.5, layout="compressed")
     for ax, (title, picture, *more) in zip(axes.flat, itertools.chain(*rows), strict=True):
         show(ax, picture, title, *more)
@@ -211,20 +215,49 @@ def on_clip(encoder: nn.Module, maps: Tensor, size: int, mode: str = "bicubic") 
     return F.grid_sample(maps[:, None].cpu(), places, mode, "border", align_corners=False)[:, 0]
 
 
+def play(artist: matplotlib.artist.Artist, name: str, values: np.ndarray) -> None:
+    """Has `written` give a property of an artist one value after the other. A still figure has the middle one."""
+    artist.frames = [{name: value} for value in values]
+    artist.set(**artist.frames[len(values) // 2])
+
+
 def show(ax: Axes, picture: Tensor, title: str = "", heat: Tensor | None = None, spot: Tensor | None = None) -> None:
-    """Shows a picture (3, H, W) in [0, 1]; over it a map (h, w) in colours, from its least to its greatest value, and a
-    circle around x, y of a spot, in pixels."""
-    image = ax.imshow(picture.permute(1, 2, 0).numpy())
+    """Shows a picture (3, H, W) in [0, 1], or a clip (3, T, H, W) that can play; over it a map (h, w), or maps in time
+    (T', h, w), in colours from their least to their greatest value, and a circle around x, y of a spot, in pixels."""
+    frames = picture.reshape(3, -1, *picture.shape[-2:]).permute(1, 2, 3, 0).numpy()
+    image = ax.imshow(frames[0])
+    play(image, "data", frames)
     ax.set_title(title)
     if heat is not None:
-        ax.imshow(heat.cpu().numpy(), extent=image.get_extent(), interpolation="bicubic", cmap="viridis", alpha=0.6)
+        maps = heat.cpu().reshape(-1, *heat.shape[-2:]).numpy()
+        look = dict(interpolation="bicubic", cmap="viridis", alpha=0.6, vmin=maps.min(), vmax=maps.max())
+        play(ax.imshow(maps[0], extent=image.get_extent(), **look), "data", maps)
     if spot is not None:
         ax.plot(*spot, "o", ms=9, mfc="none", mec=ORANGE, mew=2)
 
 
-def middle(clip: Tensor) -> Tensor:
-    """The middle frame of a uint8 clip (3, frames, H, W): float (3, H, W) in [0, 1]."""
-    return clip[:, clip.shape[1] // 2] / 255
+def written(fig: Figure, suffix: str) -> memoryview:
+    """A figure as the bytes of a file of this kind, and closed; in a GIF or WebP, what `play` was given plays, ten
+    values a second, the shorter ones as slowly as the longest."""
+    memory = io.BytesIO()
+    if suffix in PICTURES:
+        fig.savefig(memory, format=suffix[1:], bbox_inches="tight")
+    else:
+        artists, images = fig.findobj(lambda artist: hasattr(artist, "frames")), []
+        fig.draw_without_rendering()  # which lays it out, once for all
+        fig.set_layout_engine("none")
+        steps = max((len(artist.frames) for artist in artists), default=1)
+        for step in range(steps):
+            for artist in artists:
+                artist.set(**artist.frames[step * len(artist.frames) // steps])
+            fig.savefig(image := io.BytesIO(), format="png", bbox_inches="tight", dpi=150)
+            images.append(Image.open(image).convert("RGB"))
+        if suffix == ".gif":  # in one palette, as colours flicker otherwise
+            palette = images[steps // 2].quantize()
+            images = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images]
+        images[0].save(memory, suffix[1:], save_all=True, append_images=images[1:], duration=100, loop=0)
+    plt.close(fig)
+    return memory.getbuffer()
 
 
 def difference_of(clip: Tensor) -> Tensor:
@@ -233,8 +266,8 @@ def difference_of(clip: Tensor) -> Tensor:
 
 
 def with_difference(clip: Tensor, title: str) -> list[tuple]:
-    """The first two columns of `draw_rows` on a clip (3, frames, H, W): the middle frame, and what moves in it."""
-    return [(title, middle(clip)), ("frame difference × 4", middle(255 * difference_of(clip)))]
+    """The first two columns of `draw_rows` on a uint8 clip (3, frames, H, W): the clip, and what moves in it."""
+    return [(title, clip / 255), ("frame difference × 4", difference_of(clip))]
 
 
 def strip(clip: Tensor, count: int) -> Tensor:
@@ -252,7 +285,8 @@ def draw_boxes(ax: Axes, boxes: Tensor) -> None:
 def draw_activations(config: FigureConfig, inputs: list[str]) -> Figure:
     """Class-agnostic activation maps (Fig. 3, 4): where is each encoder active, summed over channels and time?
 
-    A row for each video: the middle frame, its difference to the next frame (what moves), and the map of each encoder.
+    A row for each video: the middle frame, its difference to the next frame, and the map of each encoder; where it
+    plays, that of each feature frame. Look whether the map is bright on what moves, and goes with it, or on the scene.
     """
     models = load_models(config, inputs)
     videos = draw_videos(models[0].config, config.count or 4)
@@ -260,8 +294,9 @@ def draw_activations(config: FigureConfig, inputs: list[str]) -> Figure:
     for model in models:
         for i, (row, clip) in enumerate(zip(rows, middle_clips(videos, model.config), strict=True)):
             row += [] if row else with_difference(clip, class_name(videos, i))
-            heat = on_clip(model.encoder, activation_map(feature_maps(model.encoder, clip[None])), clip.shape[-1])[0]
-            row.append((model.name, middle(clip), heat))
+            maps = feature_maps(model.encoder, clip[None])
+            maps = torch.cat([activation_map(part) for part in (maps.split(1, 2) if config.moving else [maps])])
+            row.append((model.name, clip / 255, on_clip(model.encoder, maps, clip.shape[-1])))
     return draw_rows(rows)
 
 
@@ -302,6 +337,7 @@ def draw_attention(config: FigureConfig, inputs: list[str]) -> Figure:
 
     The attention of the decoder's last block, averaged over its heads, for two pixels of the source view's feature map,
     circled, the most and the least active one; blue is its least share, yellow its greatest. Views have no colours.
+    Look whether the yellow lies on what the circle marks, wherever the target has it.
     """
     model, decoder = load_decoder(config, inputs)
     options, encoder = model.config, model.encoder
@@ -330,7 +366,7 @@ def draw_masks(config: FigureConfig, inputs: list[str]) -> Figure:
     """Foreground masks (Fig. 8; failures, Fig. 9): what is kept by the activation of RGB, of frame difference, of both.
 
     Made by the key encoder, with batch norm by the statistics of the videos drawn, as in pretraining; background is
-    darkened.
+    darkened. Look whether the bright part holds what moves, and little else.
     """
     model = load_models(config, inputs, key=True)[0]
     videos = draw_videos(model.config, config.count or 4)
@@ -339,68 +375,79 @@ def draw_masks(config: FigureConfig, inputs: list[str]) -> Figure:
     masks = on_clip(model.encoder, masks.flatten(0, 1), model.config.crop, "nearest").unflatten(0, (3, -1))
     rows, titles = [], ("by RGB", "by frame difference", "by both")
     for i, clip in enumerate(clips):
-        darkened = middle(clip) * (0.15 + 0.85 * masks[:, i, None])
+        darkened = clip / 255 * (0.15 + 0.85 * masks[:, i, None, None])
         rows.append([*with_difference(clip, class_name(videos, i)), *zip(titles, darkened, strict=True)])
     return draw_rows(rows)
 
 
 def draw_retrieval(config: FigureConfig, inputs: list[str]) -> Figure:
-    """Test videos and, below each, the training videos nearest to it, as strips of frames.
+    """Test videos and, below each, the training videos nearest to it, as strips of frames; playing, they are beside it.
 
-    A neighbour of the query's class is a hit, ✓; else a miss, ✗; the number is the cosine of their features.
+    A neighbour of the query's class is a hit, ✓; else a miss, ✗; the number is the cosine of their features. Look what
+    a miss has in common with the query: the way it moves, or the scene.
     """
     model = load_models(config, inputs)[0]
-    queries, gallery = draw_videos(model.config, config.count or 4), find_part(model.config, train=True)
-    order = np.random.default_rng(config.seed).permutation(len(gallery))
-    gallery = subset(gallery, order[: config.gallery or None].tolist())
-    features, queries = video_features(model, queries, "queries")
+    features, queries = video_features(model, draw_videos(model.config, config.count or 4), "queries")
+    gallery = draw_videos(model.config, config.gallery, train=True)
     keys, gallery = video_features(model, gallery, "training videos")
     neighbours = neighbours_of(features, queries.paths, keys, gallery.paths, config.neighbours)
     columns = []
-    for i, (clip, found) in enumerate(zip(middle_clips(queries, model.config), neighbours, strict=True)):
-        column = [(f"query: {class_name(queries, i)}", strip(clip / 255, 4))]
+    for i, found in enumerate(neighbours):
+        titles = [f"query: {class_name(queries, i)}"]
         for j, cosine in found:
             sign = "" if queries.labels[i] < 0 else "✓ " if gallery.labels[j] == queries.labels[i] else "✗ "
-            picture = strip(middle_clips(subset(gallery, [j]), model.config)[0] / 255, 4)
-            column.append((f"{sign}{class_name(gallery, j)}  {cosine:.2f}", picture))
-        columns.append(column)
-    return draw_rows([*zip(*columns, strict=False)])  # a query that is in the gallery may have one neighbour fewer
+            titles.append(f"{sign}{class_name(gallery, j)}  {cosine:.2f}")
+        shown = [subset(queries, [i]), subset(gallery, [j for j, _ in found])]
+        clips = torch.cat([middle_clips(videos, model.config) for videos in shown]) / 255
+        columns.append([*zip(titles, clips if config.moving else [strip(clip, 4) for clip in clips], strict=True)])
+    rows = [*zip(*columns, strict=False)]  # a query that is in the gallery may have one neighbour fewer
+    return draw_rows([*zip(*rows, strict=True)] if config.moving else rows)
 
 
 def draw_sample(config: FigureConfig, inputs: list[str]) -> Figure:
     """The views of one training sample: the crops' boxes in the frame, clips, colours, differences, sub-clips.
 
-    Drawn by --seed from the test videos or --video, and augmented as in pretraining. Each sub-clip is cropped and
-    flipped on its own.
+    Drawn by --seed from the test videos or --video, and augmented as in pretraining: source (blue) and target (orange).
+    Each sub-clip is cropped and flipped on its own. Where it plays, a box and what moves beside it are of one time, and
+    a box is gone, and its clip still, outside its window. Look whether both views show what moves.
     """
     model = load_models(config, inputs)[0]
     options, videos = model.config, draw_videos(model.config, 1)
-    parts = max(options.frames // model.encoder.strides[0], 1)
-    shape = options.crop, options.frames, options.frame_stride
-    with user_errors():
-        views = data.PretrainingViews(videos, *shape, parts, config.seed, attempts=1)[0, 0]
+    parts, window = max(options.frames // model.encoder.strides[0], 1), options.frames * options.frame_stride
+    views = data.PretrainingViews(videos, options.crop, options.frames, options.frame_stride, parts)
+    item = views.empty()
+    with user_errors((BadVideo,)):
+        starts = views.write_views(np.random.default_rng(config.seed), videos.paths[0], item)[:, None]
         with Video(videos.paths[0]) as video:
-            frame = torch.from_numpy(video.read([len(video) // 2])[0].copy()).permute(2, 0, 1) / 255
-    fig, axes = grid(5, 2, PAGE / 2, layout="compressed")
-    show(axes[0, 0], frame, f"{class_name(videos, 0)}: a frame, boxes of source (blue) and target (orange)")
-    draw_boxes(axes[0, 0], views["box"])
+            times = np.arange(0, window, options.frame_stride) + starts if config.moving else len(video) // 2
+            times = np.unique(np.minimum(times, len(video) - 1))  # in no, one or both windows
+            frames = torch.from_numpy(np.stack(video.read(times.tolist())))
+    smaller = max(frames.shape[1] // 480, 1)
+    rows, columns = (2, 5) if config.moving else (5, 2)
+    fig, axes = grid(rows, columns, PAGE / 2, layout="compressed")
+    axes = axes.T if config.moving else axes
+    show(axes[0, 0], frames[:, ::smaller, ::smaller].permute(3, 0, 1, 2) / 255, class_name(videos, 0))
+    draw_boxes(axes[0, 0], item["box"] / smaller)
     axes[0, 1].axis("off")
-    for view, name in enumerate(("source", "target")):
-        clip, (left, _, right, _) = views["clip"][view], views["box"][view]
+    for view, (name, start) in enumerate(zip(("source", "target"), starts, strict=True)):
+        clip, (left, _, right, _) = item["clip"][view], item["box"][view]
         rows = {
             "clip" + ", flipped" * bool(left > right): clip / 255,
-            "clip in the colours drawn for it": color_augment(clip[None] / 255, views["color"][view, :1])[0],
-            "frame difference × 4": difference_of(clip),
-            f"{parts} sub-clips, one after the other": views["sub_clips"][view].transpose(0, 1).flatten(1, 2) / 255,
+            "colours": color_augment(clip[None] / 255, item["color"][view, :1])[0],
+            "difference × 4": difference_of(clip),
+            f"{parts} sub-clips": item["sub_clips"][view].transpose(0, 1).flatten(1, 2) / 255,
         }
-        for ax, (title, frames) in zip(axes[1:, view], rows.items(), strict=True):
-            show(ax, strip(frames, 6), f"{name}: {title}")
+        if config.moving:
+            play(axes[0, 0].patches[view], "visible", (times >= start) & (times < start + window))
+        for ax, (title, clip) in zip(axes[1:, view], rows.items(), strict=True):
+            places = ((times - start) * clip.shape[1] // window).clip(0, clip.shape[1] - 1)
+            show(ax, clip[:, places] if config.moving else strip(clip, 6), f"{name}: {title}")
     return fig
 
 
 def draw_curves(config: FigureConfig, inputs: list[str]) -> Figure:
-    """Training curves of runs from their log.jsonl: each loss beside its value at chance (dashed), and what else tells
-    how training goes: spread of the features, pixels with a positive, accuracy of a classifier."""
+    """Training curves of runs (log.jsonl): losses and their values at chance (dashed), spread of the features, pixels
+    with a positive, accuracy of a classifier. Look for losses below chance, and a spread that stays away from 0."""
     logs = [read_log(run) for run in inputs]
     names = {key for log in logs for key in log[-1] if key.startswith("loss/") or key in MEASURES}
     names = sorted(names, key=lambda name: (name in MEASURES, name))
@@ -420,67 +467,123 @@ def draw_curves(config: FigureConfig, inputs: list[str]) -> Figure:
     return fig
 
 
-SECTIONS = ("curves", "sample", "masks", "activations", "attention", "retrieval")  # figures of a report
-CSS = "body { max-width: 60rem; margin: auto; font-family: sans-serif } img { width: 100% } pre { text-wrap: wrap }"
+SECTIONS = ("curves", "retrieval", "activations", "masks", "attention", "sample")  # figures of a report
+SAME = ("dataset", "data", "split", "list_file", "test_list", "exclude", "fraction", "encoder", "width", "frames")
+SAME += ("frame_stride", "crop", "clips")  # options without which results do not compare
+HEAD = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><style>
+html { color-scheme: light dark; font-family: sans-serif; max-width: 60rem; margin: auto; overflow-wrap: anywhere }
+img, table, pre { display: block; max-width: 100%; overflow-x: auto }
+td { padding: 0.2rem 0.3rem; border-bottom: 1px solid gray; overflow-wrap: normal }
+</style>
+"""
+
+
+def escaped(text: str) -> str:
+    """A text for HTML."""
+    return html.escape(shown(text, "\n"))
+
+
+def table(head: tuple, cells: dict[tuple, dict[str, str]]) -> str:
+    """A table in HTML: `cells` has the texts by row and column, `head` tells what the names of a row are."""
+    columns = dict.fromkeys(itertools.chain(*cells.values()))
+    rows = [(*head, *columns), *((*names, *(row.get(name, "–") for name in columns)) for names, row in cells.items())]
+    texts = [[escaped(text).replace("_", "_<wbr>").replace("/", "/<wbr>") for text in row] for row in rows]  # may break
+    return "<table>" + "".join(f"<tr><td>{'</td><td>'.join(row)}</td></tr>\n" for row in texts) + "</table>\n"
+
+
+def results(runs: list[str]) -> dict[tuple, dict[str, str]]:
+    """Cells of a table: what evaluate.py has measured of runs, of untrained encoders in the same way, and chance."""
+    cells, tested = {}, []
+    folders = [*runs, *map(str, sorted(Path("runs").glob("untrained_*")))]
+    for folder, path in ((x, path) for x in folders for path in sorted(Path(x).rglob("*.json")) if path.is_file()):
+        record, name = read_json(path), path.relative_to(folder).with_suffix("").as_posix().removesuffix("/result")
+        with contextlib.suppress(AttributeError, KeyError, TypeError):  # of other files
+            percents = {key[:-8]: value for key, value in record["result"].items() if key.endswith("_percent")}
+            options = [record["config"].get(option) for option in SAME]
+            if folder in runs or options in tested:
+                tested.append(options)
+                columns = {folder: percents.get("recall", percents), "chance": percents.get("chance", {})}
+                for column, values in columns.items():
+                    for measure, value in values.items():
+                        if isinstance(value, float):
+                            cells.setdefault((name, measure), dict.fromkeys(runs, "–"))[column] = f"{value:.2f}"
+    return cells
+
+
+def settings(runs: list[str]) -> dict[tuple, dict[str, str]]:
+    """Cells of a table: what run.json says of the last starts of runs, of several what differs."""
+    flat = {}
+    for run in runs:
+        start = read_starts(Path(run, "run.json"))[-1]
+        flat[run] = start["config"] | start["versions"] | {k: v for k, v in start.items() if not isinstance(v, dict)}
+    names = dict.fromkeys(itertools.chain(*flat.values()))
+    cells = {(name,): {run: str(flat[run].get(name, "–")) for run in runs} for name in names}
+    return {name: row for name, row in cells.items() if len(runs) == 1 or len({*row.values()}) > 1}
 
 
 def write_report(config: FigureConfig, inputs: list[str]) -> str:
-    """One HTML file on a run, which opens offline in any browser: curves, a sample, foreground masks, activation maps,
-    attention of the decoder, neighbours, results of evaluate.py beside the checkpoint, options and environment."""
-    run = Path(inputs[0])
-    start, last = read_starts(run / "run.json")[-1], read_log(inputs[0])[-1]
-    state = load_checkpoint(run / "checkpoint.pt")
+    """One HTML file that opens offline in any browser: results of evaluate.py beside chance and an untrained encoder,
+    figures, how to repeat the run, options. Of several runs it has the curves and the options that differ: look whether
+    these are what you compare."""
+    runs, pictures = [str(Path(run)) for run in inputs], []
+    states = [load_checkpoint(Path(run, "checkpoint.pt")) for run in runs]
+    title, cells = escaped(", ".join(runs)), results(runs)
+    checkpoint = shlex.quote(str(Path(runs[0], "checkpoint.pt")))
+    none = f"No protocol was run yet. This runs one: python evaluate.py retrieve --checkpoint {checkpoint}"
+    note = "Untrained: evaluate.py with the same options, without --checkpoint." if cells else none
     config = dataclasses.replace(config, gallery=min(config.gallery or 200, 200))  # a report is not to take long
-    title, body = html.escape(f"{state['method']} on {state['config'].get('dataset', 'videos')}"), []
-    for name in SECTIONS:
-        if name != "attention" or any(key.startswith("decoder.") for key in state["model"]):
-            draw, memory = FIGURES[name][0], io.BytesIO()
-            figure = draw(config, inputs)
-            figure.savefig(memory, bbox_inches="tight", dpi=150)
-            plt.close(figure)
-            picture = f'src="data:image/png;base64,{base64.b64encode(memory.getvalue()).decode()}"'
-            body.append(f'<h2>{name}</h2><img alt="{name}" {picture}><p>{html.escape(inspect.getdoc(draw))}</p>')
-    for path in filter(Path.is_file, sorted(run.rglob("*.json"))):
-        record = {"result": start} if path == run / "run.json" else read_json(path)
-        if isinstance(record, dict) and "result" in record:  # of evaluate.py
-            text = html.escape(json.dumps(record["result"], indent=1))
-            body.append(f"<h2>{html.escape(shown(str(path.relative_to(run))))}</h2><pre>{text}</pre>")
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{CSS}</style></head>
-<body><h1>{title}</h1><p>{html.escape(shown(inputs[0]))}: {last["step"]} steps, {last["epoch"]:g} epochs</p>
-{"".join(body)}
-</body></html>
-"""
+    for name in SECTIONS if len(runs) == 1 else SECTIONS[:1]:
+        if name != "attention" or any(key.startswith("decoder.") for key in states[0]["model"]):
+            draw = FIGURES[name][0]
+            figure = draw(dataclasses.replace(config, out=f"{name}.webp"), inputs)
+            pictures.append((name, "webp", written(figure, ".webp"), inspect.getdoc(draw)))
+    with user_errors((OSError,)):
+        for path in itertools.chain(*(sorted(Path(run).rglob("*_confusion.png")) for run in runs)):
+            pictures.append((str(path), "png", path.read_bytes(), "Rows are true classes. Look off the diagonal."))
+    parts = [HEAD, f"<title>{title}</title></head>\n<body><h1>{title}</h1>\n<h2>results</h2>"]
+    parts.append(f"{table(('protocol', '%'), cells)}<p>{escaped(note)}</p>\n")
+    for name, kind, picture, caption in pictures:
+        source = f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"
+        parts.append(f'<h2>{escaped(name)}</h2><img alt="{escaped(name)}" src="{source}"><p>{escaped(caption)}</p>\n')
+    parts.append("<h2>options</h2>")
+    for run, state in zip(runs, states, strict=True):
+        starts, last = read_starts(Path(run, "run.json")), read_log(run)[-1]
+        where = f"{state['method']} on {state['config'].get('dataset', 'videos')}"
+        note = f"{run}: {where}, {last['step']} steps, {last['epoch']:g} epochs. To repeat it, take the code of commit "
+        note += f"{starts[-1].get('git_commit') or 'unknown'}, and another --out in the command:"
+        commands = "\n".join(str(start.get("command")) for start in starts)
+        parts.append(f"<p>{escaped(note)}</p><pre>{escaped(commands)}</pre>\n")
+    return "".join(parts) + f"{table(('option',), settings(runs))}</body></html>\n"
 
 
 DRAWN = draw_sample, draw_curves, draw_activations, draw_affinity, draw_attention, draw_masks, draw_retrieval
 FIGURES = {draw.__name__.removeprefix("draw_"): (draw, FigureConfig) for draw in DRAWN}
-FIGURES["report"] = write_report, FigureConfig
+FIGURES |= dict.fromkeys(("report", "compare"), (write_report, FigureConfig))
 
 
 def main() -> None:
     """`visualize.py FIGURE [CHECKPOINT or RUN …] --flag value …`"""
     name, draw, config, inputs = dispatch(FIGURES, __doc__, words=True)
-    if not inputs and name in ("curves", "report"):
-        raise UserError(f"{name} needs a run folder: visualize.py {name} RUN")
-    if len(inputs) > 1 and name not in ("curves", "activations", "affinity"):
+    needed = {"curves": 1, "report": 1, "compare": 2}.get(name, 0)
+    if len(inputs) < needed:
+        raise UserError(f"{name} needs a run folder for each RUN: visualize.py {name}{' RUN' * needed}")
+    if len(inputs) > 1 and name not in ("curves", "activations", "affinity", "compare"):
         raise UserError(f"{name} takes one checkpoint or run folder")
-    suffixes = {".html": b"<!doctype html>"} if name == "report" else PICTURES
-    out = Path(config.out or (Path(inputs[0], "report.html") if name == "report" else f"{name}.png"))
+    suffixes = PICTURES | (MOVIES if name in MOVING else {})
+    suffixes = {".html": HEAD.encode()[:15]} if draw is write_report else suffixes
+    out = Path(config.out or (Path(inputs[0], "report.html") if name == "report" else name + next(iter(suffixes))))
     if out.suffix not in suffixes:
-        raise UserError(f"--out {out}: end it in {' or '.join(suffixes)}")
+        still = f"{name} does not move: " * (out.suffix in MOVIES)
+        raise UserError(f"--out {out}: {still}end it in {' or '.join(suffixes)}")
     if not out.parent.is_dir():
         raise UserError(f"--out {out}: no such folder as {out.parent}")
     check_replaceable(out, suffixes[out.suffix])
     matplotlib.use("agg")
     matplotlib.rcParams.update(STYLE)
     drawn = draw(config, inputs)
-    if isinstance(drawn, Figure):
-        memory = io.BytesIO()
-        drawn.savefig(memory, format=out.suffix[1:], bbox_inches="tight")
-        drawn = memory.getbuffer()
     with user_errors((OSError,)):
-        write_file(out, drawn)
+        write_file(out, written(drawn, out.suffix) if isinstance(drawn, Figure) else drawn)
     print(f"written to {out}")
 
 

@@ -90,6 +90,7 @@ def test_accuracies_by_hand(tmp_path, capsys, monkeypatch):
     evaluate.save_accuracy(ALONE, config, test, scores, good, bad, {"gallery": 7})
     record = json.loads((tmp_path / "knn.json").read_text())
     expected = {"top1_percent": 60.0, "top5_percent": 80.0, "mean_class_percent": 66.67, "test_videos": 5, "gallery": 7}
+    expected["chance_percent"] = {"top1": 25.0, "top5": 100.0, "mean_class": 25.0}
     expected["per_class_percent"] = {"w": 50.0, "x": 100.0, "y": None, "z": 50.0}
     assert record["result"] == expected | {"unreadable": [["e", "cut"]]}
     assert record["protocol"] == "knn" and record["config"]["k"] == 20 and "top1 60.0 %" in capsys.readouterr().out

@@ -180,6 +180,7 @@ COMMANDS = {  # what is written → script and its flags
     "lock": (fima, ["--out=."]),
     "o.png": (visualize, ["curves", "none"]),
     "o.svg": (visualize, ["sample"]),
+    "o.gif": (visualize, ["sample"]),
     "o.html": (visualize, ["report", "none"]),
     "benchmark_step_cpu.json": (benchmark, ["step", "--out=."]),
     "bad.txt": (data, ["check", "."]),

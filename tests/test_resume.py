@@ -268,7 +268,7 @@ def folder(run):
     """A run folder with three lines in its log, and the result of an evaluation."""
     flags = [*CONV4, "--epochs", 2, "--max_steps", 3, "--log_every", 1, "--out", "run"]
     run.ok(moco, *flags, dataset="folder")
-    (run.path / "run" / "knn.json").write_text(json.dumps({"protocol": "knn", "result": {"top1_percent": 50.0}}))
+    (run.path / "run" / "knn.json").write_text(json.dumps({"config": {}, "result": {"top1_percent": 50.0}}))
     return run.path / "run"
 
 

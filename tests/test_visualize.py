@@ -1,7 +1,10 @@
 """Figures: the numbers behind them against plain loops, every command on a tiny checkpoint, and users' mistakes."""
 
+import itertools
+import json
 import math
 import shutil
+from html.parser import HTMLParser
 from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
@@ -10,9 +13,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import CONV4
+from PIL import Image
 
 import augment
 import data
+import evaluate
 import fima
 import find
 import moco
@@ -129,6 +134,46 @@ def test_a_command_draws_a_picture(draw, runs, tmp_path, name, inputs, flags):
         assert picture.shape[1] <= 7.2 * 200 and picture.std() > 0.05  # of the page's width, and not empty
 
 
+@pytest.mark.parametrize(
+    "name, flags", [("activations", []), ("retrieval", ["--neighbours=2", "--gallery=4", "--clips=1"]), ("sample", [])]
+)
+def test_clips_play(draw, runs, tmp_path, name, flags):
+    suffix = "webp" if name == "activations" else "gif"
+    draw(name, runs / "fima", "--workers=0", "--count=1", *flags, f"--out=x.{suffix}")
+    with Image.open(tmp_path / f"x.{suffix}") as movie:
+        steps = [np.asarray(movie.convert("RGB")).astype(int) for i in range(movie.n_frames) if not movie.seek(i)]
+        assert movie.format.lower() == suffix and (tmp_path / f"x.{suffix}").stat().st_size < 3_000_000
+    assert 16 <= len(steps) <= (32 if name == "sample" else 16)
+    assert all(np.abs(a - b).max() > 30 for a, b in itertools.pairwise(steps))
+
+
+def test_a_sample_shows_each_box_and_frame_while_its_window_lasts(videos):
+    config = visualize.FigureConfig(encoder="conv4", crop=32, data=str(videos), out="x.gif", seed=1)
+    figure = visualize.draw_sample(config, [])
+    path = visualize.draw_videos(visualize.load_models(config, [])[0].config, 1).paths[0]
+    views = data.PretrainingViews(data.VideoList([path], [-1], [], ""), 32, sub_clips=2)
+    starts = views.write_views(np.random.default_rng(1), path, item := views.empty()).tolist()
+    windows = [range(start, start + 32, 2) for start in starts]  # of videos of 40 frames
+    times = sorted({*windows[0], *windows[1]})
+    assert len({*starts}) == 2 and figure.axes[0].get_title() in path
+    for view, (box, window) in enumerate(zip(figure.axes[0].patches, windows, strict=True)):
+        assert [bool(step["visible"]) for step in box.frames] == [window[0] <= t < window[0] + 32 for t in times]
+        played = [step["data"] for step in figure.axes[1 + 5 * view].images[0].frames]
+        for step, time in zip(played, times, strict=True):
+            frame = min(max((time - window[0]) // 2, 0), 15)
+            assert np.allclose(step, item["clip"][view, :, frame].permute(1, 2, 0) / 255), (view, time)
+    plt.close(figure)
+
+
+def test_maps_play_and_are_still_at_the_middle():
+    figure, axes = visualize.grid(1, 1, 1)
+    visualize.show(axes[0, 0], torch.rand(3, 4, 6, 6), heat=(maps := torch.rand(2, 3, 3)))
+    clip, heat = axes[0, 0].images
+    assert len(clip.frames) == 4 and np.array_equal(clip.get_array(), clip.frames[2]["data"])
+    assert np.array_equal(heat.get_array(), maps[1]) and heat.get_clim() == (maps.min(), maps.max())
+    plt.close(figure)
+
+
 def test_one_file_and_an_untrained_encoder_are_enough(draw, videos):
     for name in ("masks", "sample"):
         assert f"{name}.png" in draw(name, "--video", find.find_videos("synthetic", videos, False).paths[0], *UNTRAINED)
@@ -143,19 +188,87 @@ def test_videos_without_labels_or_parts(draw, videos, tmp_path):
     draw("retrieval", *where, "--count=2", "--neighbours=9")
 
 
+class Page(HTMLParser):
+    """What a page in HTML has: headings, kinds of pictures, rows of tables, and all its text."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.headings, self.pictures, self.rows, self.text, content = [], [], [], "", path.read_text()
+        assert "://" not in content and "<script" not in content and "<&>" not in content
+        assert "color-scheme: light dark" in content and 'name="viewport"' in content
+        self.feed(content)
+
+    def handle_starttag(self, tag, attributes):
+        self.pictures += [dict(attributes)["src"].partition(";")[0]] if tag == "img" else []
+        self.rows += [[]] if tag == "tr" else []
+        if tag == "td":
+            self.rows[-1].append("")
+
+    def handle_data(self, text):
+        self.text += text
+        if self.lasttag in ("td", "wbr"):
+            self.rows[-1][-1] += text.strip()
+        self.headings += [text] if self.lasttag == "h2" and text.strip() else []
+
+
 @pytest.mark.slow
 def test_the_report_is_one_file_that_holds_its_pictures(draw, runs):
     draw("report", runs / "fima", "--workers=0", "--clips=1")
-    page = (runs / "fima" / "report.html").read_text()
-    assert page.count("<img ") == page.count('src="data:image/png;base64,') == len(visualize.SECTIONS)
-    assert "://" not in page and "<script" not in page  # "http" alone may stand in a picture by chance
-    assert "&lt;&amp;&gt;" in page and "<&>" not in page and "decoder_width" in page
+    page = Page(runs / "fima" / "report.html")
+    assert page.headings == ["results", *visualize.SECTIONS, "options"]
+    assert page.pictures == ["data:image/webp"] * len(visualize.SECTIONS)
+    assert "fima: FIMA on synthetic, 2 steps" in page.text and "<&>" in page.text
+    assert ["decoder_width", "16"] in page.rows and "fima.py --encoder" in page.text
+
+
+@pytest.mark.slow
+def test_results_are_those_of_evaluate_beside_chance_and_an_untrained_encoder(run, runs, tmp_path, monkeypatch, videos):
+    quick = ["--device=cpu", "--workers=0", "--clips=1"]
+    monkeypatch.setattr(visualize, "SECTIONS", ("curves",))
+    run.ok(visualize, "compare", runs / "moco", runs / "fima", *quick, dataset=None)
+    page = Page(tmp_path / "compare.html")
+    assert page.headings == ["results", "curves", "options"] and page.rows[0] == ["protocol", "%"]
+    assert "python evaluate.py retrieve --checkpoint " + repr(str(runs / "moco" / "checkpoint.pt")) in page.text
+    assert ["decoder_width", "–", "16"] in page.rows and "crop" not in [row[0] for row in page.rows]
+
+    records = {"fima": {}, "untrained": {}}
+    for protocol in ("retrieve", "knn"):
+        for name, flags in {"fima": ["--checkpoint", runs / "fima" / "checkpoint.pt"], "untrained": CONV4}.items():
+            run.ok(evaluate, protocol, *flags, *quick)
+            folder = runs / "fima" if name == "fima" else tmp_path / "runs" / "untrained_conv4"
+            records[name][protocol] = json.loads((folder / f"{protocol}_synthetic.json").read_text())["result"]
+    run.ok(evaluate, "knn", *CONV4, *quick, "--clips=2", "--out=runs/untrained_conv4/svm_synthetic.json")  # another
+    run.ok(visualize, "compare", runs / "moco", runs / "fima", *quick, dataset=None)
+    found, untrained = records["fima"], records["untrained"]
+    others = [18 - len([*folder.iterdir()]) for folder in (videos / "train").iterdir()]  # of ten classes
+    missed = sum(math.comb(count, 5) / math.comb(18, 5) for count in others) / 10
+    assert found["retrieve"]["chance_percent"]["R@5"] == pytest.approx(100 - 100 * missed, abs=0.01)
+    page, numbers = Page(tmp_path / "compare.html"), []
+    for name in ("top1", "top5", "mean_class"):
+        both = [record["knn"][f"{name}_percent"] for record in (found, untrained)]
+        numbers.append(["knn_synthetic", name, both[0], {"top5": 50.0}.get(name, 10.0), both[1]])
+    for name, number in found["retrieve"]["recall_percent"].items():
+        chance, other = found["retrieve"]["chance_percent"][name], untrained["retrieve"]["recall_percent"][name]
+        numbers.append(["retrieve_synthetic", name, number, chance, other])
+    assert page.rows[0] == [
+        "protocol",
+        "%",
+        *(str(runs / x) for x in ("moco", "fima")),
+        "chance",
+        "runs/untrained_conv4",
+    ]
+    assert [[*row[:2], *map(float, row[3:])] for row in page.rows[1:9]] == numbers and page.rows[1][2] == "–"
+    assert page.pictures == ["data:image/webp", "data:image/png"] and page.headings[2].endswith(
+        "knn_synthetic_confusion.png"
+    )
 
 
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["activations", "FIMA", "--out=x.gif"], "end it in .png or .pdf or .svg"),
+        (["activations", "FIMA", "--out=x.jpg"], "end it in .png or .pdf or .svg or .gif or .webp"),
+        (["affinity", "FIMA", "--out=x.gif"], "affinity does not move: end it in .png or .pdf or .svg"),
+        (["compare", "FIMA"], "compare needs a run folder for each RUN: visualize.py compare RUN RUN"),
         (["activations", "FIMA", "--out=no/x.png"], "no such folder"),
         (["activations", "FIMA", "--video=none.mp4", "--workers=0"], "none.mp4: No such file"),
         (["activations", "FIMA", "--dataset=folder", "--data=.", "--list_file=a", "--test_list=none.txt"], "none.txt"),
