@@ -282,8 +282,7 @@ def counted_step(method: Method, views: dict[str, Any], gpu: str, bf16: bool) ->
     with mock.patch.object(torch.__future__, "get_overwrite_module_params_on_conversion", lambda: True):
         method._apply(fakes.from_tensor)
     views = {name: fakes.from_tensor(x) if isinstance(x, Tensor) else x for name, x in views.items()}
-    on_gpu = {"_on_cpu": lambda clips: False, "_on_gpu": augment._encoder_input}
-    with fakes, mock.patch.multiple(augment, **on_gpu):
+    with fakes, mock.patch.multiple(augment, _on_cpu=lambda clips: False, _on_gpu=augment._encoder_input):
         optimizer = sgd(method, method.config)
         method.encoder_input = counter.counts_as("colours")(method.encoder_input)
         for part, name in (("query pass", "encoder"), ("key passes", "key_encoder"), ("decoder", "decoder")):
