@@ -162,7 +162,7 @@ class Training:
         views = {name: values.zero_() for name, values in made.empty(config.batch_size * config.accumulate).items()}
         for name in {"clip", "sub_clips"} & views.keys():
             views[name].random_(0, 256)
-        views["box"][:] = torch.tensor([40.0, 0.0, 280.0, 240.0])  # nothing takes longer with others
+        views["box"][:] = torch.tensor([40.0, 0.0, 280.0, 240.0])  # a step takes as long with any
         rng = np.random.default_rng(config.seed)
         for color in views["color"].flatten(0, 2):
             color.copy_(torch.from_numpy(data.draw_color(rng, **made.color)))
