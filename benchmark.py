@@ -147,7 +147,7 @@ class Training:
         views = {name: values.zero_() for name, values in made.empty(config.batch_size * config.accumulate).items()}
         for name in {"clip", "sub_clips"} & views.keys():
             views[name].random_(0, 256)
-        views["box"][:] = torch.tensor([40.0, 0.0, 280.0, 240.0])  # nothing takes longer with others
+        views["box"][:] = torch.tensor([40.0, 0.0, 280.0, 240.0])  # a step takes as long with any
         rng = np.random.default_rng(config.seed)
         for color in views["color"].flatten(0, 2):
             color.copy_(torch.from_numpy(data.draw_color(rng, **made.color)))
@@ -267,8 +267,7 @@ def counted_step(method: Method, views: dict[str, Any], gpu: str, bf16: bool) ->
     with mock.patch.object(torch.__future__, "get_overwrite_module_params_on_conversion", lambda: True):
         method._apply(fakes.from_tensor)
     views = {name: fakes.from_tensor(x) if isinstance(x, Tensor) else x for name, x in views.items()}
-    on_gpu = {"_on_cpu": lambda clips: False, "_on_gpu": augment._encoder_input}
-    with fakes, mock.patch.multiple(augment, **on_gpu):
+    with fakes, mock.patch.multiple(augment, _on_cpu=lambda clips: False, _on_gpu=augment._encoder_input):
         optimizer = sgd(method, method.config)
         method.encoder_input = counter.counts_as("colours")(method.encoder_input)
         for part, name in (("query pass", "encoder"), ("key passes", "key_encoder"), ("decoder", "decoder")):
