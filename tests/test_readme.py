@@ -1,12 +1,15 @@
 """README, CONTRIBUTING and docs: commands parse, and files, links, flags, names and tests that they name exist."""
 
 import argparse
+import ast
 import itertools
 import json
 import re
 import runpy
 import shlex
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -137,3 +140,21 @@ def test_every_promise_names_tests_that_exist():
     for promise in promises:
         named = re.findall(r"`(test_\w+\.py)`", promise)
         assert named and all((ROOT / "tests" / name).is_file() for name in named), promise
+
+
+def texts_of(path: Path) -> Iterator[str]:
+    """The texts in a module's source, with … for each value that an f-string takes in."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+        elif isinstance(node, ast.JoinedStr):
+            yield "".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
+
+
+def test_troubleshooting_quotes_what_the_program_prints():
+    table = PAGES["docs/training.md"].partition("## Troubleshooting")[2].partition("## ")[0]
+    rows = re.findall(r"^\| (`.*?`) \|", table, re.MULTILINE)
+    quoted = [beginning for row in rows for beginning in re.findall(r"`(.*?)`", row)]
+    printed = [text for path in ROOT.glob("*.py") for text in texts_of(path)]
+    assert 20 <= len(rows) <= 25
+    assert not [beginning for beginning in quoted if not any(text.startswith(beginning) for text in printed)]
