@@ -3,6 +3,7 @@
     python visualize.py sample --dataset ucf101 --data /data/ucf101         # boxes, clips, differences, sub-clips
     python visualize.py curves runs/moco runs/fima                          # training curves of one or several runs
     python visualize.py activations runs/moco runs/fima                     # activation maps, side by side (Fig. 3, 4)
+    python visualize.py affinity runs/moco runs/fima                        # RGB against motion features (Fig. 5)
     python visualize.py attention runs/fima --video clip.mp4                # where the motion decoder looks (Fig. 7)
     python visualize.py masks runs/fima                                     # foreground of each modality (Fig. 8, 9)
     python visualize.py retrieval runs/fima                                 # queries and their nearest neighbours
@@ -58,7 +59,6 @@ PAGE = 7.0  # inches
 PICTURES = {".png": PNG, ".pdf": b"%PDF", ".svg": b"<?xml"}  # how they begin
 MOVIES = {".gif": b"GIF8", ".webp": b"RIFF"}
 MOVING = ("sample", "retrieval", "activations", "masks")  # figures that play
-ONE = ("sample", "attention", "masks", "retrieval", "report")  # those of one checkpoint
 MEASURES = ("feature_std", "pixels_with_positive", "accuracy")  # of log.jsonl, drawn beside the losses
 
 
@@ -67,7 +67,7 @@ class FigureConfig(EncoderConfig):
     """Options of the figures. What is left open is as in the first checkpoint's training."""
 
     video: str = option("", "a video file to draw, instead of test videos of the data set")
-    count: int = option(0, "test videos, drawn by --seed; 0: 4", (0, 10**6))
+    count: int = option(0, "test videos, drawn by --seed; 0: 4, of affinity 50", (0, 10**6))
     foreground: float = option(0.5, "masks: portion of the pixels that is foreground, beta of Eq. 6", (0.01, 1))
     neighbours: int = option(5, "retrieval: neighbours of a query", (1, 100))
     gallery: int = option(1000, "retrieval: training videos to search, drawn by --seed; 0: all", (0, 10**7))
@@ -150,6 +150,11 @@ def both_modalities(encoder: nn.Module, clips: Tensor, difference: str = "adjace
     pretraining: the running statistics of batch norm belong to no single modality, or to RGB alone."""
     encoder.train()
     return feature_maps(encoder, clips), feature_maps(encoder, clips, DIFFERENCES[difference])
+
+
+def cosines(x: Tensor, y: Tensor) -> Tensor:
+    """Cosines of each with each feature of a sample: (N, A, C), (N, B, C) → (N, A, B)."""
+    return F.normalize(x, dim=2) @ F.normalize(y, dim=2).mT
 
 
 def foreground_masks(rgb: Tensor, motion: Tensor, ratio: float) -> Tensor:
@@ -293,6 +298,38 @@ def draw_activations(config: FigureConfig, inputs: list[str]) -> Figure:
             maps = torch.cat([activation_map(part) for part in (maps.split(1, 2) if config.moving else [maps])])
             row.append((model.name, clip / 255, on_clip(model.encoder, maps, clip.shape[-1])))
     return draw_rows(rows)
+
+
+def draw_affinity(config: FigureConfig, inputs: list[str]) -> Figure:
+    """How RGB and motion features of an encoder fit each other in space and in time (Fig. 5).
+
+    (a) Cosine of each RGB with each motion feature pixel, mean over the clips: bright on the diagonal alone where a
+    pixel tells the motion at its own place. (b) Cosine of the pooled RGB feature of each clip with the pooled motion
+    feature of each clip of the same video: wide where features follow the motion through the video.
+    """
+    models = load_models(config, inputs, key=True)
+    videos, pictures = draw_videos(models[0].config, config.count or 50), []
+    fig, axes = plt.subplots(1, len(models) + 1, figsize=(PAGE, PAGE / (len(models) + 1)), layout="constrained")
+    for place, (ax, model) in enumerate(zip(axes, models, strict=False), 1):
+
+        def compared(clips: Tensor, model: Model = model) -> Tensor:
+            both = both_modalities(model.encoder, clips, model.config.difference)
+            rgb, motion = (maps.mean(2).flatten(2).mT for maps in both)  # (n, HW, C)
+            return torch.cat([rgb.mean(1), motion.mean(1), cosines(rgb, motion).flatten(1)], 1)
+
+        found, _ = video_features(model, videos, "test videos", compared)
+        channels = model.encoder.out_channels
+        rgb, motion, affinity = found.tensor_split([channels, 2 * channels], 2)
+        matrix = affinity.mean((0, 1)).unflatten(0, (round(affinity.shape[2] ** 0.5), -1)).numpy()
+        pictures.append(ax.imshow(matrix, cmap="viridis"))
+        ax.set(title=model.name, xlabel="motion pixel", ylabel="RGB pixel")
+        axes[-1].violinplot(cosines(rgb, motion).flatten().numpy(), [place], showmeans=True, widths=0.8)
+    for picture in pictures:  # in one scale
+        picture.set_clim(min(p.norm.vmin for p in pictures), max(p.norm.vmax for p in pictures))
+    fig.colorbar(pictures[0], ax=axes[:-1], label="cosine", shrink=0.6)
+    axes[-1].set_xticks(range(1, len(models) + 1), [model.name for model in models])
+    axes[-1].set(ylabel="cosine", title="clips in time", box_aspect=1)
+    return fig
 
 
 def draw_attention(config: FigureConfig, inputs: list[str]) -> Figure:
@@ -520,7 +557,7 @@ def write_report(config: FigureConfig, inputs: list[str]) -> str:
     return "".join(parts) + f"{table(('option',), settings(runs))}</body></html>\n"
 
 
-DRAWN = draw_sample, draw_curves, draw_activations, draw_attention, draw_masks, draw_retrieval
+DRAWN = draw_sample, draw_curves, draw_activations, draw_affinity, draw_attention, draw_masks, draw_retrieval
 FIGURES = {draw.__name__.removeprefix("draw_"): (draw, FigureConfig) for draw in DRAWN}
 FIGURES |= dict.fromkeys(("report", "compare"), (write_report, FigureConfig))
 
@@ -531,7 +568,7 @@ def main() -> None:
     needed = {"curves": 1, "report": 1, "compare": 2}.get(name, 0)
     if len(inputs) < needed:
         raise UserError(f"{name} needs a run folder for each RUN: visualize.py {name}{' RUN' * needed}")
-    if len(inputs) > 1 and name in ONE:
+    if len(inputs) > 1 and name not in ("curves", "activations", "affinity", "compare"):
         raise UserError(f"{name} takes one checkpoint or run folder")
     suffixes = PICTURES | (MOVIES if name in MOVING else {})
     suffixes = {".html": HEAD.encode()[:15]} if draw is write_report else suffixes

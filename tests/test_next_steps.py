@@ -52,7 +52,6 @@ FEW = {  # flags that are added to a command, by its script, or script and sub-c
     "evaluate.py finetune": [*TESTED, "--epochs=1", "--batch_size=6"],
     "evaluate.py": TESTED,
     "scene_bias.py": TESTED,
-    "affinity.py": [*TESTED, "--count=3"],
     "foreground.py": [*TESTED, "--test_batch=4"],
     "visualize.py report": ["--clips=1", "--gallery=4", "--workers=0", "--device=cpu"],
     "visualize.py": [*TESTED, "--count=6", "--gallery=4"],

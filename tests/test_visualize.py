@@ -115,6 +115,7 @@ def test_maps_lie_on_what_their_pixels_look_at(size, pixels, stride, offset):
     "name, inputs, flags",
     [
         ("activations", ["moco", "fima"], ["--count=2", "--out=x.svg"]),
+        ("affinity", ["moco", "fima"], ["--count=3"]),
         ("attention", ["fima"], ["--count=2"]),
         ("curves", ["moco", "fima"], ["--out=x.pdf"]),
         ("masks", ["fima"], ["--count=2", "--foreground=0.3"]),
@@ -266,7 +267,7 @@ def test_results_are_those_of_evaluate_beside_chance_and_an_untrained_encoder(ru
     "words, message",
     [
         (["activations", "FIMA", "--out=x.jpg"], "end it in .png or .pdf or .svg or .gif or .webp"),
-        (["attention", "FIMA", "--out=x.gif"], "attention does not move: end it in .png or .pdf or .svg"),
+        (["affinity", "FIMA", "--out=x.gif"], "affinity does not move: end it in .png or .pdf or .svg"),
         (["compare", "FIMA"], "compare needs a run folder for each RUN: visualize.py compare RUN RUN"),
         (["activations", "FIMA", "--out=no/x.png"], "no such folder"),
         (["activations", "FIMA", "--video=none.mp4", "--workers=0"], "none.mp4: No such file"),
