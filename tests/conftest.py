@@ -6,11 +6,11 @@ import sys
 
 os.environ["OMP_NUM_THREADS"] = "1"  # operators so small take longer where threads wait for each other
 
+import benchmark
 import pytest
 from helpers import SMALL, free_folders, one_line
 from hypothesis import settings
 
-import benchmark
 import cli
 import data
 import evaluate
@@ -19,8 +19,6 @@ import pretrain
 import synthetic
 import visualize
 from video import Video
-
-sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "examples"))  # where simclr is
 
 settings.register_profile("project", deadline=None, derandomize=True, max_examples=30)
 settings.load_profile("project")

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from unittest import mock
 
+import benchmark
 import pytest
 import simclr
 import test_mcl
@@ -20,7 +21,6 @@ import tubelet_contrast
 from conftest import main_of
 from helpers import CONV4, FORK, ROOT, write
 
-import benchmark
 import cli
 import data
 import dclr

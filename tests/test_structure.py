@@ -22,7 +22,7 @@ PARTS = {  # which can be copied alone, but data with video
 }
 METHODS = {"moco", "fima", "fame", "dclr", "mcl"}
 SHARED = {"pretrain", "cli"}  # by all methods: options, views, main; how a script starts and ends
-COMMANDS = {"evaluate", "visualize", "benchmark"}
+COMMANDS = {"evaluate", "visualize"}
 
 
 def imports(name: str) -> set[str]:

@@ -1,8 +1,8 @@
 """Speed of this code, as ratios of variants that take turns in one run.
 
-    python benchmark.py data --dataset folder --data /videos    # reading a sample, against decoding alone
-    python benchmark.py step --dataset ucf101    # a training step, against its encoder passes alone
-    python benchmark.py count --dataset ucf101    # bytes, FLOP, memory of a step on a GPU, without one
+    python examples/benchmark.py data --dataset folder --data /videos    # reading a sample, against decoding alone
+    python examples/benchmark.py step --dataset ucf101    # a training step, against its encoder passes alone
+    python examples/benchmark.py count --dataset ucf101    # bytes, FLOP, memory of a step on a GPU, without one
 
 A machine's speed wanders, so milliseconds of two runs do not compare. After a warm-up of each, variants go round robin
 (A B C A B C …), and what to quote is the ratio: the median over the rounds of a variant's time by the base's in the
@@ -18,6 +18,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -36,6 +37,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's folder
 import augment
 import data
 import fima
