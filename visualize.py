@@ -131,10 +131,10 @@ def class_name(videos: data.VideoList, index: int) -> str:
     return plain(Path(videos.paths[index]).stem if label < 0 else videos.classes[label])
 
 
-def middle_clips(videos: data.VideoList, config: FigureConfig) -> Tensor:
+def middle_clips(paths: list[str], config: FigureConfig) -> Tensor:
     """`data.read_clip` of each video, uint8 (N, 3, frames, crop, crop); a UserError names one that cannot be read."""
     with user_errors((BadVideo,)):
-        clips = [data.read_clip(path, config.frames, config.frame_stride, config.crop) for path in videos.paths]
+        clips = [data.read_clip(path, config.frames, config.frame_stride, config.crop) for path in paths]
     return torch.stack(clips)
 
 
@@ -292,7 +292,7 @@ def draw_activations(config: FigureConfig, inputs: list[str]) -> Figure:
     videos = draw_videos(models[0].config, config.count or 4)
     rows = [[] for _ in videos.paths]
     for model in models:
-        for i, (row, clip) in enumerate(zip(rows, middle_clips(videos, model.config), strict=True)):
+        for i, (row, clip) in enumerate(zip(rows, middle_clips(videos.paths, model.config), strict=True)):
             row += [] if row else with_difference(clip, class_name(videos, i))
             maps = feature_maps(model.encoder, clip[None])
             maps = torch.cat([activation_map(part) for part in (maps.split(1, 2) if config.moving else [maps])])
@@ -370,7 +370,7 @@ def draw_masks(config: FigureConfig, inputs: list[str]) -> Figure:
     """
     model = load_models(config, inputs, key=True)[0]
     videos = draw_videos(model.config, config.count or 4)
-    clips = middle_clips(videos, model.config)
+    clips = middle_clips(videos.paths, model.config)
     masks = foreground_masks(*both_modalities(model.encoder, clips, model.config.difference), config.foreground).float()
     masks = on_clip(model.encoder, masks.flatten(0, 1), model.config.crop, "nearest").unflatten(0, (3, -1))
     rows, titles = [], ("by RGB", "by frame difference", "by both")
@@ -390,15 +390,15 @@ def draw_retrieval(config: FigureConfig, inputs: list[str]) -> Figure:
     features, queries = video_features(model, draw_videos(model.config, config.count or 4), "queries")
     gallery = draw_videos(model.config, config.gallery, train=True)
     keys, gallery = video_features(model, gallery, "training videos")
-    neighbours = neighbours_of(features, queries.paths, keys, gallery.paths, config.neighbours)
     columns = []
-    for i, found in enumerate(neighbours):
+    for i, found in enumerate(neighbours_of(features, queries.paths, keys, gallery.paths, config.neighbours)):
         titles = [f"query: {class_name(queries, i)}"]
         for j, cosine in found:
             sign = "" if queries.labels[i] < 0 else "✓ " if gallery.labels[j] == queries.labels[i] else "✗ "
-            titles.append(f"{sign}{class_name(gallery, j)}  {cosine:.2f}")
-        shown = [subset(queries, [i]), subset(gallery, [j for j, _ in found])]
-        clips = torch.cat([middle_clips(videos, model.config) for videos in shown]) / 255
+            title = "{}{}\n{:.2f}" if config.moving else "{}{}  {:.2f}"
+            titles.append(title.format(sign, class_name(gallery, j), cosine))
+        paths = [queries.paths[i], *(gallery.paths[j] for j, _ in found)]
+        clips = middle_clips(paths, model.config) / 255
         columns.append([*zip(titles, clips if config.moving else [strip(clip, 4) for clip in clips], strict=True)])
     rows = [*zip(*columns, strict=False)]  # a query that is in the gallery may have one neighbour fewer
     return draw_rows([*zip(*rows, strict=True)] if config.moving else rows)

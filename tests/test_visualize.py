@@ -250,17 +250,11 @@ def test_results_are_those_of_evaluate_beside_chance_and_an_untrained_encoder(ru
     for name, number in found["retrieve"]["recall_percent"].items():
         chance, other = found["retrieve"]["chance_percent"][name], untrained["retrieve"]["recall_percent"][name]
         numbers.append(["retrieve_synthetic", name, number, chance, other])
-    assert page.rows[0] == [
-        "protocol",
-        "%",
-        *(str(runs / x) for x in ("moco", "fima")),
-        "chance",
-        "runs/untrained_conv4",
-    ]
+    columns = [str(runs / "moco"), str(runs / "fima"), "chance", "runs/untrained_conv4"]
+    assert page.rows[0] == ["protocol", "%", *columns]
     assert [[*row[:2], *map(float, row[3:])] for row in page.rows[1:9]] == numbers and page.rows[1][2] == "–"
-    assert page.pictures == ["data:image/webp", "data:image/png"] and page.headings[2].endswith(
-        "knn_synthetic_confusion.png"
-    )
+    assert page.pictures == ["data:image/webp", "data:image/png"]
+    assert page.headings[2].endswith("knn_synthetic_confusion.png")
 
 
 @pytest.mark.parametrize(
