@@ -340,7 +340,7 @@ def draw_confusion(path: Path, percent: Tensor, classes: list[str], title: str) 
     axes = Figure((side, side), layout="constrained").subplots()
     options = dict(include_values=few, values_format=".0f", xticks_rotation="vertical", im_kw=dict(vmin=0, vmax=100))
     ConfusionMatrixDisplay(percent.numpy(), display_labels=list(map(plain, classes))).plot(ax=axes, **options)
-    axes.set_title(f"{title}, in % of each class")
+    axes.set_title(f"{title}, in % of each class", fontsize=8)
     axes.tick_params(labelsize=7)
     memory = io.BytesIO()
     axes.figure.savefig(memory, dpi=150, bbox_inches="tight")
@@ -426,10 +426,12 @@ def classify(config: ClassifyConfig) -> None:
     process, config, encoder, train, test, seen = prepare(config)
     views, frozen = training_views(config, train), isinstance(config, LinearConfig)
     classifier = Classifier(encoder, len(train.classes), frozen, 0 if frozen else config.dropout)
-    cached = cached_features(encoder, config, process, views) if frozen and (config.cached or config.features) else None
-    videos, place = len(cached[1]) if cached else len(views), (process.rank, process.world_size)
-    with user_errors():
-        sampler = data.StepSampler(videos, config.batch_size * config.accumulate, config.epochs, config.seed, *place)
+    place = config.batch_size * config.accumulate, config.epochs, config.seed, process.rank, process.world_size
+    with user_errors():  # fewer videos than in a batch: said before their features are computed, and where some are bad
+        sampler, cached = data.StepSampler(len(views), *place), None
+        if frozen and (config.cached or config.features):
+            cached = cached_features(encoder, config, process, views)
+            sampler = data.StepSampler(len(cached[1]), *place)
 
     def make_loader(start: int) -> Iterator[dict]:
         sampler.start_step = start
@@ -447,7 +449,7 @@ def classify(config: ClassifyConfig) -> None:
     torch.set_num_threads(threads)
     probabilities, good, bad = video_outputs(classifier.eval().probabilities, test, config, process, "test videos")
     trained = process.of_first(lambda: load_checkpoint(checkpoint, whole=False)["step"])  # no other may have the folder
-    more = {"training_videos": videos, "trained_epochs": trained / steps}
+    more = {"training_videos": sampler.length, "trained_epochs": trained / steps}
     save_accuracy(process, config, test, probabilities, good, bad, more)
 
 

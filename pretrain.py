@@ -154,6 +154,8 @@ def pretrain(method_class: type[Method], config: PretrainConfig) -> None:
     untrained = copy.deepcopy(method.encoder) if config.dataset == "synthetic" else None
     videos = process.first(config.find_videos, lambda videos: videos.mark(config.root))
     process.say(videos.report)
+    if process.device.type == "cpu" and config.encoder != "conv4":
+        process.say(f"note: {config.encoder} takes many seconds a step without a GPU: try --encoder conv4 --crop 32")
     seen = {"videos": videos.seen(config.root)} if process.rank == 0 else {}
     config = continued(config, process, seen)
     views = process.first(lambda: method.make_views(videos))

@@ -271,7 +271,8 @@ def _is_complete(root: Path, recipe: dict) -> bool:
     with contextlib.suppress(ValueError, TypeError):
         own = {SYNTHETIC_MARKER, *_synthetic_names(**json.loads(text))}
     if others := sorted(held - own):
-        raise FileExistsError(f"{root} holds other files, such as {others[0]!r}: give the set a folder of its own")
+        advice = "give the set a folder of its own, or with videos of your own --dataset folder"
+        raise FileExistsError(f"{root} holds other files, such as {others[0]!r}: {advice}")
     return False
 
 

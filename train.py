@@ -319,7 +319,7 @@ class Log:
         self.lines: list[tuple[int, dict[str, float]]] = []  # since the last summary: number of steps, means
         self.waited, self.since, self.warned = 0.0, time.perf_counter(), set()
         self.making = torch.zeros(3)  # seconds in which this process's loader read files, decoded, and scaled crops
-        self.bar = progress(run.process, total=run.config.epochs * run.steps_per_epoch, initial=run.done, unit="step")
+        self.bar = progress(run.process, total=run.stop, initial=run.done, unit="step")
 
     def add_bad(self, bad: list[tuple[str, str]]) -> None:
         """Names videos that could not be read, and why, each once."""

@@ -576,6 +576,8 @@ def main() -> None:
     if out.suffix not in suffixes:
         still = f"{name} does not move: " * (out.suffix in MOVIES)
         raise UserError(f"--out {out}: {still}end it in {' or '.join(suffixes)}")
+    if not config.out and not out.parent.is_dir():
+        raise UserError(f"{inputs[0]}: no such run folder")
     if not out.parent.is_dir():
         raise UserError(f"--out {out}: no such folder as {out.parent}")
     check_replaceable(out, suffixes[out.suffix])
