@@ -8,6 +8,7 @@ Evaluation, figures and the end of a first run go this way; processes started by
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import zipfile
@@ -219,6 +220,7 @@ class FeaturesConfig(EncoderConfig):
     exclude: str = option("", "file of training videos to leave out, as in pretraining")
     normalise: str = option("on", "L2-normalise the feature of each clip, as all protocols do", SWITCH)
     map: str = option("off", "feature maps (C, T, H, W) instead of their means (C)", SWITCH)
+    frame_rate: float = option(25.0, "frames a second of videos that are folders of frames", (0.01, 1000))
     out: str = option("features.npz", "file to write")
 
 
@@ -256,6 +258,7 @@ def write_features(config: FeaturesConfig) -> None:
         return F.normalize(outputs, dim=1) if config.normalise == "on" else outputs
 
     clips = data.TestClips(videos, config.crop, config.frames, config.frame_stride, config.clips)
+    clips.open = functools.partial(data.Video, rate=config.frame_rate)
     with torch.no_grad():
         shape = function(clips.empty()["clips"][:1].to(process.device)).shape[1:]
     row = np.dtype([("features", "f4", (config.clips, *shape)), ("starts", "f4", config.clips)])

@@ -507,6 +507,7 @@ class ShrinkConfig(Options):
 
     side: int = option(256, "shorter side in pixels at most; no frame is enlarged", (2, 4320))
     keyframes: int = option(32, "frames from one keyframe to the next at most", (1, 1000))
+    frame_rate: float = option(25.0, "frames a second of videos that are folders of frames", (0.01, 1000))
     crf: int = option(23, "constant rate factor of x264: the lower, the better and larger", (1, 51))
     workers: int = option(os.cpu_count() or 1, "processes, one a core if not given", (1, 1024))
 
@@ -540,7 +541,7 @@ def _shrink_file(targets: dict[str, Path], out: Path, config: ShrinkConfig, path
     made, target = out / HIDDEN / "made" / os.urandom(8).hex(), targets[path]
     target.parent.mkdir(parents=True, exist_ok=True)
     if is_video(path) or os.path.isdir(path):
-        with Video(path) as video, video.bad_video():
+        with Video(path, config.frame_rate) as video, video.bad_video():
             write_file(made, _encode(video, config))
             with Video(made) as copy:
                 if copy.times() != video.times():
@@ -564,7 +565,9 @@ def shrink(config: ShrinkConfig, data: str, folder: str) -> None:
     sound; other files as they are. What is in OUT is kept, so that it goes on where it was stopped. Exit code 1 if
     there are videos that can't be read: they are not in OUT, and OUT/failed.txt says why."""
     root, out = os.path.abspath(data), Path(folder)
-    recipe = json.dumps({"root": root, "side": config.side, "keyframes": config.keyframes, "crf": config.crf})
+    recipe = {"root": root, "side": config.side, "keyframes": config.keyframes, "crf": config.crf}
+    recipe |= {"frame_rate": config.frame_rate} if config.frame_rate != ShrinkConfig.frame_rate else {}
+    recipe = json.dumps(recipe)
     with user_errors():
         if Path(root).resolve() in (out.resolve(), *out.resolve().parents):
             raise ValueError(f"{out} is in {root}: name another folder")

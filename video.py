@@ -113,13 +113,16 @@ class Video(contextlib.ExitStack):
     - else (as of raw or interlaced H.264, or where something is lost) from decoding the whole video when it is opened,
       once in a process.
 
+    Args:
+        rate: frames a second, of a folder or a file that does not say it.
+
     Raises BadVideo when the file can't be opened, is none of `CONTAINERS`, holds fewer than two frames of video, or
     more than `MAX_FRAMES`, `MAX_PIXELS` or `MAX_BYTES`, or when that is not known after `DEADLINE` seconds.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, rate: float = 25):
         super().__init__()
-        self.path, self._container = str(path), None
+        self.path, self._container, self._rate = str(path), None, Fraction(rate).limit_denominator(1001)
         try:
             self._state, self._frames = os.stat(self.path), frames_of(self.path)
             source = io.BytesIO(self._packet(0)) if self._frames else f"file:{self.path}"
@@ -323,7 +326,7 @@ class Video(contextlib.ExitStack):
         stream = self._container.streams.best("video")
         stamps, unit = [self._stamps[i] for i in self._order] if self._clock == "index" else [None], stream.time_base
         if None in stamps or any(b <= a for a, b in pairwise(stamps)):
-            stamps, unit = range(len(self)), 1 / (stream.average_rate or Fraction(25))
+            stamps, unit = range(len(self)), 1 / ((not self._frames and stream.average_rate) or self._rate)
         return [(stamp - stamps[0]) * unit for stamp in stamps]
 
     def read(self, frames: Sequence[int]) -> list[np.ndarray]:

@@ -2,12 +2,12 @@
 
 import json
 
+import benchmark
 import pytest
 import torch
 from helpers import ALONE, views_without_colours
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
-import benchmark
 import dclr
 import fame
 import mcl

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import ALONE, ROOT, free_port
+from PIL import Image
 
 import cli
 import evaluate
@@ -214,3 +215,14 @@ def test_torch_hub_gives_the_encoder(trained, tmp_path):
         assert not encoder.training and torch.equal(encoder(clips), expected(clips))
     untrained = torch.hub.load(str(ROOT), "fima", source="local", encoder="conv4", width=0.25)
     assert untrained.out_channels == 24
+
+
+def test_clips_of_frame_folders_begin_by_the_frame_rate(run):
+    path = find.find_videos("synthetic", run.videos, True).paths[0]
+    for folder in ("a", "b"):
+        (run.path / "films" / folder).mkdir(parents=True)
+        with features.data.Video(path) as video:
+            for k, image in enumerate(video.read(range(40))):
+                Image.fromarray(image).save(run.path / "films" / folder / f"{k}.png")
+    run.ok(evaluate, "features", *FLAGS, "--dataset=folder", "--data=films", "--frame_rate=10", dataset=None)
+    np.testing.assert_allclose(load(run.path / "f.npz")["starts"], [[0, 1.2, 2.5]] * 2, atol=1e-6)  # 26 starts

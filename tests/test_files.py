@@ -11,6 +11,7 @@ import sys
 import time
 from unittest.mock import MagicMock, Mock
 
+import benchmark
 import pytest
 import torch
 from helpers import (
@@ -28,7 +29,6 @@ from helpers import (
     within,
 )
 
-import benchmark
 import data
 import evaluate
 import fima

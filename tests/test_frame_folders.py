@@ -56,6 +56,8 @@ def test_frames_equal_the_pictures_in_order_of_their_numbers(tmp_path, name):
         assert len(opened) == 12 and opened.times() == [Fraction(k, 25) for k in range(12)]
         with pytest.raises(IndexError):
             opened.read([12])
+    with Video(folder, rate=30000 / 1001) as opened:
+        assert opened.times()[11] == Fraction(11 * 1001, 30000)
     assert shown(folder, range(12)) == [*range(12)]
     assert shown(str(folder), [9, 2, 3, 2, 11, 0]) == [9, 2, 3, 2, 11, 0]
 
@@ -260,7 +262,7 @@ def test_shrinking_makes_files_of_folders(tmp_path, in_process):
     touch(root, "c/v/flow_x_1.jpg", "c/v/flow_x_2.jpg")
     write(root / "list.txt", "c/v 0", "c/w.avi 1", "c/link.avi 0")
     for _ in range(2):
-        code, said, err = in_process(data, "shrink", root, out, "--side=24", "--workers=1")
+        code, said, err = in_process(data, "shrink", root, out, "--side=24", "--workers=1", "--frame_rate=10")
         assert code == 1 and said.startswith("2 videos, 0.0 → 0.0 MB;") and "1 of 3 videos" in said, err
     flow = [f"c/{folder}/flow_x_{k}.jpg" for folder in ("link", "v") for k in (1, 2)]
     held = {*flow, "c/link.mp4", "c/v.mp4", "c/w.avi", "failed.txt", "list.txt"}
@@ -268,5 +270,5 @@ def test_shrinking_makes_files_of_folders(tmp_path, in_process):
     assert all((out / name).is_symlink() == name.startswith("c/v") for name in held)  # of two names of a file, one is
     listed = [find_videos("folder", place, train=True, list_file="list.txt") for place in (root, out)]
     assert listed[0].labels == [0, 1, 0] and listed[1].labels == [0, 1]
-    with Video(root / "c/v") as old, Video(out / "c/v.mp4") as new:
+    with Video(root / "c/v", 10) as old, Video(out / "c/v.mp4") as new:
         assert new.times() == old.times() and new.read([3])[0].shape == (24, 32, 3)
