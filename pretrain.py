@@ -63,7 +63,7 @@ class PretrainConfig(TrainConfig, VideosConfig):
     frame_stride: int = option(2, "a clip takes every Nth frame of the video", (1, 4096))
     crop: int = option(224, "height and width of a clip in pixels; the paper has 112 for r2plus1d_18", (1, 1024))
     encoder: str = option("i3d", "video encoder; on a CPU, conv4 with --crop 32", tuple(ENCODERS))
-    width: float = option(1.0, "factor on the encoder's numbers of channels", (0.01, 8))
+    width: float = detail(1.0, "factor on the encoder's numbers of channels", (0.01, 8))
     min_scale: float = detail(0.2, "least share of a frame's area that a random crop covers", (0.01, 1))
     jitter_p: float = detail(0.8, "probability of colour jitter (A.3 prints 0.2)", (0, 1))
     gray_p: float = detail(0.2, "probability of grayscale", (0, 1))

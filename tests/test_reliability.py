@@ -122,18 +122,18 @@ def undisturbed(videos, tmp_path_factory):
 
 @pytest.mark.slow
 def test_killed_at_random_moments_a_run_ends_as_if_it_had_not_been(undisturbed, tmp_path):
-    """Ten kills at random lines, every second one while a checkpoint is written, all with a loader's worker."""
+    """Six kills at random lines, every second one while a checkpoint is written, all with a loader's worker."""
     expected, flags = undisturbed
     flags = [*flags, "--workers", "1", "--save_minutes", "0"]
     random, steps = Random(0), set()
-    for life in range(10):
+    for life in range(6):
         saving = ("save", "save_checkpoint")
         kill = (random.randint(1, 40), saving) if life % 2 else (random.randint(1, 700), ())
         code, out = finish(start(tmp_path, *flags, "--resume", "auto", kill=kill), tmp_path)
         assert code == -signal.SIGKILL, out
         saved = tmp_path / "run" / "checkpoint.pt"
         steps.add(weights(saved)["step"] if saved.exists() else 0)
-    assert len(steps) > 3 and any(step % 9 for step in steps)  # they struck at different places, in mid-epoch, too
+    assert len(steps) > 2 and any(step % 9 for step in steps)  # they struck at different places, in mid-epoch, too
     end_well(tmp_path, *flags, "--resume", "auto")
     assert equal_ends(expected, tmp_path / "run") and log(tmp_path / "run") == log(expected)
 

@@ -3,7 +3,9 @@
 import itertools
 import json
 import math
+import re
 import shutil
+import subprocess
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
@@ -221,6 +223,25 @@ def test_the_report_is_one_file_that_holds_its_pictures(draw, runs):
     assert ["decoder_width", "16"] in page.rows and "fima.py --encoder" in page.text
 
 
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not BROWSER, reason="no Chromium is installed")
+def test_a_browser_shows_the_whole_report_without_a_complaint(draw, runs, tmp_path):
+    draw("report", runs / "fima", "--workers=0", "--clips=1", "--out=report.html")
+    page, script = tmp_path / "report.html", "document.title = [...document.images].map(x => x.naturalWidth > 0)"
+    shown, checked = Page(page), tmp_path / "checked.html"
+    checked.write_text(page.read_text() + f"<script>window.onload = () => {{ {script} }}</script>")
+    headless = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    headless += ["--enable-logging=stderr", "--virtual-time-budget=5000", "--dump-dom", checked.as_uri()]
+    done = subprocess.run(headless, capture_output=True, text=True, timeout=120)
+    assert f"<title>{','.join(['true'] * len(visualize.SECTIONS))}</title>" in done.stdout
+    assert ":CONSOLE" not in done.stderr
+    (tmp_path / "dom.html").write_text(re.sub("<script>.*</script>", "", done.stdout))
+    assert Page(tmp_path / "dom.html").rows == shown.rows
+
+
 @pytest.mark.slow
 def test_results_are_those_of_evaluate_beside_chance_and_an_untrained_encoder(run, runs, tmp_path, monkeypatch, videos):
     quick = ["--device=cpu", "--workers=0", "--clips=1"]
@@ -270,7 +291,7 @@ def test_results_are_those_of_evaluate_beside_chance_and_an_untrained_encoder(ru
         (["masks", "FIMA", "MOCO"], "takes one"),
         (["curves"], "curves needs a run folder"),
         (["curves", "nowhere"], "No such file"),
-        (["report", "nowhere"], "no such folder"),
+        (["report", "nowhere"], "nowhere: no such run folder"),
     ],
 )
 def test_a_mistake_is_one_line(run, runs, words, message):
