@@ -27,7 +27,7 @@ import find
 from augment import DIFFERENCES, encoder_input
 from cli import loader_workers, start_process
 from models import ENCODERS, build_encoder, encoder_weights, load_weights, recognize
-from runs import load_checkpoint, saved_options
+from runs import check_new, load_checkpoint, saved_options
 from train import SWITCH, Options, Process, UserError, check_sums, option, progress, user_errors
 
 PART = 256  # videos whose features are written together: memory stays small, and a stop costs no more
@@ -155,7 +155,7 @@ def clip_outputs(
     Args:
         function: uint8 clips (n, 3, frames, crop, crop) on the device → (n, …).
         clips: a data set like `data.TestClips`, with the list `videos`.
-        least: 0 where perhaps none of the videos can be read, as in a part of them.
+        least: 0 for a part of the videos, of which perhaps none can be read, and whose caller says how far it is.
 
     Returns, the same on every process, (videos, clips, …) on the CPU, or with `average` the means over clips (videos,
     …); whether each video could be read (videos,); path and reason of those that could not; when the clips begin, in
@@ -165,7 +165,7 @@ def clip_outputs(
     mine = batches[process.rank :: process.world_size]
     sampler = BatchSampler([i for batch in mine for i in batch], size, drop_last=False)
     loader, found, bad = data.load_batches(clips, sampler, workers), {}, []
-    for videos in progress(process, mine, desc=title, unit="batch", leave=False):
+    for videos in progress(process, mine, desc=title, unit="batch", leave=False) if least else mine:
         with user_errors((OSError,)):
             batch = next(loader)
         batch_clips = batch["clips"].to(process.device, non_blocking=True)  # (B, N, 3, frames, crop, crop)
@@ -246,6 +246,7 @@ def write_features(config: FeaturesConfig) -> None:
     a stop, the same command goes on.
     """
     process, out = start_process(config.device), Path(config.out)
+    process.of_first(lambda: check_new(out))
     encoder, config = load_encoder(config, process.say)
     encoder = encoder.to(process.device)
     with user_errors():
@@ -268,14 +269,12 @@ def write_features(config: FeaturesConfig) -> None:
     partial = Path(f"{out}.{zlib.crc32(recipe):08x}.partial")
 
     def begin() -> int:
-        if out.exists():
-            raise UserError(f"{out} is there already: name another --out")
         with open(partial, "ab") as file:
             return file.tell() // row.itemsize
 
     with user_errors((OSError,)):
         done = process.of_first(begin)
-    for first in progress(process, range(done, len(videos), PART), desc="parts", unit="part"):
+    for first in progress(process, range(done, len(videos), PART), desc=f"each {PART} videos", unit="part"):
         clips.videos = subset(videos, range(first, min(first + PART, len(videos))))
         rows, title = np.empty(len(clips), row), f"videos from {first + 1} on"
         work = process, loader_workers(config), config.test_batch, title

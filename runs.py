@@ -84,6 +84,12 @@ def check_replaceable(path: str | Path, *beginnings: bytes) -> None:
         raise UserError(f"{path} is {what}: name another --out")
 
 
+def check_new(path: Path) -> None:
+    """Raises UserError where there is something at a path."""
+    if path.exists():
+        raise UserError(f"{path} is there already: name another --out")
+
+
 def git_commit() -> str:
     """Commit of the code that runs, "+changes" if its files differ from it; "" outside a git checkout."""
     describe = ["describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+changes"]
