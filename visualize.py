@@ -223,14 +223,14 @@ def play(artist: matplotlib.artist.Artist, name: str, values: np.ndarray) -> Non
 
 def show(ax: Axes, picture: Tensor, title: str = "", heat: Tensor | None = None, spot: Tensor | None = None) -> None:
     """Shows a picture (3, H, W) in [0, 1], or a clip (3, T, H, W) that can play; over it a map (h, w), or maps in time
-    (T', h, w), in colours from their least to their greatest value, and a circle around x, y of a spot, in pixels."""
+    (T', h, w), in colours from 0 to their greatest value, or twice their mean, and a circle around x, y of a spot."""
     frames = picture.reshape(3, -1, *picture.shape[-2:]).permute(1, 2, 3, 0).numpy()
     image = ax.imshow(frames[0])
     play(image, "data", frames)
     ax.set_title(title)
     if heat is not None:
         maps = heat.cpu().reshape(-1, *heat.shape[-2:]).numpy()
-        look = dict(interpolation="bicubic", cmap="viridis", alpha=0.6, vmin=maps.min(), vmax=maps.max())
+        look = dict(interpolation="bicubic", cmap="viridis", alpha=0.6, vmin=0, vmax=max(maps.max(), 2 * maps.mean()))
         play(ax.imshow(maps[0], extent=image.get_extent(), **look), "data", maps)
     if spot is not None:
         ax.plot(*spot, "o", ms=9, mfc="none", mec=ORANGE, mew=2)
@@ -296,7 +296,9 @@ def draw_activations(config: FigureConfig, inputs: list[str]) -> Figure:
             row += [] if row else with_difference(clip, class_name(videos, i))
             maps = feature_maps(model.encoder, clip[None])
             maps = torch.cat([activation_map(part) for part in (maps.split(1, 2) if config.moving else [maps])])
-            row.append((model.name, clip / 255, on_clip(model.encoder, maps, clip.shape[-1])))
+            share = maps / maps.mean()  # of encoders with other scales, to compare
+            title = f"{model.name}, {share.min():.1f} to {share.max():.1f} × mean"
+            row.append((title, clip / 255, on_clip(model.encoder, maps, clip.shape[-1])))
     return draw_rows(rows)
 
 
@@ -336,7 +338,7 @@ def draw_attention(config: FigureConfig, inputs: list[str]) -> Figure:
     """Where in the target the motion decoder looks for a point of the source (Fig. 7).
 
     The attention of the decoder's last block, averaged over its heads, for two pixels of the source view's feature map,
-    circled, the most and the least active one; blue is its least share, yellow its greatest. Views have no colours.
+    circled, the most and the least active one; blue is none, and if it is uniform all is green. Views have no colours.
     Look whether the yellow lies on what the circle marks, wherever the target has it.
     """
     model, decoder = load_decoder(config, inputs)

@@ -172,7 +172,9 @@ def test_maps_play_and_are_still_at_the_middle():
     visualize.show(axes[0, 0], torch.rand(3, 4, 6, 6), heat=(maps := torch.rand(2, 3, 3)))
     clip, heat = axes[0, 0].images
     assert len(clip.frames) == 4 and np.array_equal(clip.get_array(), clip.frames[2]["data"])
-    assert np.array_equal(heat.get_array(), maps[1]) and heat.get_clim() == (maps.min(), maps.max())
+    assert np.array_equal(heat.get_array(), maps[1]) and heat.get_clim() == (0, maps.max())
+    visualize.show(axes[0, 0], torch.rand(3, 6, 6), heat=torch.full((3, 3), 0.5))
+    assert axes[0, 0].images[-1].get_clim() == (0, 1)  # a uniform map is in the middle of the scale
     plt.close(figure)
 
 
