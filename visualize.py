@@ -7,7 +7,7 @@
     python visualize.py attention runs/fima --video clip.mp4                # where the motion decoder looks (Fig. 7)
     python visualize.py masks runs/fima                                     # foreground of each modality (Fig. 8, 9)
     python visualize.py retrieval runs/fima                                 # queries and their nearest neighbours
-    python visualize.py sample --out sample.gif                             # playing, as retrieval, activations, masks
+    python visualize.py sample --out sample.gif                             # playing; so do others, as retrieval
     python visualize.py report runs/fima                                    # all of a run in one HTML file
     python visualize.py compare runs/moco runs/fima                         # results, options and curves of runs
 
@@ -58,8 +58,13 @@ STYLE = {"font.size": 8, "axes.titlesize": 8, "figure.dpi": 200, "pdf.fonttype":
 PAGE = 7.0  # inches
 PICTURES = {".png": PNG, ".pdf": b"%PDF", ".svg": b"<?xml"}  # how they begin
 MOVIES = {".gif": b"GIF8", ".webp": b"RIFF"}
-MOVING = ("sample", "retrieval", "activations", "masks")  # figures that play
-MEASURES = ("feature_std", "pixels_with_positive", "accuracy")  # of log.jsonl, drawn beside the losses
+MOVING = ("sample", "curves", "retrieval", "activations", "masks")  # figures that play
+MEASURES = (
+    "feature_std",
+    "pixels_with_positive",
+    "contrast_accuracy/vv",
+    "accuracy",
+)  # of log.jsonl, drawn beside the losses
 
 
 @dataclasses.dataclass(frozen=True)
@@ -368,7 +373,8 @@ def draw_masks(config: FigureConfig, inputs: list[str]) -> Figure:
     """Foreground masks (Fig. 8; failures, Fig. 9): what is kept by the activation of RGB, of frame difference, of both.
 
     Made by the key encoder, with batch norm by the statistics of the videos drawn, as in pretraining; background is
-    darkened. Look whether the bright part holds what moves, and little else.
+    darkened. Look whether the bright part holds what moves, and little else; percents are of the frame differences, of
+    which a random mask holds what --foreground says.
     """
     model = load_models(config, inputs, key=True)[0]
     videos = draw_videos(model.config, config.count or 4)
@@ -378,7 +384,10 @@ def draw_masks(config: FigureConfig, inputs: list[str]) -> Figure:
     rows, titles = [], ("by RGB", "by frame difference", "by both")
     for i, clip in enumerate(clips):
         darkened = clip / 255 * (0.15 + 0.85 * masks[:, i, None, None])
-        rows.append([*with_difference(clip, class_name(videos, i)), *zip(titles, darkened, strict=True)])
+        moved = (clip[:, 1:].float() - clip[:, :-1].float()).abs().mean((0, 1)).cpu()
+        shares = (masks[:, i].cpu() * moved).mean((1, 2)) / moved.mean()
+        named = [f"{title}: {share:.0%}" for title, share in zip(titles, shares, strict=True)]
+        rows.append([*with_difference(clip, class_name(videos, i)), *zip(named, darkened, strict=True)])
     return draw_rows(rows)
 
 
@@ -449,10 +458,11 @@ def draw_sample(config: FigureConfig, inputs: list[str]) -> Figure:
 
 def draw_curves(config: FigureConfig, inputs: list[str]) -> Figure:
     """Training curves of runs (log.jsonl): losses and their values at chance (dashed), spread of the features, pixels
-    with a positive, accuracy of a classifier. Look for losses below chance, and a spread that stays away from 0."""
+    with a positive, share of clips nearer to their own key than to all of the queue, accuracy of a classifier; of one
+    run the last value. Look for losses below chance, and a spread away from 0. Where they play, the epochs pass."""
     logs = [read_log(run) for run in inputs]
     names = {key for log in logs for key in log[-1] if key.startswith("loss/") or key in MEASURES}
-    names = sorted(names, key=lambda name: (name in MEASURES, name))
+    names = sorted(names, key=lambda name: (not name.startswith("loss/"), name))
     fig, rows = plt.figure(layout="constrained"), math.ceil(len(names) / 3)
     fig.set_size_inches(PAGE, 1.9 * rows)
     for place, key in enumerate(names, 1):
@@ -461,8 +471,11 @@ def draw_curves(config: FigureConfig, inputs: list[str]) -> Figure:
             for part, line, label in ((key, "-", run_name(str(Path(run, "log.jsonl")))), (chance, "--", None)):
                 points = np.array([(entry["epoch"], entry[part]) for entry in log if part in entry]).reshape(-1, 2)
                 alone = "o" if len(points) == 1 else None  # a line of one point is none
-                ax.plot(*points.T, line, color=color, lw=1, ms=3, marker=alone, label=label)
-        ax.set(title=key + " (dashed: chance)" * any(chance in log[-1] for log in logs), xlabel="epoch")
+                (curve,) = ax.plot(*points.T, line, color=color, lw=1, ms=3, marker=alone, label=label)
+                if config.moving:
+                    play(curve, "data", [points[:n].T for n in np.linspace(1, len(points), 40).astype(int)])
+        title = f"{key} {logs[0][-1][key]:.3g}" if len(logs) == 1 else key
+        ax.set(title=title + " (dashed: chance)" * any(chance in log[-1] for log in logs), xlabel="epoch")
         ax.grid(alpha=0.3)
     if len(inputs) > 1:
         fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=4)
@@ -538,7 +551,8 @@ def write_report(config: FigureConfig, inputs: list[str]) -> str:
     for name in SECTIONS if len(runs) == 1 else SECTIONS[:1]:
         if name != "attention" or any(key.startswith("decoder.") for key in states[0]["model"]):
             draw = FIGURES[name][0]
-            figure = draw(dataclasses.replace(config, out=f"{name}.webp"), inputs)
+            out = name + (".png" if name == "curves" else ".webp")  # curves that play can't be read
+            figure = draw(dataclasses.replace(config, out=out), inputs)
             pictures.append((name, "webp", written(figure, ".webp"), inspect.getdoc(draw)))
     with user_errors((OSError,)):
         for path in itertools.chain(*(sorted(Path(run).rglob("*_confusion.png")) for run in runs)):

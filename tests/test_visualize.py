@@ -302,6 +302,40 @@ def test_a_mistake_is_one_line(run, runs, words, message):
     run.refused(visualize, *(places.get(word, word) for word in words), dataset=None, says=[message])
 
 
+def test_curves_play_from_the_first_point_to_the_last_and_are_named_by_it(tmp_path):
+    lines = [{"step": n, "epoch": n / 10, "loss/vv": 5 - n / 10, "chance/vv": 5.5} for n in range(1, 31)]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for out, frames in (("x.gif", 40), ("x.png", 0)):
+        (ax,) = visualize.draw_curves(visualize.FigureConfig(out=out), [str(tmp_path)]).axes
+        curve, chance = ax.lines
+        assert ax.get_title() == "loss/vv 2 (dashed: chance)" and len(getattr(curve, "frames", ())) == frames
+        for place, count in ((0, 1), (-1, 30)) if frames else ():
+            assert curve.frames[place]["data"].tolist() == [
+                [n["epoch"] for n in lines[:count]],
+                [n["loss/vv"] for n in lines[:count]],
+            ]
+            assert len(chance.frames[place]["data"][0]) == count
+        plt.close("all")
+
+
+def test_masks_are_named_by_their_share_of_the_frame_differences(runs, videos, monkeypatch):
+    """Masks of the left half of the frame."""
+    half = torch.zeros(3, 2, 4, 4)
+    half[..., :2] = 1
+    monkeypatch.setattr(visualize, "foreground_masks", lambda *_: half)
+    config = visualize.FigureConfig(count=2, workers=0, device="cpu", data=str(videos))
+    axes = np.reshape(visualize.draw_masks(config, [str(runs / "moco")]).axes, (2, -1))
+    model = visualize.load_models(config, [str(runs / "moco")])[0]
+    drawn = visualize.draw_videos(model.config, 2)
+    for row, clip in zip(axes, visualize.middle_clips(drawn.paths, model.config).double(), strict=True):
+        moved = (clip[:, 1:] - clip[:, :-1]).abs().mean((0, 1))
+        share = moved[:, : moved.shape[1] // 2].sum() / moved.sum()
+        assert [ax.get_title() for ax in row[2:]] == [
+            f"{name}: {share:.0%}" for name in ("by RGB", "by frame difference", "by both")
+        ]
+    plt.close("all")
+
+
 def test_strips_are_frames_from_first_to_last():
     clip = torch.arange(9.0)[None, :, None, None].expand(3, 9, 2, 2) / 10
     found = visualize.strip(clip, 3)
