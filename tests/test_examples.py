@@ -5,12 +5,17 @@ import itertools
 import json
 import math
 
+import draw_method
 import foreground
 import pytest
 import simclr
 import torch
 import tubelet_contrast as tubelet
 from helpers import CONV4, join_group, log_ratio, make_views, mean, weights
+from matplotlib.patches import FancyArrowPatch
+from matplotlib.path import Path
+from matplotlib.text import Text
+from PIL import Image
 
 import cli
 import data
@@ -166,3 +171,18 @@ def test_foreground_adds_up_what_masks_hold(run, monkeypatch):
     for kind, values in shares.items():
         assert found[f"{kind}_both"] == found[f"{kind}_rgb"] == pytest.approx(mean(values), abs=0.02)
         assert found[f"{kind}_best"] > found[f"{kind}_both"]
+
+
+def test_the_picture_of_the_method_is_wide_enough_and_nothing_lies_on_its_texts(tmp_path, in_process, monkeypatch):
+    fig = draw_method.draw()
+    monkeypatch.setattr(draw_method, "draw", lambda: fig)
+    assert in_process(draw_method, "--out", tmp_path / "method.png")[0] == 0
+    assert Image.open(tmp_path / "method.png").width >= 1000
+    texts = [text for text in fig.findobj(Text) if text.get_text() and text.get_visible()]
+    places = {text.get_text(): text.get_window_extent() for text in texts}
+    assert len(places) > 20
+    for (one, place), (other, taken) in itertools.combinations(places.items(), 2):
+        assert not place.overlaps(taken), f"{one!r} and {other!r}"
+    for patch in fig.findobj(FancyArrowPatch):
+        for line in patch.get_path().to_polygons(patch.get_transform(), closed_only=False):
+            assert not [text for text, place in places.items() if Path(line).intersects_bbox(place, filled=False)]

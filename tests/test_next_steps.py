@@ -53,6 +53,7 @@ FEW = {  # flags that are added to a command, by its script, or script and sub-c
     "evaluate.py": TESTED,
     "scene_bias.py": TESTED,
     "foreground.py": [*TESTED, "--test_batch=4"],
+    "draw_method.py": ["--out=method.png"],
     "visualize.py report": ["--clips=1", "--gallery=4", "--workers=0", "--device=cpu"],
     "visualize.py": [*TESTED, "--count=6", "--gallery=4"],
 }
