@@ -265,7 +265,10 @@ class Slow(Bare):
         return super().forward(batch)
 
 
-def test_a_slow_loader_is_told_once_in_the_first_epoch_with_what_it_takes_so_long_for(tmp_path, capsys):
+def test_a_slow_loader_is_told_once_in_the_first_epoch_with_what_it_takes_so_long_for(tmp_path, capsys, monkeypatch):
+    now = [0.0]  # by a clock that only sleep moves
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(time, "sleep", lambda seconds: now.append(now.pop() + seconds))
     made = {"seconds": torch.tensor([[0.1, 0.5, 0.2], [0.1, 0.1, 1.0]])}
     says = r"data wait \d+%, as the loader is slow \(60% scaling, 30% decoding, 10% reading files\): .* data\.py shrink"
     fit(Bare(), tmp_path / "slow", wait=0.05, more=made)
