@@ -317,7 +317,8 @@ class TestClips(Items):
             _begin(path, index)
             with self.open(path) as video:
                 starts = np.linspace(0, max(len(video) - times[-1] - 1, 0), self.clips).round().astype(int)
-                item["start"][:] = torch.tensor([float(time) for time in video.times()])[starts]
+                seconds = video.times()
+                item["start"][:] = torch.tensor([float(seconds[k]) for k in starts])
                 frames = np.minimum(starts[:, None] + times, len(video) - 1).ravel().tolist()
                 for images in video.stream(frames):
                     height, width = next(iter(images.values())).shape[:2]

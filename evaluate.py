@@ -234,6 +234,14 @@ def recall_at_k(queries: Tensor, labels: Tensor, gallery: Tensor, known: Tensor,
     return {k: same[:, :k].any(1) for k in ks}
 
 
+def chance_at_k(labels: Tensor, known: Tensor, classes: int, ks=RECALLS) -> dict[int, float]:
+    """R@k of a gallery in random order, by k: labels of queries (Q,) and gallery (G,) → the mean over queries."""
+    size, drawn = len(known), torch.arange(min(len(known), max(ks)))
+    others = size - torch.bincount(known, minlength=classes)[labels, None]  # (Q, 1), of other classes
+    misses = ((others - drawn).clamp(min=0) / (size - drawn)).cumprod(1).mean(0)  # none of the first 1, 2, … is a hit
+    return {k: 1 - misses[:k][-1].item() for k in ks}
+
+
 def knn_scores(queries: Tensor, gallery: Tensor, labels: Tensor, classes: int, k: int, temperature: float) -> Tensor:
     """Votes of the k nearest, weighing exp(cosine / temperature) (Wu et al., CVPR 2018, Sec. 3.4), as shares that sum
     to 1: queries (Q, C), gallery (G, C), its labels (G,) → (Q, classes)."""
@@ -460,14 +468,12 @@ def retrieve(config: RetrieveConfig) -> None:
     compared by cosine.
     """
     process, config, test, gallery, gallery_labels, queries, good, bad = compared(config)
-    labels, size = torch.tensor(test.labels), len(gallery)
+    labels = torch.tensor(test.labels)
     hits = recall_at_k(queries, labels, gallery, gallery_labels)
     recalls = {f"R@{k}": round(100 * (hit & good).float().mean().item(), 2) for k, hit in hits.items()}
-    others, drawn = size - torch.bincount(gallery_labels, minlength=len(test.classes)), torch.arange(min(size, 50))
-    misses = ((others[labels, None] - drawn).clamp(min=0) / (size - drawn)).cumprod(1).mean(0)  # of a random order
-    chance = {f"R@{k}": round(100 - 100 * misses[:k][-1].item(), 2) for k in RECALLS}
-    found = {"recall_percent": recalls, "chance_percent": chance, "queries": len(queries), "gallery": size}
-    found["unreadable"] = bad
+    chance = chance_at_k(labels, gallery_labels, len(test.classes))
+    found = {"recall_percent": recalls, "chance_percent": {f"R@{k}": round(100 * p, 2) for k, p in chance.items()}}
+    found |= {"queries": len(queries), "gallery": len(gallery), "unreadable": bad}
     save_result(process, config, found, recalls, len(test))
 
 

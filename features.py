@@ -100,7 +100,7 @@ def load_encoder(config: EncoderConfig | str, say=print, key: bool = False) -> t
     return encoder.eval(), config
 
 
-def load_stored(config: EncoderConfig, say: Function) -> tuple[nn.Module, EncoderConfig]:
+def load_stored(config: EncoderConfig, _say=print) -> tuple[nn.Module, EncoderConfig]:
     """What takes an encoder's place where --features names a file of `write_features`: its training and test videos as
     `parts`; and the options, now those of the file.
 

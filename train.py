@@ -338,7 +338,9 @@ class Log:
         run, count = self.run, len(self.steps)
         if not count:
             return
-        numbers = [{name: float(value) for name, value in step.numbers.items()} for step in self.steps]
+        held = [value for step in self.steps for value in step.numbers.values() if isinstance(value, Tensor)]
+        values = iter(torch.stack([v.to(run.process.device, torch.float64).reshape(()) for v in held]).tolist())
+        numbers = [{k: next(values) if isinstance(v, Tensor) else v for k, v in s.numbers.items()} for s in self.steps]
         means = mean([(1, step) for step in run.process.gather(numbers)])
         if not math.isfinite(means["loss"] + means["grad_norm"]):
             broken = next((step for step in self.steps if not step.is_finite()), "in another process")

@@ -12,8 +12,8 @@
     python visualize.py compare runs/moco runs/fima                         # results, options and curves of runs
 
 Before the flags come checkpoints, or run folders with a checkpoint.pt; several are drawn side by side, and none (or
-`--checkpoint`) is as in evaluate.py. A figure is a PNG, or by the suffix of --out a PDF or SVG, and of those with
-clips a GIF or WebP that plays. It is made for the width of a page (7 inches), in colours that the colour-blind can tell
+`--checkpoint`) is as in evaluate.py. A figure is a PNG, or by the suffix of --out a PDF or SVG, and of some a
+GIF or WebP that plays. It is made for the width of a page (7 inches), in colours that the colour-blind can tell
 apart. `visualize.py FIGURE --help` explains each.
 """
 
@@ -59,12 +59,7 @@ PAGE = 7.0  # inches
 PICTURES = {".png": PNG, ".pdf": b"%PDF", ".svg": b"<?xml"}  # how they begin
 MOVIES = {".gif": b"GIF8", ".webp": b"RIFF"}
 MOVING = ("sample", "curves", "retrieval", "activations", "masks")  # figures that play
-MEASURES = (
-    "feature_std",
-    "pixels_with_positive",
-    "contrast_accuracy/vv",
-    "accuracy",
-)  # of log.jsonl, drawn beside the losses
+MEASURES = ("feature_std", "pixels_with_positive", "contrast_accuracy/vv", "accuracy")  # drawn beside the losses
 
 
 @dataclasses.dataclass(frozen=True)

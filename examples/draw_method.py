@@ -25,8 +25,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's fo
 import data
 from augment import frame_difference
 from cli import command_line
+from evaluate import PNG
 from fima import FIMAConfig
 from losses import bin_centers, positive_pairs
+from runs import check_replaceable
 from synthetic import make_synthetic
 from train import user_errors, write_file
 from video import Video
@@ -167,6 +169,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", default="method.png", help="PNG to write (default: %(default)s)")
     out = parser.parse_args().out
+    check_replaceable(out, PNG)
     with user_errors((OSError,)):
         write_file(out, written(draw(), ".png"))
     print(f"written to {out}")
