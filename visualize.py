@@ -35,6 +35,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image  # which matplotlib needs, too
@@ -244,14 +245,21 @@ def written(fig: Figure, suffix: str) -> memoryview:
         fig.savefig(memory, format=suffix[1:], bbox_inches="tight")
     else:
         artists, images = fig.findobj(lambda artist: hasattr(artist, "frames")), []
-        fig.draw_without_rendering()  # which lays it out, once for all
-        fig.set_layout_engine("none")
+        fig.set_dpi(150)
+        plt.setp(artists, animated=True)  # all else is drawn once
+        (canvas := FigureCanvasAgg(fig)).draw()
+        still, edge = canvas.copy_from_bbox(fig.bbox), 150 * matplotlib.rcParams["savefig.pad_inches"]
+        box = fig.get_tightbbox(canvas.get_renderer()).transformed(fig.dpi_scale_trans).padded(edge)
+        box = max(int(box.x0), 0), max(int(fig.bbox.y1 - box.y1), 0), int(box.x1), int(fig.bbox.y1 - box.y0)
         steps = max((len(artist.frames) for artist in artists), default=1)
         for step in range(steps):
+            canvas.restore_region(still)
             for artist in artists:
                 artist.set(**artist.frames[step * len(artist.frames) // steps])
-            fig.savefig(image := io.BytesIO(), format="png", bbox_inches="tight", dpi=150)
-            images.append(Image.open(image).convert("RGB"))
+            for ax in {artist.axes for artist in artists}:
+                for part in (*ax.images, *ax.lines, *ax.patches, *ax.spines.values()):
+                    ax.draw_artist(part)
+            images.append(Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").crop(box))
         if suffix == ".gif":  # in one palette, as colours flicker otherwise
             palette = images[steps // 2].quantize()
             images = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images]
