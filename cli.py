@@ -219,7 +219,7 @@ def loader_workers(config: TrainConfig) -> int:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (--help-all lists the flags)")
+        raise UserError(f"{message} (flags come last; --help-all lists them)")
 
 
 def make_parser(config_class: type[Options], doc: str, whole: bool) -> _Parser:

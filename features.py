@@ -40,7 +40,7 @@ UNTRAINED |= dict(difference="adjacent")
 class EncoderConfig(Options):
     """Which encoder, and clips of which videos. What is left at "" or 0 is as in training, or as in UNTRAINED."""
 
-    checkpoint: str = option("", "a run's folder or checkpoint, or another project's; without it, an untrained encoder")
+    checkpoint: str = option("", "a run's folder or checkpoint, or small, or another project's; none: untrained")
     dataset: str = option("", "what to evaluate on", ("", *find.DATASETS))
     data: str = option("", "folder of the data set (default: the checkpoint's, or datasets/DATASET)")
     split: int = option(0, "official split of the data set; 0: as trained, or 1", (0, 99))
@@ -67,8 +67,10 @@ def load_encoder(config: EncoderConfig | str, say=print, key: bool = False) -> t
     Raises UserError: no such checkpoint, none of a known or one of another encoder; clips or a width not for it.
     """
     config = EncoderConfig(config) if isinstance(config, str) else config
-    if Path(config.checkpoint, "checkpoint.pt").is_file():
-        config = dataclasses.replace(config, checkpoint=str(Path(config.checkpoint, "checkpoint.pt")))
+    own = Path(__file__).resolve().parent / "runs" / config.checkpoint  # a run that comes with the project: small
+    for folder in (config.checkpoint, *[own] * (not Path(config.checkpoint).exists())):
+        if folder and (path := Path(folder, "checkpoint.pt")).is_file():
+            config = dataclasses.replace(config, checkpoint=str(path))
     resume = getattr(config, "resume", "")
     path = config.checkpoint if resume in ("", "auto") else resume
     state = load_checkpoint(path, foreign=True) if path else {"method": "none", "config": {}, "model": {}}

@@ -95,9 +95,8 @@ def load_models(config: FigureConfig, inputs: list[str], key: bool = False) -> l
     key encoders where they have such: in pretraining, it is the one that meets frame differences."""
     process, models = start_process(config.device), []
     for path in inputs or [config.checkpoint]:
-        path = str(Path(path, "checkpoint.pt")) if path and Path(path).is_dir() else path
         encoder, filled = load_encoder(dataclasses.replace(config, checkpoint=path), process.say, key)
-        models.append(Model(run_name(path), encoder.to(process.device).eval(), filled))
+        models.append(Model(run_name(filled.checkpoint), encoder.to(process.device), filled))
     return models
 
 
@@ -200,10 +199,13 @@ def grid(rows: int, columns: int, cell: float, **options) -> tuple[Figure, np.nd
 
 
 def draw_rows(rows: list[list[tuple]]) -> Figure:
-    """A figure of rows of (title, picture or clip, …), as `show` takes them."""
+    """A figure of rows of (title, picture or clip, …), as `show` takes them; all maps have one scale."""
     fig, axes = grid(len(rows), len(rows[0]), 1.5, layout="compressed")
     for ax, (title, picture, *more) in zip(axes.flat, itertools.chain(*rows), strict=True):
         show(ax, picture, title, *more)
+    if maps := [image for ax in axes.flat for image in ax.images[1:]]:
+        plt.setp(maps, clim=(0, max(image.norm.vmax for image in maps)))
+        fig.colorbar(maps[0], ax=axes, label="× mean of the map", shrink=0.5)
     return fig
 
 
@@ -224,17 +226,18 @@ def play(artist: matplotlib.artist.Artist, name: str, values: np.ndarray) -> Non
 
 def show(ax: Axes, picture: Tensor, title: str = "", heat: Tensor | None = None, spot: Tensor | None = None) -> None:
     """Shows a picture (3, H, W) in [0, 1], or a clip (3, T, H, W) that can play; over it a map (h, w), or maps in time
-    (T', h, w), in colours from 0 to their greatest value, or twice their mean, and a circle around x, y of a spot."""
+    (T', h, w), as multiples of their mean, of which the title tells the range; a circle around x, y of a spot."""
     frames = picture.reshape(3, -1, *picture.shape[-2:]).permute(1, 2, 3, 0).numpy()
     image = ax.imshow(frames[0])
     play(image, "data", frames)
-    ax.set_title(title)
     if heat is not None:
-        maps = heat.cpu().reshape(-1, *heat.shape[-2:]).numpy()
-        look = dict(interpolation="bicubic", cmap="viridis", alpha=0.6, vmin=0, vmax=max(maps.max(), 2 * maps.mean()))
+        maps = (heat / heat.mean()).nan_to_num().cpu().reshape(-1, *heat.shape[-2:]).numpy()
+        title += f": {maps.min():.2f} to {maps.max():.2f}"
+        look = dict(interpolation="bicubic", cmap="viridis", alpha=0.6, vmin=0, vmax=max(maps.max(), 2))
         play(ax.imshow(maps[0], extent=image.get_extent(), **look), "data", maps)
     if spot is not None:
         ax.plot(*spot, "o", ms=9, mfc="none", mec=ORANGE, mew=2)
+    ax.set_title(title)
 
 
 def written(fig: Figure, suffix: str) -> memoryview:
@@ -304,9 +307,7 @@ def draw_activations(config: FigureConfig, inputs: list[str]) -> Figure:
             row += [] if row else with_difference(clip, class_name(videos, i))
             maps = feature_maps(model.encoder, clip[None])
             maps = torch.cat([activation_map(part) for part in (maps.split(1, 2) if config.moving else [maps])])
-            share = maps / maps.mean()  # of encoders with other scales, to compare
-            title = f"{model.name}, {share.min():.1f} to {share.max():.1f} × mean"
-            row.append((title, clip / 255, on_clip(model.encoder, maps, clip.shape[-1])))
+            row.append((model.name, clip / 255, on_clip(model.encoder, maps, clip.shape[-1])))
     return draw_rows(rows)
 
 
@@ -366,8 +367,7 @@ def draw_attention(config: FigureConfig, inputs: list[str]) -> Figure:
         for query, kind in ((activity.argmax(), "most"), (activity.argmin(), "least")):
             spot = encoder.strides[1] * (torch.stack([query % columns, query // columns]) + 0.5) + encoder.offsets[1]
             heat = on_clip(encoder, weights[query].view(1, *maps.shape[3:]), options.crop)[0]
-            title = f"attention {weights[query].min():.1%} to {weights[query].max():.1%}"
-            row += [(f"source, {kind} active", source, None, spot - 0.5), (title, target, heat)]
+            row += [(f"source, {kind} active", source, None, spot - 0.5), ("attention", target, heat)]
         rows.append(row)
     return draw_rows(rows)
 

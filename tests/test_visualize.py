@@ -168,15 +168,23 @@ def test_a_sample_shows_each_box_and_frame_while_its_window_lasts(videos):
 
 
 def test_maps_play_and_are_still_at_the_middle():
-    figure, axes = visualize.grid(1, 1, 1)
+    _, axes = visualize.grid(1, 1, 1)
     maps = torch.stack([torch.eye(3), 3 * torch.eye(3)])
     visualize.show(axes[0, 0], torch.rand(3, 4, 6, 6), heat=maps)
     clip, heat = axes[0, 0].images
     assert len(clip.frames) == 4 and np.array_equal(clip.get_array(), clip.frames[2]["data"])
-    assert np.array_equal(heat.get_array(), maps[1]) and heat.get_clim() == (0, 3)
-    visualize.show(axes[0, 0], torch.rand(3, 6, 6), heat=torch.full((3, 3), 0.5))
-    assert axes[0, 0].images[-1].get_clim() == (0, 1)  # a uniform map is in the middle of the scale
-    plt.close(figure)
+    assert np.allclose(heat.get_array(), 1.5 * maps[1]) and np.allclose(heat.get_clim(), (0, 4.5))  # by their mean
+    for uniform, value in ((0.5, 1), (0.0, 0)):
+        visualize.show(axes[0, 0], torch.rand(3, 6, 6), heat=torch.full((3, 3), uniform))
+        heat = axes[0, 0].images[-1]
+        assert (heat.get_array() == value).all() and heat.get_clim() == (
+            0,
+            2,
+        )  # 1 is in the middle
+    rows = [[("", torch.rand(3, 6, 6), heat)] for heat in (torch.ones(2, 2), torch.eye(8))]
+    scales = [image.get_clim() for ax in visualize.draw_rows(rows).axes for image in ax.images[1:]]
+    assert scales == [(0, 8), (0, 8)]
+    plt.close("all")
 
 
 def test_one_file_and_an_untrained_encoder_are_enough(draw, videos):

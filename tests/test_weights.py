@@ -256,7 +256,7 @@ def test_mistakes_are_one_clear_line(run, case):
 def test_the_small_encoder_of_the_project_finds_motions(run):
     checkpoint, found = Path(__file__).parents[1] / "runs" / "small" / "checkpoint.pt", {}
     assert checkpoint.stat().st_size < 1e6
-    for name, flags in {"small": [f"--checkpoint={checkpoint}"], "none": ["--encoder=conv4", "--crop=32"]}.items():
+    for name, flags in {"small": ["--checkpoint=small"], "none": ["--encoder=conv4", "--crop=32"]}.items():
         run.ok(evaluate, "retrieve", *flags, "--workers=0", f"--out={name}.json")
         found[name] = json.loads((run.path / f"{name}.json").read_text())["result"]["recall_percent"]["R@5"]
     assert found["small"] >= found["none"] + 20
