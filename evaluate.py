@@ -42,7 +42,18 @@ from cli import command_line, dispatch, loader_workers, shown, start_process
 from features import EncoderConfig, clip_outputs, load_encoder, nearest, pooled_features, unit_features, video_outputs
 from models import ENCODERS, export_weights
 from runs import check_new, check_replaceable, claim_folder, continued, fit_in_folder, load_checkpoint, made_by
-from train import Options, Process, TrainConfig, UserError, check_sums, method_name, option, user_errors, write_file
+from train import (
+    Options,
+    Process,
+    TrainConfig,
+    UserError,
+    check_sums,
+    method_name,
+    option,
+    progress,
+    user_errors,
+    write_file,
+)
 
 RECALLS = (1, 5, 10, 20, 50)
 PNG = b"\x89PNG"  # how pictures begin
@@ -250,17 +261,18 @@ def knn_scores(queries: Tensor, gallery: Tensor, labels: Tensor, classes: int, k
     return torch.zeros(len(queries), classes, dtype=weights.dtype).scatter_add_(1, labels[indices], weights)
 
 
-def svm_scores(queries: Tensor, gallery: Tensor, labels: Tensor, classes: int, cost: float) -> Tensor:
+def svm_scores(queries: Tensor, gallery: Tensor, labels: Tensor, classes: int, cost: float, process: Process) -> Tensor:
     """w·x + b of linear SVMs, one class against the rest, trained on a gallery with the squared hinge loss:
     queries (Q, C), gallery (G, C), its labels (G,) → (Q, classes); −∞ for a class that is not in the gallery. Raises
     ValueError where this holds fewer than two classes."""
     from sklearn.svm import LinearSVC  # here, so that nothing else needs scikit-learn
 
-    machine = LinearSVC(C=cost, dual="auto", random_state=0, max_iter=10_000)
-    machine.fit(gallery.numpy(), labels.numpy())
-    found = torch.from_numpy(machine.decision_function(queries.numpy())).float()
-    found = torch.stack([-found, found], 1) if found.ndim == 1 else found  # of two classes there is one plane
-    return torch.full((len(queries), classes), -math.inf).index_copy_(1, torch.from_numpy(machine.classes_), found)
+    scores = torch.full((len(queries), classes), -math.inf)
+    for label in progress(process, labels.unique().tolist(), desc="planes", unit="class", leave=False):
+        machine = LinearSVC(C=cost, dual="auto", random_state=0, max_iter=10_000)
+        machine.fit(gallery.numpy(), (labels == label).numpy())
+        scores[:, label] = torch.from_numpy(machine.decision_function(queries.numpy()))
+    return scores
 
 
 def in_top_k(scores: Tensor, labels: Tensor, k: int) -> Tensor:
@@ -495,7 +507,7 @@ def svm(config: SvmConfig) -> None:
     """
     process, config, test, gallery, gallery_labels, queries, good, bad = compared(config)
     with user_errors():
-        scores = svm_scores(queries, gallery, gallery_labels, len(test.classes), config.cost)
+        scores = svm_scores(queries, gallery, gallery_labels, len(test.classes), config.cost, process)
     save_accuracy(process, config, test, scores, good, bad, {"training_videos": len(gallery)})
 
 

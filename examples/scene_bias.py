@@ -68,7 +68,7 @@ def main() -> None:
         bad += unreadable
 
     def scores_by(labels: Tensor) -> dict[str, Tensor]:
-        arguments = gallery[known], labels[known], len(train.classes), config.cost
+        arguments = gallery[known], labels[known], len(train.classes), config.cost, process
         with user_errors():
             scores = svm_scores(torch.cat([*features.values()]), *arguments)
         return dict(zip(features, scores.split([*map(len, features.values())]), strict=True))

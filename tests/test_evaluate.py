@@ -455,6 +455,7 @@ def test_svm_tells_separable_classes_apart_and_gives_absent_ones_no_score(classe
     labels = torch.arange(60) % classes
     centers = torch.randn(classes, 16, generator=generator(0))
     noise = torch.randn(2, 60, 16, generator=generator(1)) * 0.1
-    scores = evaluate.svm_scores(centers[labels] + noise[0], centers[labels] + noise[1], 2 * labels, 2 * classes, 1.0)
+    gallery, queries = centers[labels] + noise
+    scores = evaluate.svm_scores(queries, gallery, 2 * labels, 2 * classes, 1.0, ALONE)
     assert scores.shape == (60, 2 * classes) and torch.equal(scores.argmax(1), 2 * labels)
     assert scores[:, 1::2].isneginf().all() and scores[:, ::2].isfinite().all()

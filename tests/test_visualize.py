@@ -177,10 +177,7 @@ def test_maps_play_and_are_still_at_the_middle():
     for uniform, value in ((0.5, 1), (0.0, 0)):
         visualize.show(axes[0, 0], torch.rand(3, 6, 6), heat=torch.full((3, 3), uniform))
         heat = axes[0, 0].images[-1]
-        assert (heat.get_array() == value).all() and heat.get_clim() == (
-            0,
-            2,
-        )  # 1 is in the middle
+        assert (heat.get_array() == value).all() and heat.get_clim() == (0, 2)  # 1 is in the middle
     rows = [[("", torch.rand(3, 6, 6), heat)] for heat in (torch.ones(2, 2), torch.eye(8))]
     scales = [image.get_clim() for ax in visualize.draw_rows(rows).axes for image in ax.images[1:]]
     assert scales == [(0, 8), (0, 8)]
