@@ -522,10 +522,11 @@ def export(config: ExportConfig) -> None:
     """
     if not config.checkpoint:
         raise UserError("export needs a --checkpoint")
+    given, name = Path(config.checkpoint), "encoder." + config.to.replace("torch", "pt")
+    out = Path(config.out or (given if given.is_dir() else given.parent) / name)
+    check_new(out)
     options = {name: value for name, value in dataclasses.asdict(config).items() if name not in ("to", "out")}
     encoder, filled = load_encoder(EncoderConfig(**options))
-    out = Path(config.out or Path(filled.checkpoint).with_name("encoder." + config.to.replace("torch", "pt")))
-    check_new(out)
     if config.to == "onnx":
         if not importlib.util.find_spec("onnxscript"):
             raise UserError("--to onnx needs another package: pip install onnxscript")
