@@ -253,7 +253,9 @@ def written(fig: Figure, suffix: str) -> memoryview:
         (canvas := FigureCanvasAgg(fig)).draw()
         still, edge = canvas.copy_from_bbox(fig.bbox), 150 * matplotlib.rcParams["savefig.pad_inches"]
         box = fig.get_tightbbox(canvas.get_renderer()).transformed(fig.dpi_scale_trans).padded(edge)
-        box = max(int(box.x0), 0), max(int(fig.bbox.y1 - box.y1), 0), int(box.x1), int(fig.bbox.y1 - box.y0)
+        width, height = canvas.get_width_height()
+        top, bottom = max(int(height - box.y1), 0), min(int(height - box.y0), height)
+        box = max(int(box.x0), 0), top, min(int(box.x1), width), bottom
         steps = max((len(artist.frames) for artist in artists), default=1)
         for step in range(steps):
             canvas.restore_region(still)
