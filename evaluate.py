@@ -42,18 +42,7 @@ from cli import command_line, dispatch, loader_workers, shown, start_process
 from features import EncoderConfig, clip_outputs, load_encoder, nearest, pooled_features, unit_features, video_outputs
 from models import ENCODERS, export_weights
 from runs import check_new, check_replaceable, claim_folder, continued, fit_in_folder, load_checkpoint, made_by
-from train import (
-    Options,
-    Process,
-    TrainConfig,
-    UserError,
-    check_sums,
-    method_name,
-    option,
-    progress,
-    user_errors,
-    write_file,
-)
+from train import Options, Process, TrainConfig, UserError, check_sums, option, progress, user_errors, write_file
 
 RECALLS = (1, 5, 10, 20, 50)
 PNG = b"\x89PNG"  # how pictures begin
@@ -61,9 +50,9 @@ PNG = b"\x89PNG"  # how pictures begin
 
 @dataclasses.dataclass(frozen=True)
 class RetrieveConfig(EncoderConfig):
-    """Options of every protocol."""
+    """Retrieval: R@k, is any of the k training videos nearest to a test video of its class? (Table 6)"""
 
-    protocol = property(lambda self: method_name(type(self)).lower())
+    protocol = property(lambda self: type(self).__name__.removesuffix("Config").lower())
 
     exclude: str = option("", "file of training videos to leave out, as in pretraining; no test video is left out")
     features: str = option("", "linear, retrieve, knn, svm: file of `features`, instead of videos and encoder")
@@ -72,7 +61,10 @@ class RetrieveConfig(EncoderConfig):
 
 @dataclasses.dataclass(frozen=True)
 class KnnConfig(RetrieveConfig):
-    """Options of the vote of nearest neighbours."""
+    """k nearest neighbours: which class do the training videos nearest to a test video vote for?
+
+    A vote weighs exp(cosine / 0.07) (Wu et al., CVPR 2018). Nothing is trained.
+    """
 
     k: int = option(20, "neighbours that vote", (1, 10**6))
     temperature: float = option(0.07, "a neighbour's vote weighs exp(cosine / temperature)", (0.001, 1000))
@@ -80,7 +72,10 @@ class KnnConfig(RetrieveConfig):
 
 @dataclasses.dataclass(frozen=True)
 class SvmConfig(RetrieveConfig):
-    """Options of the linear SVM; the defaults are MCL's (Sec. 4.2)."""
+    """Linear SVM: how well do planes, one for each class, tell the classes apart in a frozen encoder's features?
+
+    scikit-learn's LinearSVC, C = 1, on the means of 20 clips of each video (MCL, Sec. 4.2).
+    """
 
     clips: int = option(20, "uniformly spaced clips of a video", (1, 10_000))
     cost: float = option(1.0, "cost of a training video on the wrong side, C", (1e-6, 1e6))
@@ -200,10 +195,9 @@ def prepare(config: RetrieveConfig) -> tuple:
     with user_errors():
         train, test = process.first(find_both, lambda found: [videos.mark(config.data) for videos in found])
     if both := [*find.same_files(train.paths, test.paths), *train.shared]:
-        raise UserError(
-            f"{min(both)} is a training video and a test video, one of {len(both)} by name or link: divide them into "
-            "train/ and test/ folders, or by --list_file and --test_list, or --exclude them"
-        )
+        advice = "divide them into train/ and test/ folders, or by --list_file and --test_list, or --exclude them"
+        what = f"{min(both)} is a training video and a test video, one of {len(both)} by name or link"
+        raise UserError(f"{what}: {advice}")
     if getattr(config, "dropout", 0) < 0:
         config = dataclasses.replace(config, dropout=0.7 if config.dataset == "ucf101" else 0.5)
     seen = {}
@@ -226,16 +220,6 @@ def share_of(videos: data.VideoList, fraction: float, seed: int) -> data.VideoLi
         kept += own[: max(round(fraction * len(own)), 1)].tolist()
     kept.sort()
     return dataclasses.replace(videos, paths=[videos.paths[i] for i in kept], labels=labels[kept].tolist())
-
-
-def compared(config: RetrieveConfig) -> tuple:
-    """This process, options, test videos, and means of the clips' L2-normalised features: of the readable training
-    videos (G, C) with their labels (G,), of the test videos (Q, C) with which could be read (Q,), and the others."""
-    process, config, encoder, train, test, _ = prepare(config)
-    function = unit_features(encoder)
-    gallery, known, _ = video_outputs(function, train, config, process, "training videos")
-    queries, good, bad = video_outputs(function, test, config, process, "test videos")
-    return process, config, test, gallery[known], torch.tensor(train.labels)[known], queries, good, bad
 
 
 def recall_at_k(queries: Tensor, labels: Tensor, gallery: Tensor, known: Tensor, ks=RECALLS) -> dict[int, Tensor]:
@@ -473,42 +457,31 @@ def classify(config: ClassifyConfig) -> None:
     save_accuracy(process, config, test, probabilities, good, bad, more)
 
 
-def retrieve(config: RetrieveConfig) -> None:
-    """Retrieval: R@k, is any of the k training videos nearest to a test video of its class? (Table 6)
+def compare(config: RetrieveConfig) -> None:
+    """Compares the features of test videos with those of training videos, the encoder frozen.
 
-    A video's feature is the mean over 10 uniformly spaced clips of the L2-normalised pooled features; videos are
-    compared by cosine.
+    A video's feature is the mean over uniformly spaced clips (centre crop, 10 if not said otherwise) of the
+    L2-normalised pooled features, of training videos too. Videos are near by their cosine.
     """
-    process, config, test, gallery, gallery_labels, queries, good, bad = compared(config)
-    labels = torch.tensor(test.labels)
-    hits = recall_at_k(queries, labels, gallery, gallery_labels)
-    recalls = {f"R@{k}": round(100 * (hit & good).float().mean().item(), 2) for k, hit in hits.items()}
-    chance = chance_at_k(labels, gallery_labels, len(test.classes))
-    found = {"recall_percent": recalls, "chance_percent": {f"R@{k}": round(100 * p, 2) for k, p in chance.items()}}
-    found |= {"queries": len(queries), "gallery": len(gallery), "unreadable": bad}
-    save_result(process, config, found, recalls, len(test))
-
-
-def knn(config: KnnConfig) -> None:
-    """k nearest neighbours: which class do the training videos nearest to a test video vote for?
-
-    Features and cosine as in `retrieve`; a vote weighs exp(cosine / 0.07) (Wu et al., CVPR 2018). Nothing is trained.
-    """
-    process, config, test, gallery, gallery_labels, queries, good, bad = compared(config)
-    scores = knn_scores(queries, gallery, gallery_labels, len(test.classes), config.k, config.temperature)
-    save_accuracy(process, config, test, scores, good, bad, {"gallery": len(gallery)})
-
-
-def svm(config: SvmConfig) -> None:
-    """Linear SVM: how well do planes, one for each class, tell the classes apart in a frozen encoder's features?
-
-    A video's feature is the mean over 20 uniformly spaced clips (centre crop) of the L2-normalised pooled features, of
-    training videos too, without augmentation (MCL, Sec. 4.2). scikit-learn's LinearSVC, C = 1.
-    """
-    process, config, test, gallery, gallery_labels, queries, good, bad = compared(config)
-    with user_errors():
-        scores = svm_scores(queries, gallery, gallery_labels, len(test.classes), config.cost, process)
-    save_accuracy(process, config, test, scores, good, bad, {"training_videos": len(gallery)})
+    process, config, encoder, train, test, _ = prepare(config)
+    function, labels, classes = unit_features(encoder), torch.tensor(test.labels), len(test.classes)
+    gallery, known, _ = video_outputs(function, train, config, process, "training videos")
+    queries, good, bad = video_outputs(function, test, config, process, "test videos")
+    gallery, gallery_labels = gallery[known], torch.tensor(train.labels)[known]
+    if isinstance(config, KnnConfig):
+        scores = knn_scores(queries, gallery, gallery_labels, classes, config.k, config.temperature)
+        save_accuracy(process, config, test, scores, good, bad, {"gallery": len(gallery)})
+    elif isinstance(config, SvmConfig):
+        with user_errors():
+            scores = svm_scores(queries, gallery, gallery_labels, classes, config.cost, process)
+        save_accuracy(process, config, test, scores, good, bad, {"training_videos": len(gallery)})
+    else:
+        hits = recall_at_k(queries, labels, gallery, gallery_labels)
+        recalls = {f"R@{k}": round(100 * (hit & good).float().mean().item(), 2) for k, hit in hits.items()}
+        chance = chance_at_k(labels, gallery_labels, classes)
+        found = {"recall_percent": recalls, "chance_percent": {f"R@{k}": round(100 * p, 2) for k, p in chance.items()}}
+        found |= {"queries": len(queries), "gallery": len(gallery), "unreadable": bad}
+        save_result(process, config, found, recalls, len(test))
 
 
 def export(config: ExportConfig) -> None:
@@ -576,13 +549,12 @@ def first_look(encoders: dict, root: str, shape: tuple[int, int, int], process: 
         train, test = (find_labelled("synthetic", root, part, 1) for part in (True, False))
     own, labels, known = torch.arange(len(test)), torch.tensor(test.labels), torch.tensor(train.labels)
     functions = [unit_features(encoder.to(process.device)) for encoder in encoders.values()]
-    gallery, looked_at = (  # (videos, clips, encoders, C)
-        clip_outputs(lambda clips: torch.stack([f(clips) for f in functions], 1), clips, process, workers, 8, title)[0]
-        for title, clips in (
-            ("training videos", data.TestClips(train, *shape, 2)),
-            ("held-out videos", WithHalves(test, *shape, 2)),
-        )
-    )
+
+    def look(videos: data.TestClips, title: str) -> Tensor:  # (videos, clips, encoders, C)
+        return clip_outputs(lambda x: torch.stack([f(x) for f in functions], 1), videos, process, workers, 8, title)[0]
+
+    gallery = look(data.TestClips(train, *shape, 2), "training videos")
+    looked_at = look(WithHalves(test, *shape, 2), "held-out videos")
     process.say(f"\n{len(test)} held-out videos    same motion R@1    own other half R@1")
     process.say(f"  {'chance':<20}{1 / len(test.classes):>15.1%}{1 / len(test):>22.1%}")
     for i, name in enumerate(encoders):
@@ -595,9 +567,9 @@ def first_look(encoders: dict, root: str, shape: tuple[int, int, int], process: 
 PROTOCOLS = {
     "linear": (classify, LinearConfig),
     "finetune": (classify, FinetuneConfig),
-    "retrieve": (retrieve, RetrieveConfig),
-    "knn": (knn, KnnConfig),
-    "svm": (svm, SvmConfig),
+    "retrieve": (compare, RetrieveConfig),
+    "knn": (compare, KnnConfig),
+    "svm": (compare, SvmConfig),
     "features": (features.write_features, features.FeaturesConfig),
     "export": (export, ExportConfig),
 }
