@@ -186,13 +186,14 @@ def is_video(name: str) -> bool:
 def walk(root: str) -> tuple[list[str], list[str], list[str]]:
     """Paths of all videos below a folder; of all other files, the upper ones first; of folders that can't be listed."""
     videos, others, closed, seen, stems = [], [], [], set(), set()
-
-    def visit(folder: str, part: str, above: tuple) -> None:
+    folders = [(root, "", {os.stat(folder)[1:3] for folder in Path(os.path.realpath(root)).parents})]
+    while folders:
+        folder, part, above = folders.pop()  # the part that it is in, and where the folders above it are
         try:
             place, entries = os.stat(folder)[1:3], sorted(os.scandir(folder), key=lambda entry: entry.name)
         except PermissionError:
             closed.append(folder)
-            return
+            continue
         below, own, rest = [], [], []
         for entry in entries:
             if NOT_READ.fullmatch(entry.name):
@@ -205,15 +206,12 @@ def walk(root: str) -> tuple[list[str], list[str], list[str]]:
         holds_others = below or own or folder == root or folder in stems  # by its name, the frames of a file beside it
         frames = set() if holds_others else {*frames_of(folder, map(os.path.basename, rest))}
         if not frames and (place in above or (part, place) in seen):  # by a link, upwards or in this part of the set
-            return
+            continue
         seen.add((part, place))
         stems.update(os.path.splitext(path)[0] for path in own)
         videos.extend([folder] if frames else own)
         others.extend(path for path in rest if path not in frames)
-        for inner in below:
-            visit(*inner, (*above, place))
-
-    visit(root, "", tuple(os.stat(folder)[1:3] for folder in Path(os.path.realpath(root)).parents))  # nor beyond it
+        folders += [(*inner, above | {place}) for inner in reversed(below)]
     return videos, others, closed
 
 
