@@ -353,7 +353,7 @@ class Video(contextlib.ExitStack):
         """
         wanted = {self._order[k]: k for k in frames}
         missing, images, size = set(wanted), {}, 3 * self._size[0] * self._size[1]
-        last = self._last(max(wanted, default=0))
+        last = max(wanted, default=0) + self._near[1]
         with self.bad_video():
             # Streams refreshed bit by bit need more than their last "key" frame: what is missing is tried from 0 on.
             for runs, skip in ((self._runs(wanted), self._skip), ([(0, last)], False)):
@@ -371,21 +371,17 @@ class Video(contextlib.ExitStack):
                 found = sorted(wanted[ticket] for ticket in wanted.keys() - missing)
                 nearest = {k: min(found, key=lambda other: abs(other - k)) for k in (wanted[t] for t in missing)}
                 again = {self._order[k] for k in nearest.values()}
-                held = {wanted[t]: image for t, image in self._decode(again, [(0, self._last(max(again)))], False)}
+                held = {wanted[t]: image for t, image in self._decode(again, [(0, last)], False)}
                 images |= {k: held[near] for k, near in nearest.items()}
         if images:
             yield images
-
-    def _last(self, ticket: int) -> int:
-        """The last packet to feed for a ticket; what the decoder still holds then is taken out of it."""
-        return min(ticket + self._near[1], len(self._packets) - 1)
 
     def _runs(self, wanted: dict[int, int]) -> list[tuple[int, int]]:
         """The stretches of packets (first, last) to decode for the wanted tickets and frames, in order and apart."""
         runs = []
         for frame, ticket in sorted((frame, ticket) for ticket, frame in wanted.items()):
             place = bisect_right(self._starts, (frame, len(self._packets)))
-            first, last = self._starts[place - 1][1] if place else 0, self._last(ticket)
+            first, last = self._starts[place - 1][1] if place else 0, ticket + self._near[1]
             if runs and first <= runs[-1][1] + 1:
                 runs[-1] = (runs[-1][0], max(last, runs[-1][1]))
             else:
@@ -411,6 +407,7 @@ class Video(contextlib.ExitStack):
         """Decode packets, and give each picture with the number of the packet that was fed; of those to which no other
         refers, only what is `needed`."""
         self._codec.flush_buffers()
+        last = min(last, len(self._packets) - 1)
         for i in range(first, last + 2):  # one past the last: take what the decoder still holds
             self._check_time()
             self._codec.skip_frame = "DEFAULT" if needed is None or i in needed else "NONREF"
