@@ -132,10 +132,8 @@ def class_name(videos: data.VideoList, index: int) -> str:
 
 
 def middle_clips(paths: list[str], config: FigureConfig) -> Tensor:
-    """`data.read_clip` of each video, uint8 (N, 3, frames, crop, crop); a UserError names one that cannot be read."""
-    with user_errors((BadVideo,)):
-        clips = [data.read_clip(path, config.frames, config.frame_stride, config.crop) for path in paths]
-    return torch.stack(clips)
+    """`data.read_clip` of each video, uint8 (N, 3, frames, crop, crop)."""
+    return torch.stack([data.read_clip(path, config.frames, config.frame_stride, config.crop) for path in paths])
 
 
 @torch.no_grad()
@@ -173,10 +171,9 @@ def neighbours_of(queries: Tensor, paths: list[str], gallery: Tensor, gallery_pa
 
 
 def read_log(run: str) -> list[dict[str, float]]:
-    """The undamaged lines of a run's log.jsonl; raises UserError where there is no such file, or nothing in it."""
+    """The undamaged lines of a run's log.jsonl; raises OSError if there is no such file, UserError if it has no line."""
     path = Path(run, "log.jsonl")
-    with user_errors():
-        lines = read_lines(path)
+    lines = read_lines(path)
     if not any(name.startswith("loss/") for line in lines[-1:] for name in line):
         raise UserError(f"{path} holds no line yet: wait for the first --log_every steps of the run")
     return lines
@@ -353,8 +350,7 @@ def draw_attention(config: FigureConfig, inputs: list[str]) -> Figure:
     videos, shape = draw_videos(options, config.count or 4), (options.crop, options.frames, options.frame_stride)
     views, rows = data.PretrainingViews(videos, *shape, sub_clips=0, seed=config.seed, attempts=1), []
     for i in range(len(videos)):
-        with user_errors():
-            clips = views[0, i]["clip"]
+        clips = views[0, i]["clip"]
         maps = feature_maps(encoder, clips)
         step, columns = maps.shape[2] // 2, maps.shape[4]  # one feature frame of the source asks the same of the target
         source, target = maps[:, :, step].flatten(2).mT.split(1)  # (1, HW, C)
@@ -428,12 +424,11 @@ def draw_sample(config: FigureConfig, inputs: list[str]) -> Figure:
     parts, window = max(options.frames // model.encoder.strides[0], 1), options.frames * options.frame_stride
     views = data.PretrainingViews(videos, options.crop, options.frames, options.frame_stride, parts)
     item = views.empty()
-    with user_errors((BadVideo,)):
-        starts = views.write_views(np.random.default_rng(config.seed), videos.paths[0], item)[:, None]
-        with Video(videos.paths[0]) as video:
-            times = np.arange(0, window, options.frame_stride) + starts if config.moving else len(video) // 2
-            times = np.unique(np.minimum(times, len(video) - 1))  # in no, one or both windows
-            frames = torch.from_numpy(np.stack(video.read(times.tolist())))
+    starts = views.write_views(np.random.default_rng(config.seed), videos.paths[0], item)[:, None]
+    with Video(videos.paths[0]) as video:
+        times = np.arange(0, window, options.frame_stride) + starts if config.moving else len(video) // 2
+        times = np.unique(np.minimum(times, len(video) - 1))  # in no, one or both windows
+        frames = torch.from_numpy(np.stack(video.read(times.tolist())))
     smaller = max(frames.shape[1] // 480, 1)
     rows, columns = (2, 5) if config.moving else (5, 2)
     fig, axes = grid(rows, columns, PAGE / 2, layout="compressed")
@@ -555,9 +550,8 @@ def write_report(config: FigureConfig, inputs: list[str]) -> str:
             out = name + (".png" if name == "curves" else ".webp")  # curves that play can't be read
             figure = draw(dataclasses.replace(config, out=out), inputs)
             pictures.append((name, "webp", written(figure, ".webp"), inspect.getdoc(draw)))
-    with user_errors((OSError,)):
-        for path in itertools.chain(*(sorted(Path(run).rglob("*_confusion.png")) for run in runs)):
-            pictures.append((str(path), "png", path.read_bytes(), "Rows are true classes. Look off the diagonal."))
+    for path in itertools.chain(*(sorted(Path(run).rglob("*_confusion.png")) for run in runs)):
+        pictures.append((str(path), "png", path.read_bytes(), "Rows are true classes. Look off the diagonal."))
     parts = [HEAD, f"<title>{title}</title></head>\n<body><h1>{title}</h1>\n<h2>results</h2>"]
     parts.append(f"{table(('protocol', '%'), cells)}<p>{escaped(note)}</p>\n")
     for name, kind, picture, caption in pictures:
@@ -593,15 +587,14 @@ def main() -> None:
     if out.suffix not in suffixes:
         still = f"{name} does not move: " * (out.suffix in MOVIES)
         raise UserError(f"--out {out}: {still}end it in {' or '.join(suffixes)}")
-    if not config.out and not out.parent.is_dir():
-        raise UserError(f"{inputs[0]}: no such run folder")
     if not out.parent.is_dir():
-        raise UserError(f"--out {out}: no such folder as {out.parent}")
+        missing = f"--out {out}: no such folder as {out.parent}" if config.out else f"{inputs[0]}: no such run folder"
+        raise UserError(missing)
     check_replaceable(out, suffixes[out.suffix])
     matplotlib.use("agg")
     matplotlib.rcParams.update(STYLE)
-    drawn = draw(config, inputs)
-    with user_errors((OSError,)):
+    with user_errors((OSError, BadVideo)):
+        drawn = draw(config, inputs)
         write_file(out, written(drawn, out.suffix) if isinstance(drawn, Figure) else drawn)
     print(f"written to {out}")
 
