@@ -566,14 +566,15 @@ def main() -> None:
     shrink ROOT OUT` makes a smaller copy of all videos, quick to read."""
     import find
     from cli import dispatch
-    from train import UserError
+    from train import UserError, user_errors
 
     commands = {"check": (find.check, find.CheckConfig), "synthetic": (find.generate, find.SyntheticConfig)}
     commands["shrink"] = find.shrink, find.ShrinkConfig
     name, function, config, words = dispatch(commands, inspect.getdoc(main), words=True)
     if len(words) != 1 + (name == "shrink"):
         raise UserError(f"name the {'two folders' if name == 'shrink' else 'folder'} after {name}, before all flags")
-    function(config, *words)
+    with user_errors():
+        function(config, *words)
 
 
 if __name__ == "__main__":

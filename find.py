@@ -495,8 +495,7 @@ class SyntheticConfig(Options):
 
 def generate(config: SyntheticConfig, root: str) -> None:
     """Makes videos whose class is their motion: ROOT/train, ROOT/test, and with --shots or --scene_bias other parts."""
-    with user_errors():
-        make_synthetic(root, **asdict(config) | {"size": (config.size, config.size)})
+    make_synthetic(root, **asdict(config) | {"size": (config.size, config.size)})
 
 
 @dataclass(frozen=True)
@@ -566,32 +565,31 @@ def shrink(config: ShrinkConfig, data: str, folder: str) -> None:
     recipe = {"root": root, "side": config.side, "keyframes": config.keyframes, "crf": config.crf}
     recipe |= {"frame_rate": config.frame_rate} if config.frame_rate != ShrinkConfig.frame_rate else {}
     recipe = json.dumps(recipe)
-    with user_errors():
-        if Path(root).resolve() in (out.resolve(), *out.resolve().parents):
-            raise ValueError(f"{out} is in {root}: name another folder")
-        videos, others = walk_whole(root)
-        held = (out / RECIPE).read_text() if (out / RECIPE).exists() else "other files" * any(out.glob("*"))
-        if held not in ("", recipe):
-            raise FileExistsError(f"{out} holds {held}, not what comes of {recipe}: name another folder")
-        out.mkdir(parents=True, exist_ok=True)
-        write_file(out / RECIPE, recipe)
-        targets = {path: out / os.path.relpath(path, root) for path in [*videos, *filter(os.path.isfile, others)]}
-        targets |= {path: out / f"{os.path.relpath(path, root)}.mp4" for path in videos if not is_video(path)}
-        first = {identity(path): path for path in reversed(targets) if targets[path] != out / FAILED}
-        with alone(out / HIDDEN), user_errors(path=out / FAILED):
-            (out / HIDDEN / "made").mkdir()
-            todo = [path for path in first.values() if not targets[path].exists()]
-            visit = functools.partial(_shrink_file, targets, out, config)
-            bad = visit_videos(visit, todo[::-1], root, out / FAILED, config.workers, f"shrinking {root}")
-        for path, target in targets.items():
-            if not target.exists() and (made := targets[first[identity(path)]]).exists():  # a file of more paths is one
-                target.parent.mkdir(parents=True, exist_ok=True)  # there, too: training leaves out what tests have
-                target.symlink_to(os.path.relpath(made, target.parent))
-        done = [path for path in sorted({*videos} & {*first.values()}) if targets[path].exists()]
-        files = [file for path in done for file in frames_of(path) or [path] if os.path.exists(file)]
-        before, after = (sum(map(os.path.getsize, part)) / 1e6 for part in (files, map(targets.get, done)))
-        sample = [done[k] for k in np.random.default_rng(0).permutation(len(done))[:20]]
-        times = [[_reading_time(at) for at in (path, targets[path])] for path in sample]
+    if Path(root).resolve() in (out.resolve(), *out.resolve().parents):
+        raise ValueError(f"{out} is in {root}: name another folder")
+    videos, others = walk_whole(root)
+    held = (out / RECIPE).read_text() if (out / RECIPE).exists() else "other files" * any(out.glob("*"))
+    if held not in ("", recipe):
+        raise FileExistsError(f"{out} holds {held}, not what comes of {recipe}: name another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    write_file(out / RECIPE, recipe)
+    targets = {path: out / os.path.relpath(path, root) for path in [*videos, *filter(os.path.isfile, others)]}
+    targets |= {path: out / f"{os.path.relpath(path, root)}.mp4" for path in videos if not is_video(path)}
+    first = {identity(path): path for path in reversed(targets) if targets[path] != out / FAILED}
+    with alone(out / HIDDEN), user_errors(path=out / FAILED):
+        (out / HIDDEN / "made").mkdir()
+        todo = [path for path in first.values() if not targets[path].exists()]
+        visit = functools.partial(_shrink_file, targets, out, config)
+        bad = visit_videos(visit, todo[::-1], root, out / FAILED, config.workers, f"shrinking {root}")
+    for path, target in targets.items():
+        if not target.exists() and (made := targets[first[identity(path)]]).exists():  # a file of more paths is one
+            target.parent.mkdir(parents=True, exist_ok=True)  # there, too: training leaves out what tests have
+            target.symlink_to(os.path.relpath(made, target.parent))
+    done = [path for path in sorted({*videos} & {*first.values()}) if targets[path].exists()]
+    files = [file for path in done for file in frames_of(path) or [path] if os.path.exists(file)]
+    before, after = (sum(map(os.path.getsize, part)) / 1e6 for part in (files, map(targets.get, done)))
+    sample = [done[k] for k in np.random.default_rng(0).permutation(len(done))[:20]]
+    times = [[_reading_time(at) for at in (path, targets[path])] for path in sample]
     if done:
         slow, fast = np.mean(times, 0)
         print(f"{len(done)} videos, {before:,.1f} → {after:,.1f} MB; reading 64 frames {slow:.1f} → {fast:.1f} ms")

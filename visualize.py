@@ -171,7 +171,7 @@ def neighbours_of(queries: Tensor, paths: list[str], gallery: Tensor, gallery_pa
 
 
 def read_log(run: str) -> list[dict[str, float]]:
-    """The undamaged lines of a run's log.jsonl; raises OSError if there is no such file, UserError if it has no line."""
+    """The undamaged lines of a run's log.jsonl; raises OSError where there is none, UserError where it is empty."""
     path = Path(run, "log.jsonl")
     lines = read_lines(path)
     if not any(name.startswith("loss/") for line in lines[-1:] for name in line):
