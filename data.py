@@ -60,8 +60,7 @@ class VideoList:
     """Videos of one part of a data set: paths, labels (-1: unknown), class names, and a line on what was found.
 
     `shared` names the training videos that were left out because links make them held-out ones too, `closed` the
-    folders that may not be listed, whose videos are missing; `features` are those of each video's clips, (clips, C) by
-    path, where they come from a file.
+    folders that may not be listed; `features` are those of the videos' clips, (clips, C) by path, if from a file.
     """
 
     paths: list[str]
@@ -296,8 +295,7 @@ class TestClips(Items):
     """Clips for evaluation, N of each video at uniformly spaced times; short videos are continued by their last frame.
 
     The crop is the central square of 7/8 of the shorter side. An item is a dict: "clips" uint8 (N, 3, frames, crop,
-    crop), "start" (N,), when each begins, in seconds, and "bad", empty or [(path, reason)]: an unreadable video gives
-    zeros, never another video's clips.
+    crop), "start" (N,), when each begins in seconds, and "bad", empty or [(path, reason)] of a video that gives zeros.
     """
 
     def __init__(self, videos: VideoList, crop: int, frames: int = 16, frame_stride: int = 2, clips: int = 10):
@@ -409,8 +407,7 @@ def _in_processes(function: Callable, count: int, tasks: Iterable, ahead: int) -
 
     torch's DataLoader ends the run when a process of its own dies. Here another process goes on with its tasks, and
     what killed two by a fault while memory was not short, as the last thing that `_begin` was told, is a BadVideo in
-    the next. Raises what the function raises, and OSError when a process can't be started, or when eleven die in a row
-    of what is no video's fault.
+    the next. Raises what the function raises, and OSError when one can't be started, or eleven die by no video's fault.
     """
     tasks, deaths, kills, suspects, killers = iter(tasks), 0, _memory_kills(), set(), {}
     pending, processes, pipes, reading = [deque() for _ in range(count)], {}, {}, {}

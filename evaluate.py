@@ -50,7 +50,7 @@ PNG = b"\x89PNG"  # how pictures begin
 
 @dataclasses.dataclass(frozen=True)
 class RetrieveConfig(EncoderConfig):
-    """Retrieval: R@k, is any of the k training videos nearest to a test video of its class? (Table 6)"""
+    """Retrieval: R@k, is any of the k training videos nearest to a test video, by cosine, of its class? (Table 6)"""
 
     protocol = property(lambda self: type(self).__name__.removesuffix("Config").lower())
 
@@ -61,10 +61,7 @@ class RetrieveConfig(EncoderConfig):
 
 @dataclasses.dataclass(frozen=True)
 class KnnConfig(RetrieveConfig):
-    """k nearest neighbours: which class do the training videos nearest to a test video vote for?
-
-    A vote weighs exp(cosine / 0.07) (Wu et al., CVPR 2018). Nothing is trained.
-    """
+    """k nearest neighbours (Wu et al., CVPR 2018): which class do the training videos near to a test video vote for?"""
 
     k: int = option(20, "neighbours that vote", (1, 10**6))
     temperature: float = option(0.07, "a neighbour's vote weighs exp(cosine / temperature)", (0.001, 1000))
@@ -72,10 +69,7 @@ class KnnConfig(RetrieveConfig):
 
 @dataclasses.dataclass(frozen=True)
 class SvmConfig(RetrieveConfig):
-    """Linear SVM: how well do planes, one for each class, tell the classes apart in a frozen encoder's features?
-
-    scikit-learn's LinearSVC, C = 1, on the means of 20 clips of each video (MCL, Sec. 4.2).
-    """
+    """Linear SVM, scikit-learn's LinearSVC: how well do planes, one a class, tell classes apart? (MCL, Sec. 4.2)"""
 
     clips: int = option(20, "uniformly spaced clips of a video", (1, 10_000))
     cost: float = option(1.0, "cost of a training video on the wrong side, C", (1e-6, 1e6))
@@ -105,8 +99,8 @@ class LinearConfig(ClassifyConfig):
     """Linear probe: how well do a frozen encoder's features tell the classes apart by a linear layer?
 
     The encoder stays in eval mode; L2-normalised pooled feature → linear layer, without dropout or weight decay.
-    Training clips are cropped and flipped at random, without colour augmentation. SGD at 1.5 for a total batch of 16,
-    100 epochs, ÷10 at 60 and 80. The last checkpoint is tested: mean class probability of 10 clips a video.
+    Training clips are cropped and flipped at random, without colour augmentation. SGD; the last checkpoint is tested,
+    by the mean class probability of a video's clips.
 
     --cached N computes the features of N such clips of each video once and trains on them: with N = --epochs the
     same probe, with fewer nearly the same in a fraction of the time.
@@ -124,9 +118,8 @@ class LinearConfig(ClassifyConfig):
 class FinetuneConfig(ClassifyConfig):
     """Fine-tuning: how well does the encoder classify after being trained to, as a whole?
 
-    Pooled feature → dropout (0.7 on UCF101, else 0.5) → linear layer; encoder and layer are trained together. Training
-    clips are augmented as in pretraining, without blur. SGD at 0.0033 for a total batch of 16, weight decay 1e-4,
-    150 epochs, ÷10 at 60 and 120. The last checkpoint is tested: mean class probability of 10 clips a video.
+    Pooled feature → dropout → linear layer; encoder and layer are trained together by SGD. Training clips are augmented
+    as in pretraining, without blur. The last checkpoint is tested, by the mean class probability of a video's clips.
     """
 
     epochs: int = option(150, "passes over the training videos; rate ÷ 10 after 40 % and 80 % of them", (1, 10**6))
@@ -388,8 +381,7 @@ class Classifier(nn.Module):
 
 
 def training_views(config: ClassifyConfig, train: data.VideoList) -> data.PretrainingViews:
-    """A random clip, cropped and flipped, of each of the training videos that --fraction leaves; colours are drawn for
-    fine-tuning alone."""
+    """A random clip, cropped and flipped, of each training video that --fraction leaves; colours for fine-tuning."""
     few, shape = share_of(train, config.fraction, config.seed), (config.crop, config.frames, config.frame_stride)
     color = dict(jitter_p=getattr(config, "jitter_p", 0), gray_p=getattr(config, "gray_p", 0), blur_p=0)
     return data.PretrainingViews(few, *shape, 0, config.seed, config.min_scale, color=color, windows=1)
@@ -412,8 +404,7 @@ class CachedViews(data.Items):
 
 
 def cached_features(encoder: nn.Module, config: LinearConfig, process: Process, views: data.PretrainingViews) -> tuple:
-    """Features of --cached views of each video, or of the clips in a file (videos, views, C), and labels (videos,),
-    without unreadable videos."""
+    """Features (videos, views, C) of --cached views, or of a file's clips, and labels (videos,): of readable videos."""
     function, title = unit_features(encoder), "training videos"
     if config.features:
         features, good, _ = video_outputs(function, views.videos, config, process, title, average=False)
@@ -425,8 +416,7 @@ def cached_features(encoder: nn.Module, config: LinearConfig, process: Process, 
 
 
 def classify(config: ClassifyConfig) -> None:
-    """Trains a classifier by the loop of pretraining, and tests what the last step leaves: mean class probabilities of
-    a video's clips."""
+    """Trains a classifier by the loop of pretraining, and tests what the last step leaves on all test videos."""
     process, config, encoder, train, test, seen = prepare(config)
     views, frozen = training_views(config, train), isinstance(config, LinearConfig)
     classifier = Classifier(encoder, len(train.classes), frozen, 0 if frozen else config.dropout)
@@ -458,11 +448,8 @@ def classify(config: ClassifyConfig) -> None:
 
 
 def compare(config: RetrieveConfig) -> None:
-    """Compares the features of test videos with those of training videos, the encoder frozen.
-
-    A video's feature is the mean over uniformly spaced clips (centre crop, 10 if not said otherwise) of the
-    L2-normalised pooled features, of training videos too. Videos are near by their cosine.
-    """
+    """Compares test videos with training videos by a frozen encoder's features, of each video the mean over uniformly
+    spaced clips (centre crop) of the L2-normalised pooled features."""
     process, config, encoder, train, test, _ = prepare(config)
     function, labels, classes = unit_features(encoder), torch.tensor(test.labels), len(test.classes)
     gallery, known, _ = video_outputs(function, train, config, process, "training videos")
@@ -521,8 +508,7 @@ def export(config: ExportConfig) -> None:
 
 
 class WithHalves(data.TestClips):
-    """Two clips of a video, from its first and its last frames, then each again in a random crop and flip of its own:
-    "clips" (4, 3, frames, crop, crop)."""
+    """A video's first and last clip, then each in a random crop and flip: "clips" (4, 3, frames, crop, crop)."""
 
     def empty(self, *batch: int) -> dict[str, Tensor]:
         clips = data.empty_clips(*batch, 4, 3, self.frames, self.crop, self.crop)
@@ -539,8 +525,7 @@ class WithHalves(data.TestClips):
 
 
 def first_look(encoders: dict, root: str, shape: tuple[int, int, int], process: Process, workers: int) -> None:
-    """Prints what encoders, by name, know of the held-out videos of `synthetic`, beside chance; `shape` is crop, frames
-    and frame stride.
+    """Prints what encoders, by name, know of held-out videos, beside chance; `shape` is crop, frames and frame stride.
 
     "same motion": R@1 of the class among the training videos, two clips a video. "own other half": R@1 of the same
     video among the held-out ones, from one half to the other, under another crop and flip: what L_VV teaches.

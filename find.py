@@ -4,7 +4,6 @@
 """
 
 import ast
-import codecs
 import contextlib
 import csv
 import functools
@@ -175,7 +174,7 @@ def _read_text(file: str | Path) -> str:
     if not os.path.getsize(file):  # as files of /proc say, some of which have no end
         return ""
     with open(file, "rb") as opened:
-        marked = opened.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        marked = opened.read(2) in (b"\xff\xfe", b"\xfe\xff")
     return Path(file).read_text(*(("utf-16", "replace") if marked else ("utf-8-sig", "surrogateescape")))
 
 

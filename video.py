@@ -9,7 +9,6 @@ import io
 import mmap
 import os
 import re
-import stat
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
@@ -71,10 +70,8 @@ def is_memory_short() -> bool:
 
 
 def blame_machine(error: Exception, path: str | None) -> None:
-    """Raises OSError where an error in reading a video comes of what the machine lacks, not of the video's bytes.
-
-    Decoders that get no memory call a video damaged; one that asks for too much gets none on any machine.
-    """
+    """Raises OSError where an error in reading a video comes of what the machine lacks, not of the video's bytes:
+    decoders that get no memory call a video damaged. One that asks for too much gets none on any machine."""
     short, number = is_memory_short(), getattr(error, "errno", None)
     if short or (number in WANTS and number != errno.ENOMEM):
         number = errno.ENOMEM if short else number
@@ -110,8 +107,7 @@ class Video(contextlib.ExitStack):
     - from the time stamps, where they reorder pictures as far as the decoder says that it does;
     - from the packets' order, where each is a picture (as of MJPEG), or makes one come out (MPEG-1, 2, 4): in AVI
       (UCF101, HMDB51) there are no stamps, and those that others make up for packed B-frames are 1, 2, 4, 3, 5, …;
-    - else (as of raw or interlaced H.264, or where something is lost) from decoding the whole video when it is opened,
-      once in a process.
+    - else (as of raw or interlaced H.264, or where something is lost) from decoding all of it, once in a process.
 
     Args:
         rate: frames a second, of a folder or a file that does not say it.
@@ -130,7 +126,7 @@ class Video(contextlib.ExitStack):
         except OSError as error:
             blame_machine(error, self.path)
             raise BadVideo(self.path, error.strerror) from error
-        is_file = stat.S_ISREG(self._state.st_mode)  # others may have no end
+        is_file = os.path.isfile(self.path)  # others may have no end
         if not self._frames and not (is_file and self._state.st_size):
             raise BadVideo(self.path, "empty" if is_file else "not a file")
         try:
@@ -147,10 +143,8 @@ class Video(contextlib.ExitStack):
 
     @contextlib.contextmanager
     def bad_video(self) -> Iterator[None]:
-        """Starts the clock for a block, whose failures are a BadVideo, or an OSError where the machine is to blame.
-
-        The clock counts the computing of this thread, as others may make it wait.
-        """
+        """Starts the clock, of this thread's computing, as others may make it wait, for a block whose failures are a
+        BadVideo, or an OSError where the machine is to blame."""
         self._deadline = thread_time() + DEADLINE
         try:
             yield
@@ -333,9 +327,8 @@ class Video(contextlib.ExitStack):
         """Decode frames, given by their index in display order (any order, repeats allowed), in one pass.
 
         Returns one uint8 array (H, W, 3) of RGB for each index, turned upright; repeats share one array. A frame that
-        can't be decoded is replaced by its nearest neighbour in time. Raises BadVideo when that befalls more than a
-        quarter of the frames, when they take more than `MAX_BYTES`, or after `DEADLINE` seconds; IndexError when an
-        index is out of range.
+        can't be decoded is replaced by its nearest neighbour. Raises BadVideo when that befalls more than a quarter of
+        them, when they take more than `MAX_BYTES`, or after `DEADLINE` seconds; IndexError for one out of range.
         """
         count, (width, height) = len(set(frames)), self._size
         if 3 * width * height * count > MAX_BYTES:
@@ -347,10 +340,8 @@ class Video(contextlib.ExitStack):
         return [found[k] for k in frames]
 
     def stream(self, frames: Iterable[int]) -> Iterator[dict[int, np.ndarray]]:
-        """As `read`, but gives the different frames as they come out, in parts of at most `CHUNK` bytes, index → image.
-
-        A part is emptied when the next one is asked for.
-        """
+        """As `read`, but gives the different frames as they come out, index → image, in parts of at most `CHUNK` bytes,
+        which are emptied when the next one is asked for."""
         wanted = {self._order[k]: k for k in frames}
         missing, images, size = set(wanted), {}, 3 * self._size[0] * self._size[1]
         last = max(wanted, default=0) + self._near[1]
@@ -389,10 +380,8 @@ class Video(contextlib.ExitStack):
         return runs
 
     def _decode(self, missing: set[int], runs: list[tuple[int, int]], skip: bool) -> Iterator[tuple[int, np.ndarray]]:
-        """Decode runs of packets for the missing tickets, and take out of these what comes, as (ticket, image).
-
-        `skip` leaves out pictures that are neither wanted nor referred to by others.
-        """
+        """Decode runs of packets for the missing tickets, and take out of these what comes, as (ticket, image); `skip`
+        leaves out pictures that are neither wanted nor referred to by others."""
         needed = {ticket + near for ticket in missing for near in self._near} if skip else None
         for first, last in runs:
             for count, (i, image) in enumerate(self._pictures(first, last, needed)):

@@ -29,15 +29,11 @@ import shlex
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from PIL import Image  # which matplotlib needs, too
 from torch import Tensor, nn
 
@@ -187,7 +183,7 @@ def video_features(model: Model, videos: data.VideoList, title: str, function=No
     return found[good], subset(videos, good.nonzero()[:, 0].tolist())
 
 
-def grid(rows: int, columns: int, cell: float, **options) -> tuple[Figure, np.ndarray]:
+def grid(rows: int, columns: int, cell: float, **options) -> tuple[plt.Figure, np.ndarray]:
     """A figure of the page's width or less, with square cells (rows, columns) that show pictures."""
     side = min(cell, PAGE / columns)
     fig, axes = plt.subplots(rows, columns, figsize=(side * columns, side * rows), squeeze=False, **options)
@@ -195,7 +191,7 @@ def grid(rows: int, columns: int, cell: float, **options) -> tuple[Figure, np.nd
     return fig, axes
 
 
-def draw_rows(rows: list[list[tuple]]) -> Figure:
+def draw_rows(rows: list[list[tuple]]) -> plt.Figure:
     """A figure of rows of (title, picture or clip, …), as `show` takes them; all maps have one scale."""
     fig, axes = grid(len(rows), len(rows[0]), 1.5, layout="compressed")
     for ax, (title, picture, *more) in zip(axes.flat, itertools.chain(*rows), strict=True):
@@ -215,13 +211,13 @@ def on_clip(encoder: nn.Module, maps: Tensor, size: int, mode: str = "bicubic") 
     return F.grid_sample(maps[:, None].cpu(), places, mode, "border", align_corners=False)[:, 0]
 
 
-def play(artist: matplotlib.artist.Artist, name: str, values: np.ndarray) -> None:
+def play(artist: plt.Artist, name: str, values: np.ndarray) -> None:
     """Has `written` give a property of an artist one value after the other. A still figure has the middle one."""
     artist.frames = [{name: value} for value in values]
     artist.set(**artist.frames[len(values) // 2])
 
 
-def show(ax: Axes, picture: Tensor, title: str = "", heat: Tensor | None = None, spot: Tensor | None = None) -> None:
+def show(ax: plt.Axes, picture: Tensor, title="", heat: Tensor | None = None, spot: Tensor | None = None) -> None:
     """Shows a picture (3, H, W) in [0, 1], or a clip (3, T, H, W) that can play; over it a map (h, w), or maps in time
     (T', h, w), as multiples of their mean, of which the title tells the range; a circle around x, y of a spot."""
     frames = picture.reshape(3, -1, *picture.shape[-2:]).permute(1, 2, 3, 0).numpy()
@@ -237,7 +233,7 @@ def show(ax: Axes, picture: Tensor, title: str = "", heat: Tensor | None = None,
     ax.set_title(title)
 
 
-def written(fig: Figure, suffix: str) -> memoryview:
+def written(fig: plt.Figure, suffix: str) -> memoryview:
     """A figure as the bytes of a file of this kind, and closed; in a GIF or WebP, what `play` was given plays, ten
     values a second, the shorter ones as slowly as the longest."""
     memory = io.BytesIO()
@@ -248,7 +244,7 @@ def written(fig: Figure, suffix: str) -> memoryview:
         fig.set_dpi(150)
         plt.setp(artists, animated=True)  # all else is drawn once
         (canvas := FigureCanvasAgg(fig)).draw()
-        still, edge = canvas.copy_from_bbox(fig.bbox), 150 * matplotlib.rcParams["savefig.pad_inches"]
+        still, edge = canvas.copy_from_bbox(fig.bbox), 150 * plt.rcParams["savefig.pad_inches"]
         box = fig.get_tightbbox(canvas.get_renderer()).transformed(fig.dpi_scale_trans).padded(edge)
         box, height = box.intersection(box, fig.bbox), canvas.get_width_height()[1]
         box = int(box.x0), int(height - box.y1), int(box.x1), int(height - box.y0)
@@ -285,13 +281,13 @@ def strip(clip: Tensor, count: int) -> Tensor:
     return torch.cat([F.pad(frame, (1, 1), value=1) for frame in frames], 2)
 
 
-def draw_boxes(ax: Axes, boxes: Tensor) -> None:
+def draw_boxes(ax: plt.Axes, boxes: Tensor) -> None:
     """Boxes (2, 4) of source and target view, in pixels of the frame."""
     for (x0, y0, x1, y1), color in zip(boxes.tolist(), (BLUE, ORANGE), strict=True):
-        ax.add_patch(Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, fill=False, color=color, lw=2))
+        ax.add_patch(plt.Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, fill=False, color=color, lw=2))
 
 
-def draw_activations(config: FigureConfig, inputs: list[str]) -> Figure:
+def draw_activations(config: FigureConfig, inputs: list[str]) -> plt.Figure:
     """Class-agnostic activation maps (Fig. 3, 4): where is each encoder active, summed over channels and time?
 
     A row for each video: the middle frame, its difference to the next frame, and the map of each encoder; where it
@@ -309,7 +305,7 @@ def draw_activations(config: FigureConfig, inputs: list[str]) -> Figure:
     return draw_rows(rows)
 
 
-def draw_affinity(config: FigureConfig, inputs: list[str]) -> Figure:
+def draw_affinity(config: FigureConfig, inputs: list[str]) -> plt.Figure:
     """How RGB and motion features of an encoder fit each other in space and in time (Fig. 5).
 
     (a) Cosine of each RGB with each motion feature pixel, mean over the clips: bright on the diagonal alone where a
@@ -338,7 +334,7 @@ def draw_affinity(config: FigureConfig, inputs: list[str]) -> Figure:
     return fig
 
 
-def draw_attention(config: FigureConfig, inputs: list[str]) -> Figure:
+def draw_attention(config: FigureConfig, inputs: list[str]) -> plt.Figure:
     """Where in the target the motion decoder looks for a point of the source (Fig. 7).
 
     The attention of the decoder's last block, averaged over its heads, for two pixels of the source view's feature map,
@@ -366,7 +362,7 @@ def draw_attention(config: FigureConfig, inputs: list[str]) -> Figure:
     return draw_rows(rows)
 
 
-def draw_masks(config: FigureConfig, inputs: list[str]) -> Figure:
+def draw_masks(config: FigureConfig, inputs: list[str]) -> plt.Figure:
     """Foreground masks (Fig. 8; failures, Fig. 9): what is kept by the activation of RGB, of frame difference, of both.
 
     Made by the key encoder, with batch norm by the statistics of the videos drawn, as in pretraining; background is
@@ -388,7 +384,7 @@ def draw_masks(config: FigureConfig, inputs: list[str]) -> Figure:
     return draw_rows(rows)
 
 
-def draw_retrieval(config: FigureConfig, inputs: list[str]) -> Figure:
+def draw_retrieval(config: FigureConfig, inputs: list[str]) -> plt.Figure:
     """Test videos and, below each, the training videos nearest to it, as strips of frames; playing, they are beside it.
 
     A neighbour of the query's class is a hit, ✓; else a miss, ✗; the number is the cosine of their features. Look what
@@ -412,7 +408,7 @@ def draw_retrieval(config: FigureConfig, inputs: list[str]) -> Figure:
     return draw_rows([*zip(*rows, strict=True)] if config.moving else rows)
 
 
-def draw_sample(config: FigureConfig, inputs: list[str]) -> Figure:
+def draw_sample(config: FigureConfig, inputs: list[str]) -> plt.Figure:
     """The views of one training sample: the crops' boxes in the frame, clips, colours, differences, sub-clips.
 
     Drawn by --seed from the test videos or --video, and augmented as in pretraining: source (blue) and target (orange).
@@ -452,7 +448,7 @@ def draw_sample(config: FigureConfig, inputs: list[str]) -> Figure:
     return fig
 
 
-def draw_curves(config: FigureConfig, inputs: list[str]) -> Figure:
+def draw_curves(config: FigureConfig, inputs: list[str]) -> plt.Figure:
     """Training curves of runs (log.jsonl): losses and their values at chance (dashed), spread of the features, pixels
     with a positive, share of clips nearer to their own key than to all of the queue, accuracy of a classifier; of one
     run the last value. Look for losses below chance, and a spread away from 0. Where they play, the epochs pass."""
@@ -591,11 +587,11 @@ def main() -> None:
         missing = f"--out {out}: no such folder as {out.parent}" if config.out else f"{inputs[0]}: no such run folder"
         raise UserError(missing)
     check_replaceable(out, suffixes[out.suffix])
-    matplotlib.use("agg")
-    matplotlib.rcParams.update(STYLE)
+    plt.switch_backend("agg")
+    plt.rcParams.update(STYLE)
     with user_errors((OSError, BadVideo)):
         drawn = draw(config, inputs)
-        write_file(out, written(drawn, out.suffix) if isinstance(drawn, Figure) else drawn)
+        write_file(out, written(drawn, out.suffix) if isinstance(drawn, plt.Figure) else drawn)
     print(f"written to {out}")
 
 
