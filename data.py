@@ -542,10 +542,8 @@ def _visited(visit: Callable[[str], None], path: str) -> tuple[str, str]:
 
 def visit_videos(visit: Callable, paths: Sequence[str], root: str, out: str | Path, workers: int, what: str) -> int:
     """Calls `visit`, which raises BadVideo, for videos in processes, and says how far it is; returns how many are bad.
-
-    Each bad video is a line of the file `out`, for `find_videos` to exclude: its path from `root` in quotes, a tab, the
-    reason. Raises FileExistsError when `out` is a file of another kind.
-    """
+    Each of these is a line of the file `out`, for `find_videos` to exclude: path from `root` in quotes, a tab, reason.
+    Raises FileExistsError when `out` is a file of another kind."""
     if os.path.isfile(out) and not re.match(rb"""\Z|(['"]).*\1\t""", Path(out).read_bytes()):
         raise FileExistsError(f"{out} is no list of bad videos: name another file")
     bad, pause = 0, 0.5 if sys.stderr.isatty() else 30  # seconds, as in training

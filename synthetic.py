@@ -114,10 +114,8 @@ def _shot(rng: np.random.Generator, motion: str, camera: np.ndarray, height: int
 
 
 def _grains(rng: np.random.Generator, places: np.ndarray, pattern: np.ndarray) -> np.ndarray:
-    """White noise (H, W) that goes along with an object: the grains of its pattern at the pixels' places (2, H, W).
-
-    A grain at several pixels, of what turns or grows, shows once: no frame tells what moves (Ilic et al., ECCV 2022).
-    """
+    """White noise (H, W) that goes along with an object: the grains of its pattern at the pixels' places (2, H, W); one
+    at several pixels, of what turns or grows, shows once: no frame tells what moves (Ilic et al., ECCV 2022)."""
     rows, columns = np.floor(places).astype(int) % SPRITE
     shown, first = np.unique(rows * SPRITE + columns, return_index=True)
     drawn = rng.random(rows.shape)
@@ -232,10 +230,8 @@ def _synthetic_names(train: int, test: int, seed=0, shots=1, scene_bias=0.0, **_
 
 @contextlib.contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Makes an empty folder for this process alone, for which others wait, and removes it at the end.
-
-    One that a killed process left is emptied. Where files can't be locked, nobody waits.
-    """
+    """Makes an empty folder for this process alone, for which others wait, where files can be locked, and removes it at
+    the end. One that a killed process left is emptied."""
     while True:
         with contextlib.suppress(FileNotFoundError):  # whoever had it has just removed it
             folder.mkdir(parents=True, exist_ok=True)

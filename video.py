@@ -101,16 +101,14 @@ class Video(contextlib.ExitStack):
         images = video.read(range(0, len(video), 2))
 
     Frame k is the k-th picture that a player shows. The packets are read once (the compressed file is held in memory);
-    a picture of a folder (`frames_of`) is read when it is wanted, and scaled to the size of the first.
+    a picture of a folder (`frames_of`) is read when it is wanted, and scaled to the size of the first. `rate` is that
+    of frames a second where file or folder do not say it.
     Decoding starts at the last key frame before each group of wanted frames. Which packet shows frame k follows
 
     - from the time stamps, where they reorder pictures as far as the decoder says that it does;
     - from the packets' order, where each is a picture (as of MJPEG), or makes one come out (MPEG-1, 2, 4): in AVI
       (UCF101, HMDB51) there are no stamps, and those that others make up for packed B-frames are 1, 2, 4, 3, 5, …;
     - else (as of raw or interlaced H.264, or where something is lost) from decoding all of it, once in a process.
-
-    Args:
-        rate: frames a second, of a folder or a file that does not say it.
 
     Raises BadVideo when the file can't be opened, is none of `CONTAINERS`, holds fewer than two frames of video, or
     more than `MAX_FRAMES`, `MAX_PIXELS` or `MAX_BYTES`, or when that is not known after `DEADLINE` seconds.
@@ -223,8 +221,7 @@ class Video(contextlib.ExitStack):
                 self._near, self._skip = (0, len(packets) if self._clock == "count" else 1), False
         if self._clock == "fed":
             keys = [i for i in keys if packets[i].size > 32 and self._type(packets[i]) == 0]  # no empty pictures
-            safe = [(max(i + 4 + lag, self._next_anchor(i)), i) for i in keys]
-            self._starts = [(bisect_left(self._order, ticket), i) for ticket, i in safe]
+            self._starts = [(bisect_left(self._order, max(i + 4 + lag, self._next_anchor(i))), i) for i in keys]
         else:
             keys = set(keys)
             self._starts = [(frame, i) for frame, i in enumerate(self._order) if i in keys]
