@@ -88,10 +88,8 @@ class VideoList:
 
 
 def draw_region(rng: np.random.Generator, height: int, width: int, scale: tuple[float, float] = (0.2, 1.0)) -> Region:
-    """Region of a frame, as RandomResizedCrop draws it (Szegedy et al. 2015).
-
-    `scale` bounds its share of the frame's area. When ten draws don't fit, it is the largest central one of a `RATIO`.
-    """
+    """Region of a frame, as RandomResizedCrop draws it (Szegedy et al. 2015); `scale` bounds its share of the frame's
+    area. When ten draws don't fit, it is the largest central one of a `RATIO`."""
     for _ in range(10):
         area = height * width * rng.uniform(*scale)
         aspect = math.exp(rng.uniform(math.log(RATIO[0]), math.log(RATIO[1])))
@@ -314,7 +312,7 @@ class TestClips(Items):
         try:
             _begin(path, index)
             with self.open(path) as video:
-                starts = np.linspace(0, max(len(video) - times[-1] - 1, 0), self.clips).round().astype(int)
+                starts = np.linspace(0, max(len(video) - times[-1] - 1, 0), len(out)).round().astype(int)
                 seconds = video.times()
                 item["start"][:] = torch.tensor([float(seconds[k]) for k in starts])
                 frames = np.minimum(starts[:, None] + times, len(video) - 1).ravel().tolist()

@@ -253,10 +253,8 @@ def svm_scores(queries: Tensor, gallery: Tensor, labels: Tensor, classes: int, c
 
 
 def in_top_k(scores: Tensor, labels: Tensor, k: int) -> Tensor:
-    """Whether fewer than k other classes score as high as the true one: (N, classes), (N,) → (N,) bool.
-
-    A tie counts against the video, so that classes without a vote are no hits, and so does a score that is no number.
-    """
+    """Whether fewer than k other classes score as high as the true one: (N, classes), (N,) → (N,) bool. A tie counts
+    against the video, so that classes without a vote are no hits, and so does a score that is no number."""
     own = scores.gather(1, labels[:, None])
     return (~(scores < own)).sum(1) <= k
 
@@ -508,15 +506,11 @@ def export(config: ExportConfig) -> None:
 
 
 class WithHalves(data.TestClips):
-    """A video's first and last clip, then each in a random crop and flip: "clips" (4, 3, frames, crop, crop)."""
-
-    def empty(self, *batch: int) -> dict[str, Tensor]:
-        clips = data.empty_clips(*batch, 4, 3, self.frames, self.crop, self.crop)
-        return super().empty(*batch) | {"clips": clips}
+    """Two of the four clips of a video are its first and its last, the others these in a random crop and flip each."""
 
     def write(self, index: int, item: dict[str, Tensor]) -> list:
         clips, halves = item["clips"].split(2)
-        bad, rng = super().write(index, item | {"clips": clips}), np.random.default_rng(index)
+        bad, rng = super().write(index, {"clips": clips, "start": item["start"][:2]}), np.random.default_rng(index)
         for clip, half in zip(clips, halves, strict=True):
             region = data.draw_region(rng, self.crop, self.crop)
             images = clip.permute(1, 2, 3, 0).numpy()  # (frames, crop, crop, 3)
@@ -539,7 +533,7 @@ def first_look(encoders: dict, root: str, shape: tuple[int, int, int], process: 
         return clip_outputs(lambda x: torch.stack([f(x) for f in functions], 1), videos, process, workers, 8, title)[0]
 
     gallery = look(data.TestClips(train, *shape, 2), "training videos")
-    looked_at = look(WithHalves(test, *shape, 2), "held-out videos")
+    looked_at = look(WithHalves(test, *shape, 4), "held-out videos")
     process.say(f"\n{len(test)} held-out videos    same motion R@1    own other half R@1")
     process.say(f"  {'chance':<20}{1 / len(test.classes):>15.1%}{1 / len(test):>22.1%}")
     for i, name in enumerate(encoders):

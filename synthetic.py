@@ -33,9 +33,7 @@ SPRITE = 64  # pixels of an object's picture, in each direction; objects are dra
 
 def _motion(name: str, rng: np.random.Generator, frames: int) -> tuple[np.ndarray, ...]:
     """One course of a motion: moves to the right and down (in sides of the frame), size (log2), turns; each (frames,).
-
-    Any half of the video shows the motion, and a horizontal flip leaves it what it is.
-    """
+    Any half of the video shows the motion, and a horizontal flip leaves it what it is."""
     low, high = (0.5, 0.17, 1.2, 11, 0, -1, -0.5, 0), (0.6, 0.28, 1.6, 17, 2, 1, 0.5, 1)
     travel, amplitude, doublings, period, phase, direction, size, turns = rng.uniform(low, high)
     if name == "sway_then_bounce":
@@ -106,8 +104,7 @@ def _shot(rng: np.random.Generator, motion: str, camera: np.ndarray, height: int
     right, down, size, turns = _motion(motion, rng, len(camera))
     radius = rng.uniform(0.092, 0.108) * side * 2**size
     centers = []
-    for path, moved, length in ((right * side, camera[:, 0], width), (down * side, camera[:, 1], height)):
-        path = path - moved
+    for path, length in ((right * side - camera[:, 0], width), (down * side - camera[:, 1], height)):
         inside = (radius - path).max(), (length - radius - path).min()  # where it may start so as never to leave
         centers.append(path + rng.uniform(*sorted(inside)))  # or, if that can't be, to leave on both sides
     return *centers, radius, 2 * np.pi * turns
@@ -243,9 +240,8 @@ def alone(folder: Path) -> Iterator[None]:
             if os.path.samestat(os.fstat(lock.fileno()), os.stat(lock.name)):
                 break
     with lock:
-        for left in folder.iterdir():
-            if left.name != "lock":
-                shutil.rmtree(left)
+        for left in folder.glob("*/"):
+            shutil.rmtree(left)
         try:
             yield
         finally:
