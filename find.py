@@ -258,9 +258,8 @@ def _read_official(
         if dataset == "ucf101":
             classes = [line.split()[1] for line in lines("classind.txt")]
             index = {_letters(name): i for i, name in enumerate(classes)}
-            for line in lines(f"{part}list0{split}.txt"):
-                folder, _, name = line.split()[0].partition("/")  # what follows, in training lists, is the class again
-                named.append((os.path.splitext(name)[0], index[_letters(folder)]))
+            listed = [line.split()[0].partition("/") for line in lines(f"{part}list0{split}.txt")]  # no class numbers
+            named = [(os.path.splitext(name)[0], index[_letters(folder)]) for folder, _, name in listed]
         elif dataset == "hmdb51":
             classes = [name[: -len(end)] for name in _named(lists, end)] or read(end)
             for label, name in enumerate(classes):
@@ -284,8 +283,8 @@ def _read_official(
         else:
             index = {name: int(i) for name, i in json.loads(read("labels.json")).items()}
             classes = sorted(index, key=index.get)
-            for entry in json.loads(read(f"{part}.json")):
-                named.append((str(entry["id"]), index[entry["template"].replace("[", "").replace("]", "")]))
+            entries = json.loads(read(f"{part}.json"))
+            named = [(str(e["id"]), index[e["template"].replace("[", "").replace("]", "")]) for e in entries]
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         what = f"no entry {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"{file}: not a list of {dataset} as it is published ({what})") from error
@@ -307,10 +306,8 @@ def _read_tree(
     root: str, videos: Iterable[str], train: bool, kinetics: bool
 ) -> tuple[list[tuple[str, str, int]], list[str], list[str], int, bool]:
     """The videos of a part of a tree whose folders are the classes, the classes, the paths of the held-out part, how
-    many videos lie outside of both, and whether there are parts (`find_videos` says what they are).
-
-    A class is named by the folders below a part, and those above where these differ: ucf/train/jump, or jump/train.
-    """
+    many videos lie outside of both, and whether there are parts (`find_videos` says what they are). A class is named
+    by the folders below a part, and those above where these differ: ucf/train/jump, or jump/train."""
     folders = {folder: folder[len(root) :].strip(os.sep).split(os.sep) for folder in map(os.path.dirname, videos)}
     places, kinds_in = {}, {}  # of each folder, the parts in its path; of the folder above a part, the parts there
     for folder, names in folders.items():
