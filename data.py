@@ -161,11 +161,9 @@ def _begin(path: str, draw: Hashable) -> None:
 
 
 class Items:
-    """Items that are made in memory that is given, for `load_batches`.
-
-    A subclass has `videos`, `empty(*batch)`, which gives a dict of memory for an item or for a batch of them, and
-    `write(key, memory)`, which makes an item there and returns (path, reason) of the videos that could not be read.
-    """
+    """Items that are made in memory that is given, for `load_batches`. A subclass has `videos`, `empty(*batch)`, which
+    gives a dict of memory for an item or for a batch of them, and `write(key, memory)`, which makes an item there and
+    returns (path, reason) of the videos that could not be read."""
 
     def __len__(self) -> int:
         return len(self.videos)

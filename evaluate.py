@@ -520,10 +520,8 @@ class WithHalves(data.TestClips):
 
 def first_look(encoders: dict, root: str, shape: tuple[int, int, int], process: Process, workers: int) -> None:
     """Prints what encoders, by name, know of held-out videos, beside chance; `shape` is crop, frames and frame stride.
-
     "same motion": R@1 of the class among the training videos, two clips a video. "own other half": R@1 of the same
-    video among the held-out ones, from one half to the other, under another crop and flip: what L_VV teaches.
-    """
+    video among the held-out ones, from one half to the other, under another crop and flip: what L_VV teaches."""
     with user_errors():
         train, test = (find_labelled("synthetic", root, part, 1) for part in (True, False))
     own, labels, known = torch.arange(len(test)), torch.tensor(test.labels), torch.tensor(train.labels)

@@ -401,8 +401,7 @@ def draw_retrieval(config: FigureConfig, inputs: list[str]) -> plt.Figure:
             sign = "" if queries.labels[i] < 0 else "✓ " if gallery.labels[j] == queries.labels[i] else "✗ "
             title = "{}{}\n{:.2f}" if config.moving else "{}{}  {:.2f}"
             titles.append(title.format(sign, class_name(gallery, j), cosine))
-        paths = [queries.paths[i], *(gallery.paths[j] for j, _ in found)]
-        clips = middle_clips(paths, model.config) / 255
+        clips = middle_clips([queries.paths[i], *(gallery.paths[j] for j, _ in found)], model.config) / 255
         columns.append([*zip(titles, clips if config.moving else [strip(clip, 4) for clip in clips], strict=True)])
     rows = [*zip(*columns, strict=False)]  # a query that is in the gallery may have one neighbour fewer
     return draw_rows([*zip(*rows, strict=True)] if config.moving else rows)
