@@ -188,8 +188,8 @@ class Video(contextlib.ExitStack):
                 raise BadVideo(self.path, f"more than {most}: cut it into clips")
 
     def _find_order(self) -> None:
-        """Fill `_order`, each frame's ticket, and `_starts`, pairs of a frame and the packet from which to decode it. By
-        the `_clock`, a picture's ticket is the "index" of its packet, that of the packet which was "fed" when it came
+        """Fill `_order`, each frame's ticket, and `_starts`, pairs of a frame and the packet to decode it from. By the
+        `_clock`, a picture's ticket is the "index" of its packet, that of the packet which was "fed" when it came
         out, or its "count". `_near`: which packets hold a frame, from its ticket on, at most."""
         packets, codec = self._packets, self._codec
         self._clock, self._near, self._skip = "index", (0, 0), codec.name in SKIPPING_CODECS
