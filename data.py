@@ -12,7 +12,6 @@ import contextlib
 import ctypes
 import errno
 import functools
-import inspect
 import itertools
 import math
 import mmap
@@ -553,15 +552,14 @@ def visit_videos(visit: Callable, paths: Sequence[str], root: str, out: str | Pa
 
 
 def main() -> None:
-    """`data.py check ROOT` finds videos that can't be read, `data.py synthetic ROOT` makes videos to train on, `data.py
-    shrink ROOT OUT` makes a smaller copy of all videos, quick to read."""
+    """`data.py check ROOT` finds bad videos, `synthetic ROOT` makes videos, `shrink ROOT OUT` makes a smaller copy."""
     import find
     from cli import dispatch
     from train import UserError, user_errors
 
     commands = {"check": (find.check, find.CheckConfig), "synthetic": (find.generate, find.SyntheticConfig)}
     commands["shrink"] = find.shrink, find.ShrinkConfig
-    name, function, config, words = dispatch(commands, inspect.getdoc(main), words=True)
+    name, function, config, words = dispatch(commands, main.__doc__, words=True)
     if len(words) != 1 + (name == "shrink"):
         raise UserError(f"name the {'two folders' if name == 'shrink' else 'folder'} after {name}, before all flags")
     with user_errors():

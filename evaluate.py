@@ -344,12 +344,8 @@ def draw_confusion(path: Path, percent: Tensor, classes: list[str], title: str) 
 
 
 class Classifier(nn.Module):
-    """A linear layer on an encoder's pooled features, trained by cross-entropy.
-
-    Args:
-        frozen: the encoder is not trained and stays in eval mode, and its features are L2-normalised.
-        dropout: of the features, before the linear layer.
-    """
+    """A linear layer on an encoder's pooled features, after dropout, trained by cross-entropy. An encoder that is
+    frozen is not trained and stays in eval mode, and its features are L2-normalised."""
 
     def __init__(self, encoder: nn.Module, classes: int, frozen: bool, dropout: float = 0.0):
         super().__init__()

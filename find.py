@@ -14,7 +14,6 @@ import os
 import re
 import shlex
 import shutil
-import sys
 import time
 from collections import Counter, deque
 from collections.abc import Iterable
@@ -472,7 +471,7 @@ def check(config: CheckConfig, root: str) -> None:
     advice = f": leave them out with --exclude {shlex.quote(config.out)}" if bad else ""
     print(f"{bad} of {len(paths)} videos can't be read{advice}", flush=True)
     if bad:
-        sys.exit(1)
+        raise SystemExit(1)
 
 
 @dataclass(frozen=True)
@@ -591,4 +590,4 @@ def shrink(config: ShrinkConfig, data: str, folder: str) -> None:
         print(f"{len(done)} videos, {before:,.1f} → {after:,.1f} MB; reading 64 frames {slow:.1f} → {fast:.1f} ms")
     print(f"{bad} of {len(done) + bad} videos can't be read" + f": {out / FAILED} says why" * (bad > 0), flush=True)
     if bad:
-        sys.exit(1)
+        raise SystemExit(1)

@@ -288,9 +288,8 @@ def make_synthetic(
             are; the others are in any of the other nine's. Of `test` videos more each, root/unseen is drawn as without
             a bias, root/other in another motion's scenes, root/noise in white noise. Names say so (`scene_of`).
 
-    Raises ValueError for a part without videos, fewer than two frames, no pixel, a negative number, more shots than
-    motions, or a bias beyond 1, of several shots, or of fewer than ten videos; FileExistsError where `root` holds other
-    files than those of a synthetic set, and leaves it alone.
+    Raises ValueError for numbers of which there is no set, and says why; FileExistsError where `root` holds other files
+    than those of a synthetic set, and leaves it alone.
     """
     recipe = {"version": SYNTHETIC_VERSION, "train": train, "test": test, "seed": seed, "frames": frames, "size": size}
     recipe |= {"shake": shake, "shots": shots} | ({"scene_bias": float(scene_bias)} if scene_bias else {})

@@ -33,7 +33,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image  # which matplotlib needs, too
 from torch import Tensor, nn
 
@@ -243,7 +242,7 @@ def written(fig: plt.Figure, suffix: str) -> memoryview:
         artists, images = fig.findobj(lambda artist: hasattr(artist, "frames")), []
         fig.set_dpi(150)
         plt.setp(artists, animated=True)  # all else is drawn once
-        (canvas := FigureCanvasAgg(fig)).draw()
+        (canvas := fig.canvas).draw()
         still, edge = canvas.copy_from_bbox(fig.bbox), 150 * plt.rcParams["savefig.pad_inches"]
         box = fig.get_tightbbox(canvas.get_renderer()).transformed(fig.dpi_scale_trans).padded(edge)
         box, height = box.intersection(box, fig.bbox), canvas.get_width_height()[1]
