@@ -398,12 +398,10 @@ def _memory_kills() -> list[str]:
 
 
 def _in_processes(function: Callable, count: int, tasks: Iterable, ahead: int) -> Iterator:
-    """Yields what a function makes of the tasks in so many processes, in order; each has up to `ahead` tasks.
-
-    torch's DataLoader ends the run when a process of its own dies. Here another process goes on with its tasks, and
-    what killed two by a fault while memory was not short, as the last thing that `_begin` was told, is a BadVideo in
-    the next. Raises what the function raises, and OSError when one can't be started, or eleven die by no video's fault.
-    """
+    """Yields what a function makes of the tasks in so many processes, in order; each has up to `ahead` tasks. Where
+    torch's DataLoader ends the run, when a process dies, another one goes on with its tasks, and what killed two by a
+    fault while memory was not short, as the last thing that `_begin` was told, is a BadVideo in the next. Raises what
+    the function raises, and OSError when one can't be started, or eleven die in a row by no video's fault."""
     tasks, deaths, kills, suspects, killers = iter(tasks), 0, _memory_kills(), set(), {}
     pending, processes, pipes, reading = [deque() for _ in range(count)], {}, {}, {}
 

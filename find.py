@@ -395,11 +395,9 @@ def _read_list(root: str, list_file: str | Path) -> tuple[list[tuple[str | None,
 
 def _read_labels(file: str, rows: list[tuple[str, str]], columns: int) -> tuple[list[int], list[str], str]:
     """Labels (-1: none) of the lines of a list, of which (where, what follows the name) is given; classes, a remark.
-
     What a number before the label is is told by all lines together. One on every line is the number of frames, if it is
     never below 2 and once not below a label that is a number (else the two may be start and end), or if names come with
-    several; else it is part of the class's name. Two (start and end) are refused, as videos are read as a whole.
-    """
+    several; else it is part of the class's name. Two (start and end) are refused, as videos are read as a whole."""
     lines = []  # of each, where it is, what stands there, and of this the leading numbers and the rest
     for where, rest in rows:
         text = re.sub(r"(^|\s)#(\s.*)?$", "", rest).strip(" \t,;|")

@@ -124,11 +124,9 @@ def _draw_video(
     motions: Sequence[str], rng: np.random.Generator, shape: tuple[int, int, int], shake=0.008, scene="", masked=False
 ) -> np.ndarray:
     """Draws one video: objects before a background, a shaky camera; uint8 (shots · T, H, W, 3) for a shape (T, H, W).
-
     Each motion is a shot of so many frames. From shot to shot, objects keep their looks and take another place. In a
-    motion's `scene`, kind of texture, hue and shape are this motion's; in that of "noise", all is `_grains`.
-    `masked` draws where the objects are instead, 255 on them and 0 beside.
-    """
+    motion's `scene`, kind of texture, hue and shape are this motion's; in that of "noise", all is `_grains`. `masked`
+    draws where the objects are instead, 255 on them and 0 beside."""
     frames, height, width = shape
     time = np.arange(len(motions) * frames)[:, None] / frames
     camera = np.sin(2 * np.pi * (time * rng.uniform(1, 4, 2) + rng.random(2)))
