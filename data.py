@@ -12,7 +12,6 @@ import contextlib
 import ctypes
 import errno
 import functools
-import inspect
 import itertools
 import math
 import mmap
@@ -60,8 +59,7 @@ class VideoList:
     """Videos of one part of a data set: paths, labels (-1: unknown), class names, and a line on what was found.
 
     `shared` names the training videos that were left out because links make them held-out ones too, `closed` the
-    folders that may not be listed, whose videos are missing; `features` are those of each video's clips, (clips, C) by
-    path, where they come from a file.
+    folders that may not be listed; `features` are those of the videos' clips, (clips, C) by path, if from a file.
     """
 
     paths: list[str]
@@ -89,10 +87,8 @@ class VideoList:
 
 
 def draw_region(rng: np.random.Generator, height: int, width: int, scale: tuple[float, float] = (0.2, 1.0)) -> Region:
-    """Region of a frame, as RandomResizedCrop draws it (Szegedy et al. 2015).
-
-    `scale` bounds its share of the frame's area. When ten draws don't fit, it is the largest central one of a `RATIO`.
-    """
+    """Region of a frame, as RandomResizedCrop draws it (Szegedy et al. 2015); `scale` bounds its share of the frame's
+    area. When ten draws don't fit, it is the largest central one of a `RATIO`."""
     for _ in range(10):
         area = height * width * rng.uniform(*scale)
         aspect = math.exp(rng.uniform(math.log(RATIO[0]), math.log(RATIO[1])))
@@ -164,11 +160,9 @@ def _begin(path: str, draw: Hashable) -> None:
 
 
 class Items:
-    """Items that are made in memory that is given, for `load_batches`.
-
-    A subclass has `videos`, `empty(*batch)`, which gives a dict of memory for an item or for a batch of them, and
-    `write(key, memory)`, which makes an item there and returns (path, reason) of the videos that could not be read.
-    """
+    """Items that are made in memory that is given, for `load_batches`. A subclass has `videos`, `empty(*batch)`, which
+    gives a dict of memory for an item or for a batch of them, and `write(key, memory)`, which makes an item there and
+    returns (path, reason) of the videos that could not be read."""
 
     def __len__(self) -> int:
         return len(self.videos)
@@ -296,8 +290,7 @@ class TestClips(Items):
     """Clips for evaluation, N of each video at uniformly spaced times; short videos are continued by their last frame.
 
     The crop is the central square of 7/8 of the shorter side. An item is a dict: "clips" uint8 (N, 3, frames, crop,
-    crop), "start" (N,), when each begins, in seconds, and "bad", empty or [(path, reason)]: an unreadable video gives
-    zeros, never another video's clips.
+    crop), "start" (N,), when each begins in seconds, and "bad", empty or [(path, reason)] of a video that gives zeros.
     """
 
     def __init__(self, videos: VideoList, crop: int, frames: int = 16, frame_stride: int = 2, clips: int = 10):
@@ -316,7 +309,7 @@ class TestClips(Items):
         try:
             _begin(path, index)
             with self.open(path) as video:
-                starts = np.linspace(0, max(len(video) - times[-1] - 1, 0), self.clips).round().astype(int)
+                starts = np.linspace(0, max(len(video) - times[-1] - 1, 0), len(out)).round().astype(int)
                 seconds = video.times()
                 item["start"][:] = torch.tensor([float(seconds[k]) for k in starts])
                 frames = np.minimum(starts[:, None] + times, len(video) - 1).ravel().tolist()
@@ -405,13 +398,10 @@ def _memory_kills() -> list[str]:
 
 
 def _in_processes(function: Callable, count: int, tasks: Iterable, ahead: int) -> Iterator:
-    """Yields what a function makes of the tasks in so many processes, in order; each has up to `ahead` tasks.
-
-    torch's DataLoader ends the run when a process of its own dies. Here another process goes on with its tasks, and
-    what killed two by a fault while memory was not short, as the last thing that `_begin` was told, is a BadVideo in
-    the next. Raises what the function raises, and OSError when a process can't be started, or when eleven die in a row
-    of what is no video's fault.
-    """
+    """Yields what a function makes of the tasks in so many processes, in order; each has up to `ahead` tasks. Where
+    torch's DataLoader ends the run, when a process dies, another one goes on with its tasks, and what killed two by a
+    fault while memory was not short, as the last thing that `_begin` was told, is a BadVideo in the next. Raises what
+    the function raises, and OSError when one can't be started, or eleven die in a row by no video's fault."""
     tasks, deaths, kills, suspects, killers = iter(tasks), 0, _memory_kills(), set(), {}
     pending, processes, pipes, reading = [deque() for _ in range(count)], {}, {}, {}
 
@@ -545,10 +535,8 @@ def _visited(visit: Callable[[str], None], path: str) -> tuple[str, str]:
 
 def visit_videos(visit: Callable, paths: Sequence[str], root: str, out: str | Path, workers: int, what: str) -> int:
     """Calls `visit`, which raises BadVideo, for videos in processes, and says how far it is; returns how many are bad.
-
-    Each bad video is a line of the file `out`, for `find_videos` to exclude: its path from `root` in quotes, a tab, the
-    reason. Raises FileExistsError when `out` is a file of another kind.
-    """
+    Each of these is a line of the file `out`, for `find_videos` to exclude: path from `root` in quotes, a tab, reason.
+    Raises FileExistsError when `out` is a file of another kind."""
     if os.path.isfile(out) and not re.match(rb"""\Z|(['"]).*\1\t""", Path(out).read_bytes()):
         raise FileExistsError(f"{out} is no list of bad videos: name another file")
     bad, pause = 0, 0.5 if sys.stderr.isatty() else 30  # seconds, as in training
@@ -562,18 +550,18 @@ def visit_videos(visit: Callable, paths: Sequence[str], root: str, out: str | Pa
 
 
 def main() -> None:
-    """`data.py check ROOT` finds videos that can't be read, `data.py synthetic ROOT` makes videos to train on, `data.py
-    shrink ROOT OUT` makes a smaller copy of all videos, quick to read."""
+    """`data.py check ROOT` finds bad videos, `synthetic ROOT` makes videos, `shrink ROOT OUT` makes a smaller copy."""
     import find
     from cli import dispatch
-    from train import UserError
+    from train import UserError, user_errors
 
     commands = {"check": (find.check, find.CheckConfig), "synthetic": (find.generate, find.SyntheticConfig)}
     commands["shrink"] = find.shrink, find.ShrinkConfig
-    name, function, config, words = dispatch(commands, inspect.getdoc(main), words=True)
+    name, function, config, words = dispatch(commands, main.__doc__, words=True)
     if len(words) != 1 + (name == "shrink"):
         raise UserError(f"name the {'two folders' if name == 'shrink' else 'folder'} after {name}, before all flags")
-    function(config, *words)
+    with user_errors():
+        function(config, *words)
 
 
 if __name__ == "__main__":

@@ -42,18 +42,7 @@ from cli import command_line, dispatch, loader_workers, shown, start_process
 from features import EncoderConfig, clip_outputs, load_encoder, nearest, pooled_features, unit_features, video_outputs
 from models import ENCODERS, export_weights
 from runs import check_new, check_replaceable, claim_folder, continued, fit_in_folder, load_checkpoint, made_by
-from train import (
-    Options,
-    Process,
-    TrainConfig,
-    UserError,
-    check_sums,
-    method_name,
-    option,
-    progress,
-    user_errors,
-    write_file,
-)
+from train import Options, Process, TrainConfig, UserError, check_sums, option, progress, user_errors, write_file
 
 RECALLS = (1, 5, 10, 20, 50)
 PNG = b"\x89PNG"  # how pictures begin
@@ -61,9 +50,9 @@ PNG = b"\x89PNG"  # how pictures begin
 
 @dataclasses.dataclass(frozen=True)
 class RetrieveConfig(EncoderConfig):
-    """Options of every protocol."""
+    """Retrieval: R@k, is any of the k training videos nearest to a test video, by cosine, of its class? (Table 6)"""
 
-    protocol = property(lambda self: method_name(type(self)).lower())
+    protocol = property(lambda self: type(self).__name__.removesuffix("Config").lower())
 
     exclude: str = option("", "file of training videos to leave out, as in pretraining; no test video is left out")
     features: str = option("", "linear, retrieve, knn, svm: file of `features`, instead of videos and encoder")
@@ -72,7 +61,7 @@ class RetrieveConfig(EncoderConfig):
 
 @dataclasses.dataclass(frozen=True)
 class KnnConfig(RetrieveConfig):
-    """Options of the vote of nearest neighbours."""
+    """k nearest neighbours (Wu et al., CVPR 2018): which class do the training videos near to a test video vote for?"""
 
     k: int = option(20, "neighbours that vote", (1, 10**6))
     temperature: float = option(0.07, "a neighbour's vote weighs exp(cosine / temperature)", (0.001, 1000))
@@ -80,7 +69,7 @@ class KnnConfig(RetrieveConfig):
 
 @dataclasses.dataclass(frozen=True)
 class SvmConfig(RetrieveConfig):
-    """Options of the linear SVM; the defaults are MCL's (Sec. 4.2)."""
+    """Linear SVM, scikit-learn's LinearSVC: how well do planes, one a class, tell classes apart? (MCL, Sec. 4.2)"""
 
     clips: int = option(20, "uniformly spaced clips of a video", (1, 10_000))
     cost: float = option(1.0, "cost of a training video on the wrong side, C", (1e-6, 1e6))
@@ -110,8 +99,8 @@ class LinearConfig(ClassifyConfig):
     """Linear probe: how well do a frozen encoder's features tell the classes apart by a linear layer?
 
     The encoder stays in eval mode; L2-normalised pooled feature → linear layer, without dropout or weight decay.
-    Training clips are cropped and flipped at random, without colour augmentation. SGD at 1.5 for a total batch of 16,
-    100 epochs, ÷10 at 60 and 80. The last checkpoint is tested: mean class probability of 10 clips a video.
+    Training clips are cropped and flipped at random, without colour augmentation. SGD; the last checkpoint is tested,
+    by the mean class probability of a video's clips.
 
     --cached N computes the features of N such clips of each video once and trains on them: with N = --epochs the
     same probe, with fewer nearly the same in a fraction of the time.
@@ -129,9 +118,8 @@ class LinearConfig(ClassifyConfig):
 class FinetuneConfig(ClassifyConfig):
     """Fine-tuning: how well does the encoder classify after being trained to, as a whole?
 
-    Pooled feature → dropout (0.7 on UCF101, else 0.5) → linear layer; encoder and layer are trained together. Training
-    clips are augmented as in pretraining, without blur. SGD at 0.0033 for a total batch of 16, weight decay 1e-4,
-    150 epochs, ÷10 at 60 and 120. The last checkpoint is tested: mean class probability of 10 clips a video.
+    Pooled feature → dropout → linear layer; encoder and layer are trained together by SGD. Training clips are augmented
+    as in pretraining, without blur. The last checkpoint is tested, by the mean class probability of a video's clips.
     """
 
     epochs: int = option(150, "passes over the training videos; rate ÷ 10 after 40 % and 80 % of them", (1, 10**6))
@@ -200,10 +188,9 @@ def prepare(config: RetrieveConfig) -> tuple:
     with user_errors():
         train, test = process.first(find_both, lambda found: [videos.mark(config.data) for videos in found])
     if both := [*find.same_files(train.paths, test.paths), *train.shared]:
-        raise UserError(
-            f"{min(both)} is a training video and a test video, one of {len(both)} by name or link: divide them into "
-            "train/ and test/ folders, or by --list_file and --test_list, or --exclude them"
-        )
+        advice = "divide them into train/ and test/ folders, or by --list_file and --test_list, or --exclude them"
+        what = f"{min(both)} is a training video and a test video, one of {len(both)} by name or link"
+        raise UserError(f"{what}: {advice}")
     if getattr(config, "dropout", 0) < 0:
         config = dataclasses.replace(config, dropout=0.7 if config.dataset == "ucf101" else 0.5)
     seen = {}
@@ -226,16 +213,6 @@ def share_of(videos: data.VideoList, fraction: float, seed: int) -> data.VideoLi
         kept += own[: max(round(fraction * len(own)), 1)].tolist()
     kept.sort()
     return dataclasses.replace(videos, paths=[videos.paths[i] for i in kept], labels=labels[kept].tolist())
-
-
-def compared(config: RetrieveConfig) -> tuple:
-    """This process, options, test videos, and means of the clips' L2-normalised features: of the readable training
-    videos (G, C) with their labels (G,), of the test videos (Q, C) with which could be read (Q,), and the others."""
-    process, config, encoder, train, test, _ = prepare(config)
-    function = unit_features(encoder)
-    gallery, known, _ = video_outputs(function, train, config, process, "training videos")
-    queries, good, bad = video_outputs(function, test, config, process, "test videos")
-    return process, config, test, gallery[known], torch.tensor(train.labels)[known], queries, good, bad
 
 
 def recall_at_k(queries: Tensor, labels: Tensor, gallery: Tensor, known: Tensor, ks=RECALLS) -> dict[int, Tensor]:
@@ -276,10 +253,8 @@ def svm_scores(queries: Tensor, gallery: Tensor, labels: Tensor, classes: int, c
 
 
 def in_top_k(scores: Tensor, labels: Tensor, k: int) -> Tensor:
-    """Whether fewer than k other classes score as high as the true one: (N, classes), (N,) → (N,) bool.
-
-    A tie counts against the video, so that classes without a vote are no hits, and so does a score that is no number.
-    """
+    """Whether fewer than k other classes score as high as the true one: (N, classes), (N,) → (N,) bool. A tie counts
+    against the video, so that classes without a vote are no hits, and so does a score that is no number."""
     own = scores.gather(1, labels[:, None])
     return (~(scores < own)).sum(1) <= k
 
@@ -369,12 +344,8 @@ def draw_confusion(path: Path, percent: Tensor, classes: list[str], title: str) 
 
 
 class Classifier(nn.Module):
-    """A linear layer on an encoder's pooled features, trained by cross-entropy.
-
-    Args:
-        frozen: the encoder is not trained and stays in eval mode, and its features are L2-normalised.
-        dropout: of the features, before the linear layer.
-    """
+    """A linear layer on an encoder's pooled features, after dropout, trained by cross-entropy. An encoder that is
+    frozen is not trained and stays in eval mode, and its features are L2-normalised."""
 
     def __init__(self, encoder: nn.Module, classes: int, frozen: bool, dropout: float = 0.0):
         super().__init__()
@@ -404,8 +375,7 @@ class Classifier(nn.Module):
 
 
 def training_views(config: ClassifyConfig, train: data.VideoList) -> data.PretrainingViews:
-    """A random clip, cropped and flipped, of each of the training videos that --fraction leaves; colours are drawn for
-    fine-tuning alone."""
+    """A random clip, cropped and flipped, of each training video that --fraction leaves; colours for fine-tuning."""
     few, shape = share_of(train, config.fraction, config.seed), (config.crop, config.frames, config.frame_stride)
     color = dict(jitter_p=getattr(config, "jitter_p", 0), gray_p=getattr(config, "gray_p", 0), blur_p=0)
     return data.PretrainingViews(few, *shape, 0, config.seed, config.min_scale, color=color, windows=1)
@@ -428,8 +398,7 @@ class CachedViews(data.Items):
 
 
 def cached_features(encoder: nn.Module, config: LinearConfig, process: Process, views: data.PretrainingViews) -> tuple:
-    """Features of --cached views of each video, or of the clips in a file (videos, views, C), and labels (videos,),
-    without unreadable videos."""
+    """Features (videos, views, C) of --cached views, or of a file's clips, and labels (videos,): of readable videos."""
     function, title = unit_features(encoder), "training videos"
     if config.features:
         features, good, _ = video_outputs(function, views.videos, config, process, title, average=False)
@@ -441,8 +410,7 @@ def cached_features(encoder: nn.Module, config: LinearConfig, process: Process, 
 
 
 def classify(config: ClassifyConfig) -> None:
-    """Trains a classifier by the loop of pretraining, and tests what the last step leaves: mean class probabilities of
-    a video's clips."""
+    """Trains a classifier by the loop of pretraining, and tests what the last step leaves on all test videos."""
     process, config, encoder, train, test, seen = prepare(config)
     views, frozen = training_views(config, train), isinstance(config, LinearConfig)
     classifier = Classifier(encoder, len(train.classes), frozen, 0 if frozen else config.dropout)
@@ -473,42 +441,28 @@ def classify(config: ClassifyConfig) -> None:
     save_accuracy(process, config, test, probabilities, good, bad, more)
 
 
-def retrieve(config: RetrieveConfig) -> None:
-    """Retrieval: R@k, is any of the k training videos nearest to a test video of its class? (Table 6)
-
-    A video's feature is the mean over 10 uniformly spaced clips of the L2-normalised pooled features; videos are
-    compared by cosine.
-    """
-    process, config, test, gallery, gallery_labels, queries, good, bad = compared(config)
-    labels = torch.tensor(test.labels)
-    hits = recall_at_k(queries, labels, gallery, gallery_labels)
-    recalls = {f"R@{k}": round(100 * (hit & good).float().mean().item(), 2) for k, hit in hits.items()}
-    chance = chance_at_k(labels, gallery_labels, len(test.classes))
-    found = {"recall_percent": recalls, "chance_percent": {f"R@{k}": round(100 * p, 2) for k, p in chance.items()}}
-    found |= {"queries": len(queries), "gallery": len(gallery), "unreadable": bad}
-    save_result(process, config, found, recalls, len(test))
-
-
-def knn(config: KnnConfig) -> None:
-    """k nearest neighbours: which class do the training videos nearest to a test video vote for?
-
-    Features and cosine as in `retrieve`; a vote weighs exp(cosine / 0.07) (Wu et al., CVPR 2018). Nothing is trained.
-    """
-    process, config, test, gallery, gallery_labels, queries, good, bad = compared(config)
-    scores = knn_scores(queries, gallery, gallery_labels, len(test.classes), config.k, config.temperature)
-    save_accuracy(process, config, test, scores, good, bad, {"gallery": len(gallery)})
-
-
-def svm(config: SvmConfig) -> None:
-    """Linear SVM: how well do planes, one for each class, tell the classes apart in a frozen encoder's features?
-
-    A video's feature is the mean over 20 uniformly spaced clips (centre crop) of the L2-normalised pooled features, of
-    training videos too, without augmentation (MCL, Sec. 4.2). scikit-learn's LinearSVC, C = 1.
-    """
-    process, config, test, gallery, gallery_labels, queries, good, bad = compared(config)
-    with user_errors():
-        scores = svm_scores(queries, gallery, gallery_labels, len(test.classes), config.cost, process)
-    save_accuracy(process, config, test, scores, good, bad, {"training_videos": len(gallery)})
+def compare(config: RetrieveConfig) -> None:
+    """Compares test videos with training videos by a frozen encoder's features, of each video the mean over uniformly
+    spaced clips (centre crop) of the L2-normalised pooled features."""
+    process, config, encoder, train, test, _ = prepare(config)
+    function, labels, classes = unit_features(encoder), torch.tensor(test.labels), len(test.classes)
+    gallery, known, _ = video_outputs(function, train, config, process, "training videos")
+    queries, good, bad = video_outputs(function, test, config, process, "test videos")
+    gallery, gallery_labels = gallery[known], torch.tensor(train.labels)[known]
+    if isinstance(config, KnnConfig):
+        scores = knn_scores(queries, gallery, gallery_labels, classes, config.k, config.temperature)
+        save_accuracy(process, config, test, scores, good, bad, {"gallery": len(gallery)})
+    elif isinstance(config, SvmConfig):
+        with user_errors():
+            scores = svm_scores(queries, gallery, gallery_labels, classes, config.cost, process)
+        save_accuracy(process, config, test, scores, good, bad, {"training_videos": len(gallery)})
+    else:
+        hits = recall_at_k(queries, labels, gallery, gallery_labels)
+        recalls = {f"R@{k}": round(100 * (hit & good).float().mean().item(), 2) for k, hit in hits.items()}
+        chance = chance_at_k(labels, gallery_labels, classes)
+        found = {"recall_percent": recalls, "chance_percent": {f"R@{k}": round(100 * p, 2) for k, p in chance.items()}}
+        found |= {"queries": len(queries), "gallery": len(gallery), "unreadable": bad}
+        save_result(process, config, found, recalls, len(test))
 
 
 def export(config: ExportConfig) -> None:
@@ -548,16 +502,11 @@ def export(config: ExportConfig) -> None:
 
 
 class WithHalves(data.TestClips):
-    """Two clips of a video, from its first and its last frames, then each again in a random crop and flip of its own:
-    "clips" (4, 3, frames, crop, crop)."""
-
-    def empty(self, *batch: int) -> dict[str, Tensor]:
-        clips = data.empty_clips(*batch, 4, 3, self.frames, self.crop, self.crop)
-        return super().empty(*batch) | {"clips": clips}
+    """Two of the four clips of a video are its first and its last, the others these in a random crop and flip each."""
 
     def write(self, index: int, item: dict[str, Tensor]) -> list:
         clips, halves = item["clips"].split(2)
-        bad, rng = super().write(index, item | {"clips": clips}), np.random.default_rng(index)
+        bad, rng = super().write(index, {"clips": clips, "start": item["start"][:2]}), np.random.default_rng(index)
         for clip, half in zip(clips, halves, strict=True):
             region = data.draw_region(rng, self.crop, self.crop)
             images = clip.permute(1, 2, 3, 0).numpy()  # (frames, crop, crop, 3)
@@ -566,23 +515,19 @@ class WithHalves(data.TestClips):
 
 
 def first_look(encoders: dict, root: str, shape: tuple[int, int, int], process: Process, workers: int) -> None:
-    """Prints what encoders, by name, know of the held-out videos of `synthetic`, beside chance; `shape` is crop, frames
-    and frame stride.
-
+    """Prints what encoders, by name, know of held-out videos, beside chance; `shape` is crop, frames and frame stride.
     "same motion": R@1 of the class among the training videos, two clips a video. "own other half": R@1 of the same
-    video among the held-out ones, from one half to the other, under another crop and flip: what L_VV teaches.
-    """
+    video among the held-out ones, from one half to the other, under another crop and flip: what L_VV teaches."""
     with user_errors():
         train, test = (find_labelled("synthetic", root, part, 1) for part in (True, False))
     own, labels, known = torch.arange(len(test)), torch.tensor(test.labels), torch.tensor(train.labels)
     functions = [unit_features(encoder.to(process.device)) for encoder in encoders.values()]
-    gallery, looked_at = (  # (videos, clips, encoders, C)
-        clip_outputs(lambda clips: torch.stack([f(clips) for f in functions], 1), clips, process, workers, 8, title)[0]
-        for title, clips in (
-            ("training videos", data.TestClips(train, *shape, 2)),
-            ("held-out videos", WithHalves(test, *shape, 2)),
-        )
-    )
+
+    def look(videos: data.TestClips, title: str) -> Tensor:  # (videos, clips, encoders, C)
+        return clip_outputs(lambda x: torch.stack([f(x) for f in functions], 1), videos, process, workers, 8, title)[0]
+
+    gallery = look(data.TestClips(train, *shape, 2), "training videos")
+    looked_at = look(WithHalves(test, *shape, 4), "held-out videos")
     process.say(f"\n{len(test)} held-out videos    same motion R@1    own other half R@1")
     process.say(f"  {'chance':<20}{1 / len(test.classes):>15.1%}{1 / len(test):>22.1%}")
     for i, name in enumerate(encoders):
@@ -595,9 +540,9 @@ def first_look(encoders: dict, root: str, shape: tuple[int, int, int], process: 
 PROTOCOLS = {
     "linear": (classify, LinearConfig),
     "finetune": (classify, FinetuneConfig),
-    "retrieve": (retrieve, RetrieveConfig),
-    "knn": (knn, KnnConfig),
-    "svm": (svm, SvmConfig),
+    "retrieve": (compare, RetrieveConfig),
+    "knn": (compare, KnnConfig),
+    "svm": (compare, SvmConfig),
     "features": (features.write_features, features.FeaturesConfig),
     "export": (export, ExportConfig),
 }

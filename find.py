@@ -4,7 +4,6 @@
 """
 
 import ast
-import codecs
 import contextlib
 import csv
 import functools
@@ -15,7 +14,6 @@ import os
 import re
 import shlex
 import shutil
-import sys
 import time
 from collections import Counter, deque
 from collections.abc import Iterable
@@ -175,7 +173,7 @@ def _read_text(file: str | Path) -> str:
     if not os.path.getsize(file):  # as files of /proc say, some of which have no end
         return ""
     with open(file, "rb") as opened:
-        marked = opened.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        marked = opened.read(2) in (b"\xff\xfe", b"\xfe\xff")
     return Path(file).read_text(*(("utf-16", "replace") if marked else ("utf-8-sig", "surrogateescape")))
 
 
@@ -186,13 +184,14 @@ def is_video(name: str) -> bool:
 def walk(root: str) -> tuple[list[str], list[str], list[str]]:
     """Paths of all videos below a folder; of all other files, the upper ones first; of folders that can't be listed."""
     videos, others, closed, seen, stems = [], [], [], set(), set()
-
-    def visit(folder: str, part: str, above: tuple) -> None:
+    folders = [(root, "", {os.stat(folder)[1:3] for folder in Path(os.path.realpath(root)).parents})]
+    while folders:
+        folder, part, above = folders.pop()  # the part that it is in, and where the folders above it are
         try:
             place, entries = os.stat(folder)[1:3], sorted(os.scandir(folder), key=lambda entry: entry.name)
         except PermissionError:
             closed.append(folder)
-            return
+            continue
         below, own, rest = [], [], []
         for entry in entries:
             if NOT_READ.fullmatch(entry.name):
@@ -205,15 +204,12 @@ def walk(root: str) -> tuple[list[str], list[str], list[str]]:
         holds_others = below or own or folder == root or folder in stems  # by its name, the frames of a file beside it
         frames = set() if holds_others else {*frames_of(folder, map(os.path.basename, rest))}
         if not frames and (place in above or (part, place) in seen):  # by a link, upwards or in this part of the set
-            return
+            continue
         seen.add((part, place))
         stems.update(os.path.splitext(path)[0] for path in own)
         videos.extend([folder] if frames else own)
         others.extend(path for path in rest if path not in frames)
-        for inner in below:
-            visit(*inner, (*above, place))
-
-    visit(root, "", tuple(os.stat(folder)[1:3] for folder in Path(os.path.realpath(root)).parents))  # nor beyond it
+        folders += [(*inner, above | {place}) for inner in reversed(below)]
     return videos, others, closed
 
 
@@ -261,9 +257,8 @@ def _read_official(
         if dataset == "ucf101":
             classes = [line.split()[1] for line in lines("classind.txt")]
             index = {_letters(name): i for i, name in enumerate(classes)}
-            for line in lines(f"{part}list0{split}.txt"):
-                folder, _, name = line.split()[0].partition("/")  # what follows, in training lists, is the class again
-                named.append((os.path.splitext(name)[0], index[_letters(folder)]))
+            listed = [line.split()[0].partition("/") for line in lines(f"{part}list0{split}.txt")]  # no class numbers
+            named = [(os.path.splitext(name)[0], index[_letters(folder)]) for folder, _, name in listed]
         elif dataset == "hmdb51":
             classes = [name[: -len(end)] for name in _named(lists, end)] or read(end)
             for label, name in enumerate(classes):
@@ -287,8 +282,8 @@ def _read_official(
         else:
             index = {name: int(i) for name, i in json.loads(read("labels.json")).items()}
             classes = sorted(index, key=index.get)
-            for entry in json.loads(read(f"{part}.json")):
-                named.append((str(entry["id"]), index[entry["template"].replace("[", "").replace("]", "")]))
+            entries = json.loads(read(f"{part}.json"))
+            named = [(str(e["id"]), index[e["template"].replace("[", "").replace("]", "")]) for e in entries]
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         what = f"no entry {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"{file}: not a list of {dataset} as it is published ({what})") from error
@@ -310,10 +305,8 @@ def _read_tree(
     root: str, videos: Iterable[str], train: bool, kinetics: bool
 ) -> tuple[list[tuple[str, str, int]], list[str], list[str], int, bool]:
     """The videos of a part of a tree whose folders are the classes, the classes, the paths of the held-out part, how
-    many videos lie outside of both, and whether there are parts (`find_videos` says what they are).
-
-    A class is named by the folders below a part, and those above where these differ: ucf/train/jump, or jump/train.
-    """
+    many videos lie outside of both, and whether there are parts (`find_videos` says what they are). A class is named
+    by the folders below a part, and those above where these differ: ucf/train/jump, or jump/train."""
     folders = {folder: folder[len(root) :].strip(os.sep).split(os.sep) for folder in map(os.path.dirname, videos)}
     places, kinds_in = {}, {}  # of each folder, the parts in its path; of the folder above a part, the parts there
     for folder, names in folders.items():
@@ -402,11 +395,9 @@ def _read_list(root: str, list_file: str | Path) -> tuple[list[tuple[str | None,
 
 def _read_labels(file: str, rows: list[tuple[str, str]], columns: int) -> tuple[list[int], list[str], str]:
     """Labels (-1: none) of the lines of a list, of which (where, what follows the name) is given; classes, a remark.
-
     What a number before the label is is told by all lines together. One on every line is the number of frames, if it is
     never below 2 and once not below a label that is a number (else the two may be start and end), or if names come with
-    several; else it is part of the class's name. Two (start and end) are refused, as videos are read as a whole.
-    """
+    several; else it is part of the class's name. Two (start and end) are refused, as videos are read as a whole."""
     lines = []  # of each, where it is, what stands there, and of this the leading numbers and the rest
     for where, rest in rows:
         text = re.sub(r"(^|\s)#(\s.*)?$", "", rest).strip(" \t,;|")
@@ -478,7 +469,7 @@ def check(config: CheckConfig, root: str) -> None:
     advice = f": leave them out with --exclude {shlex.quote(config.out)}" if bad else ""
     print(f"{bad} of {len(paths)} videos can't be read{advice}", flush=True)
     if bad:
-        sys.exit(1)
+        raise SystemExit(1)
 
 
 @dataclass(frozen=True)
@@ -497,8 +488,7 @@ class SyntheticConfig(Options):
 
 def generate(config: SyntheticConfig, root: str) -> None:
     """Makes videos whose class is their motion: ROOT/train, ROOT/test, and with --shots or --scene_bias other parts."""
-    with user_errors():
-        make_synthetic(root, **asdict(config) | {"size": (config.size, config.size)})
+    make_synthetic(root, **asdict(config) | {"size": (config.size, config.size)})
 
 
 @dataclass(frozen=True)
@@ -568,35 +558,34 @@ def shrink(config: ShrinkConfig, data: str, folder: str) -> None:
     recipe = {"root": root, "side": config.side, "keyframes": config.keyframes, "crf": config.crf}
     recipe |= {"frame_rate": config.frame_rate} if config.frame_rate != ShrinkConfig.frame_rate else {}
     recipe = json.dumps(recipe)
-    with user_errors():
-        if Path(root).resolve() in (out.resolve(), *out.resolve().parents):
-            raise ValueError(f"{out} is in {root}: name another folder")
-        videos, others = walk_whole(root)
-        held = (out / RECIPE).read_text() if (out / RECIPE).exists() else "other files" * any(out.glob("*"))
-        if held not in ("", recipe):
-            raise FileExistsError(f"{out} holds {held}, not what comes of {recipe}: name another folder")
-        out.mkdir(parents=True, exist_ok=True)
-        write_file(out / RECIPE, recipe)
-        targets = {path: out / os.path.relpath(path, root) for path in [*videos, *filter(os.path.isfile, others)]}
-        targets |= {path: out / f"{os.path.relpath(path, root)}.mp4" for path in videos if not is_video(path)}
-        first = {identity(path): path for path in reversed(targets) if targets[path] != out / FAILED}
-        with alone(out / HIDDEN), user_errors(path=out / FAILED):
-            (out / HIDDEN / "made").mkdir()
-            todo = [path for path in first.values() if not targets[path].exists()]
-            visit = functools.partial(_shrink_file, targets, out, config)
-            bad = visit_videos(visit, todo[::-1], root, out / FAILED, config.workers, f"shrinking {root}")
-        for path, target in targets.items():
-            if not target.exists() and (made := targets[first[identity(path)]]).exists():  # a file of more paths is one
-                target.parent.mkdir(parents=True, exist_ok=True)  # there, too: training leaves out what tests have
-                target.symlink_to(os.path.relpath(made, target.parent))
-        done = [path for path in sorted({*videos} & {*first.values()}) if targets[path].exists()]
-        files = [file for path in done for file in frames_of(path) or [path] if os.path.exists(file)]
-        before, after = (sum(map(os.path.getsize, part)) / 1e6 for part in (files, map(targets.get, done)))
-        sample = [done[k] for k in np.random.default_rng(0).permutation(len(done))[:20]]
-        times = [[_reading_time(at) for at in (path, targets[path])] for path in sample]
+    if Path(root).resolve() in (out.resolve(), *out.resolve().parents):
+        raise ValueError(f"{out} is in {root}: name another folder")
+    videos, others = walk_whole(root)
+    held = (out / RECIPE).read_text() if (out / RECIPE).exists() else "other files" * any(out.glob("*"))
+    if held not in ("", recipe):
+        raise FileExistsError(f"{out} holds {held}, not what comes of {recipe}: name another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    write_file(out / RECIPE, recipe)
+    targets = {path: out / os.path.relpath(path, root) for path in [*videos, *filter(os.path.isfile, others)]}
+    targets |= {path: out / f"{os.path.relpath(path, root)}.mp4" for path in videos if not is_video(path)}
+    first = {identity(path): path for path in reversed(targets) if targets[path] != out / FAILED}
+    with alone(out / HIDDEN), user_errors(path=out / FAILED):
+        (out / HIDDEN / "made").mkdir()
+        todo = [path for path in first.values() if not targets[path].exists()]
+        visit = functools.partial(_shrink_file, targets, out, config)
+        bad = visit_videos(visit, todo[::-1], root, out / FAILED, config.workers, f"shrinking {root}")
+    for path, target in targets.items():
+        if not target.exists() and (made := targets[first[identity(path)]]).exists():  # a file of more paths is one
+            target.parent.mkdir(parents=True, exist_ok=True)  # there, too: training leaves out what tests have
+            target.symlink_to(os.path.relpath(made, target.parent))
+    done = [path for path in sorted({*videos} & {*first.values()}) if targets[path].exists()]
+    files = [file for path in done for file in frames_of(path) or [path] if os.path.exists(file)]
+    before, after = (sum(map(os.path.getsize, part)) / 1e6 for part in (files, map(targets.get, done)))
+    sample = [done[k] for k in np.random.default_rng(0).permutation(len(done))[:20]]
+    times = [[_reading_time(at) for at in (path, targets[path])] for path in sample]
     if done:
         slow, fast = np.mean(times, 0)
         print(f"{len(done)} videos, {before:,.1f} → {after:,.1f} MB; reading 64 frames {slow:.1f} → {fast:.1f} ms")
     print(f"{bad} of {len(done) + bad} videos can't be read" + f": {out / FAILED} says why" * (bad > 0), flush=True)
     if bad:
-        sys.exit(1)
+        raise SystemExit(1)

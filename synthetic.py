@@ -33,9 +33,7 @@ SPRITE = 64  # pixels of an object's picture, in each direction; objects are dra
 
 def _motion(name: str, rng: np.random.Generator, frames: int) -> tuple[np.ndarray, ...]:
     """One course of a motion: moves to the right and down (in sides of the frame), size (log2), turns; each (frames,).
-
-    Any half of the video shows the motion, and a horizontal flip leaves it what it is.
-    """
+    Any half of the video shows the motion, and a horizontal flip leaves it what it is."""
     low, high = (0.5, 0.17, 1.2, 11, 0, -1, -0.5, 0), (0.6, 0.28, 1.6, 17, 2, 1, 0.5, 1)
     travel, amplitude, doublings, period, phase, direction, size, turns = rng.uniform(low, high)
     if name == "sway_then_bounce":
@@ -106,18 +104,15 @@ def _shot(rng: np.random.Generator, motion: str, camera: np.ndarray, height: int
     right, down, size, turns = _motion(motion, rng, len(camera))
     radius = rng.uniform(0.092, 0.108) * side * 2**size
     centers = []
-    for path, moved, length in ((right * side, camera[:, 0], width), (down * side, camera[:, 1], height)):
-        path = path - moved
+    for path, length in ((right * side - camera[:, 0], width), (down * side - camera[:, 1], height)):
         inside = (radius - path).max(), (length - radius - path).min()  # where it may start so as never to leave
         centers.append(path + rng.uniform(*sorted(inside)))  # or, if that can't be, to leave on both sides
     return *centers, radius, 2 * np.pi * turns
 
 
 def _grains(rng: np.random.Generator, places: np.ndarray, pattern: np.ndarray) -> np.ndarray:
-    """White noise (H, W) that goes along with an object: the grains of its pattern at the pixels' places (2, H, W).
-
-    A grain at several pixels, of what turns or grows, shows once: no frame tells what moves (Ilic et al., ECCV 2022).
-    """
+    """White noise (H, W) that goes along with an object: the grains of its pattern at the pixels' places (2, H, W); one
+    at several pixels, of what turns or grows, shows once: no frame tells what moves (Ilic et al., ECCV 2022)."""
     rows, columns = np.floor(places).astype(int) % SPRITE
     shown, first = np.unique(rows * SPRITE + columns, return_index=True)
     drawn = rng.random(rows.shape)
@@ -129,11 +124,9 @@ def _draw_video(
     motions: Sequence[str], rng: np.random.Generator, shape: tuple[int, int, int], shake=0.008, scene="", masked=False
 ) -> np.ndarray:
     """Draws one video: objects before a background, a shaky camera; uint8 (shots · T, H, W, 3) for a shape (T, H, W).
-
     Each motion is a shot of so many frames. From shot to shot, objects keep their looks and take another place. In a
-    motion's `scene`, kind of texture, hue and shape are this motion's; in that of "noise", all is `_grains`.
-    `masked` draws where the objects are instead, 255 on them and 0 beside.
-    """
+    motion's `scene`, kind of texture, hue and shape are this motion's; in that of "noise", all is `_grains`. `masked`
+    draws where the objects are instead, 255 on them and 0 beside."""
     frames, height, width = shape
     time = np.arange(len(motions) * frames)[:, None] / frames
     camera = np.sin(2 * np.pi * (time * rng.uniform(1, 4, 2) + rng.random(2)))
@@ -232,10 +225,8 @@ def _synthetic_names(train: int, test: int, seed=0, shots=1, scene_bias=0.0, **_
 
 @contextlib.contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Makes an empty folder for this process alone, for which others wait, and removes it at the end.
-
-    One that a killed process left is emptied. Where files can't be locked, nobody waits.
-    """
+    """Makes an empty folder for this process alone, for which others wait, where files can be locked, and removes it at
+    the end. One that a killed process left is emptied."""
     while True:
         with contextlib.suppress(FileNotFoundError):  # whoever had it has just removed it
             folder.mkdir(parents=True, exist_ok=True)
@@ -247,9 +238,8 @@ def alone(folder: Path) -> Iterator[None]:
             if os.path.samestat(os.fstat(lock.fileno()), os.stat(lock.name)):
                 break
     with lock:
-        for left in folder.iterdir():
-            if left.name != "lock":
-                shutil.rmtree(left)
+        for left in folder.glob("*/"):
+            shutil.rmtree(left)
         try:
             yield
         finally:
@@ -296,9 +286,8 @@ def make_synthetic(
             are; the others are in any of the other nine's. Of `test` videos more each, root/unseen is drawn as without
             a bias, root/other in another motion's scenes, root/noise in white noise. Names say so (`scene_of`).
 
-    Raises ValueError for a part without videos, fewer than two frames, no pixel, a negative number, more shots than
-    motions, or a bias beyond 1, of several shots, or of fewer than ten videos; FileExistsError where `root` holds other
-    files than those of a synthetic set, and leaves it alone.
+    Raises ValueError for numbers of which there is no set, and says why; FileExistsError where `root` holds other files
+    than those of a synthetic set, and leaves it alone.
     """
     recipe = {"version": SYNTHETIC_VERSION, "train": train, "test": test, "seed": seed, "frames": frames, "size": size}
     recipe |= {"shake": shake, "shots": shots} | ({"scene_bias": float(scene_bias)} if scene_bias else {})

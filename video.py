@@ -9,7 +9,6 @@ import io
 import mmap
 import os
 import re
-import stat
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
@@ -71,10 +70,8 @@ def is_memory_short() -> bool:
 
 
 def blame_machine(error: Exception, path: str | None) -> None:
-    """Raises OSError where an error in reading a video comes of what the machine lacks, not of the video's bytes.
-
-    Decoders that get no memory call a video damaged; one that asks for too much gets none on any machine.
-    """
+    """Raises OSError where an error in reading a video comes of what the machine lacks, not of the video's bytes:
+    decoders that get no memory call a video damaged. One that asks for too much gets none on any machine."""
     short, number = is_memory_short(), getattr(error, "errno", None)
     if short or (number in WANTS and number != errno.ENOMEM):
         number = errno.ENOMEM if short else number
@@ -104,17 +101,14 @@ class Video(contextlib.ExitStack):
         images = video.read(range(0, len(video), 2))
 
     Frame k is the k-th picture that a player shows. The packets are read once (the compressed file is held in memory);
-    a picture of a folder (`frames_of`) is read when it is wanted, and scaled to the size of the first.
+    a picture of a folder (`frames_of`) is read when it is wanted, and scaled to the size of the first. `rate` is that
+    of frames a second where file or folder do not say it.
     Decoding starts at the last key frame before each group of wanted frames. Which packet shows frame k follows
 
     - from the time stamps, where they reorder pictures as far as the decoder says that it does;
     - from the packets' order, where each is a picture (as of MJPEG), or makes one come out (MPEG-1, 2, 4): in AVI
       (UCF101, HMDB51) there are no stamps, and those that others make up for packed B-frames are 1, 2, 4, 3, 5, …;
-    - else (as of raw or interlaced H.264, or where something is lost) from decoding the whole video when it is opened,
-      once in a process.
-
-    Args:
-        rate: frames a second, of a folder or a file that does not say it.
+    - else (as of raw or interlaced H.264, or where something is lost) from decoding all of it, once in a process.
 
     Raises BadVideo when the file can't be opened, is none of `CONTAINERS`, holds fewer than two frames of video, or
     more than `MAX_FRAMES`, `MAX_PIXELS` or `MAX_BYTES`, or when that is not known after `DEADLINE` seconds.
@@ -130,7 +124,7 @@ class Video(contextlib.ExitStack):
         except OSError as error:
             blame_machine(error, self.path)
             raise BadVideo(self.path, error.strerror) from error
-        is_file = stat.S_ISREG(self._state.st_mode)  # others may have no end
+        is_file = os.path.isfile(self.path)  # others may have no end
         if not self._frames and not (is_file and self._state.st_size):
             raise BadVideo(self.path, "empty" if is_file else "not a file")
         try:
@@ -147,10 +141,8 @@ class Video(contextlib.ExitStack):
 
     @contextlib.contextmanager
     def bad_video(self) -> Iterator[None]:
-        """Starts the clock for a block, whose failures are a BadVideo, or an OSError where the machine is to blame.
-
-        The clock counts the computing of this thread, as others may make it wait.
-        """
+        """Starts the clock, of this thread's computing, as others may make it wait, for a block whose failures are a
+        BadVideo, or an OSError where the machine is to blame."""
         self._deadline = thread_time() + DEADLINE
         try:
             yield
@@ -196,11 +188,9 @@ class Video(contextlib.ExitStack):
                 raise BadVideo(self.path, f"more than {most}: cut it into clips")
 
     def _find_order(self) -> None:
-        """Fill `_order`, each frame's ticket, and `_starts`, pairs of a frame and the packet from which to decode it.
-
-        The ticket of a picture that comes out is, by the `_clock`, the "index" of its packet, that of the packet which
-        was "fed" then, or its "count". `_near`: which packets hold a frame, from its ticket on, at most.
-        """
+        """Fill `_order`, each frame's ticket, and `_starts`, pairs of a frame and the packet to decode it from. By the
+        `_clock`, a picture's ticket is the "index" of its packet, that of the packet which was "fed" when it came
+        out, or its "count". `_near`: which packets hold a frame, from its ticket on, at most."""
         packets, codec = self._packets, self._codec
         self._clock, self._near, self._skip = "index", (0, 0), codec.name in SKIPPING_CODECS
         if self._frames:  # each is a packet, as `_packet` makes it
@@ -229,8 +219,7 @@ class Video(contextlib.ExitStack):
                 self._near, self._skip = (0, len(packets) if self._clock == "count" else 1), False
         if self._clock == "fed":
             keys = [i for i in keys if packets[i].size > 32 and self._type(packets[i]) == 0]  # no empty pictures
-            safe = [(max(i + 4 + lag, self._next_anchor(i)), i) for i in keys]
-            self._starts = [(bisect_left(self._order, ticket), i) for ticket, i in safe]
+            self._starts = [(bisect_left(self._order, max(i + 4 + lag, self._next_anchor(i))), i) for i in keys]
         else:
             keys = set(keys)
             self._starts = [(frame, i) for frame, i in enumerate(self._order) if i in keys]
@@ -333,9 +322,8 @@ class Video(contextlib.ExitStack):
         """Decode frames, given by their index in display order (any order, repeats allowed), in one pass.
 
         Returns one uint8 array (H, W, 3) of RGB for each index, turned upright; repeats share one array. A frame that
-        can't be decoded is replaced by its nearest neighbour in time. Raises BadVideo when that befalls more than a
-        quarter of the frames, when they take more than `MAX_BYTES`, or after `DEADLINE` seconds; IndexError when an
-        index is out of range.
+        can't be decoded is replaced by its nearest neighbour. Raises BadVideo when that befalls more than a quarter of
+        them, when they take more than `MAX_BYTES`, or after `DEADLINE` seconds; IndexError for one out of range.
         """
         count, (width, height) = len(set(frames)), self._size
         if 3 * width * height * count > MAX_BYTES:
@@ -347,13 +335,11 @@ class Video(contextlib.ExitStack):
         return [found[k] for k in frames]
 
     def stream(self, frames: Iterable[int]) -> Iterator[dict[int, np.ndarray]]:
-        """As `read`, but gives the different frames as they come out, in parts of at most `CHUNK` bytes, index → image.
-
-        A part is emptied when the next one is asked for.
-        """
+        """As `read`, but gives the different frames as they come out, index → image, in parts of at most `CHUNK` bytes,
+        which are emptied when the next one is asked for."""
         wanted = {self._order[k]: k for k in frames}
         missing, images, size = set(wanted), {}, 3 * self._size[0] * self._size[1]
-        last = self._last(max(wanted, default=0))
+        last = max(wanted, default=0) + self._near[1]
         with self.bad_video():
             # Streams refreshed bit by bit need more than their last "key" frame: what is missing is tried from 0 on.
             for runs, skip in ((self._runs(wanted), self._skip), ([(0, last)], False)):
@@ -371,21 +357,17 @@ class Video(contextlib.ExitStack):
                 found = sorted(wanted[ticket] for ticket in wanted.keys() - missing)
                 nearest = {k: min(found, key=lambda other: abs(other - k)) for k in (wanted[t] for t in missing)}
                 again = {self._order[k] for k in nearest.values()}
-                held = {wanted[t]: image for t, image in self._decode(again, [(0, self._last(max(again)))], False)}
+                held = {wanted[t]: image for t, image in self._decode(again, [(0, last)], False)}
                 images |= {k: held[near] for k, near in nearest.items()}
         if images:
             yield images
-
-    def _last(self, ticket: int) -> int:
-        """The last packet to feed for a ticket; what the decoder still holds then is taken out of it."""
-        return min(ticket + self._near[1], len(self._packets) - 1)
 
     def _runs(self, wanted: dict[int, int]) -> list[tuple[int, int]]:
         """The stretches of packets (first, last) to decode for the wanted tickets and frames, in order and apart."""
         runs = []
         for frame, ticket in sorted((frame, ticket) for ticket, frame in wanted.items()):
             place = bisect_right(self._starts, (frame, len(self._packets)))
-            first, last = self._starts[place - 1][1] if place else 0, self._last(ticket)
+            first, last = self._starts[place - 1][1] if place else 0, ticket + self._near[1]
             if runs and first <= runs[-1][1] + 1:
                 runs[-1] = (runs[-1][0], max(last, runs[-1][1]))
             else:
@@ -393,10 +375,8 @@ class Video(contextlib.ExitStack):
         return runs
 
     def _decode(self, missing: set[int], runs: list[tuple[int, int]], skip: bool) -> Iterator[tuple[int, np.ndarray]]:
-        """Decode runs of packets for the missing tickets, and take out of these what comes, as (ticket, image).
-
-        `skip` leaves out pictures that are neither wanted nor referred to by others.
-        """
+        """Decode runs of packets for the missing tickets, and take out of these what comes, as (ticket, image); `skip`
+        leaves out pictures that are neither wanted nor referred to by others."""
         needed = {ticket + near for ticket in missing for near in self._near} if skip else None
         for first, last in runs:
             for count, (i, image) in enumerate(self._pictures(first, last, needed)):
@@ -411,6 +391,7 @@ class Video(contextlib.ExitStack):
         """Decode packets, and give each picture with the number of the packet that was fed; of those to which no other
         refers, only what is `needed`."""
         self._codec.flush_buffers()
+        last = min(last, len(self._packets) - 1)
         for i in range(first, last + 2):  # one past the last: take what the decoder still holds
             self._check_time()
             self._codec.skip_frame = "DEFAULT" if needed is None or i in needed else "NONREF"

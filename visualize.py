@@ -29,15 +29,10 @@ import shlex
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from PIL import Image  # which matplotlib needs, too
 from torch import Tensor, nn
 
@@ -132,10 +127,8 @@ def class_name(videos: data.VideoList, index: int) -> str:
 
 
 def middle_clips(paths: list[str], config: FigureConfig) -> Tensor:
-    """`data.read_clip` of each video, uint8 (N, 3, frames, crop, crop); a UserError names one that cannot be read."""
-    with user_errors((BadVideo,)):
-        clips = [data.read_clip(path, config.frames, config.frame_stride, config.crop) for path in paths]
-    return torch.stack(clips)
+    """`data.read_clip` of each video, uint8 (N, 3, frames, crop, crop)."""
+    return torch.stack([data.read_clip(path, config.frames, config.frame_stride, config.crop) for path in paths])
 
 
 @torch.no_grad()
@@ -153,8 +146,8 @@ def both_modalities(encoder: nn.Module, clips: Tensor, difference: str = "adjace
 
 
 def cosines(x: Tensor, y: Tensor) -> Tensor:
-    """Cosines of each with each feature of a sample: (N, A, C), (N, B, C) → (N, A, B)."""
-    return F.normalize(x, dim=2) @ F.normalize(y, dim=2).mT
+    """Cosines of each with each feature of a sample: (…, A, C), (…, B, C) → (…, A, B)."""
+    return F.normalize(x, dim=-1) @ F.normalize(y, dim=-1).mT
 
 
 def foreground_masks(rgb: Tensor, motion: Tensor, ratio: float) -> Tensor:
@@ -173,10 +166,9 @@ def neighbours_of(queries: Tensor, paths: list[str], gallery: Tensor, gallery_pa
 
 
 def read_log(run: str) -> list[dict[str, float]]:
-    """The undamaged lines of a run's log.jsonl; raises UserError where there is no such file, or nothing in it."""
+    """The undamaged lines of a run's log.jsonl; raises OSError where there is none, UserError where it is empty."""
     path = Path(run, "log.jsonl")
-    with user_errors():
-        lines = read_lines(path)
+    lines = read_lines(path)
     if not any(name.startswith("loss/") for line in lines[-1:] for name in line):
         raise UserError(f"{path} holds no line yet: wait for the first --log_every steps of the run")
     return lines
@@ -190,7 +182,7 @@ def video_features(model: Model, videos: data.VideoList, title: str, function=No
     return found[good], subset(videos, good.nonzero()[:, 0].tolist())
 
 
-def grid(rows: int, columns: int, cell: float, **options) -> tuple[Figure, np.ndarray]:
+def grid(rows: int, columns: int, cell: float, **options) -> tuple[plt.Figure, np.ndarray]:
     """A figure of the page's width or less, with square cells (rows, columns) that show pictures."""
     side = min(cell, PAGE / columns)
     fig, axes = plt.subplots(rows, columns, figsize=(side * columns, side * rows), squeeze=False, **options)
@@ -198,7 +190,7 @@ def grid(rows: int, columns: int, cell: float, **options) -> tuple[Figure, np.nd
     return fig, axes
 
 
-def draw_rows(rows: list[list[tuple]]) -> Figure:
+def draw_rows(rows: list[list[tuple]]) -> plt.Figure:
     """A figure of rows of (title, picture or clip, …), as `show` takes them; all maps have one scale."""
     fig, axes = grid(len(rows), len(rows[0]), 1.5, layout="compressed")
     for ax, (title, picture, *more) in zip(axes.flat, itertools.chain(*rows), strict=True):
@@ -218,13 +210,13 @@ def on_clip(encoder: nn.Module, maps: Tensor, size: int, mode: str = "bicubic") 
     return F.grid_sample(maps[:, None].cpu(), places, mode, "border", align_corners=False)[:, 0]
 
 
-def play(artist: matplotlib.artist.Artist, name: str, values: np.ndarray) -> None:
+def play(artist: plt.Artist, name: str, values: np.ndarray) -> None:
     """Has `written` give a property of an artist one value after the other. A still figure has the middle one."""
     artist.frames = [{name: value} for value in values]
     artist.set(**artist.frames[len(values) // 2])
 
 
-def show(ax: Axes, picture: Tensor, title: str = "", heat: Tensor | None = None, spot: Tensor | None = None) -> None:
+def show(ax: plt.Axes, picture: Tensor, title="", heat: Tensor | None = None, spot: Tensor | None = None) -> None:
     """Shows a picture (3, H, W) in [0, 1], or a clip (3, T, H, W) that can play; over it a map (h, w), or maps in time
     (T', h, w), as multiples of their mean, of which the title tells the range; a circle around x, y of a spot."""
     frames = picture.reshape(3, -1, *picture.shape[-2:]).permute(1, 2, 3, 0).numpy()
@@ -240,7 +232,7 @@ def show(ax: Axes, picture: Tensor, title: str = "", heat: Tensor | None = None,
     ax.set_title(title)
 
 
-def written(fig: Figure, suffix: str) -> memoryview:
+def written(fig: plt.Figure, suffix: str) -> memoryview:
     """A figure as the bytes of a file of this kind, and closed; in a GIF or WebP, what `play` was given plays, ten
     values a second, the shorter ones as slowly as the longest."""
     memory = io.BytesIO()
@@ -250,12 +242,11 @@ def written(fig: Figure, suffix: str) -> memoryview:
         artists, images = fig.findobj(lambda artist: hasattr(artist, "frames")), []
         fig.set_dpi(150)
         plt.setp(artists, animated=True)  # all else is drawn once
-        (canvas := FigureCanvasAgg(fig)).draw()
-        still, edge = canvas.copy_from_bbox(fig.bbox), 150 * matplotlib.rcParams["savefig.pad_inches"]
+        (canvas := fig.canvas).draw()
+        still, edge = canvas.copy_from_bbox(fig.bbox), 150 * plt.rcParams["savefig.pad_inches"]
         box = fig.get_tightbbox(canvas.get_renderer()).transformed(fig.dpi_scale_trans).padded(edge)
-        width, height = canvas.get_width_height()
-        top, bottom = max(int(height - box.y1), 0), min(int(height - box.y0), height)
-        box = max(int(box.x0), 0), top, min(int(box.x1), width), bottom
+        box, height = box.intersection(box, fig.bbox), canvas.get_width_height()[1]
+        box = int(box.x0), int(height - box.y1), int(box.x1), int(height - box.y0)
         steps = max((len(artist.frames) for artist in artists), default=1)
         for step in range(steps):
             canvas.restore_region(still)
@@ -289,13 +280,13 @@ def strip(clip: Tensor, count: int) -> Tensor:
     return torch.cat([F.pad(frame, (1, 1), value=1) for frame in frames], 2)
 
 
-def draw_boxes(ax: Axes, boxes: Tensor) -> None:
+def draw_boxes(ax: plt.Axes, boxes: Tensor) -> None:
     """Boxes (2, 4) of source and target view, in pixels of the frame."""
     for (x0, y0, x1, y1), color in zip(boxes.tolist(), (BLUE, ORANGE), strict=True):
-        ax.add_patch(Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, fill=False, color=color, lw=2))
+        ax.add_patch(plt.Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, fill=False, color=color, lw=2))
 
 
-def draw_activations(config: FigureConfig, inputs: list[str]) -> Figure:
+def draw_activations(config: FigureConfig, inputs: list[str]) -> plt.Figure:
     """Class-agnostic activation maps (Fig. 3, 4): where is each encoder active, summed over channels and time?
 
     A row for each video: the middle frame, its difference to the next frame, and the map of each encoder; where it
@@ -313,7 +304,7 @@ def draw_activations(config: FigureConfig, inputs: list[str]) -> Figure:
     return draw_rows(rows)
 
 
-def draw_affinity(config: FigureConfig, inputs: list[str]) -> Figure:
+def draw_affinity(config: FigureConfig, inputs: list[str]) -> plt.Figure:
     """How RGB and motion features of an encoder fit each other in space and in time (Fig. 5).
 
     (a) Cosine of each RGB with each motion feature pixel, mean over the clips: bright on the diagonal alone where a
@@ -325,18 +316,15 @@ def draw_affinity(config: FigureConfig, inputs: list[str]) -> Figure:
     fig, axes = plt.subplots(1, len(models) + 1, figsize=(PAGE, PAGE / (len(models) + 1)), layout="constrained")
     for place, (ax, model) in enumerate(zip(axes, models, strict=False), 1):
 
-        def compared(clips: Tensor, model: Model = model) -> Tensor:
-            both = both_modalities(model.encoder, clips, model.config.difference)
-            rgb, motion = (maps.mean(2).flatten(2).mT for maps in both)  # (n, HW, C)
-            return torch.cat([rgb.mean(1), motion.mean(1), cosines(rgb, motion).flatten(1)], 1)
+        def both(clips: Tensor, model: Model = model) -> Tensor:
+            return torch.stack(both_modalities(model.encoder, clips, model.config.difference), 1).mean(3)
 
-        found, _ = video_features(model, videos, "test videos", compared)
-        channels = model.encoder.out_channels
-        rgb, motion, affinity = found.tensor_split([channels, 2 * channels], 2)
-        matrix = affinity.mean((0, 1)).unflatten(0, (round(affinity.shape[2] ** 0.5), -1)).numpy()
-        pictures.append(ax.imshow(matrix, cmap="viridis"))
+        found, _ = video_features(model, videos, "test videos", both)  # (videos, clips, 2, C, H, W)
+        rgb, motion = found.flatten(4).mT.unbind(2)  # (videos, clips, HW, C)
+        pictures.append(ax.imshow(cosines(rgb, motion).mean((0, 1)).numpy(), cmap="viridis"))
         ax.set(title=model.name, xlabel="motion pixel", ylabel="RGB pixel")
-        axes[-1].violinplot(cosines(rgb, motion).flatten().numpy(), [place], showmeans=True, widths=0.8)
+        in_time = cosines(rgb.mean(2), motion.mean(2)).flatten().numpy()
+        axes[-1].violinplot(in_time, [place], showmeans=True, widths=0.8)
     for picture in pictures:  # in one scale
         picture.set_clim(min(p.norm.vmin for p in pictures), max(p.norm.vmax for p in pictures))
     fig.colorbar(pictures[0], ax=axes[:-1], label="cosine", shrink=0.6)
@@ -345,7 +333,7 @@ def draw_affinity(config: FigureConfig, inputs: list[str]) -> Figure:
     return fig
 
 
-def draw_attention(config: FigureConfig, inputs: list[str]) -> Figure:
+def draw_attention(config: FigureConfig, inputs: list[str]) -> plt.Figure:
     """Where in the target the motion decoder looks for a point of the source (Fig. 7).
 
     The attention of the decoder's last block, averaged over its heads, for two pixels of the source view's feature map,
@@ -357,8 +345,7 @@ def draw_attention(config: FigureConfig, inputs: list[str]) -> Figure:
     videos, shape = draw_videos(options, config.count or 4), (options.crop, options.frames, options.frame_stride)
     views, rows = data.PretrainingViews(videos, *shape, sub_clips=0, seed=config.seed, attempts=1), []
     for i in range(len(videos)):
-        with user_errors():
-            clips = views[0, i]["clip"]
+        clips = views[0, i]["clip"]
         maps = feature_maps(encoder, clips)
         step, columns = maps.shape[2] // 2, maps.shape[4]  # one feature frame of the source asks the same of the target
         source, target = maps[:, :, step].flatten(2).mT.split(1)  # (1, HW, C)
@@ -374,7 +361,7 @@ def draw_attention(config: FigureConfig, inputs: list[str]) -> Figure:
     return draw_rows(rows)
 
 
-def draw_masks(config: FigureConfig, inputs: list[str]) -> Figure:
+def draw_masks(config: FigureConfig, inputs: list[str]) -> plt.Figure:
     """Foreground masks (Fig. 8; failures, Fig. 9): what is kept by the activation of RGB, of frame difference, of both.
 
     Made by the key encoder, with batch norm by the statistics of the videos drawn, as in pretraining; background is
@@ -396,7 +383,7 @@ def draw_masks(config: FigureConfig, inputs: list[str]) -> Figure:
     return draw_rows(rows)
 
 
-def draw_retrieval(config: FigureConfig, inputs: list[str]) -> Figure:
+def draw_retrieval(config: FigureConfig, inputs: list[str]) -> plt.Figure:
     """Test videos and, below each, the training videos nearest to it, as strips of frames; playing, they are beside it.
 
     A neighbour of the query's class is a hit, ✓; else a miss, ✗; the number is the cosine of their features. Look what
@@ -413,14 +400,13 @@ def draw_retrieval(config: FigureConfig, inputs: list[str]) -> Figure:
             sign = "" if queries.labels[i] < 0 else "✓ " if gallery.labels[j] == queries.labels[i] else "✗ "
             title = "{}{}\n{:.2f}" if config.moving else "{}{}  {:.2f}"
             titles.append(title.format(sign, class_name(gallery, j), cosine))
-        paths = [queries.paths[i], *(gallery.paths[j] for j, _ in found)]
-        clips = middle_clips(paths, model.config) / 255
+        clips = middle_clips([queries.paths[i], *(gallery.paths[j] for j, _ in found)], model.config) / 255
         columns.append([*zip(titles, clips if config.moving else [strip(clip, 4) for clip in clips], strict=True)])
     rows = [*zip(*columns, strict=False)]  # a query that is in the gallery may have one neighbour fewer
     return draw_rows([*zip(*rows, strict=True)] if config.moving else rows)
 
 
-def draw_sample(config: FigureConfig, inputs: list[str]) -> Figure:
+def draw_sample(config: FigureConfig, inputs: list[str]) -> plt.Figure:
     """The views of one training sample: the crops' boxes in the frame, clips, colours, differences, sub-clips.
 
     Drawn by --seed from the test videos or --video, and augmented as in pretraining: source (blue) and target (orange).
@@ -432,12 +418,11 @@ def draw_sample(config: FigureConfig, inputs: list[str]) -> Figure:
     parts, window = max(options.frames // model.encoder.strides[0], 1), options.frames * options.frame_stride
     views = data.PretrainingViews(videos, options.crop, options.frames, options.frame_stride, parts)
     item = views.empty()
-    with user_errors((BadVideo,)):
-        starts = views.write_views(np.random.default_rng(config.seed), videos.paths[0], item)[:, None]
-        with Video(videos.paths[0]) as video:
-            times = np.arange(0, window, options.frame_stride) + starts if config.moving else len(video) // 2
-            times = np.unique(np.minimum(times, len(video) - 1))  # in no, one or both windows
-            frames = torch.from_numpy(np.stack(video.read(times.tolist())))
+    starts = views.write_views(np.random.default_rng(config.seed), videos.paths[0], item)[:, None]
+    with Video(videos.paths[0]) as video:
+        times = np.arange(0, window, options.frame_stride) + starts if config.moving else len(video) // 2
+        times = np.unique(np.minimum(times, len(video) - 1))  # in no, one or both windows
+        frames = torch.from_numpy(np.stack(video.read(times.tolist())))
     smaller = max(frames.shape[1] // 480, 1)
     rows, columns = (2, 5) if config.moving else (5, 2)
     fig, axes = grid(rows, columns, PAGE / 2, layout="compressed")
@@ -461,7 +446,7 @@ def draw_sample(config: FigureConfig, inputs: list[str]) -> Figure:
     return fig
 
 
-def draw_curves(config: FigureConfig, inputs: list[str]) -> Figure:
+def draw_curves(config: FigureConfig, inputs: list[str]) -> plt.Figure:
     """Training curves of runs (log.jsonl): losses and their values at chance (dashed), spread of the features, pixels
     with a positive, share of clips nearer to their own key than to all of the queue, accuracy of a classifier; of one
     run the last value. Look for losses below chance, and a spread away from 0. Where they play, the epochs pass."""
@@ -559,9 +544,8 @@ def write_report(config: FigureConfig, inputs: list[str]) -> str:
             out = name + (".png" if name == "curves" else ".webp")  # curves that play can't be read
             figure = draw(dataclasses.replace(config, out=out), inputs)
             pictures.append((name, "webp", written(figure, ".webp"), inspect.getdoc(draw)))
-    with user_errors((OSError,)):
-        for path in itertools.chain(*(sorted(Path(run).rglob("*_confusion.png")) for run in runs)):
-            pictures.append((str(path), "png", path.read_bytes(), "Rows are true classes. Look off the diagonal."))
+    for path in itertools.chain(*(sorted(Path(run).rglob("*_confusion.png")) for run in runs)):
+        pictures.append((str(path), "png", path.read_bytes(), "Rows are true classes. Look off the diagonal."))
     parts = [HEAD, f"<title>{title}</title></head>\n<body><h1>{title}</h1>\n<h2>results</h2>"]
     parts.append(f"{table(('protocol', '%'), cells)}<p>{escaped(note)}</p>\n")
     for name, kind, picture, caption in pictures:
@@ -597,16 +581,15 @@ def main() -> None:
     if out.suffix not in suffixes:
         still = f"{name} does not move: " * (out.suffix in MOVIES)
         raise UserError(f"--out {out}: {still}end it in {' or '.join(suffixes)}")
-    if not config.out and not out.parent.is_dir():
-        raise UserError(f"{inputs[0]}: no such run folder")
     if not out.parent.is_dir():
-        raise UserError(f"--out {out}: no such folder as {out.parent}")
+        missing = f"--out {out}: no such folder as {out.parent}" if config.out else f"{inputs[0]}: no such run folder"
+        raise UserError(missing)
     check_replaceable(out, suffixes[out.suffix])
-    matplotlib.use("agg")
-    matplotlib.rcParams.update(STYLE)
-    drawn = draw(config, inputs)
-    with user_errors((OSError,)):
-        write_file(out, written(drawn, out.suffix) if isinstance(drawn, Figure) else drawn)
+    plt.switch_backend("agg")
+    plt.rcParams.update(STYLE)
+    with user_errors((OSError, BadVideo)):
+        drawn = draw(config, inputs)
+        write_file(out, written(drawn, out.suffix) if isinstance(drawn, plt.Figure) else drawn)
     print(f"written to {out}")
 
 
