@@ -1,4 +1,4 @@
-"""What is the same for every method: settings of its paper, refused flags, resuming to the last bit, processes."""
+"""What is the same for every method: settings of its paper, resuming to the last bit, processes."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,6 @@ import fame
 import fima
 import mcl
 from cli import parse
-from train import UserError
 
 OF_FIMA = dict(encoder="i3d", crop=224, momentum=0.999, losses="vv,pix,fra", threshold=0.7, foreground=0.5)
 OF_FAME = dict(encoder="i3d", crop=224, epochs=200, momentum=0.999, foreground=0.5, branches="single", mask="fame")
@@ -39,31 +38,6 @@ def test_presets_are_the_papers(script, dataset, total, rate, expected):
     expected = expected | dict(frames=16, frame_stride=2, temperature=0.1)
     assert {name: getattr(config, name) for name in expected} == expected
     assert config.lr * total / 256 == pytest.approx(rate)
-
-
-REFUSED = [
-    (fima, ["--losses", "vv,pixel"], ["--losses vv,pixel", "pix"]),
-    (fima, ["--losses", ""], ["--losses"]),
-    (fima, ["--decoder", "none"], ["--decoder none", "fra"]),
-    (fima, ["--fame", "single", "--batch_size", "1"], ["--fame", "--batch_size 2"]),
-    (fame, ["--batch_size", "1"], ["--background inter", "--batch_size 2"]),
-    (dclr, ["--losses", "sd,ac"], ["--losses sd,ac", "vv, vs, vd"]),
-    (dclr, ["--batch_size", "1"], ["--batch_size 1", "2 or more"]),
-    (dclr, ["--retrieved", "9", "--queue", "8"], ["--retrieved 9", "--queue"]),
-    (mcl, ["--losses", "t,s"], ["--losses t,s", "vv"]),
-    (mcl, ["--compile", "on"], ["--compile on"]),
-    (simclr, ["--temperature", "0"], ["--temperature 0"]),
-    (simclr, ["--queue", "9"], ["--queue"]),
-    (tubelet_contrast, ["--batch_size", "1"], ["--batch_size 1", "2 or more"]),
-    (tubelet_contrast, ["--losses", "vd"], ["--losses vd", "vv"]),
-]
-
-
-@pytest.mark.parametrize(("script", "flags", "says"), REFUSED, ids=str)
-def test_flags_that_cannot_work_are_refused_by_name(script, flags, says):
-    with pytest.raises(UserError) as error:
-        parse(options_of(script)[1], "", script.PRESETS, flags)
-    assert all(word in str(error.value) for word in says)
 
 
 HALVES = ["--batch_size", 2, "--accumulate", 2]  # not --batch_size 4
