@@ -244,7 +244,7 @@ def test_a_process_that_hangs_ends_the_others_with_a_message(undisturbed, tmp_pa
 
 
 @pytest.mark.slow
-def test_two_processes_go_on_after_a_kill_as_if_nothing_had_been_and_one_alone_says_what_differs(undisturbed, tmp_path):
+def test_two_processes_go_on_after_a_kill_as_if_nothing_had_been(undisturbed, tmp_path):
     flags = undisturbed[1]
     for code, out in map(finish, start_two(whole := tmp_path / "whole", flags=flags)):
         assert code == 0 and "2 × 2 = 4" in out, out
@@ -255,15 +255,9 @@ def test_two_processes_go_on_after_a_kill_as_if_nothing_had_been_and_one_alone_s
     assert (code, finish(second)[0]) == (1, -signal.SIGKILL)
     one_line(out, "process 0 has lost another one", "--resume auto")  # at once, without a --timeout
     assert weights(broken / "run" / "checkpoint.pt")["step"] == 4
-    shutil.copytree(broken, alone := tmp_path / "alone")
     for code, out in map(finish, start_two(broken, flags=[*flags, "--resume", "auto"])):
         assert code == 0, out
     assert equal_ends(whole / "run", broken / "run")
-    out = end_well(alone, *flags, "--resume", "auto")
-    assert "saved by 2 processes with 4 steps an epoch, now it is 1 with 9" in out
-    state = weights(alone / "run" / "checkpoint.pt")
-    assert (state["step"], state["world_size"]) == (36, 1)
-    assert all(value.isfinite().all() for value in state["model"].values())
 
 
 @pytest.mark.slow

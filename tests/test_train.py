@@ -43,47 +43,25 @@ def fit(method, folder, kind=train.TrainConfig, steps=4, bad=(), more=(), wait=0
     return weights(runs.fit_in_folder(method, config, ALONE, batches, steps, str(folder), {}, paths=paths))
 
 
-def test_metrics_may_come_in_some_steps_chance_is_shown_and_warnings_are_said_once(tmp_path, capsys):
+def test_metrics_are_means_over_those_steps_that_have_them_chance_is_shown_and_warnings_are_said_once(tmp_path, capsys):
     class Fickle(Bare):
         def forward(self, batch):
-            losses, step = super().forward(batch), round(4 * batch["epoch"])
             assert self.metrics == {}  # nothing of the step before
-            if step % 2:
-                self.metrics["odd"] = losses["x"] + step  # with a graph, which is not kept
-            if step > 3:
-                self.metrics |= {"chance/x": 2.0, "whole": torch.tensor(step)}
-            return losses
+            step = round(4 * batch["epoch"])
+            loss = 0 * super().forward(batch)["x"] + step
+            self.metrics = {"odd": loss} if step % 2 else {}  # with a graph, which is not kept
+            self.metrics |= {"chance/x": 2.0, "whole": torch.tensor(step)} if step > 3 else {}
+            return {"x": loss}
 
         def warnings(self, line):
             return ["beware"]
 
-    fit(Fickle(), tmp_path / "each")
-    found = lines(tmp_path / "each")
-    assert ["odd" in line for line in found] == [False, True] * 4
-    assert found[3]["odd"] == pytest.approx(3 + found[3]["loss"]) and found[6]["whole"] == 6
+    fit(Fickle(), tmp_path, log_every=3)
+    found = [[line.get(name) for name in ("loss", "odd", "chance/x", "whole")] for line in lines(tmp_path)]
+    assert found == [[1, 1, None, None], [3, 3, None, None], [4.5, 5, 2, 4.5], [6.5, 7, 2, 6.5]]
+    assert lines(tmp_path)[0]["overlap"] == pytest.approx(0.15)
     first, second = (out := capsys.readouterr().out).split("epoch 2/2")
-    assert "chance" not in first and "(chance 2.000)" in second and out.count("warning, step 1: beware") == 1
-    fit(Fickle(), tmp_path / "mean", max_steps=4, log_every=3)
-    three, _ = lines(tmp_path / "mean")
-    assert three["loss"] == pytest.approx(sum(line["loss"] for line in found[:3]) / 3)
-    assert three["odd"] == pytest.approx(found[1]["odd"])  # the one of three steps that has it
-    assert f"x {sum(line['loss'] for line in found[:4]) / 4:.3f} " in capsys.readouterr().out  # 3 steps and 1
-    assert three["overlap"] == pytest.approx(0.15)
-
-
-class Adam(Bare):
-    def optimizer(self, config):
-        return torch.optim.AdamW(self.parameters(), config.lr, weight_decay=config.weight_decay)
-
-
-def test_an_optimiser_of_ones_own_is_restored_exactly_and_what_does_not_fit_is_refused(tmp_path):
-    whole = fit(Adam(), tmp_path / "whole")
-    fit(Adam(), tmp_path / "half", max_steps=3)
-    half = fit(Adam(), tmp_path / "half", resume=str(tmp_path / "half" / "checkpoint.pt"))
-    assert same(whole["model"], half["model"]) and same(whole["optimizer"], half["optimizer"])
-    half["optimizer"]["state"][0]["exp_avg"] = torch.ones(5)
-    with pytest.raises(train.UserError, match="no valid optimizer"):
-        train.load_optimizer("it", Adam().optimizer(train.TrainConfig()), half["optimizer"])
+    assert "x 1.500  " in first and "x 5.500 (chance 2.000)" in second and out.count("warning, step 3: beware") == 1
 
 
 class Broken(Bare):
@@ -292,17 +270,20 @@ def test_a_run_is_not_overwritten_and_those_that_start_together_have_folders_of_
 
 
 def test_resuming_with_other_batches_goes_on_at_the_same_part_of_the_schedule_and_forgets_no_line(tmp_path, capsys):
-    fit(Bare(), tmp_path, log_every=3, max_steps=4)
+    state, path = fit(Bare(), tmp_path, log_every=3, max_steps=4), tmp_path / "checkpoint.pt"
+    train.save_checkpoint(path, state | {"world_size": 2})
     with open(tmp_path / "log.jsonl", "a") as log:
         log.write('{"step": 4, "lo')  # a kill may cut the last line
     for options, says in (
+        (dict(steps=9, batch_size=2, max_steps=9), "saved by 2 processes with 4 steps an epoch, now it is 1 with 9"),
         (dict(steps=9, batch_size=2, max_steps=9), "nothing left"),
         (dict(steps=9, batch_size=2, max_steps=11), "--batch_size 2 (was 4)"),
-        (dict(max_steps=6), "resumed after step 5"),
+        (dict(max_steps=6, weight_decay=0.5), "resumed after step 5"),
     ):
-        fit(Bare(), tmp_path, log_every=3, resume=str(tmp_path / "checkpoint.pt"), **options)
+        state = fit(Bare(), tmp_path, log_every=3, resume=str(path), **options)
         assert says in capsys.readouterr().out
     assert [line["step"] for line in lines(tmp_path)] == [3, 4, 11, 6]
+    assert state["optimizer"]["param_groups"][0]["weight_decay"] == 0.5
 
 
 def test_too_many_unreadable_videos_stop_the_run_and_are_named_once(tmp_path, capsys):
