@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import simclr
+import torch
 import tubelet_contrast
 from conftest import options_of
-from helpers import CONV4, ROOT, SMALL, same, torchrun, weights
+from helpers import CONV4, FORK, ROOT, SMALL, same, torchrun, weights
 
 import dclr
 import fame
@@ -55,11 +56,8 @@ RESUMED = {
 @pytest.mark.parametrize("script", RESUMED, ids=lambda script: script.__name__)
 def test_a_resumed_run_equals_a_whole_one_bit_for_bit(script, run, monkeypatch):
     """Across an epoch of 4 steps, with DCLR's refresh and delay, and the end of the warm-up."""
-    if script is mcl:
-        monkeypatch.setattr(mcl.MotionMaps, "compute", lambda maps, path: np.ones((40, 6, 6), np.float32))
-        maps = mcl.MotionMaps(mcl.MapsConfig(data=str(run.videos), maps=str(run.path / "maps")))
-        for path in mcl.MapsConfig(dataset="folder", data=str(run.videos)).find_videos().paths:
-            maps.visit(path)
+    monkeypatch.setattr(mcl.MotionMaps, "compute", lambda maps, path: np.ones((40, 6, 6), np.float32))
+    monkeypatch.setattr(torch.multiprocessing, "Process", FORK.Process)  # which inherit what is patched
     own = SMALL if script is not simclr else [flag for flag in SMALL if "queue" not in flag]
     flags = [*own, *CONV4, "--epochs", 2, "--keep_every", 1, *RESUMED[script], "--max_steps"]
     folder = dict(dataset="folder", small=False)

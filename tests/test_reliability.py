@@ -32,17 +32,17 @@ import train
 
 TINY = [*CONV4, "--dataset=synthetic", "--queue=8", "--decoder_width=32", "--device=cpu", "--batch_size=2"]
 TINY += ["--workers=0", "--log_every=3"]
+SAVING, RUNNING = ("save", "save_checkpoint", "write_file"), ("claim_folder", "open_record", "fit", "line", "step")
 LEFT = ["WORLD_SIZE=4", "RANK=1", "LOCAL_RANK=2", "RANK=0 WORLD_SIZE=2", "RANK=0 WORLD_SIZE=two", "RANK=1 WORLD_SIZE=1"]
 LEFT += ["RANK=0 WORLD_SIZE=1 LOCAL_RANK=1", "RANK=0 WORLD_SIZE=1 LOCAL_WORLD_SIZE=0"]
 
 
 def kill_at_line(count: int, within: tuple[str, ...]) -> None:
-    """Kills this process at the count-th line that it comes to in train.py and runs.py, or in these functions there."""
+    """Kills this process at the count-th line that it comes to in functions of these names in train.py and runs.py."""
     lines, own = itertools.count(1), os.getpid()
 
     def trace(frame, event, _argument):
-        code = frame.f_code
-        if code.co_filename not in (train.__file__, runs.__file__) or (within and code.co_name not in within):
+        if frame.f_code.co_name not in within or frame.f_code.co_filename not in (train.__file__, runs.__file__):
             return None
         if event == "line" and os.getpid() == own and next(lines) == count:  # loader workers inherit the trace
             os.kill(own, signal.SIGKILL)
@@ -56,18 +56,15 @@ def live(folder, flags, output, environment=(), kill=(), file_size=0, at_step_6=
     os.chdir(folder)
     os.environ.update(environment)
     output = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOCTTY)
-    for stream in (sys.stdout, sys.stderr):
-        os.dup2(output, stream.fileno())
-        stream.reconfigure(line_buffering=True)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(output, number)
+        setattr(sys, name, os.fdopen(number, "w", buffering=1, closefd=False))
     sys.argv = ["fima.py", *flags]
     if file_size:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
-    fit, step = runs.fit_in_folder, train.Run.step
-
-    def watched_fit(*arguments, **options):
-        if kill:
-            kill_at_line(*kill)
-        return fit(*arguments, **options)
+    if kill:
+        kill_at_line(*kill)
+    step = train.Run.step
 
     def watched_step(run, *batch):
         result = step(run, *batch)
@@ -77,7 +74,7 @@ def live(folder, flags, output, environment=(), kill=(), file_size=0, at_step_6=
             os.kill(os.getpid(), signal.Signals[at_step_6])
         return result
 
-    pretrain.fit_in_folder, train.Run.step, evaluate.first_look = watched_fit, watched_step, lambda *_: None
+    train.Run.step, evaluate.first_look = watched_step, lambda *_: None
     cli.command_line(lambda: pretrain.main(fima.FIMA, fima.FIMAConfig, fima.PRESETS, ""))
 
 
@@ -127,8 +124,7 @@ def test_killed_at_random_moments_a_run_ends_as_if_it_had_not_been(undisturbed, 
     flags = [*flags, "--workers", "1", "--save_minutes", "0"]
     random, steps = Random(0), set()
     for life in range(6):
-        saving = ("save", "save_checkpoint")
-        kill = (random.randint(1, 40), saving) if life % 2 else (random.randint(1, 700), ())
+        kill = (random.randint(1, 60), SAVING) if life % 2 else (random.randint(1, 700), RUNNING)
         code, out = finish(start(tmp_path, *flags, "--resume", "auto", kill=kill))
         assert code == -signal.SIGKILL, out
         saved = tmp_path / "run" / "checkpoint.pt"

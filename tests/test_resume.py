@@ -246,43 +246,44 @@ def test_ill_typed_values_in_a_checkpoint_change_nothing_or_are_one_clear_line(r
 
 
 @pytest.fixture
-def folder(run):
-    """A run folder with three lines in its log, and the result of an evaluation."""
-    flags = [*CONV4, "--epochs", 2, "--max_steps", 3, "--log_every", 1, "--out", "run"]
-    run.ok(moco, *flags, dataset="folder")
-    (run.path / "run" / "knn.json").write_text(json.dumps({"config": {}, "result": {"top1_percent": 50.0}}))
-    return run.path / "run"
+def run_at_3(tmp_path):
+    """A run at step 3, whose folder has three lines in its log, and the result of an evaluation."""
+    run = train.Run(Bare(), moco.MoCoConfig(), ALONE, 4)
+    run.done = 3
+    save(tmp_path / "checkpoint.pt", 3)
+    runs.open_record(run, tmp_path)
+    numbers = {"loss/vv": 2.0, "chance/vv": 2.0}
+    write(tmp_path / "log.jsonl", *[json.dumps({"step": n, "epoch": n / 4} | numbers) for n in (1, 2, 3)])
+    write(tmp_path / "knn.json", json.dumps({"config": {}, "result": {"top1_percent": 50.0}}))
+    return run
 
 
 @pytest.mark.slow
-def test_ill_typed_values_in_records_change_nothing_or_are_one_clear_line(folder, monkeypatch):
-    config = moco.MoCoConfig(**weights(folder / "checkpoint.pt")["config"])
+def test_ill_typed_values_in_records_change_nothing_or_are_one_clear_line(run_at_3, tmp_path, monkeypatch):
     monkeypatch.setattr(visualize, "SECTIONS", {})
     monkeypatch.setattr(runs, "git_commit", str)
-    started = train.Run(moco.MoCo(config), config, ALONE, 4)
-    for name in ("run.json", "knn.json"):
-        record = json.loads(content := (folder / name).read_bytes())
+    for path in (tmp_path / "run.json", tmp_path / "knn.json"):
+        record = json.loads(content := path.read_bytes())
         copies = [json.dumps(copy).encode() for ill in OF_JSON for _, copy in spoiled(record, ill)]
         for text in (*Random(0).sample(copies, 40), *CUT):
-            (folder / name).write_bytes(text)
-            in_one_line(lambda: visualize.write_report(visualize.FigureConfig(device="cpu"), [str(folder)]))
-            in_one_line(lambda: runs.open_record(started, folder))
-        (folder / name).write_bytes(content)
+            path.write_bytes(text)
+            in_one_line(lambda: visualize.write_report(visualize.FigureConfig(device="cpu"), [str(tmp_path)]))
+            in_one_line(lambda: runs.open_record(run_at_3, tmp_path))
+        path.write_bytes(content)
 
 
-def test_damaged_lines_of_a_log_are_left_out_and_the_run_goes_on(run, folder):
-    path, lines = folder / "log.jsonl", (folder / "log.jsonl").read_bytes().splitlines()
+def test_damaged_lines_of_logs_are_left_out(run_at_3, tmp_path):
+    path, bad_videos = tmp_path / "log.jsonl", tmp_path / "bad_videos.log"
+    lines = path.read_bytes().splitlines()
     for name in ("step", "epoch", "loss/vv", "chance/vv"):
         for ill in OF_JSON:  # which a curve has or leaves out
             path.write_bytes(b"\n".join([*lines, json.dumps(json.loads(lines[0]) | {name: ill}).encode(), b""]))
-            visualize.plt.close(visualize.draw_curves(visualize.FigureConfig(), [str(folder)]))
+            visualize.plt.close(visualize.draw_curves(visualize.FigureConfig(), [str(tmp_path)]))
     for text in CUT:
         path.write_bytes(text)
-        assert in_one_line(lambda: visualize.draw_curves(visualize.FigureConfig(), [str(folder)])) == "error"
-    damaged = [line for line in CUT if line]
-    path.write_bytes(b"\n".join([lines[0], *damaged, *lines[1:]]))
-    (folder / "bad_videos.log").write_bytes(b"step 1\t'a\xff.mp4'\tcut\nstep 2\t'b")
-    assert len(visualize.read_log(str(folder))) == 3
-    run.ok(moco, "--resume", folder / "checkpoint.pt", "--max_steps", 4, small=False, dataset=None)
-    assert (folder / "bad_videos.log").read_bytes() == b"step 1\t'a\xff.mp4'\tcut\n"
-    assert path.read_bytes().splitlines()[:3] == lines and len(path.read_bytes().splitlines()) == 4
+        assert in_one_line(lambda: visualize.read_log(str(tmp_path))) == "error"
+    path.write_bytes(b"\n".join([lines[0], *filter(None, CUT), *lines[1:]]))
+    bad_videos.write_bytes(b"step 1\t'a\xff.mp4'\tcut\nstep 2\t'b")
+    assert len(visualize.read_log(str(tmp_path))) == 3
+    runs.open_record(run_at_3, tmp_path)
+    assert path.read_bytes().splitlines() == lines and bad_videos.read_bytes() == b"step 1\t'a\xff.mp4'\tcut\n"

@@ -260,10 +260,9 @@ def test_a_run_is_not_overwritten_and_those_that_start_together_have_folders_of_
     fit(Bare(), folder := tmp_path / "run", max_steps=1)
     before = (folder / "log.jsonl").read_text()
     shutil.copytree(folder, tmp_path / "other")
-    for resume in ("", str(tmp_path / "other" / "checkpoint.pt")):
-        with pytest.raises(train.UserError, match=r"--resume \S+run/checkpoint\.pt"):
-            fit(Bare(), folder, max_steps=2, resume=resume)
-        assert (folder / "log.jsonl").read_text() == before
+    with pytest.raises(train.UserError, match=r"--resume \S+run/checkpoint\.pt"):
+        fit(Bare(), folder, max_steps=2, resume=str(tmp_path / "other" / "checkpoint.pt"))
+    assert (folder / "log.jsonl").read_text() == before
     (folder / "run.json").write_text("")
     with pytest.raises(train.UserError, match=r"run/run\.json is damaged"):
         fit(Bare(), folder, max_steps=2, resume=str(folder / "checkpoint.pt"))
