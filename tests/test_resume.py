@@ -133,22 +133,20 @@ def test_resume_auto_takes_the_furthest_readable_checkpoint_of_the_run_that_is_a
 def test_resume_auto_passes_over_another_run_and_says_what_differs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "runs" / "a" / "checkpoint.pt"
-    save(path, 2, seed=5, data="here")
-    assert auto(seed=5, data="moved", workers=2)[0] == "runs/a/checkpoint.pt"  # what defines nothing may be other
-    for options, says in (
-        ({}, "another run is in runs/a: --seed 5, not 0"),
-        (dict(seed=5, losses="vd", width=0.5), "--width 1.0, not 0.5, --losses vv, not vd"),
-        (dict(seed=5, lr=1), "--lr 0.04, not 1"),
+    for saved, asked, says in (
+        (dict(data="here"), dict(data="moved", workers=2), "found runs/a/checkpoint.pt, step 2"),  # they define nothing
+        (dict(seed=5), {}, "another run is in runs/a: --seed 5, not 0"),
+        ({}, dict(losses="vd", width=0.5), "--width 1.0, not 0.5, --losses vv, not vd"),
+        ({}, dict(lr=1), "--lr 0.04, not 1"),
+        (dict(seen={"videos": []}), {}, "another run is in runs/a: videos: 1 more ('a')"),
+        (dict(seen={}, data="here"), dict(data="moved"), "--data here, not moved"),  # as older code left it
     ):
-        found, said = auto(**options)
-        assert not found and says in said and "starts anew" in said
-    save(path, 2, {"videos": []}, seed=5)
-    assert "another run is in runs/a: videos: 1 more ('a')" in auto(seed=5)[1]
-    save(path, 2, {}, seed=5, data="here")  # as older code left it
-    assert "--data here, not moved" in auto(seed=5, data="moved")[1]
-    save(path, 4, seed=5, lr=1)
-    save(path.with_name("epoch_0001.pt"), 2, seed=5)
-    assert not auto(seed=5)[0]  # what went on from there is not written over
+        save(path, 2, **saved)
+        found, said = auto(**asked)
+        assert says in said and (found != "") == says.startswith("found")
+    save(path, 4, lr=1)
+    save(path.with_name("epoch_0001.pt"), 2)
+    assert not auto()[0]  # what went on from there is not written over
 
 
 class Code:
@@ -156,41 +154,41 @@ class Code:
         return os.mkdir, ("it ran",)
 
 
+def refused(says, function, *arguments, **options):
+    with pytest.raises(train.UserError, match=says):
+        function(*arguments, **options)
+
+
 def test_checkpoints_that_do_not_fit_are_refused_in_one_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save(path := tmp_path / "checkpoint.pt", 2, bn="local", width=0.5)
-    assert cli.parse(moco.MoCoConfig, "", argv=["--resume", str(path)]).bn == "shuffle"  # what is new has its default
-    state = weights(path) | {"model": (method := Bare()).state_dict()}
+    state, method = weights(path), Bare()
 
-    def refused(says, *flags, **changes):
+    def resumed(*flags, **changes):
         train.save_checkpoint(path, {name: value for name, value in (state | changes).items() if value is not None})
-        with pytest.raises(train.UserError, match=says):
-            cli.parse(moco.MoCoConfig, "", argv=["--resume", str(path), *flags])
+        return cli.parse(moco.MoCoConfig, "", argv=["--resume", str(path), *flags])
 
-    refused("was made with --bn sync", config=state["config"] | {"bn": "sync"})  # which there was
-    assert cli.parse(moco.MoCoConfig, "", argv=["--resume", str(path), "--bn", "local"]).bn == "local"
-    refused("was trained with --width 0.5, not 0.25", "--width=0.25")
-    refused("is a checkpoint of FIMA, not of MoCo", method="FIMA")
-    refused("is no checkpoint of this project", model=None)
-    refused("no valid step in it", step=-1)
-    refused("holds code, which is never run", step=Code())
+    assert resumed().bn == "shuffle"  # what is new has its default
+    as_it_was = state["config"] | {"bn": "sync"}  # which there was
+    refused("was made with --bn sync", resumed, config=as_it_was)
+    assert resumed("--bn", "local", config=as_it_was).bn == "local"
+    refused("was trained with --width 0.5, not 0.25", resumed, "--width=0.25")
+    refused("is a checkpoint of FIMA, not of MoCo", resumed, method="FIMA")
+    refused("is no checkpoint of this project", resumed, model=None)
+    refused("no valid step in it", resumed, step=-1)
+    refused("is of an older conv4", resumed, model={"units.0.conv3d.weight": torch.ones(1)})
+    refused("is of an older conv4", resumed, model={"layers.12.weight": torch.ones(1)})
+    refused("is of an older conv4", features.load_encoder, str(path))
+    refused("holds code, which is never run", resumed, step=Code())
     assert not os.path.exists("it ran")
-    for name in ("units.0.conv3d.weight", "layers.12.weight"):
-        refused("is of an older conv4", model={name: torch.ones(1)})
-        with pytest.raises(train.UserError, match="is of an older conv4"):
-            features.load_encoder(str(path))
-    with pytest.raises(train.UserError, match="1 tensors differ, as bias"):
-        train.load_model("it", method, {"weight": state["model"]["weight"]})
-    with pytest.raises(train.UserError, match="no valid optimizer"):
-        kept = {"state": {0: {"momentum_buffer": torch.ones(5)}}}
-        train.load_optimizer("it", train.sgd(method, train.TrainConfig()), kept)
+    refused("1 tensors differ, as bias", train.load_model, "it", method, {"weight": torch.ones(1, 3)})
+    kept = {"state": {0: {"momentum_buffer": torch.ones(5)}}}
+    refused("no valid optimizer", train.load_optimizer, "it", train.sgd(method, train.TrainConfig()), kept)
     path.write_bytes(path.read_bytes()[:1000])
-    for place, says in ((path, "is damaged"), (tmp_path, "no checkpoint at")):
-        with pytest.raises(train.UserError, match=says):
-            runs.load_checkpoint(place)
+    refused("is damaged", runs.load_checkpoint, path)
+    refused("no checkpoint at", runs.load_checkpoint, tmp_path)
     monkeypatch.setattr(torch, "load", lambda *_, **__: os.open(tmp_path, os.O_RDWR))  # as where it may not be read
-    with pytest.raises(train.UserError, match="can't be read: Is a directory"):
-        runs.load_checkpoint(path)
+    refused("can't be read: Is a directory", runs.load_checkpoint, path)
 
 
 def spoiled(value, bad, place=()):

@@ -6,7 +6,6 @@ import math
 import re
 import shlex
 import shutil
-import sys
 import time
 import types
 from unittest import mock
@@ -159,6 +158,10 @@ REFUSED = [
     (mcl, ["maps", "--maps=/dev/null", "--dataset=synthetic"], ["/dev/null"]),
     (moco, ["--encoder=s3d", "--width=2"], ["--width 2", "s3d"]),
     (moco, ["--batch_size=400", "--dataset=synthetic"], ["18 videos", "--batch_size"]),
+    (evaluate, [], ["name one of", "--help"]),
+    (evaluate, ["other"], ["name one of", "--help"]),
+    (evaluate, ["--seed=3"], ["name one of", "--help"]),
+    (evaluate, ["knn", "word"], ["--help"]),
     (simclr, ["--temperature=0"], ["--temperature 0"]),
     (tubelet_contrast, ["--batch_size=1"], ["--batch_size 1", "2 or more"]),
     (tubelet_contrast, ["--losses=vd"], ["--losses vd", "vv"]),
@@ -170,7 +173,7 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(script, flags, says, run, m
     monkeypatch.setenv("CXX", "nowhere/c++")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     (run.path / "datasets").touch()  # a file, so that nothing is generated below it
-    dataset = "synthetic" if "synthetic" in flags[-1] else None
+    dataset = "synthetic" if "--dataset=synthetic" in flags else None
     run.refused(script, *flags, dataset=dataset, small=False, says=says)
 
 
@@ -194,23 +197,11 @@ def test_every_number_has_limits_that_help_shows_and_beyond_them_is_one_line(con
                 cli.parse(config, "", argv=[f"--{field.name}={beyond}"])
 
 
-def test_sub_commands_are_told_apart_and_get_their_options(monkeypatch, capsys):
-    def dispatch(*argv, more=(), **options):
-        monkeypatch.setattr(sys, "argv", ["program.py", *argv])
-        return cli.dispatch({"print": (print, train.TrainConfig)} | dict(more), "What it does.", **options)
-
-    without = {"": (len, train.TrainConfig, {"": {"seed": 5}})}
-    assert dispatch("print", "--seed", "3") == ("print", print, train.TrainConfig(seed=3), [])
-    assert dispatch("print", "a", "b", words=True) == ("print", print, train.TrainConfig(), ["a", "b"])
-    assert dispatch(more=without) == ("", len, train.TrainConfig(seed=5), [])
-    assert dispatch("--seed", "4", more=without) == ("", len, train.TrainConfig(seed=4), [])
-    for argv in ((), ("other",), ("--seed", "3"), ("print", "a")):
-        with pytest.raises(train.UserError, match="--help"):
-            dispatch(*argv)
-    for argv, says in ((("-h",), "What it does."), (("print", "--help"), print.__doc__[:20])):
-        with pytest.raises(SystemExit):
-            dispatch(*argv)
-        assert says in capsys.readouterr().out
+def test_sub_commands_have_help_of_their_own_and_where_none_is_named_the_presets_hold(run):
+    for words, says in ((["-h"], evaluate.__doc__[:20]), (["knn", "--help"], evaluate.KnnConfig.__doc__[:20])):
+        code, out, _ = run(evaluate, *words, dataset=None)
+        assert not code and says in out
+    assert "--epochs 12 " in run.ok(mcl, "--print_config", small=False)
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError(), RuntimeError("can't allocate memory"), MemoryError()])
