@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 import re
-import shlex
 import shutil
 import time
 import types
@@ -224,10 +223,7 @@ def test_run_folder_holds_config_command_versions_and_every_loss_with_its_chance
         assert line["loss"] == pytest.approx(sum(line[f"loss/{name}"] for name in ("vv", "vd", "pix", "fra")))
         assert line["chance/vv"] == pytest.approx(math.log(100)) and line["chance/pix"] > 0
         assert line["clips_per_s"] > 0 and 0 <= line["data_wait"] <= 1
-    assert all(name in out for name in start["config"])  # the settings are printed in full
-    assert "chance" in out and "own other half" in out and "--queue 99 exceeds" in out
-    command = next(line for line in out.splitlines() if "evaluate.py retrieve" in line)
-    assert shlex.split(command, comments=True)[-1] == "a run/checkpoint.pt"  # can be pasted
+    assert all(name in out for name in start["config"]) and "--queue 99 exceeds" in out
 
 
 def test_a_slow_loader_is_told_once_in_the_first_epoch_with_what_it_takes_so_long_for(tmp_path, capsys, monkeypatch):

@@ -33,7 +33,7 @@ class Torture:
     """The tries: each is given chance and an empty folder, and raises AssertionError where a promise is not kept."""
 
     def __init__(self, folder: Path):
-        self.folder, self.videos, self.undisturbed = folder, folder / "videos", folder / "undisturbed"
+        self.videos, self.undisturbed = folder / "videos", folder / "undisturbed"
         synthetic.make_synthetic(self.videos, train=18, test=10, frames=40, size=(56, 56))
         self.flags = [*TINY, "--epochs=3", "--out=run", "--save_minutes=0", "--workers=1", "--data", self.videos]
         self.undisturbed.mkdir()
@@ -124,7 +124,7 @@ class Torture:
             self.ended(folder, file_size=min(size, most))
             return self.ends_as_if_nothing_had_been(folder)
         try:
-            code, out = self.ended(folder, output=self.folder / "full.txt")
+            code, out = self.ended(folder, output=folder.with_name("full.txt"))
             assert code == 0 or ("No space left" in out and "run" in out.splitlines()[-1]), out
             subprocess.run(["mount", "-o", "remount,size=1g", folder], check=True)
             self.ends_as_if_nothing_had_been(folder)
