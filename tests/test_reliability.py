@@ -68,9 +68,9 @@ def live(folder, flags, output, environment=(), kill=(), file_size=0, at_step_6=
 
     def watched_step(run, *batch):
         result = step(run, *batch)
-        if run.done == 6 and at_step_6 == "spoil":
+        if run.done >= 6 and at_step_6 == "spoil":
             run.method.head.net[2].bias.data[0] += 1e-6
-        elif run.done == 6 and at_step_6:
+        elif run.done >= 6 and at_step_6:
             os.kill(os.getpid(), signal.Signals[at_step_6])
         return result
 
@@ -118,19 +118,20 @@ def undisturbed(videos, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_interrupted_and_killed_at_random_moments_a_run_ends_as_if_nothing_had_been(undisturbed, tmp_path):
+def test_killed_at_random_moments_and_interrupted_a_run_ends_as_if_nothing_had_been(undisturbed, tmp_path):
     """Six kills at random lines, every second one while a checkpoint is written, all with a loader's worker."""
     (expected, flags), saved = undisturbed, tmp_path / "run" / "checkpoint.pt"
-    code, out = finish(start(tmp_path, *flags, at_step_6="SIGINT"))
-    assert code == 128 + signal.SIGINT and "--resume run/checkpoint.pt" in out, out
-    steps, random = [weights(saved)["step"]], Random(0)
     flags = [*flags, "--workers", "1", "--save_minutes", "0", "--resume", "auto"]
+    random, steps = Random(0), []
     for life in range(6):
         kill = (random.randint(1, 60), SAVING) if life % 2 else (random.randint(1, 700), RUNNING)
         code, out = finish(start(tmp_path, *flags, kill=kill))
         assert code == -signal.SIGKILL, out
-        steps.append(weights(saved)["step"])
-    assert steps[0] == 6 and len(set(steps)) > 3 and any(step % 9 for step in steps[1:])  # in mid-epoch, too
+        steps.append(weights(saved)["step"] if saved.exists() else 0)
+    assert len(set(steps)) > 2 and any(step % 9 for step in steps)  # they struck at different places, in mid-epoch, too
+    code, out = finish(start(tmp_path, *flags, at_step_6="SIGINT"))
+    assert code == 128 + signal.SIGINT and "--resume run/checkpoint.pt" in out, out
+    assert weights(saved)["step"] == max(6, steps[-1] + 1)
     end_well(tmp_path, *flags, "--deterministic")
     assert equal_ends(expected, tmp_path / "run") and log(tmp_path / "run") == log(expected)
 
@@ -168,7 +169,7 @@ def test_nohup_is_obeyed(in_process):
 def test_an_evaluation_that_nobody_reads_writes_its_result(streams, videos, tmp_path):
     flags = [*CONV4, f"--data={videos}", "--device=cpu", "--clips=2", "--workers=1", f"--out={tmp_path / 'k.json'}"]
     (tmp_path / "tmp").mkdir()
-    places = {"OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path / "tmp"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    places = {"TMPDIR": str(tmp_path / "tmp"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     command = shlex.join([sys.executable, str(ROOT / "evaluate.py"), "knn", *flags])
     subprocess.run(f"{command} {streams}", shell=True, timeout=120, env=os.environ | places)
     assert not os.listdir(tmp_path / "tmp")  # as pymp-*
@@ -214,53 +215,45 @@ def test_a_process_leaves_while_a_thread_still_holds_tensors():
     assert torch.multiprocessing.spawn(leave_at_once, join=False, daemon=True).join(60)
 
 
-FAULTS = {  # of the second of two processes after step 6 → exit codes, and what the first says last
-    "spoil": (2, 2, "process 0: after step 8 the processes hold different values of head.net.2.bias"),
-    "SIGKILL": (1, -signal.SIGKILL, "process 0 has lost another one"),  # at once, without a --timeout
-    "SIGSTOP": (1, -signal.SIGKILL, "process 0 has lost another one"),
-}
-
-
 @pytest.mark.slow
 def test_where_one_of_two_processes_fails_both_end_and_go_on_as_if_nothing_had_been(undisturbed, tmp_path):
-    flags, broken = [*undisturbed[1], "--resume", "auto"], tmp_path / "broken"
-    (code, out), (other, _) = map(finish, start_two(whole := tmp_path / "whole", flags=flags))
+    flags, whole, broken = [*undisturbed[1], "--resume", "auto"], tmp_path / "whole", tmp_path / "broken"
+    (elsewhere := tmp_path / "elsewhere").mkdir()
+    (elsewhere / "run").touch()  # as on a node that has no common disk with the first, nor a place for a run folder
+    (code, out), (other, _) = map(finish, start_two(whole, elsewhere, flags=flags))
     assert code == other == 0 and "2 × 2 = 4" in out, out
     (record,), last = json.loads((whole / "run" / "run.json").read_text()), log(whole / "run")[-1]
     assert record["overlap"] == pytest.approx(last["overlap"], abs=0.3)  # of the last epoch
-    for fault, (code, other, says) in FAULTS.items():
+    for fault, codes, says in (
+        ("spoil", (2, 2), "process 0: after step 8 the processes hold different values of head.net.2.bias"),
+        ("SIGKILL", (1, -signal.SIGKILL), "process 0 has lost another one"),  # at once, without a --timeout
+        ("SIGSTOP", (1, -signal.SIGKILL), "process 0 has lost another one"),
+    ):
         timeout = ["--timeout", "0.3"] * (fault == "SIGSTOP")
         first, second = start_two(broken, flags=[*flags, *timeout], at_step_6=fault)
         first.join(300)
         if fault == "SIGSTOP":
             second.kill()
-        (found, out), (of_other, _) = finish(first), finish(second)
-        assert (found, of_other) == (code, other), out
+        (code, out), (other, _) = finish(first), finish(second)
+        assert (code, other) == codes, out
         one_line(out, says)
         assert weights(broken / "run" / "checkpoint.pt")["step"] == 4
-    for code, out in map(finish, start_two(broken, flags=flags)):
+    for code, out in map(finish, start_two(broken, elsewhere, flags=flags)):
         assert code == 0, out
-    assert equal_ends(whole / "run", broken / "run")
+    assert equal_ends(whole / "run", broken / "run") and (elsewhere / "run").read_bytes() == b""
 
 
 @pytest.mark.slow
-def test_two_nodes_need_no_common_disk(undisturbed, videos, tmp_path):
-    """The second has no place for a run folder; what it cannot read is named in the first one's. Both end if its videos
-    are missing, or are others."""
+def test_videos_that_one_of_two_processes_cannot_read_are_named_and_others_end_both(undisturbed, videos, tmp_path):
     (tree := tmp_path / "tree").mkdir()
+    flags = [*undisturbed[1], "--dataset", "folder", "--epochs", "2", "--max_bad", "1"]
+    nodes = [tmp_path / str(rank) for rank in range(2)]
     for n, path in enumerate(sorted((videos / "train").glob("*/*.mp4"))):
         (tree / f"{n}.mp4").write_bytes(path.read_bytes() if n % 9 else b"")
-    flags = [*undisturbed[1], "--dataset", "folder", "--data", tree, "--epochs", "2", "--max_bad", "1"]
-    nodes = [tmp_path / str(rank) for rank in range(2)]
-    nodes[1].mkdir()
-    (nodes[1] / "run").touch()
-    for stop in (["--max_steps", "4"], ["--resume", "auto"]):
-        for code, out in map(finish, start_two(*nodes, flags=[*flags, *stop])):
-            assert code == 0, out
-    assert weights(nodes[0] / "run" / "checkpoint.pt")["step"] == 8
+    for code, out in map(finish, start_two(*nodes, flags=[*flags, "--data", tree])):
+        assert code == 0, out
     named = (nodes[0] / "run" / "bad_videos.log").read_text()
     assert [named.count(f"/{name}.mp4'") for name in (0, 9)] == [1, 1]  # the processes have met one each, or both
-    assert (nodes[1] / "run").read_bytes() == b""
     (nodes[0] / "own").symlink_to(tree)
     for says in ("no such folder", "1 videos, 0 classes, check sum"):
         for rank, (code, out) in enumerate(map(finish, start_two(*nodes, flags=[*flags, "--data", "own"]))):
