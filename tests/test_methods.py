@@ -1,12 +1,14 @@
 """What is the same for every method: settings of its paper, resuming to the last bit, processes."""
 
+import math
+
 import numpy as np
 import pytest
 import simclr
 import torch
 import tubelet_contrast
 from conftest import options_of
-from helpers import CONV4, FORK, ROOT, SMALL, same, torchrun, weights
+from helpers import CONV4, FORK, ROOT, SMALL, lines, same, torchrun, weights
 
 import dclr
 import fame
@@ -43,7 +45,7 @@ def test_presets_are_the_papers(script, dataset, total, rate, expected):
 
 HALVES = ["--batch_size", 2, "--accumulate", 2]  # not --batch_size 4
 RESUMED = {
-    fima: ["--fame", "single", "--pixel_queue", 64, *HALVES],
+    fima: ["--fame", "single", "--pixel_queue", 64, "--queue", 99, "--seed", 2**31 - 1, *HALVES],
     fame: ["--branches", "both"],
     dclr: ["--refresh", 1, "--delay", 1, "--queue", 16, *HALVES],
     mcl: ["--maps", "maps", *HALVES, "--activation_checkpointing"],
@@ -61,7 +63,12 @@ def test_a_resumed_run_equals_a_whole_one_bit_for_bit(script, run, monkeypatch):
     own = SMALL if script is not simclr else [flag for flag in SMALL if "queue" not in flag]
     flags = [*own, *CONV4, "--epochs", 2, "--keep_every", 1, *RESUMED[script], "--max_steps"]
     folder = dict(dataset="folder", small=False)
-    run.ok(script, *flags, 6, "--out", "whole", **folder)
+    out = run.ok(script, *flags, 6, "--out", "whole", **folder)
+    for line in lines(run.path / "whole"):
+        assert line["loss"] == pytest.approx(sum(line[name] for name in line if name.startswith("loss/")))
+    if script is fima:
+        assert line["chance/vv"] == pytest.approx(math.log(100)) and line["chance/pix"] > 0
+        assert "--queue 99 exceeds" in out
     assert f"python {script.__name__}.py" in run.ok(script, *flags, 3, "--out", "half", **folder)
     run.ok(script, "--resume", "half/checkpoint.pt", "--max_steps", 6, "--workers", 2, **folder)
     whole, half = (weights(run.path / name / "checkpoint.pt") for name in ("whole", "half"))
