@@ -51,8 +51,8 @@ def kill_at_line(count: int, within: tuple[str, ...]) -> None:
     sys.settrace(trace)
 
 
-def live(folder, flags, output, environment=(), kill=(), file_size=0, at_step_6="") -> None:
-    """A run of fima.py with output in a file, to which something happens: `kill_at_line`, small files, a signal."""
+def live(folder, flags, output, environment=(), kill=(), file_size=0, every_6th="") -> None:
+    """A run of fima.py with its output in a file, and `kill_at_line`, small files, or a signal at every sixth step."""
     os.chdir(folder)
     os.environ.update(environment)
     output = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOCTTY)
@@ -68,10 +68,10 @@ def live(folder, flags, output, environment=(), kill=(), file_size=0, at_step_6=
 
     def watched_step(run, *batch):
         result = step(run, *batch)
-        if run.done >= 6 and at_step_6 == "spoil":
+        if run.done % 6 == 0 and every_6th == "spoil":
             run.method.head.net[2].bias.data[0] += 1e-6
-        elif run.done >= 6 and at_step_6:
-            os.kill(os.getpid(), signal.Signals[at_step_6])
+        elif run.done % 6 == 0 and every_6th:
+            os.kill(os.getpid(), signal.Signals[every_6th])
         return result
 
     train.Run.step, evaluate.first_look = watched_step, lambda *_: None
@@ -124,14 +124,14 @@ def test_killed_at_random_moments_and_interrupted_a_run_ends_as_if_nothing_had_b
     flags = [*flags, "--workers", "1", "--save_minutes", "0", "--resume", "auto"]
     random, steps = Random(0), []
     for life in range(6):
-        kill = (random.randint(1, 60), SAVING) if life % 2 else (random.randint(1, 700), RUNNING)
+        kill = (random.randint(1, 150), SAVING) if life % 2 else (random.randint(1, 700), RUNNING)
         code, out = finish(start(tmp_path, *flags, kill=kill))
         assert code == -signal.SIGKILL, out
         steps.append(weights(saved)["step"] if saved.exists() else 0)
     assert len(set(steps)) > 2 and any(step % 9 for step in steps)  # they struck at different places, in mid-epoch, too
-    code, out = finish(start(tmp_path, *flags, at_step_6="SIGINT"))
+    code, out = finish(start(tmp_path, *flags, every_6th="SIGINT"))
     assert code == 128 + signal.SIGINT and "--resume run/checkpoint.pt" in out, out
-    assert weights(saved)["step"] == max(6, steps[-1] + 1)
+    assert weights(saved)["step"] == steps[-1] // 6 * 6 + 6
     end_well(tmp_path, *flags, "--deterministic")
     assert equal_ends(expected, tmp_path / "run") and log(tmp_path / "run") == log(expected)
 
@@ -193,12 +193,12 @@ def place(rank, world, port):
     return dict(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
 
 
-def start_two(*folders, flags, at_step_6=""):
-    """Two processes of a run, in one folder or two, in epochs of 4 steps; something may befall the second at step 6."""
+def start_two(*folders, flags, every_6th=""):
+    """Two processes of a run, in one folder or two, in epochs of 4 steps; something may befall the second."""
     port, started = free_port(), []
     for rank, folder in enumerate((folders * 2)[:2]):
         folder.mkdir(exist_ok=True)
-        options = dict(environment=place(rank, 2, port), at_step_6=at_step_6 * rank, output=f"out{rank}.txt")
+        options = dict(environment=place(rank, 2, port), every_6th=every_6th * rank, output=f"out{rank}.txt")
         started.append(start(folder, *flags, **options))
     return started
 
@@ -230,7 +230,7 @@ def test_where_one_of_two_processes_fails_both_end_and_go_on_as_if_nothing_had_b
         ("SIGSTOP", (1, -signal.SIGKILL), "process 0 has lost another one"),
     ):
         timeout = ["--timeout", "0.3"] * (fault == "SIGSTOP")
-        first, second = start_two(broken, flags=[*flags, *timeout], at_step_6=fault)
+        first, second = start_two(broken, flags=[*flags, *timeout], every_6th=fault)
         first.join(300)
         if fault == "SIGSTOP":
             second.kill()
