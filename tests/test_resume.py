@@ -228,7 +228,8 @@ def test_ill_typed_values_in_a_checkpoint_change_nothing_or_are_one_clear_line(r
     assert path.samefile(undisturbed[-1])
     cases = [(place, bad, copy) for bad in BAD for place, copy in spoiled(state, bad)]
     cases = [case for case in cases if case[:2] != (("optimizer", "state"), {})]  # as of a run without momentum
-    for place, bad, copy in cases if os.environ.get("ALL_PLACES") else Random(1).sample(cases, 60):
+    some = [case for case in cases if len(case[0]) == 1] + Random(0).sample(cases, 30)
+    for place, bad, copy in cases if os.environ.get("ALL_PLACES") else some:
         monkeypatch.setattr(torch, "load", lambda *_, copy=copy, **__: copy)
         for reader, expected in zip(readers, undisturbed, strict=True):
             outcome = in_one_line(reader)
