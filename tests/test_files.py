@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import json
 import os
 import resource
 import signal
@@ -14,20 +13,8 @@ from unittest.mock import MagicMock, Mock
 import benchmark
 import pytest
 import torch
-from helpers import (
-    ALONE,
-    CONV4,
-    FORK,
-    TORCHRUN,
-    Bare,
-    alive,
-    descendants,
-    digests,
-    free_folders,
-    one_line,
-    touch,
-    within,
-)
+from helpers import ALONE, CONV4, FORK, TORCHRUN, Bare, alive, descendants, digests, free_folders, lines, one_line
+from helpers import touch, within
 
 import data
 import evaluate
@@ -39,19 +26,19 @@ import train
 import visualize
 
 SHORT = [*CONV4, "--device=cpu", "--workers=0", "--clips=1"]
-STATE = dict(method="M", config={}, model={}, optimizer={}, step=1, steps_per_epoch=1, world_size=1)
 
 
 @pytest.fixture
 def hold():
-    """Has another process hold a run folder, with a child of its own, as of a loader: its process and the child."""
+    """Has another process hold a run folder, with a child of its own, as of a loader: gives the process."""
     others = []
 
     def live(folder, pipe):
+        os.setsid()
         runs._locks.clear()  # inherited
         runs.claim_folder(folder, str(folder / "checkpoint.pt"))
-        if child := os.fork():
-            pipe.send(child)
+        if os.fork():
+            pipe.send("holds")
         time.sleep(60)
 
     def start(folder):
@@ -59,27 +46,27 @@ def hold():
         process = FORK.Process(target=live, args=(folder, mine))
         process.start()
         mine.close()
-        others.append((process, end.recv()))
-        return others[-1]
+        end.recv()
+        others.append(process)
+        return process
 
     yield start
-    for process, child in others:
-        process.kill()
+    for process in others:
+        os.killpg(process.pid, signal.SIGKILL)
         process.join()
-        os.kill(child, signal.SIGKILL)
     free_folders()
 
 
 @pytest.mark.slow
 def test_a_run_folder_is_one_processes_until_it_ends_or_is_killed(tmp_path, hold):
     """Its children, as loader workers, may live on."""
-    other, child = hold(tmp_path / "run")
+    other = hold(tmp_path / "run")
     with pytest.raises(train.UserError, match=rf"run is in use by process {other.pid} on "):
         runs.claim_folder(tmp_path / "run")
     runs.claim_folder(tmp_path / "another")
     other.kill()
     other.join()
-    os.kill(child, 0)  # lives
+    os.killpg(other.pid, 0)  # its child lives
     for _ in range(2):  # as a probe does, for its training and its result
         runs.claim_folder(tmp_path / "run")
     with pytest.raises(EOFError):  # it ends, as the folder is this one's
@@ -89,15 +76,13 @@ def test_a_run_folder_is_one_processes_until_it_ends_or_is_killed(tmp_path, hold
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("words", ["--out=run", "--resume=run/checkpoint.pt", "--resume=auto", "linear"])
-def test_a_second_run_is_refused_before_it_writes_anything(words, run, hold):
-    if words.startswith("--resume"):
+@pytest.mark.parametrize(("module", "word"), [(fima, "--resume="), (fima, "--resume=auto"), (evaluate, "linear")])
+def test_a_second_run_is_refused_before_it_writes_anything(module, word, run, hold):
+    if word == "--resume=auto":
         run.ok(fima, "--max_steps=1", "--out=run", *CONV4)
-    other, _ = hold(run.path / "run")
+    other = hold(run.path / "run")
     before = digests(run.path)
-    flags = [words, *SHORT[:-1]] if words == "linear" else [*CONV4, words]
-    says = [f"run is in use by process {other.pid} on "]
-    run.refused(evaluate if words == "linear" else fima, *flags, "--out=run", says=says)
+    run.refused(module, word, *CONV4, "--device=cpu", "--out=run", says=[f"run is in use by process {other.pid} on "])
     assert digests(run.path) == before
 
 
@@ -120,29 +105,22 @@ def test_what_a_killed_run_has_left_half_written_is_deleted_and_nothing_else(tmp
 
 
 @pytest.mark.slow
-def test_two_that_write_the_same_file_leave_it_whole(tmp_path):
-    path = tmp_path / "checkpoint.pt"
+def test_two_that_write_the_same_file_leave_it_whole_and_a_link_stays_one(tmp_path):
+    (disk := tmp_path / "disk").mkdir()
+    (path := tmp_path / "checkpoint.pt").symlink_to("disk/there.pt")
+    state = dict(method="M", config={}, optimizer={}, step=1, steps_per_epoch=1, world_size=1)
 
     def write(size):
         for _ in range(100):
-            train.save_checkpoint(path, STATE | {"model": {"weight": torch.full((size,), float(size))}})
+            train.save_checkpoint(path, state | {"model": {"weight": torch.full((size,), float(size))}})
 
     other = FORK.Process(target=write, args=(10,))
     other.start()
     write(100_000)
     other.join()
-    assert other.exitcode == 0 and os.listdir(tmp_path) == [path.name]
-    weight = runs.load_checkpoint(path)["model"]["weight"]
+    assert other.exitcode == 0 and path.is_symlink() and os.listdir(disk) == ["there.pt"]
+    weight = runs.load_checkpoint(disk / "there.pt")["model"]["weight"]
     assert (weight == len(weight)).all()
-
-
-def test_a_linked_file_keeps_its_link(tmp_path):
-    (disk := tmp_path / "disk").mkdir()
-    (path := tmp_path / "checkpoint.pt").symlink_to("disk/there.pt")
-    for step in (1, 2):
-        train.save_checkpoint(path, STATE | {"step": step})
-        assert path.is_symlink() and runs.load_checkpoint(disk / "there.pt")["step"] == step
-    assert os.listdir(disk) == ["there.pt"]
 
 
 @pytest.mark.slow
@@ -160,55 +138,39 @@ def test_processes_whose_launcher_is_killed_save_and_end(videos, tmp_path):
     assert within(60, lambda: not alive(ranks))
     said = (tmp_path / "out.txt").read_text()
     assert "saved; continue with: torchrun --nproc_per_node=2" in said and "Traceback" not in said
-    last = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])
-    assert runs.load_checkpoint(saved)["step"] == last["step"]
+    assert runs.load_checkpoint(saved)["step"] == runs.read_lines(tmp_path / "run" / "log.jsonl")[-1]["step"]
 
 
-OTHERS = {
-    "checkpoint": b"PK\3\4" + b"weights" * 99,
-    "json": b'{"years": "of work"}',
-    "csv": b'"name","score"\n',
-    "folder": None,
+COMMANDS = {  # what is written → its script, the words, and whether it takes a data set
+    "o.json": (evaluate, ["knn", *SHORT, "--out=o.json"], True),
+    "o_confusion.png": (evaluate, ["svm", *SHORT, "--out=o.json"], True),
+    "o.pt": (evaluate, ["export", "--checkpoint=none.pt", "--out=o.pt"], False),
+    "result.json": (evaluate, ["linear", *SHORT, "--out=."], True),
+    "log.jsonl": (fima, [*CONV4, "--out=."], True),
+    "epoch_0001.pt": (fima, [*CONV4, "--out=."], True),
+    "lock": (fima, [*CONV4, "--out=."], True),
+    "o.png": (visualize, ["curves", "none", "--out=o.png"], False),
+    "o.svg": (visualize, ["sample", *CONV4, "--out=o.svg"], True),
+    "o.gif": (visualize, ["sample", *CONV4, "--out=o.gif"], True),
+    "o.html": (visualize, ["report", "none", "--out=o.html"], False),
+    "benchmark_step_cpu.json": (benchmark, ["step", "--out=."], False),
+    "bad.txt": (data, ["check", ".", "--out=bad.txt"], False),
 }
-COMMANDS = {  # what is written → script and its flags
-    "o.json": (evaluate, ["knn"]),
-    "o_confusion.png": (evaluate, ["svm", "--out=o.json"]),
-    "o.pt": (evaluate, ["export", "--checkpoint=none.pt"]),
-    "result.json": (evaluate, ["linear", "--out=."]),
-    "log.jsonl": (fima, ["--out=."]),
-    "epoch_0001.pt": (fima, ["--out=."]),
-    "lock": (fima, ["--out=."]),
-    "o.png": (visualize, ["curves", "none"]),
-    "o.svg": (visualize, ["sample"]),
-    "o.gif": (visualize, ["sample"]),
-    "o.html": (visualize, ["report", "none"]),
-    "benchmark_step_cpu.json": (benchmark, ["step", "--out=."]),
-    "bad.txt": (data, ["check", "."]),
-}
-OCCUPIED = [(name, kind) for name in COMMANDS for kind in OTHERS if kind != "folder" or name.startswith("o.")]
 
 
-@pytest.fixture
-def command(run):
+def command(run, name):
     """Runs one of COMMANDS in this process; gives exit code, output and errors."""
-
-    def call(name):
-        module, words = COMMANDS[name]
-        words = words if any(word.startswith("--out=") for word in words) else [*words, f"--out={name}"]
-        known = module in (evaluate, fima) or "sample" in words
-        quick = SHORT if module is evaluate else CONV4 if known else []
-        data = "synthetic" if known and "export" not in words else None
-        return run(module, *words[:1], *(quick if data else []), *words[1:], dataset=data, small=module is fima)
-
-    return call
+    module, words, takes_data = COMMANDS[name]
+    return run(module, *words, dataset="synthetic" if takes_data else None, small=module is fima)
 
 
-@pytest.mark.parametrize(("name", "kind"), OCCUPIED)
-def test_a_file_of_another_kind_or_a_folder_is_never_written_over(name, kind, tmp_path, command):
+@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("held", [b"PK\3\4weights", b'{"years": "of work"}', b'"name","score"\n', None])
+def test_a_file_of_another_kind_or_a_folder_is_never_written_over(name, held, tmp_path, run):
     touch(tmp_path, "video.mp4")
-    (tmp_path / name).write_bytes(OTHERS[kind]) if OTHERS[kind] else (tmp_path / name).mkdir()
+    (tmp_path / name).write_bytes(held) if held else (tmp_path / name).mkdir()
     before = digests(tmp_path)
-    code, _, err = command(name)
+    code, _, err = command(run, name)
     assert code == 2 and digests(tmp_path) == before
     one_line(err, name)
 
@@ -255,10 +217,10 @@ def test_a_full_disk_names_the_file_and_leaves_nothing_half(name, tmp_path, caps
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["o.json", "o.svg"])
-def test_results_are_replaced_and_stay_as_they_were_on_a_full_disk(name, tmp_path, command):
-    assert command(name)[0] == command(name)[0] == 0
+def test_results_are_replaced_and_stay_as_they_were_on_a_full_disk(name, tmp_path, run):
+    assert command(run, name)[0] == command(run, name)[0] == 0
     before = digests(tmp_path)
     with full_disk():
-        code, _, err = command(name)
+        code, _, err = command(run, name)
     assert code == 2 and digests(tmp_path) == before
     one_line(err, f"File too large: '{name}'")
