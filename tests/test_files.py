@@ -13,8 +13,7 @@ from unittest.mock import MagicMock, Mock
 import benchmark
 import pytest
 import torch
-from helpers import ALONE, CONV4, FORK, TORCHRUN, Bare, alive, descendants, digests, free_folders, lines, one_line
-from helpers import touch, within
+from helpers import ALONE, CONV4, FORK, TORCHRUN, alive, descendants, digests, free_folders, one_line, touch, within
 
 import data
 import evaluate
@@ -127,16 +126,16 @@ def test_two_that_write_the_same_file_leave_it_whole_and_a_link_stays_one(tmp_pa
 def test_processes_whose_launcher_is_killed_save_and_end(videos, tmp_path):
     flags = [*CONV4, f"--data={videos}", "--queue=8", "--decoder_width=32", "--device=cpu", "--batch_size=2"]
     launch = [*TORCHRUN, "--nproc_per_node=2", fima.__file__, *flags, "--workers=1", "--epochs=9999", "--out=run"]
-    with open(tmp_path / "out.txt", "w") as out:
+    output, saved = tmp_path / "out.txt", tmp_path / "run" / "checkpoint.pt"
+    with output.open("w") as out:
         launcher = subprocess.Popen(launch, cwd=tmp_path, stdout=out, stderr=out)
-    saved = tmp_path / "run" / "checkpoint.pt"
-    assert within(120, saved.exists), (tmp_path / "out.txt").read_text()
+    assert within(120, saved.exists), output.read_text()
     ranks = descendants(launcher.pid)
     launcher.kill()
     launcher.wait()
     assert len(ranks) >= 4  # two, and their loaders' workers
     assert within(60, lambda: not alive(ranks))
-    said = (tmp_path / "out.txt").read_text()
+    said = output.read_text()
     assert "saved; continue with: torchrun --nproc_per_node=2" in said and "Traceback" not in said
     assert runs.load_checkpoint(saved)["step"] == runs.read_lines(tmp_path / "run" / "log.jsonl")[-1]["step"]
 
@@ -187,7 +186,7 @@ def full_disk():
 
 
 def log_of(folder):
-    log = train.Log(train.Run(Bare(), train.TrainConfig(), ALONE, 1), folder, 1)
+    log = train.Log(train.Run(torch.nn.Linear(1, 1), train.TrainConfig(), ALONE, 1), folder, 1)
     log.steps = [train.Step(1, {"loss": torch.ones(()), "grad_norm": torch.ones(())}, [])]
     return log
 
