@@ -202,18 +202,13 @@ def test_only_files_on_a_disk_are_opened(tmp_path, folder, monkeypatch, check):
 @pytest.fixture
 def before_reading(monkeypatch):
     """Has processes do something when they begin to read a video, given its path and what they draw of it."""
-    begin = data._begin
-    return lambda act: monkeypatch.setattr(data, "_begin", lambda *given: (begin(*given), act(*given)))
-
-
-def die(number: int) -> None:
-    faulthandler.disable()  # pytest's
-    os.kill(os.getpid(), number)
+    begin, quiet = data._begin, faulthandler.disable  # pytest's, which reports deaths
+    return lambda act: monkeypatch.setattr(data, "_begin", lambda *given: (begin(*given), quiet(), act(*given)))
 
 
 @pytest.mark.slow
 def test_a_video_that_kills_its_process_is_replaced_whatever_the_number_of_workers(folder, before_reading):
-    before_reading(lambda path, draw: "fatal" in path and draw[0] % 2 == 0 and die(signal.SIGKILL))
+    before_reading(lambda path, draw: "fatal" in path and draw[0] % 2 == 0 and signal.raise_signal(signal.SIGKILL))
     views, sampler = views_of([folder / name for name in ("h264.mp4", "fatal.mp4", "packed.avi")]), StepSampler(3, 3, 4)
     one, three = (list(map(copy.deepcopy, load_batches(views, sampler, workers))) for workers in (1, 3))
     assert all(map(same, one, three))
@@ -235,7 +230,7 @@ DEATHS = [  # of what a process dies, whether Linux counts that as for want of m
 def test_processes_that_always_die_end_the_run(folder, monkeypatch, before_reading, number, kills, says):
     counts = map(str, itertools.count(step=kills))
     monkeypatch.setattr(data, "_memory_kills", lambda: next(counts))
-    before_reading(lambda *_: die(number))
+    before_reading(lambda *_: signal.raise_signal(number))
     views = views_of([folder / "fatal.mp4"])
     if not number:
         views.write = lambda *_: os._exit(3)
@@ -249,7 +244,7 @@ def test_a_process_that_dies_once_costs_no_video(folder, before_reading, tmp_pat
     """As where somebody or something ends it: another one makes the same again."""
     views, once = views_of([folder / "h264.mp4", folder / "fatal.mp4"]), tmp_path / "once"
     once.touch()
-    before_reading(lambda path, _: "fatal" in path and once.exists() and (once.unlink(), die(number)))
+    before_reading(lambda path, _: "fatal" in path and once.exists() and (once.unlink(), signal.raise_signal(number)))
     batch = load(views, (0, 0), (0, 1))
     assert not once.exists() and same(batch, collate([views[0, 0], views[0, 1]]))
 
@@ -301,16 +296,14 @@ def test_too_little_memory_is_no_videos_fault(tmp_path, before_reading, megabyte
 def test_any_name_is_found_read_checked_and_left_out(folder, tmp_path, check):
     names = ["! # & ; ( ' \".mp4", "a  b.mp4", "new\nline\tand tab.mp4", os.fsdecode(b"caf\xe9.mp4"), "été 視.mp4"]
     names += ["-rf %03d http:name*?.mp4"]
-    root = tmp_path / "any names\n"
-    paths = [str(root / part / name) for part in ("bad", "class") for name in sorted(names)]
-    touch(root, *paths)
-    for path in paths[6:]:
-        shutil.copy(folder / "h264.mp4", path)
-    assert find_videos("folder", root, train=True).paths == paths
+    touch(root := tmp_path / "any names\n", *[f"bad/{name}" for name in names])
+    for name in names:
+        shutil.copy(folder / "h264.mp4", root / name)
     code, out, *_ = check(root, "--workers", 2)
     assert (code, out) == (1, f"6 of 12 videos can't be read: leave them out with --exclude {tmp_path}/bad.txt\n")
     videos = find_videos("folder", root, train=True, exclude=tmp_path / "bad.txt")
-    assert videos.paths == paths[6:] and f"; 6 of the 6 named in {tmp_path}/bad.txt" in videos.report
+    assert videos.paths == [f"{root}/{name}" for name in sorted(names)]
+    assert f"; 6 of the 6 named in {tmp_path}/bad.txt" in videos.report
 
 
 @given(name=st.binary(min_size=1).filter(lambda name: not set(name) & {0, 47} and name not in (b".", b"..")))
@@ -359,7 +352,7 @@ def test_what_the_check_cannot_do_is_one_line(tmp_path, check):
 
 def test_check_names_a_video_that_kills_its_process(tmp_path, check, before_reading):
     touch(tmp_path, "a.mp4", "fatal.mp4", "z.mp4")
-    before_reading(lambda path, _: "fatal" in path and die(signal.SIGKILL))
+    before_reading(lambda path, _: "fatal" in path and signal.raise_signal(signal.SIGKILL))
     code, *_, listed = check(tmp_path, "--workers", 1)
     how = "the process that read it died (exit code -9)"
     assert (code, listed) == (1, f"'a.mp4'\tempty\n'fatal.mp4'\t{how}\n'z.mp4'\tempty\n")

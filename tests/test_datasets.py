@@ -126,15 +126,6 @@ def test_k400(tmp_path, train_list, held_out_list, columns):
     assert validation.labels == [0]
 
 
-def test_k400_without_lists_goes_by_its_class_folders(tmp_path):
-    touch(tmp_path, "K/train_256/playing_guitar/a.mp4", "K/train_256/skiing_crosscountry/b.mp4")
-    touch(tmp_path, "K/val_256/skiing crosscountry/c.mp4", "K/test/d.mp4", "e.mp4")
-    train, validation = parts("k400", tmp_path)
-    assert [*found(train, tmp_path).values()] == ["playing guitar", "skiing crosscountry"]
-    assert found(validation, tmp_path) == {"K/val_256/skiing crosscountry/c.mp4": "skiing crosscountry"}
-    assert "; 2 videos outside of" in train.report
-
-
 def test_diving48(tmp_path):
     touch(tmp_path / "rgb", "_8Vy3dlHg2w_00000.mp4", "_8Vy3dlHg2w_00001.mp4", "other_00002.mp4")
     vocabulary = [["Back", "15som", "05Twis", "FREE"]] * 30 + [["Forward", "25som", "NoTwis", "PIKE"]] * 18
@@ -163,26 +154,26 @@ def test_ssv2(tmp_path, prefix):
 
 
 TREES = {  # training videos and their classes, held-out ones, how many are outside of both
-    "videos beside": ("train/jump/a.mp4=jump", "test/jump/b.mp4=jump", "e.mp4 more/c.mp4 more/train_d.mp4"),
+    "videos beside": ("train/jump/a.mp4=jump", "test/jump/b.mp4=jump", "e.mp4, more/c.mp4, more/train_d.mp4"),
     "validation beside test": ("train/jump/a.mp4=jump", "test/jump/b.mp4=jump", "val/jump/v.mp4"),
-    "several classes": ("train/jump/a.mp4=jump train/run/b.mp4=run", "val/run/c.mp4=run", ""),
-    "classes called as parts": ("train/bus/b.mp4=bus train/train/a.mp4=train", "test/train/c.mp4=train", ""),
+    "several classes": ("train/jump/a.mp4=jump, train/run/b.mp4=run", "val/run/c.mp4=run", ""),
+    "classes called as parts": ("train/bus/b.mp4=bus, train/train/a.mp4=train", "test/train/c.mp4=train", ""),
     "wrapped": ("sets/UCF/Training/jump/a.mp4=jump", "sets/UCF/valid_256/jump/b.mp4=jump", "sets/c.mp4"),
-    "two wrapped": ("h/train-set/r/c.mp4=h/r u/train/j/a.mp4=u/j", "h/TEST/r/d.mp4=h/r u/test/j/b.mp4=u/j", ""),
-    "parts in classes": ("all/j/train/a.mp4=j all/r/train/c.mp4=r", "all/j/test/b.mp4=j all/r/test/d.mp4=r", ""),
+    "two wrapped": ("h/train-set/r/c.mp4=h/r, u/train/j/a.mp4=u/j", "h/TEST/r/d.mp4=h/r, u/test/j/b.mp4=u/j", ""),
+    "parts in classes": ("all/j/train/a.mp4=j, all/r/train/c.mp4=r", "all/j/test/b.mp4=j, all/r/test/d.mp4=r", ""),
     "parts apart": ("kinetics_train/train/jump/a.mp4=jump", "kinetics_val/val/jump/b.mp4=jump", ""),
-    "no parts": (*["a.webm= j/a.mp4=j j/high/B.MOV=j/high r/c.avi=r"] * 2, ""),
-    "a class called train": (*["plane/b.mp4=plane train/a.mp4=train"] * 2, ""),
+    "no parts": (*["a.webm=, j/a.mp4=j, j/high/B.MOV=j/high, r/c.avi=r"] * 2, ""),
+    "a class called train": (*["plane/b.mp4=plane, train/a.mp4=train"] * 2, ""),
+    "k400": ("K/train_2/a_b/a.mp4=a b, K/train_2/c/b.mp4=c", "K/val_2/a b/c.mp4=a b", "K/test/d.mp4, e.mp4"),
 }
 
 
 @pytest.mark.parametrize("name", TREES)
 def test_a_split_that_exists_is_used_wherever_it_is(tmp_path, name):
-    *expected, outside = TREES[name]
-    expected = [dict(pair.split("=") for pair in half.split()) for half in expected]
-    outside = outside.split()
+    *expected, outside = [list(filter(None, texts.split(", "))) for texts in TREES[name]]
+    expected = [dict(pair.split("=") for pair in half) for half in expected]
     touch(tmp_path, *expected[0], *expected[1], *outside)
-    for videos, held in zip(parts("folder", tmp_path), expected, strict=True):
+    for videos, held in zip(parts("k400" if name == "k400" else "folder", tmp_path), expected, strict=True):
         assert found(videos, tmp_path) == {path: name or None for path, name in held.items()}
         assert ("one list for both" in videos.report) == (expected[0] == expected[1])
         left_out = f"; {len(outside)} videos outside of the training and the held-out folder left out"
