@@ -129,18 +129,16 @@ def test_mutated_files_are_read_or_named_with_a_reason(folder, tmp_path, monkeyp
             mutated.append(tmp_path / f"{path.stem}_{n}{suffix}")
             mutated[-1].write_bytes(mutate(path.read_bytes(), n, rng))
     views = views_of([*whole, *mutated, *[folder / "h264.mp4"] * 5000])  # most replacements can be read
-    shapes = {name: value.shape for name, value in views.empty(1).items()}
     keys = BatchSampler([(0, index) for index in range(len(whole) + len(mutated))], 1, False)
-    unread = {}
+    unread = set()
     for [(_, index)], batch in zip(keys, load_batches(views, keys, workers=2), strict=True):
-        bad = dict(batch.pop("bad"))
-        assert {name: value.shape for name, value in batch.items()} == shapes
-        assert all(reason and "\n" not in reason and "died" not in reason for reason in bad.values()), bad
+        bad = batch["bad"]
+        assert all(reason and "\n" not in reason and "died" not in reason for _, reason in bad), bad
         assert (batch["index"].item() == index) == (not bad)
-        for path, reason in [*bad.items()][:1]:
-            assert path == views.videos.paths[index]
-            unread[Path(path).name] = reason
-    assert unread.keys() & {path.name for path in whole} == BAD.keys() - {"absent.mp4", "pipe.mp4"}
+        if bad:
+            assert bad[0][0] == views.videos.paths[index]
+            unread.add(Path(bad[0][0]).name)
+    assert unread & {path.name for path in whole} == BAD.keys() - {"absent.mp4", "pipe.mp4"}
     assert len(mutated) / 10 < len(unread) < len(mutated) * 9 / 10  # neither harmless nor hopeless
 
 
