@@ -240,11 +240,11 @@ def test_processes_that_always_die_end_the_run(folder, monkeypatch, before_readi
 @pytest.mark.parametrize("number", [signal.SIGBUS, signal.SIGKILL])
 def test_a_process_that_dies_once_costs_no_video(folder, before_reading, tmp_path, number):
     """As where somebody or something ends it: another one makes the same again."""
-    views, once = views_of([folder / "h264.mp4", folder / "fatal.mp4"]), tmp_path / "once"
-    once.touch()
+    views = views_of([folder / "h264.mp4", folder / "fatal.mp4"])
+    expected = collate([views[0, 0], views[0, 1]])
+    (once := tmp_path / "once").touch()
     before_reading(lambda path, _: "fatal" in path and once.exists() and (once.unlink(), signal.raise_signal(number)))
-    batch = load(views, (0, 0), (0, 1))
-    assert not once.exists() and same(batch, collate([views[0, 0], views[0, 1]]))
+    assert same(load(views, (0, 0), (0, 1)), expected) and not once.exists()
 
 
 def no_more_files(more: int = 0) -> None:

@@ -111,19 +111,16 @@ def test_hmdb51_whose_names_are_odd_and_in_two_classes(tmp_path, videos, lists, 
     ],
 )
 def test_k400(tmp_path, train_list, held_out_list, columns):
-    videos = {"-abcdefghi1": "playing guitar", "_abcdefghi2": "ski jumping"}
-    videos |= {"Abcdefghi_3": "skiing (not slalom or crosscountry)", "abcdefghi-4": "massaging person's head"}
+    videos = {"-abcdefghi1_000417_000427.mp4": "playing guitar", "_abcdefghi2_417_427.mkv": "ski jumping"}
+    videos |= {"Abcdefghi_3.mp4": "skiing (not slalom or crosscountry)", "abcdefghi-4.webm": "massaging person's head"}
     fields = columns.replace(" ", "")
-    rows = [fields.replace("label", label).replace("youtube_id", name) for name, label in videos.items()]
+    rows = [fields.replace("label", label).replace("youtube_id", name[:11]) for name, label in videos.items()]
     write(tmp_path / train_list, columns, *rows)
     write(tmp_path / held_out_list, columns, rows[3])
-    endings = ("_000417_000427.mp4", "_417_427.mkv", ".mp4", "_000417_000427.webm")
-    touch(tmp_path / "any folder", *map("".join, zip(videos, endings, strict=True)))
+    touch(tmp_path / "any folder", *videos)
     train, validation = parts("k400", tmp_path)
-    assert train.classes == sorted(videos.values())
-    assert {os.path.basename(path)[:11]: name for path, name in found(train, tmp_path).items()} == videos
-    assert train.report == "k400 train: 4 videos of 4 listed, 4 classes"
-    assert validation.labels == [0]
+    assert train.classes == sorted(videos.values()) and found(train, tmp_path / "any folder") == videos
+    assert train.report == "k400 train: 4 videos of 4 listed, 4 classes" and validation.labels == [0]
 
 
 def test_diving48(tmp_path):
@@ -360,7 +357,6 @@ REFUSED = {  # the content of a list, and what is said
     "a.mp4 0.5 3.25 jump\nb.mp4 1.0 2.0 run": TIMES,
     "a.mp4 0 31\nb.mp4 5 36": TIMES,
     "a.mp4 0 3\nb.mp4 5 2": TIMES,
-    "a.mp4 163 1\nb.mp4 98 5 1": TIMES,
     "a.mp4 1\nb.mp4 0 31 0": f"line 2: .*{TIMES}",
     "path,label,split\na.mp4,jump,train\nb.mp4,run,test": "line 2: .*'path label'",
     "..\\a.mp4 1": "line 1: .* is not in",

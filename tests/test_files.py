@@ -139,27 +139,21 @@ def test_processes_whose_launcher_is_killed_save_and_end(videos, tmp_path):
     assert runs.load_checkpoint(saved)["step"] == runs.read_lines(tmp_path / "run" / "log.jsonl")[-1]["step"]
 
 
-COMMANDS = {  # what is written → its script, the words, and whether it takes a data set
-    "o.json": (evaluate, ["knn", *SHORT, "--out=o.json"], True),
-    "o_confusion.png": (evaluate, ["svm", *SHORT, "--out=o.json"], True),
-    "o.pt": (evaluate, ["export", "--checkpoint=none.pt", "--out=o.pt"], False),
-    "result.json": (evaluate, ["linear", *SHORT, "--out=."], True),
-    "log.jsonl": (fima, [*CONV4, "--out=."], True),
-    "epoch_0001.pt": (fima, [*CONV4, "--out=."], True),
-    "lock": (fima, [*CONV4, "--out=."], True),
-    "o.png": (visualize, ["curves", "none", "--out=o.png"], False),
-    "o.svg": (visualize, ["sample", *CONV4, "--out=o.svg"], True),
-    "o.gif": (visualize, ["sample", *CONV4, "--out=o.gif"], True),
-    "o.html": (visualize, ["report", "none", "--out=o.html"], False),
-    "benchmark_step_cpu.json": (benchmark, ["step", "--out=."], False),
-    "bad.txt": (data, ["check", ".", "--out=bad.txt"], False),
+COMMANDS = {  # what is written, and how
+    "o.json": lambda run: run(evaluate, "knn", *SHORT, "--out=o.json"),
+    "o_confusion.png": lambda run: run(evaluate, "svm", *SHORT, "--out=o.json"),
+    "o.pt": lambda run: run(evaluate, "export", "--checkpoint=none.pt", "--out=o.pt", dataset=None),
+    "result.json": lambda run: run(evaluate, "linear", *SHORT, "--out=."),
+    "log.jsonl": lambda run: run(fima, *CONV4, "--out=."),
+    "epoch_0001.pt": lambda run: run(fima, *CONV4, "--out=."),
+    "lock": lambda run: run(fima, *CONV4, "--out=."),
+    "o.png": lambda run: run(visualize, "curves", "none", "--out=o.png", dataset=None),
+    "o.svg": lambda run: run(visualize, "sample", *CONV4, "--out=o.svg"),
+    "o.gif": lambda run: run(visualize, "sample", *CONV4, "--out=o.gif"),
+    "o.html": lambda run: run(visualize, "report", "none", "--out=o.html", dataset=None),
+    "benchmark_step_cpu.json": lambda run: run(benchmark, "step", "--out=.", dataset=None),
+    "bad.txt": lambda run: run(data, "check", ".", "--out=bad.txt", dataset=None),
 }
-
-
-def command(run, name):
-    """Runs one of COMMANDS in this process; gives exit code, output and errors."""
-    module, words, takes_data = COMMANDS[name]
-    return run(module, *words, dataset="synthetic" if takes_data else None, small=module is fima)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -168,7 +162,7 @@ def test_a_file_of_another_kind_or_a_folder_is_never_written_over(name, held, tm
     touch(tmp_path, "video.mp4")
     (tmp_path / name).write_bytes(held) if held else (tmp_path / name).mkdir()
     before = digests(tmp_path)
-    code, _, err = command(run, name)
+    code, _, err = COMMANDS[name](run)
     assert code == 2 and digests(tmp_path) == before
     one_line(err, name)
 
@@ -215,9 +209,9 @@ def test_a_full_disk_names_the_file_and_leaves_nothing_half(name, tmp_path, caps
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["o.json", "o.svg"])
 def test_results_are_replaced_and_stay_as_they_were_on_a_full_disk(name, tmp_path, run):
-    assert command(run, name)[0] == command(run, name)[0] == 0
+    assert COMMANDS[name](run)[0] == COMMANDS[name](run)[0] == 0
     before = digests(tmp_path)
     with full_disk():
-        code, _, err = command(run, name)
+        code, _, err = COMMANDS[name](run)
     assert code == 2 and digests(tmp_path) == before
     one_line(err, f"File too large: '{name}'")
