@@ -43,12 +43,10 @@ GOOD = {  # a codec, and files of what it makes: its options
 }
 
 
-def patched(path: Path, codec: str, mark: bytes, offset: int, numbers: bytes) -> None:
-    """A video with other numbers in its header, so far behind a mark: a huge frame's, or those of a million frames."""
-    content = bytearray(encode(path, FRAMES, codec, pix_fmt="bgr0" if codec == "ffv1" else "yuv420p").read_bytes())
-    at = content.index(mark) + offset
-    content[at : at + len(numbers)] = numbers
-    path.write_bytes(content)
+def patched(path: Path, codec: str, layout: str, old: tuple, new: tuple) -> None:
+    """A video with other numbers in its header: a huge frame's, or those of a million frames."""
+    content = encode(path, FRAMES, codec).read_bytes()
+    path.write_bytes(content.replace(struct.pack(layout, *old), struct.pack(layout, *new)))
 
 
 BAD = {  # how it is made, and why it can't be read
@@ -56,8 +54,8 @@ BAD = {  # how it is made, and why it can't be read
     "cut.mp4": (lambda path: path.write_bytes(encode(path, FRAMES, "libx264").read_bytes()[:-2000]), "Invalid data"),
     "sound.mkv": (write_sound, "no video stream"),
     "one_frame.mp4": (lambda path: encode(path, FRAMES[:1], "libx264"), "1 frames"),
-    "huge.avi": (lambda path: patched(path, "ffv1", b"strf", 12, struct.pack("<2i", 16384, 16384)), "no frames of"),
-    "million.mp4": (lambda path: patched(path, "libx264", b"stsz", 8, struct.pack(">2I", 1, 10**6)), ""),
+    "huge.avi": (lambda path: patched(path, "ffv1", "<2i", (64, 48), (16384, 16384)), "no frames of"),
+    "million.mp4": (lambda path: patched(path, "libx264", ">3I", (0, 0, 12), (0, 1, 10**6)), ""),
     "playlist.mp4": (lambda path: path.write_text("ffconcat version 1.0\nfile h264.mp4\n"), "in none of the formats"),
     "pipe.mp4": (os.mkfifo, "not a file"),
     "absent.mp4": (lambda path: None, "No such file"),
@@ -168,9 +166,7 @@ FAILURES = [  # what fails, how, whether memory is short, and what is said
 
 
 @pytest.mark.parametrize(("owner", "name", "error", "short", "kind", "says"), FAILURES)
-def test_a_video_is_bad_unless_memory_is_short_or_a_disk_does_not_answer(
-    folder, monkeypatch, owner, name, error, short, kind, says
-):
+def test_what_a_machine_lacks_is_no_videos_fault(folder, monkeypatch, owner, name, error, short, kind, says):
     monkeypatch.setattr(owner, name, Mock(side_effect=error))
     monkeypatch.setattr(reader, "is_memory_short", lambda: short)
     with pytest.raises(kind, match=says), Video(folder / "h264.mp4") as video:

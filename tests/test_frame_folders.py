@@ -72,7 +72,6 @@ def test_jpeg_is_decoded_as_ffmpeg_does_and_scaled_to_the_first_size(tmp_path, s
 SERIES = {  # names of files, and of these the frames
     "one picture": (["img_1.jpg", "img_a.jpg"], []),
     "two series": (["a_1.jpg", "a_2.jpg", "b_1.jpg", "b_2.jpg"], []),
-    "two named series": (["img_1.jpg", "img_2.jpg", "frame_1.jpg", "frame_2.jpg"], []),
     "two kinds": (["img_1.jpg", "img_2.jpg", "img_1.png", "img_2.png"], []),
     "named": (["img_1.jpg", "img_2.jpg", "depth_1.jpg", "depth_2.jpg"], ["img_1.jpg", "img_2.jpg"]),
     "flows": (["FLOWX1.jpg", "FLOWX2.jpg", "tv_flow-1.jpg", "tv_flow-2.jpg", "img_flow_1.jpg", "img_flow_2.jpg"], []),
