@@ -24,7 +24,7 @@ from torch.utils.data import BatchSampler
 import data
 import find
 import video as reader
-from data import PretrainingViews, StepSampler, VideoList, load_batches
+from data import PretrainingViews, StepSampler, TestClips, VideoList, load_batches
 from find import find_videos
 from video import BadVideo, Video
 
@@ -187,10 +187,9 @@ def test_only_files_on_a_disk_are_opened(tmp_path, folder, monkeypatch, check):
     (root / "list.json").symlink_to("/proc/kmsg")
     with pytest.raises(FileNotFoundError, match=r"list\.json: 0 videos"):
         find_videos("folder", root, True, list_file=root / "list.json")
-    (root / "classInd.txt").symlink_to(folder / "pipe.mp4")
-    for options in (dict(dataset="folder", exclude=root / "classInd.txt"), dict(dataset="ucf101")):
-        with pytest.raises(ValueError, match=r"classInd\.txt: no file on a disk"):
-            find_videos(root=root, train=True, **options)
+    (root / "list.txt").symlink_to(folder / "pipe.mp4")
+    with pytest.raises(ValueError, match=r"list\.txt: no file on a disk"):
+        find_videos("folder", root, True, exclude=root / "list.txt")
 
 
 @pytest.fixture
@@ -268,7 +267,7 @@ def test_too_few_open_files_are_no_videos_fault(folder, check, before_reading):
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, before)
     before_reading(lambda *_: no_more_files())
-    for items, key in ((views, (0, 0)), (data.TestClips(views.videos, 16, 4), 0)):
+    for items, key in ((views, (0, 0)), (TestClips(views.videos, 16, 4), 0)):
         with pytest.raises(OSError, match=r"Too many open files: raise `ulimit -n`.*h264\.mp4"):
             load(items, key)
     code, out, err, listed = check(folder, "--workers", 1)
@@ -282,7 +281,7 @@ def test_too_little_memory_is_no_videos_fault(tmp_path, before_reading, megabyte
     """Whether it fails in decoding, where FFmpeg calls the video damaged, or elsewhere."""
     views = views_of([encode(tmp_path / "large.mp4", moving_texture(8, 540, 960), "libx264", preset="ultrafast")])
     before_reading(lambda *_: no_more_memory(megabytes))
-    for items, key in ((views, (0, 0)), (data.TestClips(views.videos, 16, 4), 0)):
+    for items, key in ((views, (0, 0)), (TestClips(views.videos, 16, 4), 0)):
         with pytest.raises((OSError, MemoryError, RuntimeError), match=r"emory|^$"):
             load(items, key)
 

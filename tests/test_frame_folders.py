@@ -142,13 +142,9 @@ def test_damaged_pictures_are_replaced_by_neighbours_and_more_make_a_bad_video(t
         first = damage(write_frames(tmp_path / f"first{kind}"), *[0] * (kind + 1))
         with pytest.raises(BadVideo, match=f"{first}: Invalid data"):
             Video(first)
-    (tmp_path / "gif").mkdir()
-    for k in (1, 2):
-        (tmp_path / "gif" / f"{k}.png").write_bytes((Path(__file__).parent / "conftest.py").read_bytes())
     touch(tmp_path, "none/1.png")
-    for name, reason in (("gif", "Invalid data"), ("none", "not a file"), ("gone", "No such file")):
-        with pytest.raises(BadVideo, match=f"{name}: {reason}"):
-            Video(tmp_path / name)
+    with pytest.raises(BadVideo, match="none: not a file"):
+        Video(tmp_path / "none")
 
 
 def test_a_run_sees_the_number_of_frames_wherever_they_lie(tmp_path):
