@@ -114,12 +114,12 @@ def test_a_tree_is_listed_once_and_no_picture_is_looked_at(tmp_path, monkeypatch
 @pytest.mark.parametrize("line", ["{} {}", "{} 120 {}", "{},{}"])
 def test_lists_name_folders_or_their_video_files(tmp_path, line):
     touch(tmp_path, *[f"c/{name}/img_{k}.jpg" for name in ("v_1", "w.2", "w", "d") for k in (1, 2)], "c/d.mp4")
-    names = ["c/v_1", "c/v_1/", "c\\v_1", "c/v_1.avi", "c/w.2", "c/w.2.avi", "c/d", "c", "gone"]
+    names = ["c/v_1", "c/v_1/", "c\\v_1", "c/v_1.avi", "c/w.2", "c/w.2/", "c/w.2.avi", "c/d", "c", "gone"]
     write(tmp_path / "list.txt", *[line.format(name, label) for label, name in enumerate(names)])
     videos = find_videos("folder", tmp_path, train=True, list_file="list.txt")
     found = [os.path.relpath(path, tmp_path) for path in videos.paths]
-    assert found == ["c/v_1"] * 4 + ["c/w.2"] * 2 + ["c/d.mp4"] and videos.labels == [*range(7)]
-    assert "2 of 9 listed videos are not on disk: c" in videos.report
+    assert found == ["c/v_1"] * 4 + ["c/w.2"] * 3 + ["c/d.mp4"] and videos.labels == [*range(8)]
+    assert "2 of 10 listed videos are not on disk: c" in videos.report
 
 
 def damage(folder: Path, *numbers: int) -> Path:
