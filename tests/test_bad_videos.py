@@ -1,14 +1,10 @@
 """What scraped files do to the loader: mutated, huge, slow, strangely named and fatal ones; the checker; --exclude."""
 
-import contextlib
 import copy
 import faulthandler
-import itertools
 import os
 import resource
-import shutil
 import signal
-import socket
 import struct
 from pathlib import Path
 from unittest.mock import Mock
@@ -80,7 +76,7 @@ def folder(tmp_path_factory):
             encode(root / name, **dict(images=FRAMES, codec=codec) | options)
     for name, (make, _) in BAD.items():
         make(root / name)
-    shutil.copy(root / "no_frame_count.webm", root / "named_wrongly.mp4")
+    (root / "named_wrongly.mp4").symlink_to("no_frame_count.webm")
     return root
 
 
@@ -157,32 +153,27 @@ def test_limits_are_reasons(folder, monkeypatch):
                 assert len(video.read([0, 3, 5, 7, 11, 11])) == 6
 
 
-FAILURES = [  # what fails, how, whether memory is short, and what is said
-    (Video, "_pixels", MemoryError(), False, BadVideo, "not enough memory"),
-    (Video, "_pixels", MemoryError(), True, OSError, "Cannot allocate memory: take fewer"),
-    (av, "open", av.error.ExitError(int.from_bytes(b"TIXE"), ""), False, OSError, r"timed out: mount the disk.*h264"),
-]
-
-
-@pytest.mark.parametrize(("owner", "name", "error", "short", "kind", "says"), FAILURES)
-def test_what_a_machine_lacks_is_no_videos_fault(folder, monkeypatch, owner, name, error, short, kind, says):
-    monkeypatch.setattr(owner, name, Mock(side_effect=error))
-    monkeypatch.setattr(reader, "is_memory_short", lambda: short)
-    with pytest.raises(kind, match=says), Video(folder / "h264.mp4") as video:
-        video.read([0])
+def test_what_a_machine_lacks_is_no_videos_fault(folder, monkeypatch):
+    for owner, name, error, short, kind, says in (
+        (Video, "_pixels", MemoryError(), False, BadVideo, "not enough memory"),
+        (Video, "_pixels", MemoryError(), True, OSError, "Cannot allocate memory: take fewer"),
+        (av, "open", av.error.ExitError(int.from_bytes(b"TIXE"), ""), False, OSError, "timed out: mount.*h264"),
+    ):
+        with monkeypatch.context() as patch, pytest.raises(kind, match=says):
+            patch.setattr(owner, name, Mock(side_effect=error))
+            patch.setattr(reader, "is_memory_short", lambda short=short: short)
+            Video(folder / "h264.mp4").read([0])
 
 
 def test_only_files_on_a_disk_are_opened(tmp_path, folder, monkeypatch, check):
-    """Whatever else links lead to, as a device, a socket, and a file of /proc that waits for more, is named as bad."""
+    """Whatever else links lead to, as a device, and a file of /proc that waits for more, is named as bad."""
     monkeypatch.setattr(av, "open", Mock(side_effect=AssertionError))
     (root := tmp_path / "set").mkdir()
-    with socket.socket(socket.AF_UNIX) as server:
-        server.bind(str(tmp_path / "socket"))
-    for target in ("/dev/zero", "/dev/tty", "/proc/kmsg", folder / "pipe.mp4", tmp_path / "socket"):
+    for target in ("/dev/zero", "/proc/kmsg", folder / "pipe.mp4"):
         (root / f"{Path(target).stem}.mp4").symlink_to(target)
     (root / "everything").symlink_to("/proc")  # by "self/root", all of the disk
     code, out, _, listed = check(root, "--workers", 1)
-    assert code == 1 and out.startswith("5 of 5 videos") and listed.count("\tnot a file\n") == 4
+    assert code == 1 and out.startswith("3 of 3 videos") and listed.count("\tnot a file\n") == 2
     (root / "list.json").symlink_to("/proc/kmsg")
     with pytest.raises(FileNotFoundError, match=r"list\.json: 0 videos"):
         find_videos("folder", root, True, list_file=root / "list.json")
@@ -209,19 +200,18 @@ def test_a_video_that_kills_its_process_is_replaced_whatever_the_number_of_worke
     assert [1 in batch["index"] for batch in one] == [False, True, False, True]
 
 
-DEATHS = [  # of what a process dies, whether Linux counts that as for want of memory, and what is said
-    (signal.SIGKILL, 0, r"10 videos in a row can't be read; the last: .*fatal\.mp4.* died"),
-    (0, 0, r"11 times in a row, the process that read it died \(exit code 3\)"),  # before it reads
-    (signal.SIGBUS, 0, r"11 times in a row, .*exit code -7\): .*memory.*--workers"),  # as without memory
-    (signal.SIGKILL, 1, r"11 times in a row, .*exit code -9\): .*memory.*--workers"),
+DEATHS = [  # of what a process dies, how many Linux has killed for want of memory till then, and what is said
+    (signal.SIGKILL, [0] * 99, r"10 videos in a row can't be read; the last: .*fatal\.mp4.* died"),
+    (0, [0] * 99, r"11 times in a row, the process that read it died \(exit code 3\)"),  # before it reads
+    (signal.SIGBUS, [0] * 99, r"11 times in a row, .*exit code -7\): .*memory.*--workers"),  # as without memory
+    (signal.SIGKILL, range(99), r"11 times in a row, .*exit code -9\): .*memory.*--workers"),
 ]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "kills", "says"), DEATHS)
 def test_processes_that_always_die_end_the_run(folder, monkeypatch, before_reading, number, kills, says):
-    counts = map(str, itertools.count(step=kills))
-    monkeypatch.setattr(data, "_memory_kills", lambda: next(counts))
+    monkeypatch.setattr(data, "_memory_kills", Mock(side_effect=kills))
     before_reading(lambda *_: signal.raise_signal(number))
     views = views_of([folder / "fatal.mp4"])
     if not number:
@@ -249,10 +239,11 @@ def no_more_files(more: int = 0) -> None:
 
 def no_more_memory(megabytes: int, held=[]) -> None:  # noqa: B006, it is held on purpose
     resource.setrlimit(resource.RLIMIT_AS, (2**20, 2**20))
-    with contextlib.suppress(MemoryError):
+    try:
         while True:
             held.append(bytearray(2**18))
-    del held[: 4 * megabytes]
+    except MemoryError:
+        del held[: 4 * megabytes]
 
 
 def test_too_few_open_files_are_no_videos_fault(folder, check, before_reading):
@@ -290,7 +281,7 @@ def test_any_name_is_found_read_checked_and_left_out(folder, tmp_path, check):
     names += ["-rf %03d http:name*?.mp4"]
     touch(root := tmp_path / "any names\n", *[f"bad/{name}" for name in names])
     for name in names:
-        shutil.copy(folder / "h264.mp4", root / name)
+        (root / name).symlink_to(folder / "h264.mp4")
     code, out, *_ = check(root, "--workers", 2)
     assert (code, out) == (1, f"6 of 12 videos can't be read: leave them out with --exclude {tmp_path}/bad.txt\n")
     videos = find_videos("folder", root, train=True, exclude=tmp_path / "bad.txt")
