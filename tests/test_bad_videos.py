@@ -92,8 +92,8 @@ def check(in_process, tmp_path):
     return call
 
 
-def views_of(paths: list, **options) -> PretrainingViews:
-    return PretrainingViews(VideoList([str(path) for path in paths], [-1] * len(paths), [], ""), 16, 4, **options)
+def views_of(paths: list) -> PretrainingViews:
+    return PretrainingViews(VideoList([str(path) for path in paths], [-1] * len(paths), [], ""), 16, 4)
 
 
 def load(items: data.Items, *keys) -> dict:

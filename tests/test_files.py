@@ -4,7 +4,6 @@ import contextlib
 import errno
 import os
 import resource
-import signal
 import subprocess
 import sys
 import time
@@ -29,36 +28,32 @@ SHORT = [*CONV4, "--device=cpu", "--workers=0", "--clips=1"]
 
 @pytest.fixture
 def hold():
-    """Has another process hold a run folder, with a child of its own, as of a loader: gives the process."""
+    """Has another process hold a run folder: gives the process."""
     others = []
 
     def live(folder, pipe):
-        os.setsid()
         runs._locks.clear()  # inherited
         runs.claim_folder(folder, str(folder / "checkpoint.pt"))
-        if os.fork():
-            pipe.send("holds")
+        pipe.send("holds")
         time.sleep(60)
 
     def start(folder):
         end, mine = FORK.Pipe()
-        process = FORK.Process(target=live, args=(folder, mine))
-        process.start()
+        others.append(FORK.Process(target=live, args=(folder, mine)))
+        others[-1].start()
         mine.close()
         end.recv()
-        others.append(process)
-        return process
+        return others[-1]
 
     yield start
     for process in others:
-        os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
         process.join()
     free_folders()
 
 
 @pytest.mark.slow
 def test_a_run_folder_is_one_processes_until_it_ends_or_is_killed(tmp_path, hold):
-    """Its children, as loader workers, may live on."""
     other = hold(tmp_path / "run")
     for resume in ("", f"{tmp_path}/run/checkpoint.pt"):
         with pytest.raises(train.UserError, match=rf"run is in use by process {other.pid} on "):
@@ -66,13 +61,15 @@ def test_a_run_folder_is_one_processes_until_it_ends_or_is_killed(tmp_path, hold
     runs.claim_folder(tmp_path / "another")
     other.kill()
     other.join()
-    os.killpg(other.pid, 0)  # its child lives
     for _ in range(2):  # as a probe does, for its training and its result
         runs.claim_folder(tmp_path / "run")
     with pytest.raises(EOFError):  # it ends, as the folder is this one's
         hold(tmp_path / "run")
+    child = FORK.Process(target=time.sleep, args=(60,), daemon=True)  # as a loader's worker, which may live on
+    child.start()
     free_folders()
     hold(tmp_path / "run")
+    child.kill()
 
 
 @pytest.mark.slow
