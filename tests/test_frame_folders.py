@@ -14,7 +14,6 @@ from PIL import Image
 
 import data
 import mcl
-from data import read_clip
 from find import find_videos
 from video import BadVideo, Video, frames_of
 
@@ -164,7 +163,7 @@ def test_a_run_sees_the_number_of_frames_wherever_they_lie(tmp_path):
 
 def test_a_clip_of_a_folder_equals_that_of_a_video_of_its_frames(tmp_path):
     paths = write_frames(tmp_path / "v"), encode(tmp_path / "v.avi", IMAGES, "rawvideo", pix_fmt="bgr24")
-    assert torch.equal(*[read_clip(path, 4, 2, 32) for path in paths])
+    assert torch.equal(*[data.read_clip(path, 4, 2, 32) for path in paths])
 
 
 def test_shrinking_makes_files_of_folders(tmp_path, in_process):
