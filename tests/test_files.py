@@ -72,7 +72,7 @@ def test_a_run_folder_is_one_processes_until_it_ends_or_is_killed(tmp_path, hold
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("module", "word"), [(fima, "--resume="), (evaluate, "linear")])
+@pytest.mark.parametrize(("module", "word"), [(fima, "--epochs=1"), (evaluate, "linear")])
 def test_a_second_run_is_refused_before_it_writes_anything(module, word, run, hold):
     other = hold(run.path / "run")
     before = digests(run.path)
