@@ -349,7 +349,7 @@ def test_a_missing_or_empty_root_says_where_and_what_is_expected(tmp_path, datas
 REFUSED = {  # the content of a list, and what is said
     "a.mp4 jump 0 31\nb.mp4 run 5 36": TIMES,
     "a.mp4 0.5 3.25 jump\nb.mp4 1.0 2.0 run": TIMES,
-    "a.mp4 0 31\nb.mp4 5 36": TIMES,
+    "a.mp4 4 31\nb.mp4 5 36": TIMES,
     "a.mp4 0 3\nb.mp4 5 2": TIMES,
     "a.mp4 163 1\nb.mp4 0": TIMES,
     "a.mp4 1\nb.mp4 0 31 0": f"line 2: .*{TIMES}",
