@@ -1,14 +1,10 @@
 """What scraped files do to the loader: mutated, huge, slow, strangely named and fatal ones; the checker; --exclude."""
 
-import contextlib
 import copy
 import faulthandler
-import itertools
 import os
 import resource
-import shutil
 import signal
-import socket
 import struct
 from pathlib import Path
 from unittest.mock import Mock
@@ -24,47 +20,38 @@ from torch.utils.data import BatchSampler
 import data
 import find
 import video as reader
-from data import PretrainingViews, VideoList, load_batches
+from data import PretrainingViews, StepSampler, TestClips, VideoList, load_batches
 from find import find_videos
 from video import BadVideo, Video
 
 FRAMES = moving_texture(12)
-GOOD = {
-    "h264.mp4": dict(codec="libx264", bf="2", g="6"),
-    "packed.avi": dict(codec="mpeg4", bf="2", g="6"),
-    "no_frame_count.webm": dict(codec="libvpx-vp9", deadline="realtime", cpu_used="8"),
-    "stream.ts": dict(codec="libx264", bf="2"),
-    "program.mpg": dict(codec="mpeg2video", bf="2"),
-    "flash.flv": dict(codec="flv"),
-    "windows.wmv": dict(codec="wmv2"),
-    "raw.h264": dict(codec="libx264"),
-    "nineties.mjpg": dict(codec="mjpeg", pix_fmt="yuvj420p"),
-    "free.ogv": dict(codec="libvpx"),
-    "broadcast.mxf": dict(codec="mpeg2video"),
-    "web.ivf": dict(codec="libvpx"),
-    "phone.3g2": dict(codec="mpeg4"),
-    "odd.avi": dict(images=moving_texture(12, 33, 17), codec="ffv1", pix_fmt="bgr0"),
-    "alpha.mov": dict(codec="qtrle", pix_fmt="argb"),
+GOOD = {  # a codec, and files of what it makes: its options
+    ("libx264", "h264.mp4 stream.ts raw.h264 fatal.mp4"): dict(bf="2", g="6"),
+    ("mpeg4", "packed.avi phone.3g2"): dict(bf="2", g="6"),
+    ("mpeg2video", "program.mpg broadcast.mxf"): {},
+    ("libvpx", "free.ogv web.ivf"): {},
+    ("libvpx-vp9", "no_frame_count.webm"): dict(deadline="realtime", cpu_used="8"),
+    ("flv", "flash.flv"): {},
+    ("wmv2", "windows.wmv"): {},
+    ("mjpeg", "nineties.mjpg"): dict(pix_fmt="yuvj420p"),
+    ("ffv1", "odd.avi"): dict(images=moving_texture(12, 33, 17), pix_fmt="bgr0"),
+    ("qtrle", "alpha.mov"): dict(pix_fmt="argb"),
 }
 
 
-def patched(path: Path, codec: str, mark: bytes, offset: int, numbers: bytes) -> None:
-    """A video with other numbers in its header, so far behind a mark: a huge frame's, or those of a million frames."""
-    content = bytearray(encode(path, FRAMES, codec, pix_fmt="bgr0" if codec == "ffv1" else "yuv420p").read_bytes())
-    at = content.index(mark) + offset
-    content[at : at + len(numbers)] = numbers
-    path.write_bytes(content)
+def patched(path: Path, codec: str, layout: str, old: tuple, new: tuple) -> None:
+    """A video with other numbers in its header: a huge frame's, or those of a million frames."""
+    content = encode(path, FRAMES, codec).read_bytes()
+    path.write_bytes(content.replace(struct.pack(layout, *old), struct.pack(layout, *new)))
 
 
 BAD = {  # how it is made, and why it can't be read
     "empty.mp4": (Path.touch, "empty"),
-    "text.avi": (lambda path: path.write_text("no video\n" * 100), "Invalid data"),
-    "noise.mp4": (lambda path: path.write_bytes(np.random.default_rng(0).bytes(10_000)), "Invalid data"),
     "cut.mp4": (lambda path: path.write_bytes(encode(path, FRAMES, "libx264").read_bytes()[:-2000]), "Invalid data"),
     "sound.mkv": (write_sound, "no video stream"),
     "one_frame.mp4": (lambda path: encode(path, FRAMES[:1], "libx264"), "1 frames"),
-    "huge.avi": (lambda path: patched(path, "ffv1", b"strf", 12, struct.pack("<2i", 16384, 16384)), "no frames of"),
-    "million.mp4": (lambda path: patched(path, "libx264", b"stsz", 8, struct.pack(">2I", 1, 10**6)), ""),
+    "huge.avi": (lambda path: patched(path, "ffv1", "<2i", (64, 48), (16384, 16384)), "no frames of"),
+    "million.mp4": (lambda path: patched(path, "libx264", ">3I", (0, 0, 12), (0, 1, 10**6)), ""),
     "playlist.mp4": (lambda path: path.write_text("ffconcat version 1.0\nfile h264.mp4\n"), "in none of the formats"),
     "pipe.mp4": (os.mkfifo, "not a file"),
     "absent.mp4": (lambda path: None, "No such file"),
@@ -84,11 +71,12 @@ def mutate(content: bytes, n: int, rng: np.random.Generator) -> bytes:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("files")
-    for name, options in GOOD.items():
-        encode(root / name, **dict(images=FRAMES) | options)
+    for (codec, names), options in GOOD.items():
+        for name in names.split():
+            encode(root / name, **dict(images=FRAMES, codec=codec) | options)
     for name, (make, _) in BAD.items():
         make(root / name)
-    shutil.copy(root / "no_frame_count.webm", root / "named_wrongly.mp4")
+    (root / "named_wrongly.mp4").symlink_to("no_frame_count.webm")
     return root
 
 
@@ -104,8 +92,8 @@ def check(in_process, tmp_path):
     return call
 
 
-def views_of(paths: list, **options) -> PretrainingViews:
-    return PretrainingViews(VideoList([str(path) for path in paths], [-1] * len(paths), [], ""), 16, 4, **options)
+def views_of(paths: list) -> PretrainingViews:
+    return PretrainingViews(VideoList([str(path) for path in paths], [-1] * len(paths), [], ""), 16, 4)
 
 
 def load(items: data.Items, *keys) -> dict:
@@ -135,18 +123,16 @@ def test_mutated_files_are_read_or_named_with_a_reason(folder, tmp_path, monkeyp
             mutated.append(tmp_path / f"{path.stem}_{n}{suffix}")
             mutated[-1].write_bytes(mutate(path.read_bytes(), n, rng))
     views = views_of([*whole, *mutated, *[folder / "h264.mp4"] * 5000])  # most replacements can be read
-    shapes = {name: value.shape for name, value in views.empty(1).items()}
     keys = BatchSampler([(0, index) for index in range(len(whole) + len(mutated))], 1, False)
-    unread = {}
+    unread = set()
     for [(_, index)], batch in zip(keys, load_batches(views, keys, workers=2), strict=True):
-        bad = dict(batch.pop("bad"))
-        assert {name: value.shape for name, value in batch.items()} == shapes
-        assert all(reason and "\n" not in reason and "died" not in reason for reason in bad.values()), bad
+        bad = batch["bad"]
+        assert all(reason and "\n" not in reason and "died" not in reason for _, reason in bad), bad
         assert (batch["index"].item() == index) == (not bad)
-        for path, reason in [*bad.items()][:1]:
-            assert path == views.videos.paths[index]
-            unread[Path(path).name] = reason
-    assert unread.keys() & {path.name for path in whole} == BAD.keys() - {"absent.mp4", "pipe.mp4"}
+        if bad:
+            assert bad[0][0] == views.videos.paths[index]
+            unread.add(Path(bad[0][0]).name)
+    assert unread & {path.name for path in whole} == BAD.keys() - {"absent.mp4", "pipe.mp4"}
     assert len(mutated) / 10 < len(unread) < len(mutated) * 9 / 10  # neither harmless nor hopeless
 
 
@@ -167,110 +153,82 @@ def test_limits_are_reasons(folder, monkeypatch):
                 assert len(video.read([0, 3, 5, 7, 11, 11])) == 6
 
 
-def test_pixels_that_cannot_be_converted_are_bad_unless_memory_is_short(folder, monkeypatch):
-    for error, short, says in (
-        (av.error.OSError(95, "Operation not supported"), False, "Operation not supported"),
-        (MemoryError(), False, "not enough memory"),
-        (MemoryError(), True, "Cannot allocate memory: take fewer"),
+def test_what_a_machine_lacks_is_no_videos_fault(folder, monkeypatch):
+    for owner, name, error, short, kind, says in (
+        (Video, "_pixels", MemoryError(), False, BadVideo, "not enough memory"),
+        (Video, "_pixels", MemoryError(), True, OSError, "Cannot allocate memory: take fewer"),
+        (av, "open", av.error.ExitError(int.from_bytes(b"TIXE"), ""), False, OSError, "timed out: mount.*h264"),
     ):
-        monkeypatch.setattr(Video, "_pixels", Mock(side_effect=error))
-        monkeypatch.setattr(reader, "is_memory_short", lambda short=short: short)
-        with Video(folder / "h264.mp4") as video, pytest.raises(OSError if short else BadVideo, match=says):
-            video.read([0])
-
-
-def test_a_disk_that_does_not_answer_is_no_videos_fault(folder, monkeypatch):
-    error = av.error.ExitError(int.from_bytes(b"TIXE"), "Immediate exit requested")
-    monkeypatch.setattr(av, "open", Mock(side_effect=error))
-    with pytest.raises(OSError, match=r"timed out: mount the disk again.*h264\.mp4"):
-        Video(folder / "h264.mp4")
+        with monkeypatch.context() as patch, pytest.raises(kind, match=says):
+            patch.setattr(owner, name, Mock(side_effect=error))
+            patch.setattr(reader, "is_memory_short", lambda short=short: short)
+            Video(folder / "h264.mp4").read([0])
 
 
 def test_only_files_on_a_disk_are_opened(tmp_path, folder, monkeypatch, check):
-    """Whatever else links lead to, as a device, a socket, and a file of /proc that waits for more, is named as bad."""
-    root, opened, av_open = tmp_path / "set", [], av.open
-    root.mkdir()
-    shutil.copy(folder / "h264.mp4", root / "good.mp4")
-    with socket.socket(socket.AF_UNIX) as server:
-        server.bind(str(tmp_path / "socket"))
-    for target in ("/dev/zero", "/dev/tty", "/proc/kmsg", folder / "pipe.mp4", tmp_path / "socket"):
+    """Whatever else links lead to, as a device, and a file of /proc that waits for more, is named as bad."""
+    monkeypatch.setattr(av, "open", Mock(side_effect=AssertionError))
+    (root := tmp_path / "set").mkdir()
+    for target in ("/dev/zero", "/proc/kmsg", folder / "pipe.mp4"):
         (root / f"{Path(target).stem}.mp4").symlink_to(target)
-    for name, target in (("everything", "/proc"), ("list.json", "/proc/kmsg")):  # by "self/root", all of the disk
-        (root / name).symlink_to(target)
-    assert len(find_videos("folder", root, True)) == 6
+    (root / "everything").symlink_to("/proc")  # by "self/root", all of the disk
+    code, out, _, listed = check(root, "--workers", 1)
+    assert code == 1 and out.startswith("3 of 3 videos") and listed.count("\tnot a file\n") == 2
+    (root / "list.json").symlink_to("/proc/kmsg")
     with pytest.raises(FileNotFoundError, match=r"list\.json: 0 videos"):
         find_videos("folder", root, True, list_file=root / "list.json")
-    monkeypatch.setattr(av, "open", lambda name, *rest, **options: opened.append(name) or av_open(name, **options))
-    code, out, _, listed = check(root, "--workers", 1)
-    assert code == 1 and out.startswith("5 of 6 videos") and listed.count("\tnot a file\n") == 4
-    for path in find_videos("folder", root, True, exclude=tmp_path / "bad.txt").paths:
-        Video(path).close()
-    assert opened == [f"file:{root}/good.mp4"]
-    for name, options in (("list.txt", dict(exclude=root / "list.txt")), ("classInd.txt", dict(dataset="ucf101"))):
-        (root / name).symlink_to(folder / "pipe.mp4")
-        with pytest.raises(ValueError, match=rf"{name}: no file on a disk"):
-            find_videos(**dict(dataset="folder", root=root, train=True) | options)
+    (root / "list.txt").symlink_to(folder / "pipe.mp4")
+    with pytest.raises(ValueError, match=r"list\.txt: no file on a disk"):
+        find_videos("folder", root, True, exclude=root / "list.txt")
 
 
 @pytest.fixture
-def fatal(folder, tmp_path):
-    return shutil.copy(folder / "h264.mp4", tmp_path / "fatal.mp4")
-
-
-def mortal(paths: list, number: int, dies) -> PretrainingViews:
-    """Views whose process dies of a signal before it reads a video named fatal, if `dies`, given the epoch."""
-    views = views_of(paths)
-    write, write_views = views.write, views.write_views
-
-    def write_or_die(rng, path, item):
-        if "fatal" in path and dies(views.epoch):
-            faulthandler.disable()  # pytest's
-            os.kill(os.getpid(), number)
-        return write_views(rng, path, item)
-
-    views.write = lambda key, item: (setattr(views, "epoch", key[0]), write(key, item))[1]
-    views.write_views = write_or_die
-    return views
+def before_reading(monkeypatch):
+    """Has processes do something when they begin to read a video, given its path and what they draw of it."""
+    begin, quiet = data._begin, faulthandler.disable  # pytest's, which reports deaths
+    return lambda act: monkeypatch.setattr(data, "_begin", lambda *given: (begin(*given), quiet(), act(*given)))
 
 
 @pytest.mark.slow
-def test_a_video_that_kills_its_process_is_replaced_whatever_the_number_of_workers(folder, fatal):
-    views = mortal([folder / "h264.mp4", fatal, folder / "packed.avi"], signal.SIGKILL, lambda epoch: epoch % 2 == 0)
-    sampler = data.StepSampler(3, batch_size=3, epochs=4)
+def test_a_video_that_kills_its_process_is_replaced_whatever_the_number_of_workers(folder, before_reading):
+    before_reading(lambda path, draw: "fatal" in path and draw[0] % 2 == 0 and signal.raise_signal(signal.SIGKILL))
+    views, sampler = views_of([folder / name for name in ("h264.mp4", "fatal.mp4", "packed.avi")]), StepSampler(3, 3, 4)
     one, three = (list(map(copy.deepcopy, load_batches(views, sampler, workers))) for workers in (1, 3))
     assert all(map(same, one, three))
-    how = (str(fatal), "the process that read it died (exit code -9)")
+    how = (str(folder / "fatal.mp4"), "the process that read it died (exit code -9)")
     assert [set(batch["bad"]) for batch in one] == [{how}, set(), {how}, set()]
     assert [1 in batch["index"] for batch in one] == [False, True, False, True]
 
 
-DEATHS = [
-    (signal.SIGKILL, 0, r"10 videos in a row can't be read; the last: .*fatal\.mp4.* died"),
-    (0, 0, r"11 times in a row, the process that read it died \(exit code 3\)"),  # before it reads
-    (signal.SIGBUS, 0, r"11 times in a row, .*exit code -7\): .*memory.*--workers"),  # as without memory
-    (signal.SIGKILL, 1, r"11 times in a row, .*exit code -9\): .*memory.*--workers"),  # which Linux counts
+DEATHS = [  # of what a process dies, how many Linux has killed for want of memory till then, and what is said
+    (signal.SIGKILL, [0] * 99, r"10 videos in a row can't be read; the last: .*fatal\.mp4.* died"),
+    (0, [0] * 99, r"11 times in a row, the process that read it died \(exit code 3\)"),  # before it reads
+    (signal.SIGBUS, [0] * 99, r"11 times in a row, .*exit code -7\): .*memory.*--workers"),  # as without memory
+    (signal.SIGKILL, range(99), r"11 times in a row, .*exit code -9\): .*memory.*--workers"),
 ]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "kills", "says"), DEATHS)
-def test_processes_that_always_die_end_the_run(fatal, monkeypatch, number, kills, says):
-    counts = map(str, itertools.count(step=kills))
-    monkeypatch.setattr(data, "_memory_kills", lambda: next(counts))
-    views = mortal([fatal], number, lambda epoch: True) if number else lacking(views_of([fatal]), lambda: os._exit(3))
+def test_processes_that_always_die_end_the_run(folder, monkeypatch, before_reading, number, kills, says):
+    monkeypatch.setattr(data, "_memory_kills", Mock(side_effect=kills))
+    before_reading(lambda *_: signal.raise_signal(number))
+    views = views_of([folder / "fatal.mp4"])
+    if not number:
+        views.write = lambda *_: os._exit(3)
     with pytest.raises(OSError, match=says):
         load(views, (0, 0))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGBUS, signal.SIGKILL])
-def test_a_process_that_dies_once_costs_no_video(folder, fatal, tmp_path, number):
+def test_a_process_that_dies_once_costs_no_video(folder, before_reading, tmp_path, number):
     """As where somebody or something ends it: another one makes the same again."""
-    paths, once = [folder / "h264.mp4", fatal], tmp_path / "once"
-    once.touch()
-    views = mortal(paths, number, lambda epoch: once.exists() and not once.unlink())
-    batch = load(views, (0, 0), (0, 1))
-    assert same(batch, collate([views_of(paths)[0, i] for i in range(2)])) and not once.exists()
+    views = views_of([folder / "h264.mp4", folder / "fatal.mp4"])
+    expected = collate([views[0, 0], views[0, 1]])
+    (once := tmp_path / "once").touch()
+    before_reading(lambda path, _: "fatal" in path and once.exists() and (once.unlink(), signal.raise_signal(number)))
+    assert same(load(views, (0, 0), (0, 1)), expected) and not once.exists()
 
 
 def no_more_files(more: int = 0) -> None:
@@ -281,22 +239,16 @@ def no_more_files(more: int = 0) -> None:
 
 def no_more_memory(megabytes: int, held=[]) -> None:  # noqa: B006, it is held on purpose
     resource.setrlimit(resource.RLIMIT_AS, (2**20, 2**20))
-    with contextlib.suppress(MemoryError):
+    try:
         while True:
             held.append(bytearray(2**18))
-    del held[: 4 * megabytes]
+    except MemoryError:
+        del held[: 4 * megabytes]
 
 
-def lacking(items: data.Items, limit) -> data.Items:
-    """The same items, made in a process that first sets itself a limit."""
-    write = items.write
-    items.write = lambda *item: (limit(), write(*item))[1]
-    return items
-
-
-def test_too_few_open_files_are_no_videos_fault(folder, check, monkeypatch):
+def test_too_few_open_files_are_no_videos_fault(folder, check, before_reading):
     path, before = folder / "h264.mp4", resource.getrlimit(resource.RLIMIT_NOFILE)
-    views, clips = views_of([path]), data.TestClips(views_of([path]).videos, 16, 4)
+    views = views_of([path])
     for more in range(3):  # for a pipe, two; and for the process
         no_more_files(more)
         try:
@@ -304,10 +256,10 @@ def test_too_few_open_files_are_no_videos_fault(folder, check, monkeypatch):
                 load(views, (0, 0)) if more else Video(path)
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, before)
-    for items, key in ((views, (0, 0)), (clips, 0)):
+    before_reading(lambda *_: no_more_files())
+    for items, key in ((views, (0, 0)), (TestClips(views.videos, 16, 4), 0)):
         with pytest.raises(OSError, match=r"Too many open files: raise `ulimit -n`.*h264\.mp4"):
-            load(lacking(items, no_more_files), key)
-    monkeypatch.setattr(find, "_check_video", lambda full, path: (no_more_files(), Video(path)))
+            load(items, key)
     code, out, err, listed = check(folder, "--workers", 1)
     assert (code, out, listed) == (2, "", "")
     one_line(err, "ulimit -n")
@@ -315,28 +267,26 @@ def test_too_few_open_files_are_no_videos_fault(folder, check, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("megabytes", [0, 1, 4])
-def test_too_little_memory_is_no_videos_fault(tmp_path, megabytes):
+def test_too_little_memory_is_no_videos_fault(tmp_path, before_reading, megabytes):
     """Whether it fails in decoding, where FFmpeg calls the video damaged, or elsewhere."""
-    path = encode(tmp_path / "large.mp4", moving_texture(8, 540, 960), "libx264", preset="ultrafast")
-    for items, key in ((views_of([path]), (0, 0)), (data.TestClips(views_of([path]).videos, 16, 4), 0)):
-        assert load(items, key)["bad"] == []
+    views = views_of([encode(tmp_path / "large.mp4", moving_texture(8, 540, 960), "libx264", preset="ultrafast")])
+    before_reading(lambda *_: no_more_memory(megabytes))
+    for items, key in ((views, (0, 0)), (TestClips(views.videos, 16, 4), 0)):
         with pytest.raises((OSError, MemoryError, RuntimeError), match=r"emory|^$"):
-            load(lacking(items, lambda: no_more_memory(megabytes)), key)
+            load(items, key)
 
 
 def test_any_name_is_found_read_checked_and_left_out(folder, tmp_path, check):
     names = ["! # & ; ( ' \".mp4", "a  b.mp4", "new\nline\tand tab.mp4", os.fsdecode(b"caf\xe9.mp4"), "été 視.mp4"]
     names += ["-rf %03d http:name*?.mp4"]
-    root = tmp_path / "any names\n"
-    paths = [str(root / part / name) for part in ("bad", "class") for name in sorted(names)]
-    touch(root, *paths)
-    for path in paths[6:]:
-        shutil.copy(folder / "h264.mp4", path)
-    assert find_videos("folder", root, train=True).paths == paths
+    touch(root := tmp_path / "any names\n", *[f"bad/{name}" for name in names])
+    for name in names:
+        (root / name).symlink_to(folder / "h264.mp4")
     code, out, *_ = check(root, "--workers", 2)
     assert (code, out) == (1, f"6 of 12 videos can't be read: leave them out with --exclude {tmp_path}/bad.txt\n")
     videos = find_videos("folder", root, train=True, exclude=tmp_path / "bad.txt")
-    assert videos.paths == paths[6:] and f"; 6 of the 6 named in {tmp_path}/bad.txt" in videos.report
+    assert videos.paths == [f"{root}/{name}" for name in sorted(names)]
+    assert f"; 6 of the 6 named in {tmp_path}/bad.txt" in videos.report
 
 
 @given(name=st.binary(min_size=1).filter(lambda name: not set(name) & {0, 47} and name not in (b".", b"..")))
@@ -383,12 +333,9 @@ def test_what_the_check_cannot_do_is_one_line(tmp_path, check):
     one_line(check("--full")[2], "name the folder")
 
 
-def test_check_names_a_video_that_kills_its_process(tmp_path, monkeypatch, check):
+def test_check_names_a_video_that_kills_its_process(tmp_path, check, before_reading):
     touch(tmp_path, "a.mp4", "fatal.mp4", "z.mp4")
-    monkeypatch.setattr(find, "_check_video", lambda full, path: "fatal" in path and os.kill(os.getpid(), 9))
-    code, out, _, listed = check(tmp_path, "--workers", 1)
-    assert (
-        code == 1
-        and out.startswith("1 of 3 videos")
-        and listed == "'fatal.mp4'\tthe process that read it died (exit code -9)\n"
-    )
+    before_reading(lambda path, _: "fatal" in path and signal.raise_signal(signal.SIGKILL))
+    code, *_, listed = check(tmp_path, "--workers", 1)
+    how = "the process that read it died (exit code -9)"
+    assert (code, listed) == (1, f"'a.mp4'\tempty\n'fatal.mp4'\t{how}\n'z.mp4'\tempty\n")

@@ -1,11 +1,8 @@
 """Two at once, files of others, and full disks: nothing is written over, and nothing half is left."""
 
 import contextlib
-import errno
-import json
 import os
 import resource
-import signal
 import subprocess
 import sys
 import time
@@ -14,20 +11,7 @@ from unittest.mock import MagicMock, Mock
 import benchmark
 import pytest
 import torch
-from helpers import (
-    ALONE,
-    CONV4,
-    FORK,
-    TORCHRUN,
-    Bare,
-    alive,
-    descendants,
-    digests,
-    free_folders,
-    one_line,
-    touch,
-    within,
-)
+from helpers import ALONE, CONV4, FORK, TORCHRUN, alive, descendants, digests, free_folders, one_line, touch, within
 
 import data
 import evaluate
@@ -39,69 +23,64 @@ import train
 import visualize
 
 SHORT = [*CONV4, "--device=cpu", "--workers=0", "--clips=1"]
-STATE = dict(method="M", config={}, model={}, optimizer={}, step=1, steps_per_epoch=1, world_size=1)
 
 
 @pytest.fixture
 def hold():
-    """Has another process hold a run folder, with a child of its own, as of a loader: its process and the child."""
+    """Has another process hold a run folder: gives the process."""
     others = []
 
     def live(folder, pipe):
         runs._locks.clear()  # inherited
         runs.claim_folder(folder, str(folder / "checkpoint.pt"))
-        if child := os.fork():
-            pipe.send(child)
+        pipe.send("holds")
         time.sleep(60)
 
     def start(folder):
         end, mine = FORK.Pipe()
-        process = FORK.Process(target=live, args=(folder, mine))
-        process.start()
+        others.append(FORK.Process(target=live, args=(folder, mine)))
+        others[-1].start()
         mine.close()
-        others.append((process, end.recv()))
+        end.recv()
         return others[-1]
 
     yield start
-    for process, child in others:
+    for process in others:
         process.kill()
         process.join()
-        os.kill(child, signal.SIGKILL)
     free_folders()
 
 
 @pytest.mark.slow
 def test_a_run_folder_is_one_processes_until_it_ends_or_is_killed(tmp_path, hold):
-    """Its children, as loader workers, may live on."""
-    other, child = hold(tmp_path / "run")
-    with pytest.raises(train.UserError, match=rf"run is in use by process {other.pid} on "):
-        runs.claim_folder(tmp_path / "run")
+    other = hold(tmp_path / "run")
+    for resume in ("", f"{tmp_path}/run/checkpoint.pt"):
+        with pytest.raises(train.UserError, match=rf"run is in use by process {other.pid} on "):
+            runs.claim_folder(tmp_path / "run", resume)
     runs.claim_folder(tmp_path / "another")
     other.kill()
     other.join()
-    os.kill(child, 0)  # lives
     for _ in range(2):  # as a probe does, for its training and its result
         runs.claim_folder(tmp_path / "run")
     with pytest.raises(EOFError):  # it ends, as the folder is this one's
         hold(tmp_path / "run")
+    child = FORK.Process(target=time.sleep, args=(60,), daemon=True)  # as a loader's worker, which may live on
+    child.start()
     free_folders()
     hold(tmp_path / "run")
+    child.kill()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("words", ["--out=run", "--resume=run/checkpoint.pt", "--resume=auto", "linear"])
-def test_a_second_run_is_refused_before_it_writes_anything(words, run, hold):
-    if words.startswith("--resume"):
-        run.ok(fima, "--max_steps=1", "--out=run", *CONV4)
-    other, _ = hold(run.path / "run")
+@pytest.mark.parametrize(("module", "word"), [(fima, "--epochs=1"), (evaluate, "linear")])
+def test_a_second_run_is_refused_before_it_writes_anything(module, word, run, hold):
+    other = hold(run.path / "run")
     before = digests(run.path)
-    flags = [words, *SHORT[:-1]] if words == "linear" else [*CONV4, words]
-    says = [f"run is in use by process {other.pid} on "]
-    run.refused(evaluate if words == "linear" else fima, *flags, "--out=run", says=says)
+    run.refused(module, word, *CONV4, "--device=cpu", "--out=run", says=[f"run is in use by process {other.pid} on "])
     assert digests(run.path) == before
 
 
-@pytest.mark.parametrize("fcntl", [None, MagicMock(lockf=Mock(side_effect=OSError(errno.ENOLCK, "none")))])
+@pytest.mark.parametrize("fcntl", [None, MagicMock(lockf=Mock(side_effect=OSError("no locks")))])
 def test_where_nothing_can_be_locked_a_run_says_so_and_goes_on(fcntl, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "fcntl", fcntl)
     runs.claim_folder(tmp_path / "run")
@@ -120,95 +99,66 @@ def test_what_a_killed_run_has_left_half_written_is_deleted_and_nothing_else(tmp
 
 
 @pytest.mark.slow
-def test_two_that_write_the_same_file_leave_it_whole(tmp_path):
-    path = tmp_path / "checkpoint.pt"
+def test_two_that_write_the_same_file_leave_it_whole_and_a_link_stays_one(tmp_path):
+    (disk := tmp_path / "disk").mkdir()
+    (path := tmp_path / "checkpoint.pt").symlink_to("disk/there.pt")
+    state = dict(method="M", config={}, optimizer={}, step=1, steps_per_epoch=1, world_size=1)
 
     def write(size):
         for _ in range(100):
-            train.save_checkpoint(path, STATE | {"model": {"weight": torch.full((size,), float(size))}})
+            train.save_checkpoint(path, state | {"model": {"weight": torch.full((size,), float(size))}})
 
     other = FORK.Process(target=write, args=(10,))
     other.start()
     write(100_000)
     other.join()
-    assert other.exitcode == 0 and os.listdir(tmp_path) == [path.name]
-    weight = runs.load_checkpoint(path)["model"]["weight"]
+    assert other.exitcode == 0 and path.is_symlink() and os.listdir(disk) == ["there.pt"]
+    weight = runs.load_checkpoint(disk / "there.pt")["model"]["weight"]
     assert (weight == len(weight)).all()
-
-
-def test_a_linked_file_keeps_its_link(tmp_path):
-    (disk := tmp_path / "disk").mkdir()
-    (path := tmp_path / "checkpoint.pt").symlink_to("disk/there.pt")
-    for step in (1, 2):
-        train.save_checkpoint(path, STATE | {"step": step})
-        assert path.is_symlink() and runs.load_checkpoint(disk / "there.pt")["step"] == step
-    assert os.listdir(disk) == ["there.pt"]
 
 
 @pytest.mark.slow
 def test_processes_whose_launcher_is_killed_save_and_end(videos, tmp_path):
     flags = [*CONV4, f"--data={videos}", "--queue=8", "--decoder_width=32", "--device=cpu", "--batch_size=2"]
     launch = [*TORCHRUN, "--nproc_per_node=2", fima.__file__, *flags, "--workers=1", "--epochs=9999", "--out=run"]
-    with open(tmp_path / "out.txt", "w") as out:
+    output, saved = tmp_path / "out.txt", tmp_path / "run" / "checkpoint.pt"
+    with output.open("w") as out:
         launcher = subprocess.Popen(launch, cwd=tmp_path, stdout=out, stderr=out)
-    saved = tmp_path / "run" / "checkpoint.pt"
-    assert within(120, saved.exists), (tmp_path / "out.txt").read_text()
+    assert within(120, saved.exists), output.read_text()
     ranks = descendants(launcher.pid)
     launcher.kill()
     launcher.wait()
     assert len(ranks) >= 4  # two, and their loaders' workers
     assert within(60, lambda: not alive(ranks))
-    said = (tmp_path / "out.txt").read_text()
+    said = output.read_text()
     assert "saved; continue with: torchrun --nproc_per_node=2" in said and "Traceback" not in said
-    last = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])
-    assert runs.load_checkpoint(saved)["step"] == last["step"]
+    assert runs.load_checkpoint(saved)["step"] == runs.read_lines(tmp_path / "run" / "log.jsonl")[-1]["step"]
 
 
-OTHERS = {
-    "checkpoint": b"PK\3\4" + b"weights" * 99,
-    "json": b'{"years": "of work"}',
-    "csv": b'"name","score"\n',
-    "folder": None,
+COMMANDS = {  # what is written, and how
+    "o.json": lambda run: run(evaluate, "knn", *SHORT, "--out=o.json"),
+    "o_confusion.png": lambda run: run(evaluate, "svm", *SHORT, "--out=o.json"),
+    "o.pt": lambda run: run(evaluate, "export", "--checkpoint=none.pt", "--out=o.pt", dataset=None),
+    "result.json": lambda run: run(evaluate, "linear", *SHORT, "--out=."),
+    "log.jsonl": lambda run: run(fima, *CONV4, "--out=."),
+    "epoch_0001.pt": lambda run: run(fima, *CONV4, "--out=."),
+    "lock": lambda run: run(fima, *CONV4, "--out=."),
+    "o.png": lambda run: run(visualize, "curves", "none", "--out=o.png", dataset=None),
+    "o.svg": lambda run: run(visualize, "sample", *CONV4, "--out=o.svg"),
+    "o.gif": lambda run: run(visualize, "sample", *CONV4, "--out=o.gif"),
+    "o.html": lambda run: run(visualize, "report", "none", "--out=o.html", dataset=None),
+    "benchmark_step_cpu.json": lambda run: run(benchmark, "step", "--out=.", dataset=None),
+    "bad.txt": lambda run: run(data, "check", ".", "--out=bad.txt", dataset=None),
 }
-COMMANDS = {  # what is written → script and its flags
-    "o.json": (evaluate, ["knn"]),
-    "o_confusion.png": (evaluate, ["svm", "--out=o.json"]),
-    "o.pt": (evaluate, ["export", "--checkpoint=none.pt"]),
-    "result.json": (evaluate, ["linear", "--out=."]),
-    "log.jsonl": (fima, ["--out=."]),
-    "epoch_0001.pt": (fima, ["--out=."]),
-    "lock": (fima, ["--out=."]),
-    "o.png": (visualize, ["curves", "none"]),
-    "o.svg": (visualize, ["sample"]),
-    "o.gif": (visualize, ["sample"]),
-    "o.html": (visualize, ["report", "none"]),
-    "benchmark_step_cpu.json": (benchmark, ["step", "--out=."]),
-    "bad.txt": (data, ["check", "."]),
-}
-OCCUPIED = [(name, kind) for name in COMMANDS for kind in OTHERS if kind != "folder" or name.startswith("o.")]
 
 
-@pytest.fixture
-def command(run):
-    """Runs one of COMMANDS in this process; gives exit code, output and errors."""
-
-    def call(name):
-        module, words = COMMANDS[name]
-        words = words if any(word.startswith("--out=") for word in words) else [*words, f"--out={name}"]
-        known = module in (evaluate, fima) or "sample" in words
-        quick = SHORT if module is evaluate else CONV4 if known else []
-        data = "synthetic" if known and "export" not in words else None
-        return run(module, *words[:1], *(quick if data else []), *words[1:], dataset=data, small=module is fima)
-
-    return call
-
-
-@pytest.mark.parametrize(("name", "kind"), OCCUPIED)
-def test_a_file_of_another_kind_or_a_folder_is_never_written_over(name, kind, tmp_path, command):
+@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("held", [b"PK\3\4weights", b'{"years": "of work"}', b'"name","score"\n', None])
+def test_a_file_of_another_kind_or_a_folder_is_never_written_over(name, held, tmp_path, run):
     touch(tmp_path, "video.mp4")
-    (tmp_path / name).write_bytes(OTHERS[kind]) if OTHERS[kind] else (tmp_path / name).mkdir()
+    (tmp_path / name).write_bytes(held) if held else (tmp_path / name).mkdir()
     before = digests(tmp_path)
-    code, _, err = command(name)
+    code, _, err = COMMANDS[name](run)
     assert code == 2 and digests(tmp_path) == before
     one_line(err, name)
 
@@ -225,13 +175,12 @@ def full_disk():
 
 
 def log_of(folder):
-    log = train.Log(train.Run(Bare(), train.TrainConfig(), ALONE, 1), folder, 1)
+    log = train.Log(train.Run(torch.nn.Linear(1, 1), train.TrainConfig(), ALONE, 1), folder, 1)
     log.steps = [train.Step(1, {"loss": torch.ones(()), "grad_norm": torch.ones(())}, [])]
     return log
 
 
 WRITERS = {
-    "o.json": lambda folder: train.write_file(folder / "o.json", "new" * 99),
     "checkpoint.pt": lambda folder: train.save_checkpoint(folder / "checkpoint.pt", {"model": torch.ones(99)}),
     "log.jsonl": lambda folder: log_of(folder).line(),
     "bad_videos.log": lambda folder: log_of(folder).add_bad([("new" * 99, "reason")]),
@@ -243,22 +192,21 @@ WRITERS = {
 @pytest.mark.parametrize("name", WRITERS)
 def test_a_full_disk_names_the_file_and_leaves_nothing_half(name, tmp_path, capsys):  # capsys: stderr is no file
     touch(tmp_path, f"{'long' * 50}.mp4", "a.mp4")
-    if name != "_0001.mp4":
-        (tmp_path / name).write_bytes(b"" if name == "bad.txt" else b"old")
+    (tmp_path / name).write_bytes(b"'old'\t")  # as a list of bad videos begins
     before = sorted(os.listdir(tmp_path))
     with full_disk(), pytest.raises((OSError, train.UserError), match=rf"File too large: '.*{name}'"):
         WRITERS[name](tmp_path)
     assert sorted(os.listdir(tmp_path)) == before
-    if name in ("o.json", "checkpoint.pt"):
-        assert (tmp_path / name).read_bytes() == b"old"
+    if name == "checkpoint.pt":
+        assert (tmp_path / name).read_bytes() == b"'old'\t"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["o.json", "o.svg"])
-def test_results_are_replaced_and_stay_as_they_were_on_a_full_disk(name, tmp_path, command):
-    assert command(name)[0] == command(name)[0] == 0
+def test_results_are_replaced_and_stay_as_they_were_on_a_full_disk(name, tmp_path, run):
+    assert COMMANDS[name](run)[0] == COMMANDS[name](run)[0] == 0
     before = digests(tmp_path)
     with full_disk():
-        code, _, err = command(name)
+        code, _, err = COMMANDS[name](run)
     assert code == 2 and digests(tmp_path) == before
     one_line(err, f"File too large: '{name}'")
