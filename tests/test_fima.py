@@ -21,8 +21,7 @@ SWITCHES += [dict(decoder_depth=1), dict(decoder_width=16), dict(decoder_heads=8
 SWITCHES += [dict(mask_position=position) for position in ("none", "prediction", "target")] + [dict(foreground=0.3)]
 SWITCHES += [dict(mask_source="rgb"), dict(mask_source="difference"), dict(threshold=2.8), dict(centres="measured")]
 SWITCHES += [dict(frame_loss="triplet"), dict(frame_loss="mse"), dict(pixel_negatives="video"), dict(pixel_queue=40)]
-SWITCHES += [dict(difference="spans")]
-SWITCHES += [dict(encoder="i3d", crop=64)]
+SWITCHES += [dict(difference="spans"), dict(encoder="i3d", crop=64)]
 AFTER_THE_FIRST_EPOCH = dict(feature_std=0.005, pixels_with_positive=0.001, foreground_share=0.1)
 WARNED = AFTER_THE_FIRST_EPOCH | {"queue_age/vv": 16, "overlap": 0.9}
 
@@ -92,7 +91,7 @@ def oracle(model, views):
                         for t, far in zip(pixels, distances, strict=True)
                         if far < config.threshold and foreground(b, other)[t]
                     ]
-                    found += [log_ratio(g(model.head, y[0, s]), near, m.values(), tau)] if near else []
+                    found += [log_ratio(g(model.head, y[0, s]), near, [*m.values(), *old["pix"]], tau)] if near else []
                 by_video += [mean(found)] if found else []
                 everything = [*local.values(), *old["fra"]]
                 losses["fra"].append(log_ratio(g(model.head, y_cls[0]), [local[b, other, i]], everything, tau))
@@ -101,13 +100,23 @@ def oracle(model, views):
 
 
 @pytest.mark.parametrize("centres", ["measured", "nominal"])
-def test_losses_equal_the_plain_loop_oracle(centres):
-    model, views = build(losses="vv,vd,pix,fra", centres=centres).eval(), make_views()
-    with torch.no_grad():
-        expected, losses = oracle(model, views), model(views)
+def test_losses_equal_the_plain_loop_oracle_and_queues_are_written_after_them(centres):
+    """So no key of a step's own is a negative in it. MoCo is FIMA without its losses."""
+    model, views = build(losses="vv,vd,pix,fra", centres=centres, pixel_queue=50).eval(), make_views()
+    baseline = build(moco.MoCo, losses="vv,vd").eval()
+    baseline.load_state_dict(model.state_dict(), strict=False)
+    before = {name: queue.keys for name, queue in model.queues.items()}
+    expected, model.training = oracle(model, views), True  # queues are written; batch norm and dropout rest
+    losses = model(views)
     assert list(losses) == ["vv", "vd", "pix", "fra"]
     for name, value in losses.items():
-        assert float(value) == pytest.approx(expected[name], rel=2e-4), name
+        assert value.item() == pytest.approx(expected[name], rel=2e-4), name
+    assert all(torch.equal(value, losses[name]) for name, value in baseline(views).items())
+    for name, written in {"vv": 6, "vd": 6, "fra": 12, "pix": 50}.items():  # of 2 views × 3 videos (× 2 sub-clips)
+        assert (model.queues[name].keys != before[name]).any(1).sum() == written
+    assert model.metrics["queue_age/vv"] == 12 / 6 and model.metrics["queue_age/fra"] == 12 / 12
+    assert float(model.metrics["foreground_share"]) == pytest.approx(4 / 9)  # ⌈0.5 · 8⌉ of 9 pixels
+    torch.stack(list(losses.values())).sum().backward()  # the keys that losses have read are still there
 
 
 @pytest.mark.parametrize("flags", SWITCHES, ids=str)
@@ -139,24 +148,6 @@ def test_keys_follow_the_query_encoder_by_momentum():
         assert model.queues["vv"].pointer == 6
 
 
-def test_queues_are_written_after_all_losses(monkeypatch):
-    """Losses are the same where nothing is written at all, and so meet no key of the step's own videos."""
-    model, views = build(losses="vv,vd,pix,fra", pixel_queue=50), make_views()
-    quiet, before = copy.deepcopy(model), {name: queue.keys.clone() for name, queue in model.queues.items()}
-    torch.manual_seed(0)
-    losses = model(views)
-    for name, queue in model.queues.items():
-        written = {"vv": 6, "vd": 6, "fra": 12, "pix": 50}[name]  # of 2 views × 3 videos (× 2 sub-clips)
-        assert int((queue.keys != before[name]).any(1).sum()) == written
-    assert model.metrics["queue_age/vv"] == 12 / 6 and model.metrics["queue_age/fra"] == 12 / 12
-    assert float(model.metrics["foreground_share"]) == pytest.approx(4 / 9)  # ⌈0.5 · 8⌉ of 9 pixels
-    torch.stack(list(losses.values())).sum().backward()  # the keys that losses have read are still there
-    monkeypatch.setattr(moco.MomentumQueue, "enqueue", lambda queue, keys: None)
-    torch.manual_seed(0)
-    for name, value in quiet(views).items():
-        assert torch.equal(losses[name], value), name
-
-
 @pytest.mark.slow
 def test_what_compile_compiles_is_one_graph_and_gives_the_same():
     model, views = build(encoder="conv4", width=0.25, crop=16), make_views(crop=16)
@@ -167,14 +158,6 @@ def test_what_compile_compiles_is_one_graph_and_gives_the_same():
 
     compiled = torch.compile(whole, fullgraph=True, dynamic=False, backend="aot_eager")
     torch.testing.assert_close(compiled(clips, color), whole(clips, color), atol=1e-4, rtol=1e-4)
-
-
-def test_keys_of_the_clips_are_made_before_the_query_pass_whose_graph_takes_memory():
-    model, passes = build(), []
-    model.key_encoder.register_forward_hook(lambda *_: passes.append("key"))
-    model.encoder.register_forward_hook(lambda *_: passes.append("query"))
-    model(make_views())
-    assert passes == ["key", "key", "query", "key"]  # of RGB, of the frame difference; of the sub-clips
 
 
 STEPS = {
@@ -225,7 +208,8 @@ def group_process(rank: int, folder: str) -> None:
     cli.end_process()
 
 
-def test_keys_are_made_of_clips_that_are_dealt_out_with_their_colours_and_put_back(monkeypatch):
+def test_keys_are_made_before_the_query_pass_of_clips_dealt_out_with_their_colours_and_put_back(monkeypatch):
+    """Before, as its graph takes memory."""
     model, local, views, calls = build().eval(), build(bn="local").eval(), make_views(), []
 
     def deal(rows, back=False):
@@ -235,10 +219,13 @@ def test_keys_are_made_of_clips_that_are_dealt_out_with_their_colours_and_put_ba
     monkeypatch.setattr(moco, "deal", deal)
     expected = local(views)
     assert not calls
+    model.key_encoder.register_forward_hook(lambda *_: calls.append("key"))
+    model.encoder.register_forward_hook(lambda *_: calls.append("query"))
     for name, value in model(views).items():  # batch norm rests: it makes no difference who is in a batch
         torch.testing.assert_close(value, expected[name])
-    clips, sub_clips = [(6, False), (6, False), (6, True), (6, True)], [(12, False), (12, False), (12, True)]
-    assert calls == clips + sub_clips  # clips and colours; keys of RGB and of the frame difference
+    clips = [(6, False), (6, False), "key", (6, True), "key", (6, True), "query"]  # RGB and its colours; difference
+    sub_clips = [(12, False), (12, False), "key", (12, True)]
+    assert calls == clips + sub_clips
 
 
 @pytest.mark.slow
@@ -280,12 +267,3 @@ def test_collapse_and_misuse_are_warned_of(name):
     (warning,) = model.warnings(sound | wrong)
     says = {"pixels_with_positive": "--threshold", "queue_age/vv": "--queue", "overlap": "--frames"}
     assert says.get(name, name) in warning
-
-
-def test_moco_is_fima_without_its_losses():
-    views = make_views(sub_clips=0)
-    baseline, same = build(moco.MoCo, losses="vv,vd"), build(losses="vv,vd")
-    same.load_state_dict(baseline.state_dict())
-    expected, losses = baseline(views), same(views)
-    assert losses.keys() == expected.keys() == {"vv", "vd"}
-    assert all(torch.equal(losses[name], expected[name]) for name in expected)
