@@ -3,11 +3,11 @@
 import copy
 import itertools
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import ALONE, assert_trains, join_group, log_ratio, make_views, mean, same, with_equal_features
+from helpers import ALONE, assert_trains, info_nce_loop, join_group, make_views, mean, same, with_equal_features
+from test_losses import frame_info_nce_loop, pixel_contrast_loop
 
 import augment
 import cli
@@ -39,7 +39,7 @@ def oracle(model, views):
     """The losses of Eq. 1, 8 and 10 by loops over views, videos, frames and pixels, one clip a forward, in float64."""
     model = copy.deepcopy(model).double().eval()
     config, size, frames, videos = model.config, 3, range(2), range(len(views["clip"]))
-    pixels = [*itertools.product(range(size), range(size))]
+    old, tau = {name: queue.keys.tolist() for name, queue in model.queues.items()}, config.temperature
 
     def maps_of(encoder, clip, color, difference=False):
         clip = clip.double()[None] / 255
@@ -49,55 +49,45 @@ def oracle(model, views):
         return encoder(augment.normalize(augment.color_augment(clip, color.double()[None])))[0]
 
     def g(head, x):
-        return (head.net(x) / head.net(x).norm()).tolist()
+        return F.normalize(head.net(x), dim=-1).tolist()
 
-    query, key, motion, local = {}, {}, {}, {}
+    def foreground(b, v):
+        z = (key[b, v].mean((0, 1)) + motion[b, v].mean((0, 1))).flatten()
+        return z > torch.quantile(z, 1 - config.foreground)
+
+    def centers(box):
+        beside = model.encoder.offsets[1] if config.centres == "measured" else 0
+        places = [(16 * (c + 0.5) + beside, 16 * (r + 0.5) + beside) for r in range(size) for c in range(size)]
+        return box[:2] + torch.tensor(places, dtype=torch.float64) / config.crop * (box[2:] - box[:2])
+
+    query, key, motion = {}, {}, {}
     for b, v in itertools.product(videos, range(2)):
         clip, color = views["clip"][b, v], views["color"][b, v]
         query[b, v] = maps_of(model.encoder, clip, color[0])
         key[b, v] = maps_of(model.key_encoder, clip, color[0])
         motion[b, v] = maps_of(model.key_encoder, clip, color[1], True)
-        for i in frames:
-            sub_clip = maps_of(model.key_encoder, views["sub_clips"][b, v, i], color[2 + i], True)
-            local[b, v, i] = g(model.key_head, sub_clip.mean((1, 2, 3)))
 
-    def foreground(b, v):
-        z = (key[b, v].mean((0, 1)) + motion[b, v].mean((0, 1))).numpy()
-        return z > np.quantile(z, 1 - config.foreground)
-
-    losses, tau = {"vv": [], "vd": [], "pix": [], "fra": []}, config.temperature
-    old = {name: queue.keys.tolist() for name, queue in model.queues.items()}
+    q, k, d, y_cls, local, pix = [], [], [], [], [], []
     for v, other in ((0, 1), (1, 0)):
-        by_video = []
-        places = itertools.product(videos, frames, pixels)
-        m = {(b, i, (r, c)): g(model.key_head, motion[b, other][:, i, r, c]) for b, i, (r, c) in places}
+        y, m, positives = [], [], []
         for b in videos:
-            q = g(model.head, query[b, v].mean((1, 2, 3)))
-            for name, maps in (("vv", key), ("vd", motion)):
-                k = g(model.key_head, maps[b, other].mean((1, 2, 3)))
-                losses[name].append(log_ratio(q, [k], [k, *old[name]], tau))
+            q.append(g(model.head, query[b, v].mean((1, 2, 3))))
+            k.append(g(model.key_head, key[b, other].mean((1, 2, 3))))
+            d.append(g(model.key_head, motion[b, other].mean((1, 2, 3))))
             boxes = [views["box"][b, view].double() for view in (v, other)]
-            beside = model.encoder.offsets[1] if config.centres == "measured" else 0
-            places = torch.tensor([[16 * (c + 0.5) + beside, 16 * (r + 0.5) + beside] for r, c in pixels])  # x, y
-            places = places.double() / config.crop
-            centers = [box[:2] + places * (box[2:] - box[:2]) for box in boxes]
-            diagonal = max(float((box[2:] - box[:2]).norm()) / size for box in boxes)
+            diagonal = max((box[2:] - box[:2]).norm() / size for box in boxes)
+            near = torch.cdist(*map(centers, boxes)) / diagonal < config.threshold
             for i in frames:
-                y, y_cls = model.decoder(*(query[b, view][:, i].flatten(1).T[None] for view in (v, other)))
-                found = []
-                for s in [s for s, place in enumerate(pixels) if foreground(b, v)[place]]:
-                    distances = (centers[0][s] - centers[1]).norm(dim=1) / diagonal
-                    near = [
-                        m[b, i, t]
-                        for t, far in zip(pixels, distances, strict=True)
-                        if far < config.threshold and foreground(b, other)[t]
-                    ]
-                    found += [log_ratio(g(model.head, y[0, s]), near, [*m.values(), *old["pix"]], tau)] if near else []
-                by_video += [mean(found)] if found else []
-                everything = [*local.values(), *old["fra"]]
-                losses["fra"].append(log_ratio(g(model.head, y_cls[0]), [local[b, other, i]], everything, tau))
-        losses["pix"].append(mean(by_video))
-    return {name: mean(values) for name, values in losses.items()}
+                found = model.decoder(*(query[b, view][:, i].flatten(1).T[None] for view in (v, other)))
+                y.append(g(model.head, found[0][0]))
+                m.append(g(model.key_head, motion[b, other][:, i].flatten(1).T))
+                positives.append((near & foreground(b, v)[:, None] & foreground(b, other)).tolist())
+                y_cls.append(g(model.head, found[1][0]))
+                clip, color = views["sub_clips"][b, other, i], views["color"][b, other, 2 + i]
+                local.append(g(model.key_head, maps_of(model.key_encoder, clip, color, True).mean((1, 2, 3))))
+        pix.append(pixel_contrast_loop(y, m, positives, [*itertools.chain(*m), *old["pix"]], tau))
+    instance = {name: info_nce_loop(q, keys, old[name], tau) for name, keys in (("vv", k), ("vd", d))}
+    return instance | {"pix": mean(pix), "fra": frame_info_nce_loop(y_cls, local, old["fra"], tau)}
 
 
 @pytest.mark.parametrize("centres", ["measured", "nominal"])

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import assert_trains, encode, generator, info_nce_loop, moving_texture, random, same, views_without_colours
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 import augment
@@ -78,13 +78,11 @@ def test_moving_windows_are_those_of_a_loop_and_at_least_half_of_all(seed, lengt
     assert (moving.numpy() == (clips > np.median(clips)))[clear].all()
 
 
-@given(seeds, st.integers(1, 7), st.integers(1, 7), st.integers(1, 6), st.booleans(), st.booleans())
-def test_motion_of_a_crop_is_that_of_a_loop(seed, height, width, size, flip, whole):
-    motion, g = random(seed, 3, height, width), generator(seed)
-    low, span = torch.rand(2, generator=g) * 0.5, 0.1 + torch.rand(2, generator=g) * 0.4
-    x0, y0, x1, y1 = (0.0, 0.0, 1.0, 1.0) if whole else torch.cat([low, low + span]).tolist()
-    box = torch.tensor([x1, y0, x0, y1] if flip else [x0, y0, x1, y1])
-    cropped = losses.crop_motion(motion, box, size)
+@given(seeds, sizes, sizes, sizes, st.tuples(*[st.floats(0, 0.5)] * 4), st.booleans())
+@example(0, 5, 3, 4, (0, 0, 0.5, 0.5), True)  # the whole frame
+def test_motion_of_a_crop_is_that_of_a_loop(seed, height, width, size, corners, flip):
+    motion, (x0, y0, x1, y1) = random(seed, 3, height, width), np.add(corners, (0, 0, 0.5, 0.5)).tolist()
+    cropped = losses.crop_motion(motion, torch.tensor([x1, y0, x0, y1] if flip else [x0, y0, x1, y1]), size)
     for i, j in np.ndindex(size, size):
         along = (size - 1 - j if flip else j) + 0.5
         x, y = x0 + along / size * (x1 - x0), y0 + (i + 0.5) / size * (y1 - y0)
@@ -165,27 +163,15 @@ def test_a_motion_map_is_that_of_each_pair_of_frames_averaged_over_cells(folder,
 
 
 @pytest.mark.slow
-def test_the_command_makes_what_an_interrupt_has_left_and_names_what_it_cannot_read(folder, without_flow, in_process):
-    def interrupted(items, *rest, **options):
-        for n, item in enumerate(items, 1):
-            yield item
-            if n == 2:
-                raise KeyboardInterrupt  # as Ctrl-C does; where a shell starts tests in the background, it does nothing
-
-    command = mcl, "maps", "--dataset=folder", "--workers=2", "--data", folder
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "tqdm", interrupted)
-        assert in_process(*command)[0] == 130 and not torch.multiprocessing.active_children()
-    made = folder.parent / "clips_maps" / "flow_120_5"
-    before = {file: file.stat().st_mtime_ns for file in made.rglob("*.npz")}
-    code, out, err = in_process(*command)
+def test_the_command_makes_the_maps_that_are_missing_and_names_what_it_cannot_read(folder, without_flow, in_process):
+    made, names = folder.parent / "clips_maps" / "flow_120_5", ("a.mp4", "below/b.mp4", "c.mp4")
+    files = [made / f"{name}.{(folder / name).stat().st_size}.npz" for name in names]
+    mcl.MotionMaps(mcl.MapsConfig(data=str(folder))).visit(str(folder / "a.mp4"))
+    before = files[0].stat().st_mtime_ns
+    code, out, err = in_process(mcl, "maps", "--dataset=folder", "--workers=2", "--data", folder)
     assert code == 0 and f"maps of 3 videos; 1 can't be read: {made}/bad_videos.txt" in out and "4/4" in err
     assert (made / "bad_videos.txt").read_text().startswith("'not a video.mp4'\t")
-    sizes = {name: (folder / name).stat().st_size for name in ("a.mp4", "below/b.mp4", "c.mp4")}
-    maps = {made / f"{name}.{size}.npz" for name, size in sizes.items()}
-    whole = {file for file in made.rglob("*.*") if file.is_file() and file.suffix != ".partial"}  # of a killed writer
-    assert whole == {*maps, made / "bad_videos.txt"}
-    assert before and all(file.stat().st_mtime_ns == time for file, time in before.items())
+    assert {*made.rglob("*.*")} == {*files, made / "bad_videos.txt"} and files[0].stat().st_mtime_ns == before
 
 
 @pytest.mark.parametrize("scale", [1, 2])
@@ -217,18 +203,16 @@ def moving_views(moving, temporal=True, spatial=True, **options):
     return mcl.MotionViews(videos, **options, maps=maps, temporal=temporal, spatial=spatial)
 
 
-def test_crops_hold_what_moves_and_windows_are_those_that_move(moving):
-    shares, moved = {}, {}
+def test_crops_hold_what_moves(moving):
     x, y = (torch.arange(20, 26) + 0.5) * 2, (torch.arange(8, 14) + 0.5)[:, None] * 2  # what moves, in pixels
+    shares = {}
     for focus in (True, False):
-        items = [moving_views(moving, focus, focus)[epoch, 0] for epoch in range(40)]
-        x0, y0, x1, y1 = torch.cat([item["box"] for item in items])[:, :, None, None].unbind(1)
+        boxes = torch.cat([moving_views(moving, focus, focus)[epoch, 0]["box"] for epoch in range(40)])
+        x0, y0, x1, y1 = boxes[:, :, None, None].unbind(1)
         held = (y0 <= y) & (y <= y1) & (torch.minimum(x0, x1) <= x) & (x <= torch.maximum(x0, x1))
-        shares[focus] = held.float().mean((1, 2))
-        moved[focus] = [float(motion.amax()) for item in items for motion in item["motion"]]
-        assert len({tuple(box) for item in items for box in item["box"].tolist()}) == 80
-    assert shares[True].quantile(0.05) >= 0.8 and shares[False].quantile(0.05) == 0
-    assert min(moved[True]) == pytest.approx(1) and min(moved[False]) < 0.1
+        shares[focus] = held.float().mean((1, 2)).quantile(0.05)
+        assert len(boxes.unique(dim=0)) == 80
+    assert shares[True] >= 0.8 and shares[False] == 0
 
 
 @given(length=st.integers(2, 20), windows=st.integers(1, 3), temporal=st.booleans(), seed=seeds)
@@ -292,18 +276,15 @@ def make_views(crop=32, batch=3, seed=0):
 def oracle(model, views):
     """The losses of conv4, without its batch norm's statistics of a batch, one clip a forward, in float64."""
     model = copy.deepcopy(model).double().eval()
-    *layers, last, norm, _ = model.encoder.layers
+    layers, last, norm = model.encoder.layers[:-3], *model.encoder.layers[-3:-1]
     scale = (norm.weight / (norm.running_var + norm.eps).sqrt())[:, None, None, None]
     queries, keys, responses, motion = [], [], [], []
 
     def encoded(clip):
         """h, before ReLU, and pooled."""
-        clip = augment.normalize(clip.double()[None] / 255)
-        for layer in layers:
-            clip = layer(clip)
-        h = last(clip)[0]
-        z = (h - norm.running_mean[:, None, None, None]) * scale + norm.bias[:, None, None, None]
-        return h, z, z.clamp(min=0).mean((1, 2, 3)).detach()
+        h = last(layers(augment.normalize(clip.double()[None] / 255)))
+        z = norm(h)[0]
+        return h[0], z, z.clamp(min=0).mean((1, 2, 3)).detach()
 
     for view, n in np.ndindex(2, len(views["clip"])):
         h, z, pooled = encoded(views["clip"][n, view])
@@ -319,8 +300,11 @@ def oracle(model, views):
         t, i, j = z.shape[1:]
         motion.append(views["motion"][n, view].double().reshape(t, 16 // t, i, 28 // i, j, 28 // j).mean((1, 3, 5)))
     found = {"vv": info_nce_loop(queries, keys, model.queues["vv"].keys.tolist(), model.config.temperature)}
-    found |= {part: alignment_of(responses, motion, part) for part in ("t", "s", "st")}
-    return found | {f"chance/{part}": alignment_of(responses, motion[-1:] + motion[:-1], part) for part in PARTS}
+    unrelated = motion[-1:] + motion[:-1]  # another video's
+    for part in PARTS:
+        found[part] = alignment_of(responses, motion, part)
+        found[f"chance/{part}"] = alignment_of(responses, unrelated, part)
+    return found
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -342,8 +326,7 @@ def test_each_switch_changes_the_losses_and_trains_every_parameter(flags):
     model, plain, views = build(**flags), build(), make_views()
     found, reference = model(views), plain(views)
     assert_trains(model, found)
-    shared = found.keys() & reference.keys()
-    assert found.keys() != reference.keys() or any(not torch.equal(found[name], reference[name]) for name in shared)
+    assert not same(found, reference)
     torch.manual_seed(0)
     assert torch.equal(found["vv"], moco.MoCo(moco.MoCoConfig(**TINY))(views)["vv"])  # the rest is added
 
@@ -356,21 +339,16 @@ def test_the_gradient_of_alignment_is_that_of_finite_differences(version, traini
     model.encoder_input = lambda clips, color, difference=False: augment.normalize(clips.double() / 255)
     model.project = lambda head, features: F.normalize(head(features), dim=-1)  # in float64, too
     views["motion"] = views["motion"].double()
-    parameters = [*model.encoder.parameters(), *model.head.parameters()]
-    directions = [random(k, *p.shape) * p.detach().abs().mean() for k, p in enumerate(parameters)]
+    trained = {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    directions = {name: random(k, *p.shape) * p.abs().mean() for k, (name, p) in enumerate(trained.items())}
 
     def loss(step):
-        with torch.no_grad():
-            for parameter, direction in zip(parameters, directions, strict=True):
-                parameter += step * direction
-        found = model(views)
-        return sum(found[name] for name in ("t", "s", "st"))
+        moved = {name: parameter + step * directions[name] for name, parameter in trained.items()}
+        found = torch.func.functional_call(model, moved, (views,))
+        return sum(found[part] for part in PARTS)
 
-    gradients = torch.autograd.grad(loss(0), parameters, allow_unused=version == "v1")
-    slope = sum((g * d).sum() for g, d in zip(gradients, directions, strict=True) if g is not None)
-    above, below = loss(1e-7).item(), loss(-2e-7).item()
-    assert slope.item() == pytest.approx((above - below) / 2e-7, rel=1e-3)
-    assert gradients[0].any()  # of the encoder's first convolution
+    step = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(loss, step, eps=1e-7, atol=0, rtol=1e-3)
 
 
 @pytest.mark.parametrize("name", [pytest.param(x, marks=[pytest.mark.slow] * (x == "s3d")) for x in ENCODERS])
@@ -394,13 +372,6 @@ def test_every_encoder_is_aligned_at_its_last_convolution_in_either_memory_forma
         results.append([*(found[part].item() for part in PARTS), first.grad.norm().item()])
     assert results[0] == pytest.approx(results[1], rel=2e-2) and results[0][-1] > 0
     assert results[0] == results[2]  # its gradient's gradient, too
-
-
-@pytest.mark.slow
-def test_the_first_run_makes_the_maps_and_ends_with_what_was_learnt(run, without_flow):
-    out = run.ok(mcl, *helpers.CONV4, "--epochs=1", "--maps", run.path / "maps")
-    assert "own other half" in out
-    assert len(list((run.path / "maps" / "flow_120_1").rglob("*.npz"))) >= 16  # of 18 videos, a batch has 4
 
 
 @pytest.mark.parametrize("loader", [0, pytest.param(1, marks=pytest.mark.slow)])
