@@ -156,68 +156,46 @@ def test_masks_have_their_size_and_are_those_of_each_clip_alone(mask, seed):
     assert mask not in ("gauss", "seed") or score[masks[1]].min() >= score[~masks[1]].max() - 1e-5
 
 
-def videos_by_colour(batch: int) -> torch.Tensor:
-    """Clips in which each view of each video has a value of its own: 10 · video + view."""
-    values = 10 * torch.arange(batch)[:, None] + torch.arange(2)
-    return values[..., None, None, None, None].expand(-1, -1, 3, 2, 4, 4).byte()
-
-
-@pytest.mark.parametrize("branches", Merging.BRANCHES)
-@given(seed=seeds, batch=st.integers(2, 6))
-def test_backgrounds_are_those_of_other_videos_and_differ_between_the_views(branches, seed, batch):
-    torch.manual_seed(seed)
-    clips = videos_by_colour(batch)
-    merged = Merging(0.5, "gauss", branches=branches)(clips)
-    mask = Merging(0.5, "gauss").foreground_of(clips[:1, 0])[0]
-    partners, own = merged[..., 0, 0, 0, 0].T.long() // 10, torch.arange(batch)  # by view; a corner is background
-    for view in range(2):
-        assert torch.equal(merged[:, view, ..., mask], clips[:, view, ..., mask])
-        assert torch.equal(merged[:, view, ..., ~mask], clips[partners[view], view][..., ~mask])
-    assert (partners[0] != own).all() and sorted(partners[0].tolist()) == own.tolist()  # each lends its own once
-    if branches == "single":
-        assert torch.equal(partners[1], own)
-    else:
-        assert (partners[1] != own).all() and (batch == 2 or (partners[0] != partners[1]).all())
-
-
-def test_every_other_video_lends_its_background_equally_often():
-    torch.manual_seed(0)
-    picked = torch.stack([Merging(mask="gauss")(videos_by_colour(4))[:, 0, 0, 0, 0, 0] // 10 for _ in range(600)])
-    counts = F.one_hot(picked.long()).sum(0)
-    off_diagonal = counts[~torch.eye(4, dtype=torch.bool)]
-    assert counts.diagonal().sum() == 0 and ((off_diagonal - 200).abs() < 4 * (600 * 2 / 9) ** 0.5).all()
-
-
-@given(seeds, st.sampled_from(Merging.MASKS), st.sampled_from(Merging.BRANCHES), st.booleans())
-def test_merging_keeps_type_and_input_and_is_drawn_from_torchs_seed(seed, mask, branches, floats):
-    clips = random_clips(seed, 4, 2, 3, 3, 8, 8)
+@given(seeds, st.sampled_from(Merging.MASKS), st.sampled_from(Merging.BRANCHES), st.booleans(), st.integers(2, 6))
+def test_foregrounds_are_put_on_other_videos_or_on_the_other_view(seed, mask, branches, floats, batch):
+    """By torch's seed; each video lends its own once a view, and those of a video's two views differ, if they can."""
+    clips = random_clips(seed, batch, 2, 3, 3, 8, 8)
     clips = clips / 255 if floats else clips
     before, merging = clips.clone(), Merging(0.3, mask, branches=branches)
     torch.manual_seed(seed)
     merged = merging(clips)
     torch.manual_seed(seed)
     assert torch.equal(merging(clips), merged) and torch.equal(clips, before) and merged.dtype == clips.dtype
-    inner = Merging(0.3, mask, "intra", branches)(clips)
-    for view in range(2):
-        front = merging.foreground_of(clips[:, view])[:, None, None] | (view == 1 and branches == "single")
-        assert torch.equal(torch.where(front, merged[:, view], 0), torch.where(front, clips[:, view], 0))
+    inner, lent = Merging(0.3, mask, "intra", branches)(clips), []
+    for view in range(2 if branches == "both" else 1):
+        front = merging.foreground_of(clips[:, view])[:, None, None]
         assert torch.equal(inner[:, view], torch.where(front, clips[:, view], clips[:, 1 - view]))
+        on_each = torch.where(front[:, None], clips[:, None, view], clips[None, :, view])  # own and lending video
+        lent.append((merged[:, None, view] == on_each).flatten(2).all(2))
+        assert (lent[view].sum(0) == 1).all() and (lent[view].sum(1) == 1).all() and not lent[view].diagonal().any()
+    if branches == "both":
+        assert batch == 2 or not (lent[0] & lent[1]).any()
+    else:
+        assert torch.equal(merged[:, 1], clips[:, 1]) and torch.equal(inner[:, 1], clips[:, 1])
+    assert torch.equal(Merging(1.0, mask, branches=branches)(clips), clips)  # all of the picture is foreground
 
 
-def test_all_of_the_picture_as_foreground_changes_nothing_and_what_merging_cannot_do_is_an_error():
-    clips = random_clips(0, 3, 2, 3, 3, 8, 8)
-    assert all(torch.equal(Merging(1.0, mask, branches="both")(clips), clips) for mask in Merging.MASKS)
+def test_every_other_video_lends_its_background_equally_often():
+    torch.manual_seed(0)
+    clips = torch.arange(4)[:, None, None, None, None, None].expand(4, 2, 3, 2, 4, 4).byte()
+    picked = torch.stack([Merging(mask="gauss")(clips)[:, 0, 0, 0, 0, 0] for _ in range(600)])  # a corner
+    counts = F.one_hot(picked.long()).sum(0)
+    off_diagonal = counts[~torch.eye(4, dtype=torch.bool)]
+    assert counts.diagonal().sum() == 0 and ((off_diagonal - 200).abs() < 4 * (600 * 2 / 9) ** 0.5).all()
+
+
+def test_what_merging_cannot_do_is_an_error():
     assert fame.FAMEConfig(batch_size=1, background="intra")  # which needs no other video
     for flags in (dict(mask="box"), dict(background="black"), dict(branches="three"), dict(foreground=math.nan)):
         with pytest.raises(ValueError, match=r"choose from|portion"):
             Merging(**flags)
     with pytest.raises(ValueError, match="two videos"):
-        Merging()(clips[:1])
-
-
-def losses_of(model, views):
-    torch.manual_seed(0)
-    return model(views)
+        Merging()(random_clips(0, 1, 2, 3, 3, 8, 8))
 
 
 def build(method=fame.FAME, config=fame.FAMEConfig, **flags):
@@ -229,26 +207,27 @@ def test_fame_is_moco_on_merged_clips():
     views, plain = views_without_colours(sub_clips=0), build(moco.MoCo, moco.MoCoConfig)
     variants = [dict(branches="both", foreground=0.3), dict(background="intra"), dict(background="none")]
     for flags in (*variants, *(dict(mask=mask) for mask in Merging.MASKS)):
+        model = build(**flags)
         torch.manual_seed(0)
-        shown = Merging(**flags)(views["clip"])
-        expected = losses_of(copy.deepcopy(plain), views | {"clip": shown})
-        assert torch.equal(losses_of(build(**flags), views)["vv"], expected["vv"])
+        expected = copy.deepcopy(plain)(views | {"clip": Merging(**flags)(views["clip"])})
+        torch.manual_seed(0)
+        assert torch.equal(model(views)["vv"], expected["vv"])
 
 
 @pytest.mark.parametrize("branches", Merging.BRANCHES)
 @pytest.mark.parametrize("method", [fame.FAME, fima.FIMA])
-def test_rgb_is_merged_and_motion_is_that_of_the_video_itself(method, branches, monkeypatch):
+def test_rgb_is_merged_and_motion_is_that_of_the_video_itself(method, branches):
     of_fame, of_fima = dict(branches=branches, losses="vv,vd"), dict(fame=branches, decoder_width=32)
     config, flags = (fame.FAMEConfig, of_fame) if method is fame.FAME else (fima.FIMAConfig, of_fima)
     model, views, seen = build(method, config, **flags), views_without_colours(), {True: [], False: []}
-    original = model.encoder_input
 
     def watched(clips, color, difference=False):
-        seen[difference].append(clips.clone())
-        return original(clips, color, difference)
+        seen[difference].append(clips)
+        return method.encoder_input(model, clips, color, difference)
 
-    monkeypatch.setattr(model, "encoder_input", watched)
-    assert_trains(model, losses_of(model, views))
+    model.encoder_input = watched
+    torch.manual_seed(0)
+    assert_trains(model, model(views))
     torch.manual_seed(0)
     merged = Merging(branches=branches)(views["clip"])
     assert len(seen[False]) == 1 and torch.equal(seen[False][0], model.both(merged))

@@ -151,28 +151,23 @@ def test_low_precision_is_computed_in_float32_and_stays_finite_at_a_low_temperat
         assert torch.equal(loss(*batch, 0.01), value)
 
 
-def test_without_positives_pixel_contrast_is_zero_with_zero_gradients():
+def test_pixels_without_a_positive_learn_nothing_and_without_any_the_loss_is_zero():
     prediction, target, positives, keys = pixel_batch(0)
     leaves = [x.requires_grad_() for x in (prediction, target, keys)]
-    value = losses.pixel_contrast(prediction, target, torch.zeros_like(positives), keys, 0.01)
-    assert value.item() == 0
-    assert all(torch.equal(g, torch.zeros_like(g)) for g in torch.autograd.grad(value, leaves))
-    value = losses.pixel_contrast(prediction, target, positives, keys, 0.01)
-    gradient, *others = torch.autograd.grad(value, leaves)
-    assert all(g.isfinite().all() for g in (gradient, *others))
-    assert torch.equal(gradient.ne(0).any(2), positives.any(2))  # pixels without a positive learn nothing
-
-
-def test_closed_forms_of_equal_similarities():
-    zeros, queue = torch.zeros(5, 3), torch.zeros(7, 3)
-    assert losses.info_nce(zeros, zeros, queue).item() == pytest.approx(math.log(8))
-    assert losses.frame_info_nce(zeros, zeros, queue).item() == pytest.approx(math.log(12))
-    positives = torch.ones(1, 5, 5, dtype=torch.bool)
-    assert losses.pixel_contrast(zeros[None], zeros[None], positives, zeros).item() == 0  # nothing but positives
+    for chosen in (positives, torch.zeros_like(positives)):
+        value = losses.pixel_contrast(prediction, target, chosen, keys, 0.01)
+        gradients = torch.autograd.grad(value, leaves)
+        assert all(g.isfinite().all() for g in gradients)
+        assert torch.equal(gradients[0].ne(0).any(2), chosen.any(2))
+    assert value.item() == 0 and not any(g.any() for g in gradients)
 
 
 @given(seed=seeds, videos=st.integers(2, 4), queue=st.integers(0, 5), per_video=st.booleans())
-def test_chance_is_the_loss_of_equal_similarities(seed, videos, queue, per_video):
+def test_closed_forms_and_chance_of_equal_similarities(seed, videos, queue, per_video):
+    zeros, old = torch.zeros(videos, 5), torch.zeros(queue, 5)
+    assert losses.info_nce(zeros, zeros, old).item() == pytest.approx(math.log(1 + queue))
+    assert losses.frame_info_nce(zeros, zeros, old).item() == pytest.approx(math.log(videos + queue))
     prediction, target, positives, keys = pixel_batch(seed, videos, queue=queue, per_video=per_video)
     expected = losses.pixel_contrast(prediction * 0, target * 0, positives, keys * 0)
     torch.testing.assert_close(losses.pixel_chance(positives, keys.shape[-2]).double(), expected, rtol=1e-5, atol=1e-6)
+    assert losses.pixel_contrast(zeros[None], zeros[None], torch.ones(1, videos, videos).bool(), zeros).item() == 0

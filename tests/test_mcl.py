@@ -112,23 +112,19 @@ def test_maps_are_made_once_and_kept_to_a_510th_of_their_greatest_square_root(tm
 
 def test_maps_of_another_video_or_flow_are_not_taken_and_damaged_ones_named_without_running_code(tmp_path):
     (video := tmp_path / "a.mp4").touch()
-    first = Kept(tmp_path, np.ones((4, 3, 3)))
-    first.visit(str(video))
-    for flags in ({"flow_side": 32}, {"flow_warps": 1}):
-        assert len(Kept(tmp_path, np.ones((6, 3, 3)), **flags).read(str(video), 6)) == 6
-    assert len(first.read(str(video), 4)) == 4
+    for frames, flags in ((4, {}), (5, {"flow_side": 32}), (6, {"flow_warps": 1})):
+        assert len(Kept(tmp_path, np.ones((frames, 3, 3)), **flags).read(str(video), frames)) == frames
     video.write_bytes(b"123456")  # a file of another size
-    first.maps = np.ones((5, 3, 3))
-    assert len(first.read(str(video), 5)) == 5 and first.made == 2
-    with pytest.raises(UserError, match=r"a\.mp4\.6\.npz is damaged.*5 frames, the video has 9"):
-        first.read(str(video), 9)
-    file = first.file(str(video))
-    whole = file.read_bytes()
-    np.savez(objects := io.BytesIO(), np.array([None] * 5))
+    maps = Kept(tmp_path, np.ones((7, 3, 3)))
+    assert len(maps.read(str(video), 7)) == 7
+    with pytest.raises(UserError, match=r"a\.mp4\.6\.npz is damaged.*7 frames, the video has 9"):
+        maps.read(str(video), 9)
+    whole = maps.file(str(video)).read_bytes()
+    np.savez(objects := io.BytesIO(), np.array([None] * 7))
     for damaged in (whole[:-40], b"", b"no numbers", whole[:70] + b"\xff" * 20 + whole[90:], objects.getvalue()):
-        file.write_bytes(damaged)
+        maps.file(str(video)).write_bytes(damaged)
         with pytest.raises(UserError, match=r"a\.mp4\.6\.npz is damaged"):
-            first.read(str(video), 5)
+            maps.read(str(video), 7)
 
 
 def difference_flow(images, side, warps):
@@ -143,12 +139,12 @@ def without_flow(monkeypatch):
     monkeypatch.setattr(torch.multiprocessing, "Process", helpers.FORK.Process)  # which inherit what is patched
 
 
-@pytest.fixture
-def folder(tmp_path):
-    """Three videos, one of them in a folder below, and a file that is none."""
-    root = tmp_path / "clips"
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Videos of 60, 20 and 70 frames, one of them in a folder below, and a file that is none."""
+    root = tmp_path_factory.mktemp("mcl") / "clips"
     (root / "below").mkdir(parents=True)
-    for name, frames in (("a", 40), ("below/b", 20), ("c", 70)):
+    for name, frames in (("a", 60), ("below/b", 20), ("c", 70)):
         encode(root / f"{name}.mp4", moving_texture(frames, 48, 64), "mpeg4")
     (root / "not a video.mp4").write_bytes(b"nothing")
     return root
@@ -186,14 +182,13 @@ def test_flow_of_an_even_shift_is_the_shift_in_reduced_pixels(scale):
 
 
 @pytest.fixture(scope="module")
-def moving(tmp_path_factory):
-    """Two videos, of 60 and 20 frames, of which only the middle right moves, in their second half; and their maps."""
-    root, paths = tmp_path_factory.mktemp("moving"), []
-    for name, frames in (("long", 60), ("short", 20)):
-        paths.append(str(encode(root / f"{name}.mp4", moving_texture(frames, 48, 64), "mpeg4")))
-        maps = Kept(root, np.full((frames, 24, 32), 0.01, np.float32))
+def moving(folder):
+    """The first two videos, and maps as if only the middle right moved, in their second half."""
+    paths = [str(folder / name) for name in ("a.mp4", "below/b.mp4")]
+    for path, frames in zip(paths, (60, 20), strict=True):
+        maps = Kept(folder, np.full((frames, 24, 32), 0.01, np.float32), flow_side=100)
         maps.maps[frames // 2 :, 8:14, 20:26] = 1
-        maps.visit(paths[-1])
+        maps.visit(path)
     return data.VideoList(paths, [0, 1], ["a", "b"], ""), maps
 
 
@@ -235,26 +230,20 @@ def test_without_motion_focus_the_views_are_those_of_every_method(moving):
         assert one.keys() - other.keys() == {"motion"}
 
 
-@pytest.mark.parametrize("index", [0, 1], ids=["long", "short"])
-def test_the_motion_of_a_sample_is_that_of_its_frames_and_box(moving, index, requested):
+@pytest.mark.parametrize(("index", "length", "frames"), [(0, 60, 8), (1, 20, 16)], ids=["long", "short"])
+def test_the_motion_of_a_sample_is_that_of_its_frames_and_box(moving, index, length, frames, requested):
     """Where a short video is continued, it stands still."""
-    views, (videos, maps) = moving_views(moving, frames=8 if index == 0 else 16), moving
-    sample = views[3, index]
-    length = (60, 20)[index]
-    whole = torch.from_numpy(maps.read(videos.paths[index], length))
-    for view in range(2):
-        first = requested[0][views.frames * view]
-        shown = range(first, first + 2 * views.frames, 2)
-        clip = torch.stack([whole[t] if t < length else torch.zeros(24, 32) for t in shown])
-        expected = losses.crop_motion(clip, sample["box"][view] / torch.tensor([64, 48, 64, 48]), 28)
-        assert torch.equal(sample["motion"][view], expected) and expected.any()
-        assert index == 0 or not expected[10:].any()
+    videos, maps = moving
+    sample = moving_views(moving, frames=frames)[3, index]
+    whole = F.pad(torch.from_numpy(maps.read(videos.paths[index], length)), (0, 0, 0, 0, 0, 32))
+    for first, box, motion in zip(requested[0][::frames], sample["box"], sample["motion"], strict=True):
+        expected = losses.crop_motion(whole[first : first + 2 * frames : 2], box / torch.tensor([64, 48, 64, 48]), 28)
+        assert torch.equal(motion, expected) and expected.any()
 
 
 def test_a_still_video_and_motion_that_no_crop_can_hold_give_views(moving):
     videos, maps = moving
-    still = np.zeros((60, 24, 32), np.float32)
-    corners = still.copy()
+    still, corners = np.zeros((2, 60, 24, 32), np.float32)
     corners[:, ::23, ::31] = 1  # each crop leaves some of them out
     for motion, side in ((still, 16), (corners, 17)):
         views = moving_views((videos, Kept(maps.config.data, motion, flow_side=side)))
