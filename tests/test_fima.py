@@ -34,19 +34,30 @@ def build(method=fima.FIMA, **flags):
     return method(config_class(**(known | flags)))
 
 
+def shown(clip, color=None, difference=False):
+    """What an encoder is given of one uint8 clip (3, T, H, W): float64 (1, 3, T, H, W)."""
+    clip = clip.double()[None] / 255
+    if difference:
+        steps = [(clip[:, :, t + 1] - clip[:, :, t] + 1) / 2 for t in range(clip.shape[2] - 1)]
+        clip = torch.stack([*steps, steps[-1]], 2)
+    return augment.normalize(clip if color is None else augment.color_augment(clip, color.double()[None]))
+
+
+def follow(model):
+    """Moves the key encoder and its head towards those of the queries (MoCo, Eq. 2)."""
+    queries = [*model.encoder.parameters(), *model.head.parameters()]
+    keys = [*model.key_encoder.parameters(), *model.key_head.parameters()]
+    for query, key in zip(queries, keys, strict=True):
+        key.copy_(model.config.momentum * key + (1 - model.config.momentum) * query)
+
+
 @torch.no_grad()
 def oracle(model, views):
     """The losses of Eq. 1, 8 and 10 by loops over views, videos, frames and pixels, one clip a forward, in float64."""
     model = copy.deepcopy(model).double().eval()
     config, size, frames, videos = model.config, 3, range(2), range(len(views["clip"]))
     old, tau = {name: queue.keys.tolist() for name, queue in model.queues.items()}, config.temperature
-
-    def maps_of(encoder, clip, color, difference=False):
-        clip = clip.double()[None] / 255
-        if difference:
-            steps = [(clip[:, :, t + 1] - clip[:, :, t] + 1) / 2 for t in range(clip.shape[2] - 1)]
-            clip = torch.stack([*steps, steps[-1]], 2)
-        return encoder(augment.normalize(augment.color_augment(clip, color.double()[None])))[0]
+    follow(model)
 
     def g(head, x):
         return F.normalize(head.net(x), dim=-1).tolist()
@@ -60,13 +71,10 @@ def oracle(model, views):
         places = [(16 * (c + 0.5) + beside, 16 * (r + 0.5) + beside) for r in range(size) for c in range(size)]
         return box[:2] + torch.tensor(places, dtype=torch.float64) / config.crop * (box[2:] - box[:2])
 
-    query, key, motion = {}, {}, {}
-    for b, v in itertools.product(videos, range(2)):
-        clip, color = views["clip"][b, v], views["color"][b, v]
-        query[b, v] = maps_of(model.encoder, clip, color[0])
-        key[b, v] = maps_of(model.key_encoder, clip, color[0])
-        motion[b, v] = maps_of(model.key_encoder, clip, color[1], True)
-
+    clips = {(b, v): (views["clip"][b, v], views["color"][b, v]) for b in videos for v in range(2)}
+    query = {at: model.encoder(shown(clip, color[0]))[0] for at, (clip, color) in clips.items()}
+    key = {at: model.key_encoder(shown(clip, color[0]))[0] for at, (clip, color) in clips.items()}
+    motion = {at: model.key_encoder(shown(clip, color[1], difference=True))[0] for at, (clip, color) in clips.items()}
     q, k, d, y_cls, local, pix = [], [], [], [], [], []
     for v, other in ((0, 1), (1, 0)):
         y, m, positives = [], [], []
@@ -84,7 +92,8 @@ def oracle(model, views):
                 positives.append((near & foreground(b, v)[:, None] & foreground(b, other)).tolist())
                 y_cls.append(g(model.head, found[1][0]))
                 clip, color = views["sub_clips"][b, other, i], views["color"][b, other, 2 + i]
-                local.append(g(model.key_head, maps_of(model.key_encoder, clip, color, True).mean((1, 2, 3))))
+                sub_clip = model.key_encoder(shown(clip, color, difference=True))[0]
+                local.append(g(model.key_head, sub_clip.mean((1, 2, 3))))
         pix.append(pixel_contrast_loop(y, m, positives, [*itertools.chain(*m), *old["pix"]], tau))
     instance = {name: info_nce_loop(q, keys, old[name], tau) for name, keys in (("vv", k), ("vd", d))}
     return instance | {"pix": mean(pix), "fra": frame_info_nce_loop(y_cls, local, old["fra"], tau)}
@@ -92,12 +101,16 @@ def oracle(model, views):
 
 @pytest.mark.parametrize("centres", ["measured", "nominal"])
 def test_losses_equal_the_plain_loop_oracle_and_queues_are_written_after_them(centres):
-    """So no key of a step's own is a negative in it. MoCo is FIMA without its losses."""
-    model, views = build(losses="vv,vd,pix,fra", centres=centres, pixel_queue=50).eval(), make_views()
-    baseline = build(moco.MoCo, losses="vv,vd").eval()
+    """So no key of a step's own is a negative in it. Keys follow the queries by momentum. MoCo is FIMA without its
+    losses. An evaluation changes nothing."""
+    flags = dict(losses="vv,vd,pix,fra", centres=centres, pixel_queue=50, momentum=0.5)
+    model, baseline, views = build(**flags), build(moco.MoCo, losses="vv,vd", momentum=0.5), make_views()
+    for parameter in [*model.encoder.parameters(), *model.head.parameters()]:
+        parameter.data *= 1 + 0.3 * torch.randn_like(parameter)
     baseline.load_state_dict(model.state_dict(), strict=False)
     before = {name: queue.keys for name, queue in model.queues.items()}
-    expected, model.training = oracle(model, views), True  # queues are written; batch norm and dropout rest
+    expected = oracle(model, views)
+    model.eval().training = baseline.eval().training = True  # batch norm and dropout rest
     losses = model(views)
     assert list(losses) == ["vv", "vd", "pix", "fra"]
     for name, value in losses.items():
@@ -108,6 +121,9 @@ def test_losses_equal_the_plain_loop_oracle_and_queues_are_written_after_them(ce
     assert model.metrics["queue_age/vv"] == 12 / 6 and model.metrics["queue_age/fra"] == 12 / 12
     assert float(model.metrics["foreground_share"]) == pytest.approx(4 / 9)  # ⌈0.5 · 8⌉ of 9 pixels
     torch.stack(list(losses.values())).sum().backward()  # the keys that losses have read are still there
+    state = copy.deepcopy(model.eval().state_dict())
+    model(views)
+    assert same(model.state_dict(), state)
 
 
 @pytest.mark.parametrize("flags", SWITCHES, ids=str)
@@ -124,19 +140,6 @@ def test_chance_values_are_what_equal_features_give():
     model = with_equal_features(build())
     for name, value in model(make_views()).items():
         assert value.item() == pytest.approx(float(model.metrics[f"chance/{name}"]), abs=1e-4), name
-
-
-def test_keys_follow_the_query_encoder_by_momentum():
-    model, views = build(), make_views()
-    queries = [*model.encoder.parameters(), *model.head.parameters()]
-    keys = [*model.key_encoder.parameters(), *model.key_head.parameters()]
-    for query in queries:
-        query.data += torch.randn_like(query)
-    expected = [0.9 * key + 0.1 * query.detach() for query, key in zip(queries, keys, strict=True)]
-    for mode in (True, False):  # an evaluation changes nothing
-        model.train(mode)(views)
-        torch.testing.assert_close(keys, expected)
-        assert model.queues["vv"].pointer == 6
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from helpers import assert_trains, encode, generator, info_nce_loop, moving_texture, random, same, views_without_colours
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
+from test_fima import shown
 
 import augment
 import data
@@ -271,7 +272,7 @@ def oracle(model, views):
 
     def encoded(clip):
         """h, before ReLU, and pooled."""
-        h = last(layers(augment.normalize(clip.double()[None] / 255)))
+        h = last(layers(shown(clip)))
         z = norm(h)[0]
         return h[0], z, z.clamp(min=0).mean((1, 2, 3)).detach()
 
