@@ -258,36 +258,27 @@ def build(**flags):
     return mcl.MCL(mcl.MCLConfig(**TINY | flags))
 
 
-def make_views(crop=32, batch=3, seed=0):
-    views = views_without_colours(batch=batch, sub_clips=0, crop=crop, seed=seed)
-    return views | {"motion": torch.rand(batch, 2, 16, 28, 28, generator=generator(seed))}
+def make_views(batch=3, **options):
+    views = views_without_colours(batch=batch, sub_clips=0, **options)
+    return views | {"motion": torch.rand(batch, 2, 16, 28, 28, generator=generator(0))}
 
 
 def oracle(model, views):
     """The losses of conv4, without its batch norm's statistics of a batch, one clip a forward, in float64."""
     model = copy.deepcopy(model).double().eval()
-    layers, last, norm = model.encoder.layers[:-3], *model.encoder.layers[-3:-1]
-    scale = (norm.weight / (norm.running_var + norm.eps).sqrt())[:, None, None, None]
+    layers, norm_and_relu = model.encoder.layers[:-2], model.encoder.layers[-2:]
     queries, keys, responses, motion = [], [], [], []
-
-    def encoded(clip):
-        """h, before ReLU, and pooled."""
-        h = last(layers(shown(clip)))
-        z = norm(h)[0]
-        return h[0], z, z.clamp(min=0).mean((1, 2, 3)).detach()
-
     for view, n in np.ndindex(2, len(views["clip"])):
-        h, z, pooled = encoded(views["clip"][n, view])
-        query = F.normalize(model.head(pooled.requires_grad_()), dim=-1)
-        key = F.normalize(model.key_head(encoded(views["clip"][n, 1 - view])[2]), dim=-1).detach()
+        h, other = (layers(shown(views["clip"][n, v])).detach().requires_grad_() for v in (view, 1 - view))
+        query = F.normalize(model.head(norm_and_relu(h).mean((2, 3, 4))[0]), dim=-1)
+        key = F.normalize(model.key_head(norm_and_relu(other).mean((2, 3, 4))[0]), dim=-1)
         queries.append(query.tolist())
         keys.append(key.tolist())
-        (slope,) = torch.autograd.grad(query @ key, pooled)  # of q·k⁺ by the pooled features
-        g = (z > 0) * slope[:, None, None, None] * scale / z[0].numel()
-        h, g = h.detach().numpy(), g.detach().numpy()
+        (g,) = torch.autograd.grad(query @ key.detach(), h)
+        h, g = h[0].detach().numpy(), g[0].numpy()
         weighed = np.maximum(np.tensordot(g.mean((1, 2, 3)), g if model.config.alignment == "v3" else h, 1), 0)
         responses.append(h.sum(0) if model.config.alignment == "v1" else weighed)
-        t, i, j = z.shape[1:]
+        t, i, j = h.shape[1:]
         motion.append(views["motion"][n, view].double().reshape(t, 16 // t, i, 28 // i, j, 28 // j).mean((1, 3, 5)))
     found = {"vv": info_nce_loop(queries, keys, model.queues["vv"].keys.tolist(), model.config.temperature)}
     unrelated = motion[-1:] + motion[:-1]  # another video's
@@ -349,8 +340,7 @@ def test_every_encoder_is_aligned_at_its_last_convolution_in_either_memory_forma
     views |= {"clip": views["clip"][:, :, :, ::2], "motion": views["motion"][:, :, ::2]}
     for options in ({}, dict(memory_format="contiguous"), dict(activation_checkpointing="on")):
         model = build(encoder=name, width=width, crop=crop, batch_size=2, frames=8, **options)
-        last = last_norms(model.encoder)
-        with recorded_inputs(last) as features:
+        with recorded_inputs(last_norms(model.encoder)) as features:
             maps = model.encoder(torch.randn(2, 3, 8, crop, crop, generator=generator(0)))
         assert sum(h.shape[1] for h in features) == model.encoder.out_channels
         assert all(h.shape[2:] == maps.shape[2:] for h in features)
