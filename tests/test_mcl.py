@@ -199,16 +199,18 @@ def moving_views(moving, temporal=True, spatial=True, **options):
     return mcl.MotionViews(videos, **options, maps=maps, temporal=temporal, spatial=spatial)
 
 
-def test_crops_hold_what_moves(moving):
+def test_crops_hold_what_moves_or_are_those_of_every_method(moving):
     x, y = (torch.arange(20, 26) + 0.5) * 2, (torch.arange(8, 14) + 0.5)[:, None] * 2  # what moves, in pixels
-    shares = {}
+    shares, plain = {}, data.PretrainingViews(moving[0], 16, 8, 2, 0, min_scale=0.1)
     for focus in (True, False):
-        boxes = torch.cat([moving_views(moving, focus, focus)[epoch, 0]["box"] for epoch in range(40)])
+        items = [moving_views(moving, focus, focus)[epoch, 0] for epoch in range(40)]
+        boxes = torch.cat([item["box"] for item in items])
         x0, y0, x1, y1 = boxes[:, :, None, None].unbind(1)
         held = (y0 <= y) & (y <= y1) & (torch.minimum(x0, x1) <= x) & (x <= torch.maximum(x0, x1))
         shares[focus] = held.float().mean((1, 2)).quantile(0.05)
         assert len(boxes.unique(dim=0)) == 80
     assert shares[True] >= 0.8 and shares[False] == 0
+    assert all(same(item, plain[epoch, 0] | {"motion": item["motion"]}) for epoch, item in enumerate(items[:3]))
 
 
 @given(length=st.integers(2, 20), windows=st.integers(1, 3), temporal=st.booleans(), seed=seeds)
@@ -221,14 +223,6 @@ def test_windows_that_move_differ_as_far_as_the_video_has_others(moving, length,
     among = losses.moving_windows(torch.from_numpy(motion).mean((1, 2)), 8, 2)
     assert len(set(starts)) == min(windows, len(among)) and starts.shape == (windows,)
     assert not temporal or among.sum() < windows or among[starts].all()
-
-
-def test_without_motion_focus_the_views_are_those_of_every_method(moving):
-    views, plain = moving_views(moving, False, False), data.PretrainingViews(moving[0], 16, 8, 2, 0, min_scale=0.1)
-    for key in ((0, 0), (1, 0), (2, 1)):
-        one, other = views[key], plain[key]
-        assert same({name: one[name] for name in other}, other)
-        assert one.keys() - other.keys() == {"motion"}
 
 
 @pytest.mark.parametrize(("index", "length", "frames"), [(0, 60, 8), (1, 20, 16)], ids=["long", "short"])
