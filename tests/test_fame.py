@@ -2,6 +2,7 @@
 
 import copy
 import math
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -197,15 +198,11 @@ def test_fame_is_moco_on_merged_clips():
 @pytest.mark.parametrize("branches", Merging.BRANCHES)
 def test_rgb_is_merged_and_motion_is_that_of_the_video_itself(branches):
     model, views = build(fima.FIMA, fima.FIMAConfig, fame=branches, decoder_width=32), views_without_colours()
-    seen = {True: [], False: []}
-
-    def watched(clips, color, difference=False):
-        seen[difference].append(clips)
-        return fima.FIMA.encoder_input(model, clips, color, difference)
-
-    model.encoder_input = watched
+    with mock.patch.object(model, "encoder_input", wraps=model.encoder_input) as encoder_input:
+        torch.manual_seed(0)
+        assert_trains(model, model(views))
     torch.manual_seed(0)
-    assert_trains(model, model(views))
-    torch.manual_seed(0)
-    assert same(seen[False], [model.both(Merging(branches=branches)(views["clip"]))])
-    assert same(seen[True], [model.both(views["clip"]), model.both(views["sub_clips"]).flatten(0, 1)])
+    shown = Merging(branches=branches)(views["clip"]), views["clip"], views["sub_clips"]
+    merged, clips, sub_clips = map(model.both, shown)
+    given = [(call.args[0], call.kwargs.get("difference", False)) for call in encoder_input.call_args_list]
+    assert same(given, [(merged, False), (clips, True), (sub_clips.flatten(0, 1), True)])
