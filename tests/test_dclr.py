@@ -1,11 +1,13 @@
 """DCLR: its losses and the method against NumPy, gradients, the pools."""
 
 import copy
+import functools
 import math
 
 import helpers
 import numpy as np
 import pytest
+import test_fima
 import torch
 from helpers import assert_trains, generator, random, same, units, views_without_colours, with_equal_features
 from hypothesis import given
@@ -16,7 +18,7 @@ import dclr
 import losses
 
 seeds, sizes = st.integers(0, 2**32 - 1), st.integers(1, 4)
-TINY = dict(encoder="conv4", width=0.25, crop=32, queue=12, batch_size=3, retrieved=3, delay=2, refresh=4)
+build = functools.partial(test_fima.build, dclr, retrieved=3, delay=2, refresh=4)
 SWITCHES = [dict(losses=names) for names in ("vv", "vs", "vd", "vs,vd", "vs,vd,sd", "vv,vs,vd,sd,ac")]
 SWITCHES += [dict(search=kind) for kind in ("none", "static", "both")] + [dict(same_view="on", search="none")]
 SWITCHES += [dict(decouple=kind) for kind in ("none", "static", "motion")] + [dict(ac_weight=2.0), dict(delay=99)]
@@ -91,11 +93,6 @@ def test_activation_maps_their_alignment_and_pooling(seed, frames, height, width
     assert features.grad.any() and other.grad is None
 
 
-def build(**flags):
-    torch.manual_seed(0)
-    return dclr.DCLR(dclr.DCLRConfig(**TINY | flags))
-
-
 def views_at(epoch, **options):
     return views_without_colours(sub_clips=0, **options) | {"epoch": epoch}
 
@@ -150,7 +147,8 @@ def oracle(model, views):
 
 @pytest.mark.parametrize("epoch", [1.0, 2.0, 4.0, 4.25])  # before and after the delay, at a refresh and soon after it
 def test_losses_and_the_pool_equal_the_plain_loop_oracle(epoch):
-    model, views = build(temperature=0.2, momentum=0.25), helpers.make_views(crop=32, sub_clips=0) | {"epoch": epoch}
+    model = build(temperature=0.02, momentum=0.25, retrieved=2)  # so low that it matters which ones are retrieved
+    views = helpers.make_views(crop=32, sub_clips=0) | {"epoch": epoch}
     model.queues["d"].keys = torch.cat([units(k, 12, 128).float() for k in range(3)], 1)
     model.eval().training = True  # the pool is written; batch norm rests
     with torch.no_grad():

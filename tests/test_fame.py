@@ -12,6 +12,7 @@ from helpers import assert_trains, generator, same, views_without_colours
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.ndimage import gaussian_filter
+from test_fima import build
 
 import fame
 import fima
@@ -19,7 +20,6 @@ import moco
 from augment import ForegroundBackgroundMerging as Merging
 
 seeds, sizes, portions = st.integers(0, 2**32 - 1), st.integers(1, 6), st.floats(0.01, 1)
-TINY = dict(encoder="conv4", width=0.25, crop=32, queue=12, batch_size=3)
 
 
 def random_clips(seed: int, *shape: int, colors: int = 256) -> torch.Tensor:
@@ -179,16 +179,11 @@ def test_what_merging_cannot_do_is_an_error():
         Merging()(random_clips(0, 1, 2, 3, 3, 8, 8))
 
 
-def build(method=fame.FAME, config=fame.FAMEConfig, **flags):
-    torch.manual_seed(0)
-    return method(config(**TINY | flags))
-
-
 def test_fame_is_moco_on_merged_clips():
-    views, plain = views_without_colours(sub_clips=0), build(moco.MoCo, moco.MoCoConfig)
+    views, plain = views_without_colours(sub_clips=0), build(moco)
     variants = [dict(branches="both", foreground=0.3), dict(background="intra"), dict(background="none")]
     for flags in (*variants, *(dict(mask=mask) for mask in Merging.MASKS)):
-        model = build(**flags)
+        model = build(fame, **flags)
         torch.manual_seed(0)
         expected = copy.deepcopy(plain)(views | {"clip": Merging(**flags)(views["clip"])})
         torch.manual_seed(0)
@@ -197,7 +192,7 @@ def test_fame_is_moco_on_merged_clips():
 
 @pytest.mark.parametrize("branches", Merging.BRANCHES)
 def test_rgb_is_merged_and_motion_is_that_of_the_video_itself(branches):
-    model, views = build(fima.FIMA, fima.FIMAConfig, fame=branches, decoder_width=32), views_without_colours()
+    model, views = build(fima, fame=branches), views_without_colours()
     with mock.patch.object(model, "encoder_input", wraps=model.encoder_input) as encoder_input:
         torch.manual_seed(0)
         assert_trains(model, model(views))

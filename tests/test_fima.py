@@ -6,6 +6,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import options_of
 from helpers import ALONE, assert_trains, info_nce_loop, join_group, make_views, mean, same, with_equal_features
 from test_losses import frame_info_nce_loop, pixel_contrast_loop
 
@@ -15,23 +16,24 @@ import fima
 import moco
 import train
 
-SMALL = dict(encoder="r3d_18", width=0.0625, crop=48, frames=16, queue=12, decoder_width=32, momentum=0.9, batch_size=3)
-CONV4 = dict(encoder="conv4", width=0.25, crop=32)
+TINY = dict(encoder="conv4", width=0.25, crop=32, queue=12, batch_size=3)
+R3D = dict(encoder="r3d_18", width=0.0625, crop=48)  # whose feature pixels look far beside the middle of their bins
 SWITCHES = [dict(losses=losses) for losses in ("vv", "vv,vd", "vv,fra")] + [dict(losses="vv,pix", decoder="none")]
 SWITCHES += [dict(decoder_depth=1), dict(decoder_width=16), dict(decoder_heads=8), dict(decoder="separate")]
 SWITCHES += [dict(mask_position=position) for position in ("none", "prediction", "target")] + [dict(foreground=0.3)]
-SWITCHES += [dict(mask_source="rgb"), dict(mask_source="difference"), dict(threshold=2.8), dict(centres="measured")]
-SWITCHES += [dict(frame_loss="triplet"), dict(frame_loss="mse"), dict(pixel_negatives="video"), dict(pixel_queue=40)]
-SWITCHES += [dict(difference="spans"), dict(encoder="i3d", crop=64)]
+SWITCHES += [dict(mask_source="rgb"), dict(mask_source="difference"), dict(threshold=2.8), dict(pixel_queue=40)]
+SWITCHES += [dict(frame_loss="triplet"), dict(frame_loss="mse"), dict(pixel_negatives="video")]
+SWITCHES += [dict(difference="spans"), dict(centres="measured", **R3D), dict(encoder="i3d", width=0.0625, crop=64)]
 AFTER_THE_FIRST_EPOCH = dict(feature_std=0.005, pixels_with_positive=0.001, foreground_share=0.1)
 WARNED = AFTER_THE_FIRST_EPOCH | {"queue_age/vv": 16, "overlap": 0.9}
 
 
-def build(method=fima.FIMA, **flags):
+def build(module=fima, **flags):
+    """A small method, with the weights of seed 0."""
     torch.manual_seed(0)
-    config_class = fima.FIMAConfig if method is fima.FIMA else moco.MoCoConfig
-    known = {k: v for k, v in SMALL.items() if k in config_class.__dataclass_fields__}
-    return method(config_class(**(known | flags)))
+    method, config, *_ = options_of(module)
+    own = dict(decoder_width=32) if module is fima else {}
+    return method(config(**TINY | own | flags))
 
 
 def shown(clip, color=None, difference=False):
@@ -55,7 +57,8 @@ def follow(model):
 def oracle(model, views):
     """The losses of Eq. 1, 8 and 10 by loops over views, videos, frames and pixels, one clip a forward, in float64."""
     model = copy.deepcopy(model).double().eval()
-    config, size, frames, videos = model.config, 3, range(2), range(len(views["clip"]))
+    config, frames, videos, stride = model.config, range(2), range(len(views["clip"])), model.encoder.strides[1]
+    size = config.crop // stride
     old, tau = {name: queue.keys.tolist() for name, queue in model.queues.items()}, config.temperature
     follow(model)
 
@@ -68,7 +71,7 @@ def oracle(model, views):
 
     def centers(box):
         beside = model.encoder.offsets[1] if config.centres == "measured" else 0
-        places = [(16 * (c + 0.5) + beside, 16 * (r + 0.5) + beside) for r in range(size) for c in range(size)]
+        places = [[stride * (i + 0.5) + beside for i in (c, r)] for r in range(size) for c in range(size)]
         return box[:2] + torch.tensor(places, dtype=torch.float64) / config.crop * (box[2:] - box[:2])
 
     clips = {(b, v): (views["clip"][b, v], views["color"][b, v]) for b in videos for v in range(2)}
@@ -99,12 +102,13 @@ def oracle(model, views):
     return instance | {"pix": mean(pix), "fra": frame_info_nce_loop(y_cls, local, old["fra"], tau)}
 
 
-@pytest.mark.parametrize("centres", ["measured", "nominal"])
-def test_losses_equal_the_plain_loop_oracle_and_queues_are_written_after_them(centres):
+@pytest.mark.parametrize(("encoder", "centres"), [({}, "nominal"), (R3D, "measured")], ids=["conv4", "r3d_18"])
+def test_losses_equal_the_plain_loop_oracle_and_queues_are_written_after_them(encoder, centres):
     """So no key of a step's own is a negative in it. Keys follow the queries by momentum. MoCo is FIMA without its
     losses. An evaluation changes nothing."""
-    flags = dict(losses="vv,vd,pix,fra", centres=centres, pixel_queue=50, momentum=0.5)
-    model, baseline, views = build(**flags), build(moco.MoCo, losses="vv,vd", momentum=0.5), make_views()
+    model = build(losses="vv,vd,pix,fra", centres=centres, pixel_queue=50, momentum=0.5, **encoder)
+    baseline = build(moco, losses="vv,vd", momentum=0.5, **encoder)
+    views, pixels = make_views(crop=model.config.crop), (model.config.crop // model.encoder.strides[1]) ** 2
     for parameter in [*model.encoder.parameters(), *model.head.parameters()]:
         parameter.data *= 1 + 0.3 * torch.randn_like(parameter)
     baseline.load_state_dict(model.state_dict(), strict=False)
@@ -119,7 +123,7 @@ def test_losses_equal_the_plain_loop_oracle_and_queues_are_written_after_them(ce
     for name, written in {"vv": 6, "vd": 6, "fra": 12, "pix": 50}.items():  # of 2 views × 3 videos (× 2 sub-clips)
         assert (model.queues[name].keys != before[name]).any(1).sum() == written
     assert model.metrics["queue_age/vv"] == 12 / 6 and model.metrics["queue_age/fra"] == 12 / 12
-    assert float(model.metrics["foreground_share"]) == pytest.approx(4 / 9)  # ⌈0.5 · 8⌉ of 9 pixels
+    assert float(model.metrics["foreground_share"]) == pytest.approx(pixels // 2 / pixels)
     torch.stack(list(losses.values())).sum().backward()  # the keys that losses have read are still there
     state = copy.deepcopy(model.eval().state_dict())
     model(views)
@@ -128,9 +132,9 @@ def test_losses_equal_the_plain_loop_oracle_and_queues_are_written_after_them(ce
 
 @pytest.mark.parametrize("flags", SWITCHES, ids=str)
 def test_each_switch_changes_the_losses_and_trains_every_parameter(flags):
-    views = make_views(crop=flags.get("crop", 48))
-    own = {name: flags[name] for name in ("losses", "encoder", "crop") if name in flags}
+    own = {name: value for name, value in flags.items() if name in ("losses", *R3D)}
     model, plain = build(**flags), build(**own)  # of the same losses and encoder without the switch
+    views = make_views(crop=model.config.crop)
     losses, reference = model(views), plain(views)
     assert_trains(model, losses)
     assert own == flags or not same(losses, reference)
@@ -138,13 +142,13 @@ def test_each_switch_changes_the_losses_and_trains_every_parameter(flags):
 
 def test_chance_values_are_what_equal_features_give():
     model = with_equal_features(build())
-    for name, value in model(make_views()).items():
+    for name, value in model(make_views(crop=32)).items():
         assert value.item() == pytest.approx(float(model.metrics[f"chance/{name}"]), abs=1e-4), name
 
 
 @pytest.mark.slow
 def test_what_compile_compiles_is_one_graph_and_gives_the_same():
-    model, views = build(encoder="conv4", width=0.25, crop=16), make_views(crop=16)
+    model, views = build(crop=16), make_views(crop=16)
     clips, color = views["clip"].flatten(0, 1), views["color"].flatten(0, 1)[:, 0]
 
     def whole(clips, color):
@@ -156,7 +160,7 @@ def test_what_compile_compiles_is_one_graph_and_gives_the_same():
 
 def test_keys_are_made_before_the_query_pass_of_clips_dealt_out_with_their_colours_and_put_back(monkeypatch):
     """Before, as its graph takes memory."""
-    model, local, views, calls = build().eval(), build(bn="local").eval(), make_views(), []
+    model, local, views, calls = build().eval(), build(bn="local").eval(), make_views(crop=32), []
 
     def deal(rows, back=False):
         calls.append((len(rows), back))
@@ -184,7 +188,7 @@ STEPS = {
 def step(name, process=ALONE, part=slice(None), times=1, **options):
     """Losses, gradients, queues and weights of a step, the last of so many, in float64 and without the chances of batch
     norm and dropout, on part of a batch."""
-    model = build(**CONV4 | STEPS[name] | options).double()
+    model = build(**STEPS[name] | options).double()
     model.encoder_input = lambda clips, color, difference=False: augment.normalize(clips.double() / 255)
     model.project = lambda head, features: F.normalize(head(features), dim=-1)
     run = train.Run(model, model.config, process, 4)
@@ -202,7 +206,7 @@ def test_micro_batches_give_the_gradients_the_weights_and_the_queues_of_one_batc
     batches = dict(batch_size=4), dict(batch_size=4 // parts, accumulate=parts)
     one, many = (step("instance", **batch, times=2, lr=3.0) for batch in batches)
     torch.testing.assert_close(many, one, rtol=1e-9, atol=1e-12)
-    fresh, (*_, state) = build(**CONV4).double().state_dict(), one
+    fresh, (*_, state) = build().double().state_dict(), one
     assert not any(torch.equal(fresh[name], state[name]) for name in ("key_head.net.0.weight", "head.net.0.weight"))
     one, many = (step("video", **batch, times=2, lr=0.0, losses="vv,vd,pix,fra", pixel_queue=50) for batch in batches)
     torch.testing.assert_close(many[2:], one[2:], rtol=1e-9, atol=1e-12)
@@ -235,7 +239,7 @@ def test_two_processes_do_what_one_does_with_the_same_batch(tmp_path):
 
 
 def test_metrics_show_how_well_the_contrast_does():
-    model = build(moco.MoCo)
+    model = build(moco)
     model.head = model.key_head = torch.nn.Identity()
     query, key = torch.tensor([[1.0, 0], [1, 1]]), torch.tensor([[-1, 1], [1, 0.1]])  # of either view
     model.queues["vv"].keys = torch.tensor([[0, 1], [0, -1], [0.8, 0.6]])

@@ -1,12 +1,14 @@
 """MCL: motion maps and losses against plain loops, maps in files, sampling, the method, and the command line."""
 
 import copy
+import functools
 import io
 import sys
 
 import helpers
 import numpy as np
 import pytest
+import test_fima
 import torch
 import torch.nn.functional as F
 from helpers import assert_trains, encode, generator, info_nce_loop, moving_texture, random, same, views_without_colours
@@ -24,7 +26,7 @@ from train import UserError
 from video import Video
 
 seeds, sizes = st.integers(0, 2**32 - 1), st.integers(1, 5)
-TINY = dict(encoder="conv4", width=0.25, crop=32, queue=12, batch_size=3)
+build = functools.partial(test_fima.build, mcl)
 PARTS, VERSIONS = ("st", "s", "t"), ("v1", "v2", "v3")
 SWITCHES = [{"losses": name} for name in ("vv", "vv,t", "vv,s", "vv,st", "st,vv")]
 SWITCHES += [{"alignment": version} for version in ("v1", "v2")]
@@ -246,11 +248,6 @@ def test_a_still_video_and_motion_that_no_crop_can_hold_give_views(moving):
         assert motion.any() or not any(item["motion"].any() for item in items)
 
 
-def build(**flags):
-    torch.manual_seed(0)
-    return mcl.MCL(mcl.MCLConfig(**TINY | flags))
-
-
 def make_views(batch=3, **options):
     views = views_without_colours(batch=batch, sub_clips=0, **options)
     return views | {"motion": torch.rand(batch, 2, 16, 28, 28, generator=generator(0))}
@@ -302,7 +299,7 @@ def test_each_switch_changes_the_losses_and_trains_every_parameter(flags):
     assert_trains(model, found)
     assert not same(found, reference)
     torch.manual_seed(0)
-    assert torch.equal(found["vv"], moco.MoCo(moco.MoCoConfig(**TINY))(views)["vv"])  # the rest is added
+    assert torch.equal(found["vv"], test_fima.build(moco)(views)["vv"])  # the rest is added
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["fixed batch norm", "training"])
