@@ -126,12 +126,12 @@ def test_top_cells_are_those_of_a_loop(seed, height, width, portion):
 @given(seed=seeds)
 def test_masks_have_their_size_and_are_those_of_each_clip_alone(mask, seed):
     """Gauss is an ellipse in the middle, seed what moves most, fame colours of that."""
-    clips, merging = random_clips(seed, 4, 3, 3, 8, 12, colors=3), Merging(0.5, mask)
+    clips, merging = random_clips(seed, 4, 3, 3, 20, 40, colors=3), Merging(0.5, mask)
     clips[0] = 255
     masks, region = merging.foreground_of(clips), Merging.seed_region(clips)
     assert all(torch.equal(merging.foreground_of(clips[n : n + 1])[0], masks[n]) for n in range(4))
-    assert masks.flatten(1).sum(1).tolist() == [48] * 4
-    middle = -(torch.linspace(-1, 1, 8)[:, None] ** 2) - torch.linspace(-1, 1, 12) ** 2
+    assert masks.flatten(1).sum(1).tolist() == [400] * 4
+    middle = -(torch.linspace(-1, 1, 20)[:, None] ** 2) - torch.linspace(-1, 1, 40) ** 2
     of_colors = Merging.blur(Merging.color_likelihood(clips, Merging.blur(region)))
     score = {"gauss": middle, "seed": region[1], "fame": of_colors[1]}.get(mask)
     assert score is None or score[masks[1]].min() >= score[~masks[1]].max() - 1e-5
