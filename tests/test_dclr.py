@@ -1,21 +1,24 @@
 """DCLR: its losses and the method against NumPy, gradients, the pools."""
 
 import copy
+import functools
 import math
 
+import helpers
 import numpy as np
 import pytest
+import test_fima
 import torch
-from helpers import assert_trains, generator, make_views, random, units, views_without_colours, with_equal_features
+from helpers import assert_trains, generator, random, same, units, views_without_colours, with_equal_features
 from hypothesis import given
 from hypothesis import strategies as st
+from test_fima import follow, shown
 
-import augment
 import dclr
 import losses
 
 seeds, sizes = st.integers(0, 2**32 - 1), st.integers(1, 4)
-TINY = dict(encoder="conv4", width=0.25, crop=32, queue=12, batch_size=3, retrieved=3, delay=2, refresh=4)
+build = functools.partial(test_fima.build, dclr, retrieved=3, delay=2, refresh=4)
 SWITCHES = [dict(losses=names) for names in ("vv", "vs", "vd", "vs,vd", "vs,vd,sd", "vv,vs,vd,sd,ac")]
 SWITCHES += [dict(search=kind) for kind in ("none", "static", "both")] + [dict(same_view="on", search="none")]
 SWITCHES += [dict(decouple=kind) for kind in ("none", "static", "motion")] + [dict(ac_weight=2.0), dict(delay=99)]
@@ -34,35 +37,30 @@ def dual_of(query, key, same_view, temperature):
     return sum(contrast_of(*pair, np.concatenate(key), temperature).mean() for pair in pairs)
 
 
-def retrieved_of(v, d, found_v, found_d, weight, keys, temperature):
-    found = zip(*(x.swapaxes(0, 1) for x in (found_v, found_d, weight)), strict=True)
-    both = (p * (contrast_of(v, e, keys, temperature) + contrast_of(u, d, keys, temperature)) for u, e, p in found)
-    return sum(row.mean() for row in both)
+def best_of(scores, count):
+    """Where the greatest of each row lie, and their shares of their sum, in which each counts 1e-6 at least."""
+    best = np.argsort(-scores, 1)[:, :count]
+    weight = np.take_along_axis(scores, best, 1).clip(1e-6)
+    return best, weight / weight.sum(1, keepdims=True)
 
 
 def alignment_of(activation, reference):
-    def scaled(maps):
-        low, high = maps.min(), maps.max()
-        return (maps - low) / (high - low) if high > low else 0 * maps
-
-    pairs = zip(activation.numpy(), reference.numpy(), strict=True)
-    return np.mean([np.abs(scaled(one) - scaled(other)).mean() for one, other in pairs])
+    scaled = [[(x - x.min()) / (np.ptp(x) or 1) for x in maps.numpy()] for maps in (activation, reference)]
+    return np.abs(np.subtract(*scaled)).mean()
 
 
 def pool_of(features, activation):
-    """One map: (C, T, H, W) and (T, H, W) → C floats."""
-    return np.average(features.flatten(1).numpy(), 1, activation.flatten().numpy())
+    """Maps (..., C, T, H, W) and their weights (..., T, H, W) → (..., C)."""
+    return torch.einsum("...cthw,...thw->...c", features, activation) / activation.sum((-3, -2, -1))[..., None]
 
 
 @given(seeds, st.integers(1, 6), st.integers(6, 12))
 def test_retrieve_takes_the_most_similar_and_weighs_them(seed, count, length):
     query, pool = units(seed, 3, 4), units(seed + 1, length, 4)
     index, weight = losses.retrieve(query, pool, count)
-    scores = (query @ pool.T).numpy()
-    expected = np.argsort(-scores, 1)[:, :count]
-    positive = np.take_along_axis(scores, expected, 1).clip(1e-6)
-    assert index.tolist() == expected.tolist()
-    np.testing.assert_allclose(weight, positive / positive.sum(1, keepdims=True))
+    expected = best_of((query @ pool.T).numpy(), count)
+    np.testing.assert_array_equal(index, expected[0])
+    np.testing.assert_allclose(weight, expected[1])
     same_index, uniform = losses.retrieve(query, pool, count, "uniform")
     assert torch.equal(same_index, index) and (uniform == 1 / count).all()
 
@@ -88,21 +86,11 @@ def test_activation_maps_their_alignment_and_pooling(seed, frames, height, width
     assert value.item() == pytest.approx(alignment_of(activation, reference), abs=1e-12) and 0 <= value <= 1
     if activation[0].numel() > 1:
         torch.testing.assert_close(losses.activation_alignment(activation * scale + shift, reference), value)
-    pooled = losses.activation_pool(features, reference)
-    np.testing.assert_allclose(pooled, [pool_of(features[n], reference[n]) for n in range(2)], atol=1e-12)
-
-
-def test_gradients_flow_to_the_clip_and_not_to_what_it_is_aligned_with():
-    v, s, d = (random(k, 2, 3, 2, 3, 3).requires_grad_() for k in range(3))
-    maps = [losses.pixel_activation(x) for x in (v, s, d)]
-    loss = losses.activation_alignment(maps[0], maps[1] + maps[2]) + losses.activation_pool(v, maps[2]).sum()
-    loss.backward()
-    assert v.grad.abs().sum() > 0 and s.grad is None and d.grad is None
-
-
-def build(**flags):
-    torch.manual_seed(0)
-    return dclr.DCLR(dclr.DCLRConfig(**TINY | flags))
+    torch.testing.assert_close(losses.activation_pool(features, reference), pool_of(features, reference))
+    reference = losses.pixel_activation(other.requires_grad_())
+    pooled = losses.activation_pool(features.requires_grad_(), reference)
+    (losses.activation_alignment(losses.pixel_activation(features), reference) + pooled.sum()).backward()
+    assert features.grad.any() and other.grad is None
 
 
 def views_at(epoch, **options):
@@ -110,9 +98,13 @@ def views_at(epoch, **options):
 
 
 def oracle(model, views):
-    """The losses of Eq. 16, one clip a forward, in float64, of a model in eval mode."""
+    """The losses of Eq. 16, one clip a forward, in float64, of a model in eval mode, and its pool."""
     model = copy.deepcopy(model).double().eval()
     config, videos, started = model.config, len(views["clip"]), views["epoch"] >= model.config.delay
+    pool, result = model.queues["d"].keys.numpy(), {}
+    if views["epoch"] % config.refresh == 0:  # no key of the old extractor is left
+        follow(model)
+        pool[:] = 0
     torch.manual_seed(1)
     frames = torch.randint(16, (2, videos))
 
@@ -123,53 +115,59 @@ def oracle(model, views):
         """(2, N, C, T, H, W)."""
         found = []
         for view, n in np.ndindex(2, videos):
-            clip, color = views["clip"][n, view].double()[None] / 255, views["color"][n, view].double()
-            if kind == "v":
-                clip = augment.color_augment(clip, color[0][None])
-            elif kind == "s":
-                clip = augment.color_augment(torch.cat([clip[:, :, frames[view, n], None]] * 16, 2), color[1][None])
-            else:
-                steps = [(clip[:, :, t + 1] - clip[:, :, t] + 1) / 2 for t in range(15)]
-                clip = torch.stack([*steps, steps[-1]], 2)
-            found.append(encoder(augment.normalize(clip))[0])
+            clip, color = views["clip"][n, view], views["color"][n, view]
+            still = clip[:, frames[view, n], None].expand_as(clip)
+            given = {"v": (clip, color[0]), "s": (still, color[1]), "d": (clip, None, True)}
+            found.append(encoder(shown(*given[kind]))[0])
         return torch.stack(found).unflatten(0, (2, -1))
 
     maps = {x: maps_of(model.encoder, x) for x in "vsd"}
     f = {x: project(model.head, rows.mean((3, 4, 5))) for x, rows in maps.items()}
     a = {x: rows.abs().sum(2) for x, rows in maps.items()}
-    result = {}
+    slow = project(model.key_head, maps_of(model.key_encoder, "d").mean((3, 4, 5)))
     for x in "sd":
-        rgb = f["v"]
+        rgb, keys = f["v"], np.concatenate(f[x])
         if started:
-            pairs = zip(*(rows.flatten(0, 1) for rows in (maps["v"], a[x])), strict=True)
-            rgb = project(model.head, np.array([pool_of(*pair) for pair in pairs])).reshape(f["v"].shape)
+            rgb = project(model.head, pool_of(maps["v"], a[x]))
+        if x == "d":
+            pool[:videos] = np.concatenate([slow[1], rgb[1], f["d"][1]], 1)  # view j, before view i searches
         result[f"v{x}"] = dual_of(rgb, f[x], False, config.temperature)
         if x == "d" and started:
-            slow = project(model.key_head, maps_of(model.key_encoder, "d")[0].mean((2, 3, 4)))
-            keys, *found = np.split(model.queues["d"].keys.numpy(), 3, 1)
-            scores = slow @ keys.T
-            best = np.argsort(-scores, 1)[:, : config.retrieved]
-            weight = np.take_along_axis(scores, best, 1).clip(1e-6)
-            weight, found = weight / weight.sum(1, keepdims=True), [part[best] for part in found]
-            result["vd"] = retrieved_of(rgb[0], f["d"][0], *found, weight, np.concatenate(f["d"]), config.temperature)
+            compared, found_v, found_d = np.split(pool, 3, 1)
+            best, weight = best_of(slow[0] @ compared.T, config.retrieved)
+            rows = 0
+            for k, p in zip(best.T, weight.T, strict=True):
+                rows += p * contrast_of(rgb[0], found_d[k], keys, config.temperature)
+                rows += p * contrast_of(found_v[k], f["d"][0], keys, config.temperature)
+            result["vd"] = rows.mean()
     result["sd"] = -dual_of(f["s"], f["d"], True, config.temperature)
     v, s, d = (a[x].flatten(0, 1) for x in "vsd")
-    return result | {"ac": config.ac_weight * alignment_of(v, s + d)}
+    return result | {"ac": config.ac_weight * alignment_of(v, s + d)}, torch.from_numpy(pool)
 
 
-@pytest.mark.parametrize("epoch", [0.0, 2.0], ids=["before the delay", "after it"])
-def test_losses_equal_the_plain_loop_oracle(epoch):
-    model, views = build(temperature=0.2).eval(), make_views(crop=32, sub_clips=0) | {"epoch": epoch}
+@pytest.mark.parametrize("epoch", [1.0, 2.0, 4.0, 4.25])  # before and after the delay, at a refresh and soon after it
+def test_losses_and_the_pool_equal_the_plain_loop_oracle(epoch):
+    model = build(temperature=0.02, momentum=0.25, retrieved=2)  # so low that it matters which ones are retrieved
+    views = helpers.make_views(crop=32, sub_clips=0) | {"epoch": epoch}
     model.queues["d"].keys = torch.cat([units(k, 12, 128).float() for k in range(3)], 1)
+    model.eval().training = True  # the pool is written; batch norm rests
     with torch.no_grad():
         for parameter in model.parameters():  # features that differ, and a slow extractor that is not the encoder
             parameter.add_(0.1 * torch.randn_like(parameter))
-        expected = oracle(model, views)
+        (expected, pool), cut = oracle(model, views), copy.deepcopy(model)
         torch.manual_seed(1)
         found = model(views)
+        for i in range(3):  # micro-batches refresh once a step, and fill the pool as one batch
+            cut.part = i, 3
+            cut({name: view if name == "epoch" else view[i : i + 1] for name, view in views.items()})
     assert list(found) == ["vs", "vd", "sd", "ac"]
     for name, value in found.items():
         assert float(value) == pytest.approx(expected[name], rel=5e-5), name
+    torch.testing.assert_close(model.queues["d"].keys.double(), pool, rtol=0, atol=1e-5)
+    torch.testing.assert_close(cut.state_dict(), model.state_dict(), rtol=1e-4, atol=1e-5)
+    state = copy.deepcopy(model.eval().state_dict())
+    model(views)
+    assert same(model.state_dict(), state)  # an evaluation changes nothing
 
 
 @pytest.mark.parametrize("flags", SWITCHES, ids=str)
@@ -181,7 +179,7 @@ def test_each_switch_changes_the_losses_and_trains_every_parameter(flags):
         torch.manual_seed(0)
         reference = plain(views)
     assert_trains(model, found)
-    assert {name: x.item() for name, x in found.items()} != {name: x.item() for name, x in reference.items()}
+    assert not same(found, reference)
 
 
 def test_chance_values_are_what_equal_features_give():
@@ -191,52 +189,6 @@ def test_chance_values_are_what_equal_features_give():
         for name in ("vv", "vs", "vd", "sd"):
             assert found[name].item() == pytest.approx(model.metrics[f"chance/{name}"], abs=1e-4), name
     assert model.metrics["chance/vv"] == pytest.approx(2 * math.log(5)) and model.metrics["chance/sd"] < 0
-
-
-def test_view_j_is_in_the_pool_before_view_i_searches():
-    model, (v, key) = build(), (units(k, 2, 3, 128).float() for k in range(2))
-    queue, clips = model.queues["d"], model.inputs(views_at(2.0))["d"]
-    queue.keys = torch.zeros_like(queue.keys)
-    one, other = model.project(model.key_head, model.key_encoder(clips).mean((2, 3, 4))).chunk(2)
-    found_v, found_d, weight = model.search("d", v, key, clips)
-    torch.testing.assert_close(queue.keys[:3], torch.cat([other, v[1], key[1]], 1))
-    assert not queue.keys[3:].any() and weight.shape == (3, 3)
-    best = (one @ other.T).argsort(1, descending=True)
-    assert torch.equal(found_v, v[1][best]) and torch.equal(found_d, key[1][best])
-    ring = queue.keys.clone()
-    model.eval()(views_at(4.0))
-    assert torch.equal(queue.keys, ring)  # an evaluation changes nothing, not even where a refresh is due
-
-
-def test_the_slow_extractor_follows_at_every_refresh_and_stands_still_between():
-    model = build(refresh=4, momentum=0.25)
-    fast = [*model.encoder.parameters(), *model.head.parameters()]
-    slow = [*model.key_encoder.parameters(), *model.key_head.parameters()]
-    with torch.no_grad():
-        for parameter in fast:
-            parameter.add_(torch.randn_like(parameter))
-    before = [p.clone() for p in slow]
-    for epoch in (1.0, 3.75, 4.25, 6.0):
-        model(views_at(epoch))
-        assert all(map(torch.equal, before, slow))
-    assert int(model.queues["d"].keys.any(1).sum()) == 12
-    model(views_at(8.0))
-    torch.testing.assert_close(slow, [(0.25 * k + 0.75 * q) for q, k in zip(fast, before, strict=True)])
-    assert int(model.queues["d"].keys.any(1).sum()) == 3  # of this step; what the old extractor made is gone
-
-
-def test_micro_batches_refresh_once_a_step_and_fill_the_pool_as_one_batch():
-    whole = build(momentum=0.25).eval()
-    with torch.no_grad():
-        whole.encoder.layers[1].weight.mul_(2)
-    whole.training, views = True, views_at(4.0)
-    cut = copy.deepcopy(whole)
-    whole(views)
-    for i in range(3):
-        cut.part = i, 3
-        cut({name: view[i : i + 1] if name != "epoch" else view for name, view in views.items()})
-    torch.testing.assert_close(cut.state_dict(), whole.state_dict(), rtol=1e-4, atol=1e-5)
-    assert int(cut.queues["d"].keys.any(1).sum()) == 3
 
 
 def test_what_is_not_used_costs_nothing():

@@ -1,8 +1,8 @@
 """Losses, masks and geometry against plain loops written from the paper, closed forms and invariances."""
 
 import math
+from fractions import Fraction
 
-import numpy as np
 import pytest
 import torch
 from helpers import generator, info_nce_loop, log_ratio, mean, units
@@ -10,7 +10,6 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-import data
 import losses
 
 seeds = st.integers(0, 2**32 - 1)
@@ -38,42 +37,35 @@ def frame_triplet_loop(prediction, target, negatives, margin=1.0):
     return mean([max(0.0, o**2 - far**2 + margin) for o, row in zip(own, others, strict=True) for far in row])
 
 
-def box_of(crop: tuple) -> list[float]:
+def box_of(crop: tuple) -> Tensor:
     x, y, w, h, flipped = crop
-    return [x + w, y, x, y + h] if flipped else [x, y, x + w, y + h]
+    return torch.tensor([[x + w, y, x, y + h] if flipped else [x, y, x + w, y + h]], dtype=torch.float64)
 
 
-def centers_loop(crop: tuple, height: int, width: int) -> list[tuple[float, float]]:
-    """A flipped view shows the crop's last column first."""
+def place_of(crop: tuple, along: float, down: float) -> tuple[float, float]:
+    """Where in the frame a view shows what lies so far along its width and down its height; flipped, it is mirrored."""
     x, y, w, h, flipped = crop
-    columns = range(width)[::-1] if flipped else range(width)
-    places = [((2 * c + 1) / (2 * width), (2 * r + 1) / (2 * height)) for r in range(height) for c in columns]
-    return [(x + w * along, y + h * down) for along, down in places]
-
-
-def distances_loop(source: tuple, target: tuple, height: int, width: int) -> Tensor:
-    """Distances of all pixel pairs in bin diagonals, the longer of the two views'."""
-    diagonal = max(math.hypot(crop[2] / width, crop[3] / height) for crop in (source, target))
-    places = centers_loop(source, height, width), centers_loop(target, height, width)
-    return torch.tensor([[math.dist(s, t) / diagonal for t in places[1]] for s in places[0]], dtype=torch.float64)
+    return x + w * (1 - along if flipped else along), y + h * down
 
 
 @given(crops, st.integers(1, 5), st.integers(1, 40), st.integers(1, 16), st.floats(-9, 9))
 def test_bins_of_a_seen_box_are_centred_where_feature_pixels_look(crop, pixels, size, stride, offset):
-    x, y, w, h, flipped = crop
-    box = losses.seen_box(torch.tensor([box_of(crop)], dtype=torch.float64), size, pixels, stride, offset)
+    box = losses.seen_box(box_of(crop), size, pixels, stride, offset)
     for n, center in enumerate(losses.bin_centers(box, pixels, pixels)[0].tolist()):
         row, column = divmod(n, pixels)
         down, along = ((stride * (i + 0.5) + offset) / size for i in (row, column))
-        assert center == pytest.approx([x + w * (1 - along if flipped else along), y + h * down], abs=1e-9)
+        assert center == pytest.approx(place_of(crop, along, down), abs=1e-9)
 
 
 @given(crops, crops, sizes, sizes, st.floats(0.1, 3))
 def test_positive_pairs_are_those_of_a_loop(source, target, height, width, threshold):
-    boxes = [torch.tensor([box_of(crop)], dtype=torch.float64) for crop in (source, target)]
-    distances = distances_loop(source, target, height, width)
+    """Distances are in bin diagonals, the longer of the two views'."""
+    bins = [((column + 0.5) / width, (row + 0.5) / height) for row in range(height) for column in range(width)]
+    places = [[place_of(crop, *center) for center in bins] for crop in (source, target)]
+    diagonal = max(math.hypot(w / width, h / height) for _, _, w, h, _ in (source, target))
+    distances = torch.tensor([[math.dist(s, t) / diagonal for t in places[1]] for s in places[0]], dtype=torch.float64)
     clear = (distances - threshold).abs() > 1e-9  # rounding may decide the others either way
-    pairs = losses.positive_pairs(*boxes, (height, width), threshold)[0]
+    pairs = losses.positive_pairs(box_of(source), box_of(target), (height, width), threshold)[0]
     assert torch.equal(pairs[clear], (distances < threshold)[clear])
 
 
@@ -86,32 +78,15 @@ def test_positive_pairs_are_strictly_closer_than_the_threshold_and_batched():
     assert losses.positive_pairs(box, box, (2, 2))[0].sum() == 8  # 3 / 5 is below the default 0.7, 4 / 5 is not
 
 
-@given(seeds, st.tuples(st.booleans(), st.booleans()))
-def test_positives_of_a_wide_frame_are_by_distance_in_its_pixels(seed, flips):
-    rng, frame = np.random.default_rng(seed), np.zeros((256, 455, 3), np.uint8)
-    regions = [data.draw_region(rng, 256, 455) for _ in flips]
-    clip = data.empty_clips(3, 1, 7, 7)
-    boxes = [data.crop_resize([frame], *crop, clip)[None] for crop in zip(regions, flips, strict=True)]
-    crops = ((left, top, w, h, flip) for (top, left, h, w), flip in zip(regions, flips, strict=True))
-    distances = distances_loop(*crops, 7, 7)
-    clear = (distances - 0.7).abs() > 1e-4  # boxes are float32
-    assert torch.equal(losses.positive_pairs(*boxes, (7, 7))[0][clear], (distances < 0.7)[clear])
-
-
-@given(seeds, st.integers(1, 7), st.integers(1, 7), st.integers(0, 100))
-@example(0, 2, 13, 28)  # 0.28 · 25 is 7.000000000000001 in floating point
-def test_foreground_count(seed, height, width, percent):
-    pixels = torch.randperm(2 * height * width, generator=generator(seed)).view(2, height, width).float()
-    mask = losses.foreground_mask(pixels, percent / 100)
-    assert mask.flatten(1).sum(1).tolist() == [-(-percent * (height * width - 1) // 100)] * 2  # rounded up
-
-
-@given(seeds, st.integers(1, 5), st.integers(1, 5), st.integers(0, 16), st.sampled_from([2, 4, 1000]))
-def test_foreground_is_strictly_above_the_quantile_with_and_without_ties(seed, height, width, sixteenths, values):
-    pixels = torch.randint(values, (2, height, width), generator=generator(seed)).double()
-    mask = losses.foreground_mask(pixels, sixteenths / 16)
-    for chosen, z in zip(mask.numpy(), pixels.numpy(), strict=True):
-        np.testing.assert_array_equal(chosen, z > np.quantile(z, 1 - sixteenths / 16))
+@given(seeds, st.integers(1, 7), st.integers(1, 7), st.integers(0, 100), st.sampled_from([2, 4, 1000]))
+@example(0, 2, 13, 28, 1000)  # 0.28 · 25 is 7.000000000000001 in floating point
+def test_foreground_is_strictly_above_the_quantile_with_and_without_ties(seed, height, width, percent, values):
+    pixels = torch.randint(values, (2, height, width), generator=generator(seed))
+    mask = losses.foreground_mask(pixels.double(), percent / 100)
+    for chosen, z in zip(mask, pixels, strict=True):
+        ordered, place = sorted(z.flatten().tolist()), Fraction(100 - percent, 100) * (height * width - 1)
+        below, above = ordered[math.floor(place)], ordered[math.ceil(place)]
+        assert torch.equal(chosen, z > float(below + place % 1 * (above - below)))
 
 
 def pixel_batch(seed: int, videos: int = 3, pixels: int = 4, queue: int = 2, per_video: bool = False) -> list[Tensor]:
@@ -138,10 +113,6 @@ CASES = {
 CONTRASTS = ("info_nce", "pixel_contrast", "frame_info_nce")  # those with a temperature
 
 
-def converted(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    return [x if x.dtype == torch.bool else x.to(dtype) for x in tensors]
-
-
 @pytest.mark.parametrize("name", CASES)
 @given(seeds, sizes, st.integers(0, 3), st.floats(0.05, 2), st.booleans())
 def test_a_loss_is_that_of_a_loop_and_not_negative(name, seed, rows, queue, option, per_video):
@@ -157,7 +128,7 @@ def test_a_loss_is_that_of_a_loop_and_not_negative(name, seed, rows, queue, opti
 @pytest.mark.parametrize("name", CASES)
 def test_gradients(name):
     loss, _, make = CASES[name]
-    batch = [x if x.dtype == torch.bool else x.requires_grad_() for x in make(3)]
+    batch = [x.requires_grad_() if x.is_floating_point() else x for x in make(3)]
     assert torch.autograd.gradcheck(loss, batch)
 
 
@@ -166,38 +137,34 @@ def test_gradients(name):
 @given(seed=seeds)
 def test_low_precision_is_computed_in_float32_and_stays_finite_at_a_low_temperature(name, dtype, seed):
     loss, _, make = CASES[name]
-    batch = converted(make(seed), dtype)
+    batch = [x.to(dtype) if x.is_floating_point() else x for x in make(seed)]
+    exact = [x.double() if x.is_floating_point() else x for x in batch]
     leaves = [x.requires_grad_() for x in batch if x.is_floating_point()]
     value = loss(*batch, 0.01)
     assert value.dtype == torch.float32
-    torch.testing.assert_close(value.double(), loss(*converted(batch, torch.float64), 0.01), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(value.double(), loss(*exact, 0.01), rtol=1e-4, atol=1e-4)
     assert all(g.isfinite().all() for g in torch.autograd.grad(value, leaves))
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(loss(*batch, 0.01), value)
 
 
-def test_without_positives_pixel_contrast_is_zero_with_zero_gradients():
+def test_pixels_without_a_positive_learn_nothing_and_without_any_the_loss_is_zero():
     prediction, target, positives, keys = pixel_batch(0)
     leaves = [x.requires_grad_() for x in (prediction, target, keys)]
-    value = losses.pixel_contrast(prediction, target, torch.zeros_like(positives), keys, 0.01)
-    assert value.item() == 0
-    assert all(torch.equal(g, torch.zeros_like(g)) for g in torch.autograd.grad(value, leaves))
-    value = losses.pixel_contrast(prediction, target, positives, keys, 0.01)
-    gradient, *others = torch.autograd.grad(value, leaves)
-    assert all(g.isfinite().all() for g in (gradient, *others))
-    assert torch.equal(gradient.ne(0).any(2), positives.any(2))  # pixels without a positive learn nothing
-
-
-def test_closed_forms_of_equal_similarities():
-    zeros, queue = torch.zeros(5, 3), torch.zeros(7, 3)
-    assert losses.info_nce(zeros, zeros, queue).item() == pytest.approx(math.log(8))
-    assert losses.frame_info_nce(zeros, zeros, queue).item() == pytest.approx(math.log(12))
-    positives = torch.ones(1, 5, 5, dtype=torch.bool)
-    assert losses.pixel_contrast(zeros[None], zeros[None], positives, zeros).item() == 0  # nothing but positives
+    for chosen in (positives, torch.zeros_like(positives)):
+        value = losses.pixel_contrast(prediction, target, chosen, keys, 0.01)
+        gradients = torch.autograd.grad(value, leaves)
+        assert all(g.isfinite().all() for g in gradients)
+        assert torch.equal(gradients[0].ne(0).any(2), chosen.any(2))
+    assert value.item() == 0 and not any(g.any() for g in gradients)
 
 
 @given(seed=seeds, videos=st.integers(2, 4), queue=st.integers(0, 5), per_video=st.booleans())
-def test_chance_is_the_loss_of_equal_similarities(seed, videos, queue, per_video):
+def test_closed_forms_and_chance_of_equal_similarities(seed, videos, queue, per_video):
+    zeros, old = torch.zeros(videos, 5), torch.zeros(queue, 5)
+    assert losses.info_nce(zeros, zeros, old).item() == pytest.approx(math.log(1 + queue))
+    assert losses.frame_info_nce(zeros, zeros, old).item() == pytest.approx(math.log(videos + queue))
     prediction, target, positives, keys = pixel_batch(seed, videos, queue=queue, per_video=per_video)
     expected = losses.pixel_contrast(prediction * 0, target * 0, positives, keys * 0)
     torch.testing.assert_close(losses.pixel_chance(positives, keys.shape[-2]).double(), expected, rtol=1e-5, atol=1e-6)
+    assert losses.pixel_contrast(zeros[None], zeros[None], torch.ones(1, videos, videos).bool(), zeros).item() == 0
