@@ -8,20 +8,14 @@ import shutil
 import signal
 from pathlib import Path
 
-import benchmark
 import pytest
-import simclr
 import test_mcl
 import torch
-import tubelet_contrast
 from conftest import main_of
 from helpers import CONV4, FORK, ROOT
 
 import cli
-import data
-import dclr
 import evaluate
-import fame
 import fima
 import mcl
 import moco
@@ -55,27 +49,24 @@ FEW = {  # flags that are added to a command, by its script, or script and sub-c
 
 
 @pytest.fixture
-def works(videos, tmp_path, monkeypatch, in_process):
+def works(run):
     """Checks that a command ends well in this process, alone in the place of torchrun's; gives what it prints.
 
     Names in capitals, and all data sets, stand for a tiny one: a k400 of class folders, which needs no lists.
     """
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(videos, "datasets/synthetic")
-    shutil.copytree(videos / "train", "k400/train")
-    shutil.copytree(videos / "test", "k400/val")
-    names = dict.fromkeys(["/videos", "YOUR_VIDEOS", "LABELLED_VIDEOS", "DATA"], str(videos))
+    shutil.copytree(run.videos, run.path / "datasets" / "synthetic")
+    for part, own in ("train", "train"), ("val", "test"):
+        shutil.copytree(run.videos / own, run.path / "k400" / part)
+    names = dict.fromkeys(["/videos", "YOUR_VIDEOS", "LABELLED_VIDEOS", "DATA"], str(run.videos))
     names |= {f"{above}{name}": "k400" for name in ("ucf101", "hmdb51", "k400") for above in ("", "/data/")}
-    names |= {"OUT": "out", "ROOT": "made", "clip.mp4": str(next(videos.glob("test/*/*.mp4")))}
+    names |= {"OUT": "out", "ROOT": "made", "clip.mp4": str(next(run.videos.glob("test/*/*.mp4")))}
 
     def call(command, *more):
         words = [names.get(word, word) for word in shlex.split(command) if not word.startswith("--nproc_per_node")][1:]
         script = Path(words[0])
         few = FEW.get(f"{script.name} {words[1] if words[1:] else ''}", FEW.get(script.name, TINY))
         module = importlib.import_module(script.stem)
-        code, out, err = in_process(module, *words[1:], *few, *more, main=main_of(module))
-        assert code == 0, f"{command}\n{err}"
-        return out
+        return run.ok(module, *words[1:], *few, *more, dataset=None, small=False)
 
     return call
 
@@ -102,11 +93,11 @@ def test_the_commands_in_a_scripts_help_work(path, works, flow):
 @pytest.mark.slow
 @pytest.mark.parametrize("module", [fima, mcl], ids=lambda module: module.__name__)
 @pytest.mark.parametrize("dataset", ["synthetic", "folder"])
-def test_the_next_steps_that_a_run_prints_work(module, dataset, works, flow):
+def test_the_next_steps_that_a_run_prints_work(module, dataset, works, flow, run):
     """From any folder; of one's own videos too, of which nobody knows the classes."""
-    Path("flat").mkdir()
-    for path in Path("datasets/synthetic/test").glob("*/*.mp4"):
-        shutil.copy(path, "flat")
+    (run.path / "flat").mkdir()
+    for path in run.videos.glob("test/*/*.mp4"):
+        shutil.copy(path, run.path / "flat")
     own = "" if dataset == "synthetic" else "--dataset=folder --data=flat"
     out = works(f"python {module.__name__}.py --out='runs/a run' {own}")
     steps = COMMAND.findall(out.partition("\nnext:\n")[2])
@@ -118,24 +109,21 @@ def test_the_next_steps_that_a_run_prints_work(module, dataset, works, flow):
 
 
 @pytest.mark.slow
-def test_a_stopped_run_and_one_that_is_there_already_say_how_to_continue(works, in_process, monkeypatch):
-    step = train.Run.step
+def test_a_stopped_run_and_one_that_is_there_already_say_how_to_continue(works, run, monkeypatch):
+    step, here = train.Run.step, dict(dataset=None, small=False)
     with monkeypatch.context() as patch:
         patch.setattr(train.Run, "step", lambda *given: (step(*given), signal.raise_signal(signal.SIGTERM))[0])
-        code, out, _ = in_process(moco, *TINY, "--max_steps=3", "--out=runs/stopped", main=main_of(moco))
+        code, out, _ = run(moco, *TINY, "--max_steps=3", "--out=runs/stopped", **here)
     assert code == 128 + signal.SIGTERM
     assert "resumed after step 1" in works(out.partition("continue with: ")[2].strip(), "--max_steps=2")
-    code, _, err = in_process(moco, *TINY, "--out=runs/stopped", main=main_of(moco))
-    assert code == 2
-    (flags,) = re.findall(r"continue it with (--resume \S+),", err)
+    (flags,) = re.findall(r"continue it with (--resume \S+),", run(moco, *TINY, "--out=runs/stopped", **here)[2])
     assert "resumed after step 2" in works(f"python moco.py {flags}", "--max_steps=3")
 
 
 @pytest.mark.slow
-def test_what_errors_and_notes_advise_works(works, in_process, monkeypatch):
+def test_what_errors_and_notes_advise_works(works, run, monkeypatch):
     monkeypatch.setenv("RANK", "0")
-    code, _, err = in_process(moco, *TINY, main=main_of(moco))
-    assert code == 2
+    err = run(moco, *TINY, dataset=None, small=False)[2]
     for name in re.search("`unset (.*)`", err)[1].split():
         monkeypatch.delenv(name)
     works("python fima.py --out RUN")
@@ -144,24 +132,24 @@ def test_what_errors_and_notes_advise_works(works, in_process, monkeypatch):
         works(f"python {command}")
 
 
-HELP = [(module,) for module in (fima, moco, fame, dclr, mcl, simclr, tubelet_contrast)] + [(mcl, "maps")]
-HELP += [(data, name) for name in ("check", "synthetic", "shrink")]
-HELP += [(benchmark, name) for name in ("data", "step", "count")]
-HELP += [(evaluate, name) for name in evaluate.PROTOCOLS] + [(visualize, name) for name in visualize.FIGURES]
+HELP = ["fima", "moco", "fame", "dclr", "mcl", "mcl maps", "simclr", "tubelet_contrast", "data check", "data synthetic"]
+HELP += ["data shrink", "benchmark data", "benchmark step", "benchmark count"]
+HELP += [f"evaluate {name}" for name in evaluate.PROTOCOLS] + [f"visualize {name}" for name in visualize.FIGURES]
 
 
-@pytest.mark.parametrize("given", HELP, ids=lambda given: " ".join([given[0].__name__, *given[1:]]))
+@pytest.mark.parametrize("given", HELP)
 def test_help_fits_on_a_page_and_says_how_to_see_the_rest(given, in_process, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
-    module, *words = given
+    name, *words = given.split()
+    module = importlib.import_module(name)
     short, whole = (in_process(module, *words, flag, main=main_of(module))[1] for flag in ("--help", "--help-all"))
     few, every = (set(re.findall(r"(?m)^  (--\w+)", text)) for text in (short, whole))
     lines = short.splitlines()
     assert len(lines) <= 60 and max(map(len, lines)) <= 120 and lines[0].count("--") == 1
     assert few <= every and "--print_config" in few
     assert (f"--help-all lists {len(every - few)} more flags" in lines[-1]) == (few != every)
-    for heading in ("data:", "model and clips:", "optimisation:", "run:", "FIMA:") if module is fima else ():
-        assert heading in lines and heading in whole.splitlines()
+    if name == "fima":
+        assert {"data:", "model and clips:", "optimisation:", "run:", "FIMA:"} <= {*lines} & {*whole.splitlines()}
 
 
 def test_print_config_shows_every_option_and_what_differs_and_ends(in_process):
