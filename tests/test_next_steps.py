@@ -26,31 +26,15 @@ COMMAND = re.compile(r"(?m)^ *((?:python|torchrun) .*?) *(?:#.*)?$")  # without 
 SOURCES = {path: path.read_text() for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("examples/*.py")])}
 DESCRIBED = [path for path, source in SOURCES.items() if COMMAND.search(source)]
 ADVISED = re.findall(r"\w+\.py \w+ (?:DATA|RUN)\b[^\"\n]*", "".join(SOURCES.values()))  # in messages
-TINY = [*CONV4, "--batch_size=4", "--queue=8", "--epochs=1", "--max_steps=1", "--workers=0", "--device=cpu"]
-TESTED = ["--encoder=conv4", "--crop=32", "--clips=1", "--workers=0", "--device=cpu"]
-FEW = {  # flags that are added to a command, by its script, or script and sub-command
-    "simclr.py": [flag for flag in TINY if "queue" not in flag],
-    "fima.py": [*TINY, "--decoder_width=32"],
-    "dclr.py": [*TINY, "--retrieved=2"],
-    "mcl.py maps": ["--workers=1"],
-    "data.py shrink": ["--workers=1"],
-    "data.py synthetic": ["--train=20", "--test=10", "--frames=40", "--size=48"],
-    "benchmark.py": [*TINY, "--rounds=1", "--decoder_width=32"],
-    "benchmark.py count": TINY,
-    "evaluate.py": TESTED,
-    "evaluate.py linear": [*TESTED, "--epochs=1", "--batch_size=6"],
-    "evaluate.py finetune": [*TESTED, "--epochs=1", "--batch_size=6"],
-    "scene_bias.py": TESTED,
-    "foreground.py": [*TESTED, "--test_batch=4"],
-    "draw_method.py": ["--out=method.png"],
-    "visualize.py": [*TESTED, "--count=6", "--gallery=4"],
-    "visualize.py report": ["--clips=1", "--gallery=4", "--workers=0", "--device=cpu"],
-}
+TINY = [*CONV4, "--batch_size=4", "--queue=8", "--epochs=1", "--max_steps=1", "--workers=1", "--device=cpu"]
+QUICK = [*TINY, "--clips=1", "--decoder_width=32", "--retrieved=2", "--test_batch=4", "--rounds=1", "--count=6"]
+QUICK += ["--gallery=4", "--train=20", "--test=10"]
 
 
 @pytest.fixture
 def works(run):
-    """Checks that a command ends well in this process, alone in the place of torchrun's; gives what it prints.
+    """Checks that a command ends well in this process, alone in the place of torchrun's, with those of the flags QUICK
+    that it knows; gives what it prints.
 
     Names in capitals, and all data sets, stand for a tiny one: a k400 of class folders, which needs no lists.
     """
@@ -59,14 +43,15 @@ def works(run):
         shutil.copytree(run.videos / own, run.path / "k400" / part)
     names = dict.fromkeys(["/videos", "YOUR_VIDEOS", "LABELLED_VIDEOS", "DATA"], str(run.videos))
     names |= {f"{above}{name}": "k400" for name in ("ucf101", "hmdb51", "k400") for above in ("", "/data/")}
-    names |= {"OUT": "out", "ROOT": "made", "clip.mp4": str(next(run.videos.glob("test/*/*.mp4")))}
+    names |= {"OUT": "out", "ROOT": "made", "docs/method.png": "method.png"}
+    names["clip.mp4"] = str(next(run.videos.glob("test/*/*.mp4")))
 
     def call(command, *more):
-        words = [names.get(word, word) for word in shlex.split(command) if not word.startswith("--nproc_per_node")][1:]
-        script = Path(words[0])
-        few = FEW.get(f"{script.name} {words[1] if words[1:] else ''}", FEW.get(script.name, TINY))
-        module = importlib.import_module(script.stem)
-        return run.ok(module, *words[1:], *few, *more, dataset=None, small=False)
+        _, script, *words = (names.get(word, word) for word in shlex.split(command) if "--nproc_per_node" not in word)
+        module, here = importlib.import_module(Path(script).stem), dict(dataset=None, small=False)
+        known = run(module, *filter(str.isalpha, words[:1]), "--help-all", **here)[1]
+        quick = [flag for flag in QUICK if f"\n  {flag.partition('=')[0]} " in known]
+        return run.ok(module, *words, *quick, *more, **here)
 
     return call
 
@@ -123,7 +108,7 @@ def test_a_stopped_run_and_one_that_is_there_already_say_how_to_continue(works, 
 @pytest.mark.slow
 def test_what_errors_and_notes_advise_works(works, run, monkeypatch):
     monkeypatch.setenv("RANK", "0")
-    err = run(moco, *TINY, dataset=None, small=False)[2]
+    err = run(moco, dataset=None, small=False)[2]
     for name in re.search("`unset (.*)`", err)[1].split():
         monkeypatch.delenv(name)
     works("python fima.py --out RUN")
