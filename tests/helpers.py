@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import time
-import wave
 from fractions import Fraction
 from pathlib import Path
 
@@ -97,9 +96,11 @@ def encode(path, images, codec, times=None, index_first=False, pix_fmt="yuv420p"
 
 def write_sound(path):
     """A file of one second of silence and no picture."""
-    with wave.open(str(path), "wb") as file:
-        file.setparams((1, 2, 8000, 8000, "NONE", ""))
-        file.writeframes(bytes(16000))
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("pcm_s16le", rate=8000)
+        sound = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.int16), layout="mono")
+        sound.sample_rate = 8000
+        container.mux([*stream.encode(sound), *stream.encode(None)])
     return path
 
 

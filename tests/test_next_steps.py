@@ -142,8 +142,7 @@ def test_print_config_shows_every_option_and_what_differs_and_ends(in_process):
     code, out, _ = in_process(fima, *flags, "--print-config", main=main_of(fima))
     assert not code
     assert re.findall(r"(?m)^--(\w+)", out) == [field.name for field in dataclasses.fields(fima.FIMAConfig)]
-    shown = re.sub(" +", " ", out).splitlines()
-    assert {"--queue 8 # default: 2048", "--pixel_queue 31360 # default: 0", "--crop 224"} < {*shown}
-    assert "--list_file 'my list' # default: ''" in shown
+    shown = {*re.sub(" +", " ", out).splitlines()}
+    assert {"--queue 8 # default: 2048", "--pixel_queue 31360 # default: 0", "--crop 224"} < shown
     again = cli.parse(fima.FIMAConfig, "", argv=shlex.split(out, comments=True))
     assert again == cli.parse(fima.FIMAConfig, "", fima.PRESETS, flags)
