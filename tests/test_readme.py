@@ -22,20 +22,14 @@ BLOCKS = "".join(re.findall(r"^```bash\n(.*?)^```", ALL, re.DOTALL | re.MULTILIN
 LINES = [line.partition("#")[0].strip() for line in [*BLOCKS.splitlines(), *HELP]]
 ROWS = re.findall(r"^\|.*", ALL, re.MULTILINE)
 OF_TABLES = [f"python {command}" for row in ROWS for command in re.findall(r"`(\w+\.py [^`]*)`", row)]
-
-
-def rows_of_reproduce() -> list[str]:
-    """The flags of each table row after the base command, which is the block above the table."""
-    found, base = [], ""
-    for block, flags in re.findall(r"^```bash\n(.*?)^```|^\|[^`\n]*`(--[^`\n]*)`", REPRODUCE, re.DOTALL | re.MULTILINE):
-        base = block.strip() or base
-        found += [f"{base} {flags}"] * bool(flags)
-    return found
-
-
+OF_ROWS = [  # the flags of a table's row after the base command, which is the block above the table
+    f"{base.strip()} {flags}"
+    for base, below in re.findall(r"^```bash\n(.*?)^```(.*?)(?=^```|\Z)", REPRODUCE, re.DOTALL | re.MULTILINE)
+    for flags in re.findall(r"^\|[^`\n]*`(--[^`\n]*)`", below, re.MULTILINE)
+]
 SCRIPTS = {  # the words from the script's name on, of each command that runs one of ours
     line: shlex.split(match[1])
-    for line in LINES + OF_TABLES + rows_of_reproduce()
+    for line in LINES + OF_TABLES + OF_ROWS
     if (match := re.search(r"(?:python|torchrun) (?:--\S+ )*(\S+\.py.*)", line))
 }
 
@@ -60,7 +54,7 @@ def test_every_command_parses(command, monkeypatch):
 
 def test_commands_are_there():
     assert {"pip install -r requirements.txt && python " + words for words in ("fima.py", "-m pytest")} <= set(LINES)
-    assert len(OF_TABLES) > 10 and len(rows_of_reproduce()) > 30
+    assert len(OF_TABLES) > 10 and len(OF_ROWS) > 30
     assert all((ROOT / word).is_file() for line in LINES for word in line.split() if word.startswith("tests/"))
 
 
