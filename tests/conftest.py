@@ -7,6 +7,7 @@ import sys
 os.environ["OMP_NUM_THREADS"] = "1"  # operators so small take longer where threads wait for each other
 
 import benchmark
+import draw_method
 import pytest
 from helpers import SMALL, free_folders, one_line
 from hypothesis import settings
@@ -23,7 +24,7 @@ from video import Video
 settings.register_profile("project", deadline=None, derandomize=True, max_examples=30)
 settings.load_profile("project")
 data.TestClips.__test__ = False  # no test case, whatever its name makes pytest think
-COMMANDS = benchmark, data, evaluate, visualize
+COMMANDS = benchmark, data, draw_method, evaluate, visualize
 
 
 @pytest.hookimpl(tryfirst=True)

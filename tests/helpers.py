@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
 from fractions import Fraction
 from pathlib import Path
 
@@ -80,23 +79,14 @@ def moving_texture(frames: int, height: int = 48, width: int = 64) -> np.ndarray
     return np.stack(moved).astype(np.uint8)
 
 
-def encode(
-    path: Path,
-    images: Iterable[np.ndarray],
-    codec: str,
-    times: Iterable[int] | None = None,
-    index_first: bool = False,
-    pix_fmt: str = "yuv420p",
-    **options: str,
-) -> Path:
-    """Write RGB images (H, W, 3) as a video at 25 frames a second, or at `times` in units of 1/25 s."""
-    images = list(images)
+def encode(path, images, codec, times=None, index_first=False, pix_fmt="yuv420p", **options):
+    """Writes RGB images (H, W, 3) as a video at 25 frames a second, or at `times` in units of 1/25 s: its path."""
     options = {name.replace("_", "-"): value for name, value in options.items()}
     with av.open(str(path), "w", options={"movflags": "faststart"} if index_first else {}) as container:
         stream = container.add_stream(codec, rate=25, options=options)
         stream.height, stream.width = images[0].shape[:2]
         stream.pix_fmt, stream.codec_context.thread_count = pix_fmt, 1
-        for image, time in zip(images, times if times is not None else range(len(images)), strict=True):
+        for image, time in zip(images, range(len(images)) if times is None else times, strict=True):
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
             frame.pts, frame.time_base = time, Fraction(1, 25)
             container.mux(stream.encode(frame))
@@ -104,14 +94,13 @@ def encode(
     return path
 
 
-def write_sound(path: Path) -> Path:
+def write_sound(path):
     """A file of one second of silence and no picture."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("pcm_s16le", rate=8000)
-        sound = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.int16), format="s16", layout="mono")
+        sound = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.int16), layout="mono")
         sound.sample_rate = 8000
-        container.mux(stream.encode(sound))
-        container.mux(stream.encode(None))
+        container.mux([*stream.encode(sound), *stream.encode(None)])
     return path
 
 

@@ -1,107 +1,57 @@
 """Help fits on a page, and commands that the project prints, in help, at a run's end and in errors, work as printed."""
 
 import dataclasses
-import importlib.util
-import os
+import importlib
 import re
 import shlex
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
-from unittest import mock
 
-import benchmark
 import pytest
-import simclr
 import test_mcl
 import torch
-import tubelet_contrast
 from conftest import main_of
-from helpers import CONV4, FORK, ROOT, write
+from helpers import CONV4, FORK, ROOT
 
 import cli
-import data
-import dclr
 import evaluate
-import fame
 import fima
 import mcl
 import moco
 import train
 import visualize
 
-COMMAND = re.compile(r"(?m)^ *((?:python|torchrun) .*?) *(?:#.*)?$")
-FILES = [path for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("examples/*.py")]) if COMMAND.search(path.read_text())]
-TINY = [*CONV4, "--batch_size=4", "--queue=8", "--epochs=1", "--max_steps=1", "--workers=0", "--device=cpu"]
-TESTED = ["--encoder=conv4", "--crop=32", "--clips=1", "--workers=0", "--device=cpu"]
-MADE = ["--train=20", "--test=10", "--frames=40", "--size=48"]
-FEW = {  # flags that are added to a command, by its script, or script and sub-command
-    "simclr.py": [flag for flag in TINY if "queue" not in flag],
-    "fima.py": [*TINY, "--decoder_width=32"],
-    "dclr.py": [*TINY, "--retrieved=2"],
-    "mcl.py maps": ["--workers=1"],
-    "data.py check": ["--workers=1"],
-    "data.py shrink": ["--workers=1"],
-    "data.py synthetic": MADE,
-    "benchmark.py data": [*TINY, "--rounds=1", "--decoder_width=32"],
-    "benchmark.py step": [*TINY, "--rounds=1", "--decoder_width=32"],
-    "benchmark.py count": TINY,
-    "evaluate.py linear": [*TESTED, "--epochs=1", "--batch_size=6"],
-    "evaluate.py finetune": [*TESTED, "--epochs=1", "--batch_size=6"],
-    "evaluate.py": TESTED,
-    "scene_bias.py": TESTED,
-    "foreground.py": [*TESTED, "--test_batch=4"],
-    "draw_method.py": ["--out=method.png"],
-    "visualize.py report": ["--clips=1", "--gallery=4", "--workers=0", "--device=cpu"],
-    "visualize.py": [*TESTED, "--count=6", "--gallery=4"],
-}
-
-
-def few(words: list[str]) -> list[str]:
-    script = Path(words[0]).name
-    return FEW.get(f"{script} {words[1] if words[1:] else ''}", FEW.get(script, TINY))
+COMMAND = re.compile(r"(?m)^ *((?:python|torchrun) .*?) *(?:#.*)?$")  # without the comment behind it
+SOURCES = {path: path.read_text() for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("examples/*.py")])}
+DESCRIBED = [path for path, source in SOURCES.items() if COMMAND.search(source)]
+ADVISED = re.findall(r"\w+\.py \w+ (?:DATA|RUN)\b[^\"\n]*", "".join(SOURCES.values()))  # in messages
+TINY = [*CONV4, "--batch_size=4", "--queue=8", "--epochs=1", "--max_steps=1", "--workers=1", "--device=cpu"]
+QUICK = [*TINY, "--clips=1", "--decoder_width=32", "--retrieved=2", "--test_batch=4", "--rounds=1", "--count=6"]
+QUICK += ["--gallery=4", "--train=20", "--test=10"]
 
 
 @pytest.fixture
-def place(videos, tmp_path, monkeypatch):
-    """A folder with tiny data sets, in which commands run; gives what they name, by the names of paths and capitals."""
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(videos, "datasets/synthetic")
-    listed = {"train": [], "test": []}
-    classes = sorted(path.name for path in (videos / "train").iterdir())
-    for path in sorted(videos.glob("*/*/*.mp4")):
-        part, name = path.parts[-3], path.parent.name
-        ucf = Path("ucf101/UCF-101", name, f"v_{part}_{path.stem}_g01_c01.avi")
-        hmdb = Path("hmdb51", name, f"{part}_{path.stem}.avi")
-        k400 = Path("k400", part.replace("test", "val"), name, path.name)
-        for copy in (ucf, hmdb, k400):
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(path, copy)
-        listed[part].append(f"{name}/{ucf.name} {classes.index(name) + 1}")
-        with open(Path("hmdb51", f"{name}_test_split1.txt"), "a") as file:
-            file.write(f"{hmdb.name} {1 if part == 'train' else 2} \n")
-    write(Path("ucf101/classInd.txt"), *[f"{i} {name}" for i, name in enumerate(classes, 1)])
-    for part, lines in listed.items():
-        write(Path(f"ucf101/{part}list01.txt"), *lines)
-    names = dict.fromkeys(("/videos", "YOUR_VIDEOS", "LABELLED_VIDEOS", "DATA"), str(videos))
-    names |= {f"/data/{name}": name for name in ("ucf101", "hmdb51", "k400")}
-    return names | {"OUT": "out", "ROOT": "made", "clip.mp4": str(next(videos.glob("test/*/*.mp4")))}
+def works(run):
+    """Checks that a command ends well in this process, alone in the place of torchrun's, with those of the flags QUICK
+    that it knows; gives what it prints.
 
-
-@pytest.fixture
-def works(place, in_process):
-    """Checks that a command ends well in this process, alone in the place of torchrun's; gives what it prints."""
+    Names in capitals, and all data sets, stand for a tiny one: a k400 of class folders, which needs no lists.
+    """
+    shutil.copytree(run.videos, run.path / "datasets" / "synthetic")
+    for part, own in ("train", "train"), ("val", "test"):
+        shutil.copytree(run.videos / own, run.path / "k400" / part)
+    names = dict.fromkeys(["/videos", "YOUR_VIDEOS", "LABELLED_VIDEOS", "DATA"], str(run.videos))
+    names |= {f"{above}{name}": "k400" for name in ("ucf101", "hmdb51", "k400") for above in ("", "/data/")}
+    names |= {"OUT": "out", "ROOT": "made", "docs/method.png": "method.png"}
+    names["clip.mp4"] = str(next(run.videos.glob("test/*/*.mp4")))
 
     def call(command, *more):
-        launcher, *words = [place.get(word, word) for word in shlex.split(command, comments=True)]
-        words = [word for word in words if not word.startswith("--nproc_per_node")] if launcher == "torchrun" else words
-        script, *flags = [*words, *few(words), *more]
-        module = importlib.import_module(Path(script).stem)
-        code, out, err = in_process(module, *flags, main=main_of(module))
-        assert code == 0, f"{command}\n{err}"
-        return out
+        _, script, *words = (names.get(word, word) for word in shlex.split(command) if "--nproc_per_node" not in word)
+        module, here = importlib.import_module(Path(script).stem), dict(dataset=None, small=False)
+        known = run(module, *filter(str.isalpha, words[:1]), "--help-all", **here)[1]
+        quick = [flag for flag in QUICK if f"\n  {flag.partition('=')[0]} " in known]
+        return run.ok(module, *words, *quick, *more, **here)
 
     return call
 
@@ -113,119 +63,86 @@ def flow(monkeypatch):
     monkeypatch.setattr(torch.multiprocessing, "Process", FORK.Process)  # which inherit it
 
 
-def printed(text: str) -> list[str]:
-    """The commands in a text, without their comments."""
-    return COMMAND.findall(text)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", DESCRIBED, ids=lambda path: path.stem)
 def test_the_commands_in_a_scripts_help_work(path, works, flow):
     doc = importlib.import_module(path.stem).__doc__
     for name in ("moco", "fima"):
         if f"runs/{name}" in doc and f"--out runs/{name}" not in doc:  # which its commands take for granted
             works(f"python {name}.py --out runs/{name}")
-    assert printed(doc)
-    for number, command in enumerate(printed(doc)):
+    assert COMMAND.search(doc)
+    for number, command in enumerate(COMMAND.findall(doc)):
         works(command, *[f"--out=runs/{number}"] * bool(re.search("evaluate.py (linear|finetune)", command)))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("module", [fima, mcl], ids=lambda module: module.__name__)
 @pytest.mark.parametrize("dataset", ["synthetic", "folder"])
-def test_the_next_steps_that_a_run_prints_work(module, dataset, works, flow):
-    """Of one's own videos too, of which nobody knows the classes."""
-    Path("flat").mkdir()
-    for path in Path("datasets/synthetic/test").glob("*/*.mp4"):
-        shutil.copy(path, "flat")
-    folder = [] if dataset == "synthetic" else ["--dataset=folder", "--data=flat"]
-    out = works(f"python {module.__name__}.py", *folder, "--out=runs/own")
-    steps = printed(out.partition("\nnext:\n")[2])
-    scripts = [Path(shlex.split(step)[1]).stem for step in steps]
-    assert scripts == ["evaluate", "evaluate", "visualize", module.__name__]
+def test_the_next_steps_that_a_run_prints_work(module, dataset, works, flow, run):
+    """From any folder; of one's own videos too, of which nobody knows the classes."""
+    (run.path / "flat").mkdir()
+    for path in run.videos.glob("test/*/*.mp4"):
+        shutil.copy(path, run.path / "flat")
+    own = "" if dataset == "synthetic" else "--dataset=folder --data=flat"
+    out = works(f"python {module.__name__}.py --out='runs/a run' {own}")
+    steps = COMMAND.findall(out.partition("\nnext:\n")[2])
+    scripts = [Path(shlex.split(step)[1]) for step in steps]
+    assert [script.stem for script in scripts] == ["evaluate", "evaluate", "visualize", module.__name__]
+    assert all(script.is_file() for script in scripts[:3])
     for step in steps:
         works(step)
 
 
 @pytest.mark.slow
-def test_a_next_step_works_in_a_shell_from_any_folder(works):
-    out = works("python fima.py --out 'runs/a run'")
-    (step,) = re.findall("(?m)^  (python .*evaluate.py retrieve .*)$", out)  # with its comment
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    step = step.partition("#")[0] + " ".join(TESTED) + "  # " + step.partition("#")[2]
-    environment = os.environ | {"PATH": path}
-    done = subprocess.run(step, shell=True, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0 and "written to runs/a run/retrieve_synthetic.json" in done.stdout, done.stderr
-
-
-@pytest.mark.slow
-def test_a_stopped_run_and_one_that_is_there_already_say_how_to_continue(works, in_process, monkeypatch):
-    step = train.Run.step
+def test_a_stopped_run_and_one_that_is_there_already_say_how_to_continue(works, run, monkeypatch):
+    step, here = train.Run.step, dict(dataset=None, small=False)
     with monkeypatch.context() as patch:
         patch.setattr(train.Run, "step", lambda *given: (step(*given), signal.raise_signal(signal.SIGTERM))[0])
-        code, out, _ = in_process(moco, *TINY, "--max_steps=3", "--out=runs/stopped", main=main_of(moco))
+        code, out, _ = run(moco, *TINY, "--max_steps=3", "--out=runs/stopped", **here)
     assert code == 128 + signal.SIGTERM
     assert "resumed after step 1" in works(out.partition("continue with: ")[2].strip(), "--max_steps=2")
-    code, _, err = in_process(moco, *TINY, "--out=runs/stopped", main=main_of(moco))
-    assert code == 2
-    (flags,) = re.findall(r"continue it with (--resume \S+),", err)
+    (flags,) = re.findall(r"continue it with (--resume \S+),", run(moco, *TINY, "--out=runs/stopped", **here)[2])
     assert "resumed after step 2" in works(f"python moco.py {flags}", "--max_steps=3")
 
 
 @pytest.mark.slow
-def test_what_errors_and_notes_advise_works(works, place, in_process, monkeypatch):
-    process, said = mock.Mock(), []
-    process.say = said.append
-    log = mock.Mock(making=torch.ones(3), warned=set(), run=mock.Mock(process=process))
-    train.Log.advise(log, 0.5)
-    works(said[0][said[0].index("python data.py shrink") :])
-
-    damaged = Path("datasets/synthetic/train/damaged.mp4")
-    damaged.write_bytes(b"no video")
-    code, out, _ = in_process(data, "check", "datasets/synthetic", "--workers=1")
-    assert code == 1
-    works("python moco.py --data datasets/synthetic --dataset folder " + out[out.index("--exclude") :].strip())
-    damaged.unlink()
-
+def test_what_errors_and_notes_advise_works(works, run, monkeypatch):
     monkeypatch.setenv("RANK", "0")
-    code, _, err = in_process(moco, *TINY, main=main_of(moco))
-    assert code == 2
+    err = run(moco, dataset=None, small=False)[2]
     for name in re.search("`unset (.*)`", err)[1].split():
         monkeypatch.delenv(name)
-    works("python moco.py --out runs/moco")
-    code, _, err = in_process(visualize, "attention", "runs/moco", "--device=cpu")
-    assert code == 2
     works("python fima.py --out RUN")
-    works("python " + re.search("visualize.py attention RUN", err)[0])
+    assert {command.split()[0] for command in ADVISED} == {"data.py", "visualize.py"}
+    for command in ADVISED:
+        works(f"python {command}")
 
 
-HELP = [(module,) for module in (fima, moco, fame, dclr, mcl, simclr, tubelet_contrast)] + [(mcl, "maps")]
-HELP += [(data, name) for name in ("check", "synthetic", "shrink")]
-HELP += [(benchmark, name) for name in ("data", "step", "count")]
-HELP += [(evaluate, name) for name in evaluate.PROTOCOLS] + [(visualize, name) for name in visualize.FIGURES]
+HELP = ["fima", "moco", "fame", "dclr", "mcl", "mcl maps", "simclr", "tubelet_contrast", "data check", "data synthetic"]
+HELP += ["data shrink", "benchmark data", "benchmark step", "benchmark count"]
+HELP += [f"evaluate {name}" for name in evaluate.PROTOCOLS] + [f"visualize {name}" for name in visualize.FIGURES]
 
 
-@pytest.mark.parametrize("given", HELP, ids=lambda given: " ".join([given[0].__name__, *given[1:]]))
+@pytest.mark.parametrize("given", HELP)
 def test_help_fits_on_a_page_and_says_how_to_see_the_rest(given, in_process, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
-    module, *words = given
+    name, *words = given.split()
+    module = importlib.import_module(name)
     short, whole = (in_process(module, *words, flag, main=main_of(module))[1] for flag in ("--help", "--help-all"))
     few, every = (set(re.findall(r"(?m)^  (--\w+)", text)) for text in (short, whole))
     lines = short.splitlines()
     assert len(lines) <= 60 and max(map(len, lines)) <= 120 and lines[0].count("--") == 1
     assert few <= every and "--print_config" in few
     assert (f"--help-all lists {len(every - few)} more flags" in lines[-1]) == (few != every)
-    for heading in ("data:", "model and clips:", "optimisation:", "run:", "FIMA:") if module is fima else ():
-        assert heading in lines and heading in whole.splitlines()
+    if name == "fima":
+        assert {"data:", "model and clips:", "optimisation:", "run:", "FIMA:"} <= {*lines} & {*whole.splitlines()}
 
 
 def test_print_config_shows_every_option_and_what_differs_and_ends(in_process):
     flags = ["--dataset", "k400", "--queue", "8", "--list-file", "my list"]
     code, out, _ = in_process(fima, *flags, "--print-config", main=main_of(fima))
     assert not code
-    shown = {line.split()[0]: " ".join(line.split()[1:]) for line in out.splitlines()}
-    assert [*shown] == [f"--{field.name}" for field in dataclasses.fields(fima.FIMAConfig)]
-    assert shown["--queue"] == "8 # default: 2048" and shown["--pixel_queue"] == "31360 # default: 0"
-    assert shown["--crop"] == "224" and shown["--list_file"] == "'my list' # default: ''"
+    assert re.findall(r"(?m)^--(\w+)", out) == [field.name for field in dataclasses.fields(fima.FIMAConfig)]
+    shown = {*re.sub(" +", " ", out).splitlines()}
+    assert {"--queue 8 # default: 2048", "--pixel_queue 31360 # default: 0", "--crop 224"} < shown
     again = cli.parse(fima.FIMAConfig, "", argv=shlex.split(out, comments=True))
     assert again == cli.parse(fima.FIMAConfig, "", fima.PRESETS, flags)

@@ -1,56 +1,46 @@
 """README, CONTRIBUTING and docs: commands parse, and files, links, flags, names and tests that they name exist."""
 
-import argparse
 import ast
 import itertools
-import json
 import re
 import runpy
 import shlex
 import sys
-from collections.abc import Iterator
-from pathlib import Path
 from unittest import mock
 
 import pytest
 from helpers import ROOT
 
 import cli
-import pretrain
 
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]}
 ALL = "\n".join(PAGES.values())
-REPRODUCE = PAGES["docs/reproduce.md"]
-BLOCKS = re.findall(r"^```bash\n(.*?)^```", ALL, re.DOTALL | re.MULTILINE)
-HELP = re.findall(r"(?m)^    (?:python|torchrun) .*", "\n".join(path.read_text() for path in ROOT.glob("*.py")))
-LINES = [line.partition("#")[0].strip() for line in [*"".join(BLOCKS).splitlines(), *HELP]]
+REPRODUCE, TRAINING = PAGES["docs/reproduce.md"], PAGES["docs/training.md"]
+SOURCES = [path.read_text() for path in (*ROOT.glob("*.py"), *ROOT.glob("examples/*.py"))]
+HELP = re.findall(r"(?m)^ *(?:python|torchrun) .*", "\n".join(SOURCES))
+BLOCKS = "".join(re.findall(r"^```bash\n(.*?)^```", ALL, re.DOTALL | re.MULTILINE))
+LINES = [line.partition("#")[0].strip() for line in [*BLOCKS.splitlines(), *HELP]]
 ROWS = re.findall(r"^\|.*", ALL, re.MULTILINE)
 OF_TABLES = [f"python {command}" for row in ROWS for command in re.findall(r"`(\w+\.py [^`]*)`", row)]
+OF_ROWS = [  # the flags of a table's row after the base command, which is the block above the table
+    f"{base.strip()} {flags}"
+    for base, below in re.findall(r"^```bash\n(.*?)^```(.*?)(?=^```|\Z)", REPRODUCE, re.DOTALL | re.MULTILINE)
+    for flags in re.findall(r"^\|[^`\n]*`(--[^`\n]*)`", below, re.MULTILINE)
+]
+SCRIPTS = {  # the words from the script's name on, of each command that runs one of ours
+    line: shlex.split(match[1])
+    for line in LINES + OF_TABLES + OF_ROWS
+    if (match := re.search(r"(?:python|torchrun) (?:--\S+ )*(\S+\.py.*)", line))
+}
 
 
-def rows_of_reproduce() -> list[str]:
-    """The flags of each table row after the base command, which is the block above the table."""
-    found, base = [], ""
-    for block, flags in re.findall(r"^```bash\n(.*?)^```|^\|[^`\n]*`(--[^`\n]*)`", REPRODUCE, re.DOTALL | re.MULTILINE):
-        base = block.strip() or base
-        found += [f"{base} {flags}"] * bool(flags)
-    return found
-
-
-COMMANDS = [line for line in dict.fromkeys(LINES + OF_TABLES + rows_of_reproduce()) if line]
-SCRIPTS = {}  # the words from the script's name on, of each command that runs one of ours
-for line in COMMANDS:
-    words = shlex.split(line.rpartition("&&")[2])
-    if first := [i for i, word in enumerate(words) if word.endswith(".py") and "pytest" not in words]:
-        SCRIPTS[line] = words[first[0] :]
-
-
-def then_stop(parse):
-    def parsed(*arguments, **options):
-        parse(*arguments, **options)
-        sys.exit(0)
-
-    return parsed
+def ends_itself(monkeypatch, script, *flags):
+    """Runs a script with flags that end it: its exit code."""
+    monkeypatch.setattr(cli, "command_line", lambda main: main())
+    monkeypatch.setattr(sys, "argv", [script, *flags])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    return stop.value.code
 
 
 @pytest.mark.parametrize("command", SCRIPTS)
@@ -58,21 +48,13 @@ def test_every_command_parses(command, monkeypatch):
     script, *flags = SCRIPTS[command]
     checkpoint = {"method": mock.ANY, "config": {"dataset": "ucf101"}, "model": {}, "step": 1}
     monkeypatch.setattr(cli, "load_checkpoint", lambda path: checkpoint)
-    monkeypatch.setattr(cli, "command_line", lambda main: main())
-    if ".parse_args(" in (ROOT / script).read_text():  # it has a parser of its own
-        monkeypatch.setattr(argparse.ArgumentParser, "parse_args", then_stop(argparse.ArgumentParser.parse_args))
-    else:
-        for module in (pretrain, cli):
-            monkeypatch.setattr(module, "parse", then_stop(cli.parse))
-    monkeypatch.setattr(sys, "argv", [script, *flags])
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_path(str(ROOT / script), run_name="__main__")
-    assert stop.value.code == 0
+    own = ".parse_args(" in (ROOT / script).read_text()  # a parser without --print_config
+    assert ends_itself(monkeypatch, script, *flags, "--help" if own else "--print_config") == 0
 
 
 def test_commands_are_there():
     assert {"pip install -r requirements.txt && python " + words for words in ("fima.py", "-m pytest")} <= set(LINES)
-    assert len(OF_TABLES) > 10 and len(rows_of_reproduce()) > 30
+    assert len(OF_TABLES) > 10 and len(OF_ROWS) > 30
     assert all((ROOT / word).is_file() for line in LINES for word in line.split() if word.startswith("tests/"))
 
 
@@ -101,18 +83,13 @@ def test_links_and_files_that_are_named_exist(name):
         assert any(place.is_file() for place in places) or file in of_users, file
 
 
-def test_flags_that_are_named_exist(monkeypatch):
+def test_flags_that_are_named_exist(monkeypatch, capsys):
     known = {"--nproc_per_node", "--nnodes", "--node_rank", "--master_addr"}  # of torchrun
-    add = argparse._ActionsContainer.add_argument
-    noted = lambda parser, *names, **options: known.update(names) or add(parser, *names, **options)  # noqa: E731
-    monkeypatch.setattr(argparse._ActionsContainer, "add_argument", noted)
-    monkeypatch.setattr(cli, "command_line", lambda main: main())
     for words in {(script, *itertools.takewhile(str.isalpha, rest)) for script, *rest in SCRIPTS.values()}:
-        monkeypatch.setattr(sys, "argv", [*words, "--help"])
-        with pytest.raises(SystemExit):
-            runpy.run_path(str(ROOT / words[0]), run_name="__main__")
+        ends_itself(monkeypatch, *words, "--help_all", "--help")
+        known |= {*re.findall(r"(?m)^  (?:-h, )?(--\w+)", capsys.readouterr().out)}
     without_slurm = re.sub(r"^```sh\n.*?^```", "", ALL, flags=re.DOTALL | re.MULTILINE)
-    assert {f"--{flag}" for flag in re.findall(r"--(\w+)", without_slurm)} <= known
+    assert {*re.findall(r"--\w+", without_slurm)} <= known
 
 
 def test_names_that_are_imported_exist():
@@ -120,41 +97,24 @@ def test_names_that_are_imported_exist():
         exec("\n".join(line for line in block.splitlines() if line.startswith(("from ", "import "))), {})
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
-def test_notebooks_show_no_progress_bar_and_no_path_of_a_machine(path):
-    outputs = [output for cell in json.loads(path.read_text())["cells"] for output in cell.get("outputs", ())]
-    assert outputs and not [output for output in outputs if output.get("name") == "stderr"]
-    texts = ["".join(output.get("text", "")) for output in outputs]
-    assert not [text for text in texts if re.search(r"/(tmp|root|home|work|Users)/|it/s\]|\d%\|", text)]
+def test_what_runs_have_written_holds_no_path_of_a_machine_and_no_progress_bar():
+    notebooks, records = [*ROOT.glob("notebooks/*.ipynb")], [*ROOT.glob("results/**/*.json*")]
+    assert notebooks and records and all('"output_type"' in path.read_text() for path in notebooks)
+    for path in notebooks + records:
+        assert not re.search(r'/(tmp|root|home|work|Users)/|it/s\]|\d%\||"stderr"', path.read_text()), path
 
 
-def test_records_of_measurements_hold_no_path_of_a_machine():
-    records = [*(ROOT / "results").rglob("*.json*")]
-    assert records and not [path for path in records if re.search(r"/(tmp|root|home|work|Users)/", path.read_text())]
-
-
-def test_every_promise_names_tests_that_exist():
-    text = PAGES["docs/training.md"].partition("## Ten promises")[2]
-    promises = re.findall(r"^- (?:.+\n)(?:  .+\n)*", text, re.MULTILINE)
-    assert len(promises) == 10
-    for promise in promises:
-        named = re.findall(r"`(test_\w+\.py)`", promise)
-        assert named and all((ROOT / "tests" / name).is_file() for name in named), promise
-
-
-def texts_of(path: Path) -> Iterator[str]:
-    """The texts in a module's source, with … for each value that an f-string takes in."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            yield node.value
-        elif isinstance(node, ast.JoinedStr):
-            yield "".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
+def test_every_promise_names_a_test():
+    promises = re.findall(r"^- (?:.+\n)(?:  .+\n)*", TRAINING.partition("## Ten promises")[2], re.MULTILINE)
+    assert len(promises) == 10 and all(re.search(r"`test_\w+\.py`", promise) for promise in promises)
 
 
 def test_troubleshooting_quotes_what_the_program_prints():
-    table = PAGES["docs/training.md"].partition("## Troubleshooting")[2].partition("## ")[0]
-    rows = re.findall(r"^\| (`.*?`) \|", table, re.MULTILINE)
-    quoted = [beginning for row in rows for beginning in re.findall(r"`(.*?)`", row)]
-    printed = [text for path in ROOT.glob("*.py") for text in texts_of(path)]
-    assert 20 <= len(rows) <= 25
+    table = TRAINING.partition("## Troubleshooting")[2].partition("## ")[0]
+    quoted = re.findall(r"`(.*?)`", "\n".join(re.findall(r"^\| (`.*?`) \|", table, re.MULTILINE)))
+    printed = []  # with … for each value that an f-string takes in
+    for node in itertools.chain(*(ast.walk(ast.parse(source)) for source in SOURCES)):
+        parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+        printed.append("".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in parts))
+    assert len(quoted) > 20
     assert not [beginning for beginning in quoted if not any(text.startswith(beginning) for text in printed)]
