@@ -10,8 +10,8 @@ from torchvision.transforms.v2 import functional as tv
 
 import augment
 import data
+from augment import IDENTITY
 
-IDENTITY = (1.0, 1.0, 1.0, 0.0, 0.0, 0.0)
 
 
 def random_clips(n: int = 1, frames: int = 3, size: int = 32) -> torch.Tensor:
