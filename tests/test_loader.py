@@ -13,6 +13,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from helpers import collate, encode, moving_texture, same
+from torch.utils.data import BatchSampler
 
 import data
 from data import PretrainingViews, StepSampler, VideoList, load_batches
@@ -68,20 +69,19 @@ class Counter:
     def empty(self, *batch: int) -> dict[str, torch.Tensor]:
         return {"value": torch.empty(*batch, 1000, dtype=torch.int64)}
 
-    def write(self, key: tuple[int, int], item: dict[str, torch.Tensor]) -> list:
-        item["value"].fill_(key[1])
+    def write(self, key: int, item: dict[str, torch.Tensor]) -> list:
+        item["value"].fill_(key)
         return []
 
 
-class Keys(list):
-    batch_size = 2
+def pairs(steps: int) -> BatchSampler:
+    return BatchSampler(range(2 * steps), 2, False)
 
 
 @pytest.mark.parametrize("workers", [1, 4])
 def test_a_batch_stays_as_it_is_until_the_next_one_is_asked_for(workers):
     """Workers that are as far ahead as they may be don't touch the batch in use, nor skip or repeat one."""
-    keys = Keys([(0, 2 * step), (0, 2 * step + 1)] for step in range(6 * workers + 3))
-    for step, batch in enumerate(load_batches(Counter(), keys, workers)):
+    for step, batch in enumerate(load_batches(Counter(), pairs(6 * workers + 3), workers)):
         time.sleep(0.05)
         assert (batch["value"] == torch.tensor([[2 * step], [2 * step + 1]])).all()
 
@@ -94,7 +94,7 @@ def test_too_little_memory_and_too_many_processes_are_errors_that_say_what_to_do
     ):
         with monkeypatch.context() as patched, pytest.raises(OSError, match=says):
             patched.setattr(owner, name, Mock(side_effect=OSError(number, os.strerror(number))))
-            next(load_batches(Counter(), Keys([[(0, 0), (0, 1)]]), workers=1))
+            next(load_batches(Counter(), pairs(1), workers=1))
 
 
 @pytest.mark.parametrize("take", [1, 3])
@@ -104,7 +104,7 @@ def test_workers_end_with_the_iteration_and_take_nothing_of_dev_shm(monkeypatch,
     monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
     maps = Path("/proc/self/maps")
     before = maps.read_text().count("/dev/shm")
-    batches = load_batches(Counter(), Keys([[(0, 0), (0, 1)]] * 3), workers=2)
+    batches = load_batches(Counter(), pairs(3), workers=2)
     for _ in range(take):
         next(batches)
     workers = torch.multiprocessing.active_children()
