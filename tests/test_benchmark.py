@@ -1,5 +1,6 @@
 """Benchmarks: the floor is the step's passes, turns are fair, each command writes its JSON."""
 
+import importlib
 import json
 
 import benchmark
@@ -9,11 +10,6 @@ from conftest import options_of
 from helpers import ALONE, views_without_colours
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
-import dclr
-import fame
-import fima
-import mcl
-import moco
 from models import recorded_inputs
 from train import UserError
 
@@ -47,15 +43,15 @@ def test_variants_take_turns_and_ratios_are_of_the_same_round():
     assert row == {"median_ms": 6000, "ratio": 2, "rounds_ms": [2000, 6000, 10000]}
 
 
-def method_of(script):
-    method, config, *_ = options_of(script)
+def method_of(name):
+    method, config, *_ = options_of(importlib.import_module(name))
     return method(config(**TINY)).train()
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize("script", [fima, moco, fame, dclr, mcl], ids=lambda script: script.__name__)
-def test_a_step_waits_for_no_value_and_has_no_shape_that_depends_on_one(script, bf16):
-    method = method_of(script)
+@pytest.mark.parametrize("name", ["moco", "fima", "fame", "dclr", "mcl"])
+def test_a_step_waits_for_no_value_and_has_no_shape_that_depends_on_one(name, bf16):
+    method = method_of(name)
     views = views_without_colours(sub_clips=method.sub_clips) | {"motion": torch.rand(3, 2, 16, 32, 32), "epoch": 1.5}
     counter = benchmark.counted_step(method, views, "h100", bf16)
     assert counter.parts.keys() >= {"colours", "query pass", "key passes", "losses", "backward", "optimizer"}
@@ -63,7 +59,7 @@ def test_a_step_waits_for_no_value_and_has_no_shape_that_depends_on_one(script, 
 
 
 def test_waiting_for_a_value_is_found():
-    method = method_of(moco)
+    method = method_of("moco")
     method.project = lambda head, features: head(features)[: int(features.sum()) % 1 + 2]
     with pytest.raises(DataDependentOutputException):
         benchmark.counted_step(method, views_without_colours(sub_clips=0), "h100", False)

@@ -78,19 +78,18 @@ def test_feature_pixels_of_random_conv4s_look_at_the_middle_of_their_bins_up_to_
 @pytest.mark.parametrize(("name", "width"), WIDTHS)
 def test_every_parameter_learns_and_checkpointing_changes_nothing_but_computes_all_stages_again(name, width, training):
     torch.manual_seed(0)
-    plain, clip, found, calls = models.build_encoder(name, width).train(training), torch.randn(2, 3, 8, 64, 64), [], []
+    plain, clip, found = models.build_encoder(name, width).train(training), torch.randn(2, 3, 8, 64, 64), []
     assert width == 1 or count(plain) < 0.02 * count(models.build_encoder(name))
     saving = copy.deepcopy(plain)
     saving.checkpointing = True
     for encoder in (plain, saving):
         norms = [module for module in encoder.modules() if isinstance(module, nn.BatchNorm3d)]
-        hooks = [norm.register_forward_pre_hook(lambda *_: calls.append(1)) for norm in norms]
-        features, before = encoder(clip), len(calls)
+        with models.recorded_inputs(norms) as calls:
+            features = encoder(clip)
+            (features * torch.randn(features.shape, generator=generator(1))).sum().backward()
+        assert len(calls) == len(norms) * (1 + encoder.checkpointing) and all(norm.momentum for norm in norms)
         assert features.shape[1:] == (encoder.out_channels, *map(int.__floordiv__, (8, 64, 64), encoder.strides))
-        (features * torch.randn(features.shape, generator=generator(1))).sum().backward()
-        assert len(calls) - before == len(hooks) * encoder.checkpointing
         assert all(p.grad.isfinite().all() and p.grad.any() for p in encoder.parameters())
-        assert all(norm.momentum for norm in norms)
         found.append([features, *(p.grad for p in encoder.parameters()), encoder.state_dict()])
     assert same(*found)
 
