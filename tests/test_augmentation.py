@@ -13,7 +13,6 @@ from torchvision.transforms.v2 import functional as tv
 
 import augment
 import data
-from augment import IDENTITY
 
 
 def random_clips(n: int = 1, frames: int = 3, size: int = 32) -> torch.Tensor:
@@ -68,16 +67,14 @@ def test_the_order_is_brightness_contrast_saturation_hue_gray_blur(gray):
     close(augmented(clips, **params), one_by_one)
 
 
-def test_identity_changes_nothing_and_other_draws_change_each_clip_differently():
+def test_identity_changes_nothing_and_no_draw_changes_its_input():
     clips, rng = random_clips().expand(6, -1, -1, -1, -1), np.random.default_rng(0)
     before = clips.clone()
     assert torch.equal(augmented(clips), clips)
     never = data.draw_color(rng, jitter_p=0, gray_p=0, blur_p=0)
-    assert never.dtype == np.float32 and tuple(never) == IDENTITY
+    assert never.dtype == np.float32 and tuple(never) == augment.IDENTITY
     out = augment.color_augment(clips, torch.tensor(np.stack([data.draw_color(rng, jitter_p=1) for _ in clips])))
     assert torch.equal(clips, before) and out.min() >= 0 and out.max() <= 1
-    distance = (out[:, None] - out).abs().mean((2, 3, 4, 5))
-    assert distance[~torch.eye(6, dtype=torch.bool)].min() > 0.01
 
 
 def test_precision_is_kept():
@@ -92,17 +89,13 @@ def test_draws_depend_on_the_generator_alone_and_have_the_stated_probabilities_a
     first, second = np.random.default_rng(0), np.random.default_rng(0)
     draws = np.stack([data.draw_color(first) for _ in range(4000)])
     assert np.array_equal(draws, [data.draw_color(second) for _ in range(4000)])
-    applied = draws != IDENTITY
+    applied = draws != augment.IDENTITY
     assert (applied[:, :4] == applied[:, :1]).all()  # the jitter as a whole
     np.testing.assert_allclose(applied[:, 3:].mean(0), (0.8, 0.2, 0.5), atol=0.03)
     for column, low, high in ((0, 0.6, 1.4), (1, 0.6, 1.4), (2, 0.6, 1.4), (3, -0.1, 0.1), (5, 0.1, 2)):
         found = np.quantile(draws[applied[:, column], column], (0, 0.5, 1))
         np.testing.assert_allclose(found, (low, (low + high) / 2, high), atol=(high - low) / 40)
     assert set(draws[:, 4]) == {0, 1} and np.abs(np.corrcoef(draws.T) - np.eye(6)).max() < 0.06
-
-
-def uint8_clips(n: int, height: int, width: int) -> torch.Tensor:
-    return torch.randint(256, (n, 4, height, width, 3), dtype=torch.uint8, generator=generator(0)).movedim(-1, 1)
 
 
 @given(st.integers(0, 2**31), st.integers(2, 12), st.tuples(*[st.integers(1, 9)] * 3))
@@ -119,9 +112,10 @@ def test_differences_over_spans_are_of_brightness_a_plane_each(seed, frames, spa
 @pytest.mark.parametrize("size", [(52, 60), (24, 24)])
 @pytest.mark.parametrize("order", [torch.channels_last_3d, torch.contiguous_format])
 def test_all_clips_at_once_as_on_a_gpu_give_the_same_as_one_by_one_on_a_cpu(size, spans, order, monkeypatch):
-    rng, clips = np.random.default_rng(0), uint8_clips(6, *size)
+    rng, clips = np.random.default_rng(0), torch.randint(256, (6, 4, *size, 3), generator=generator(0))
+    clips = clips.byte().movedim(-1, 1)
     color = torch.tensor(np.stack([data.draw_color(rng, gray_p=0.4) for _ in clips]))
-    color[0] = torch.tensor(IDENTITY)
+    color[0] = torch.tensor(augment.IDENTITY)
     expected = augment.encoder_input(clips, color, spans, order)
     monkeypatch.setattr(augment, "_on_cpu", lambda clips: False)
     monkeypatch.setattr(augment, "_on_gpu", augment._encoder_input)
@@ -132,7 +126,7 @@ def test_all_clips_at_once_as_on_a_gpu_give_the_same_as_one_by_one_on_a_cpu(size
 
 def test_colours_that_cannot_be_compiled_are_computed_all_the_same_and_one_line_says_so(monkeypatch, capsys):
     fails = Mock(side_effect=torch._dynamo.exc.TorchDynamoException("there is no compiler\nand much more"))
-    clips, color = uint8_clips(2, 16, 16), torch.tensor([(1.2, 0.9, 1.1, 0.05, 0, 1.0)] * 2)
+    clips, color = (255 * random_clips(2)).byte(), torch.tensor([(1.2, 0.9, 1.1, 0.05, 0, 1.0)] * 2)
     expected = augment.encoder_input(clips, color)
     monkeypatch.setattr(augment, "_on_cpu", lambda clips: False)
     monkeypatch.setattr(augment, "_on_gpu", None)

@@ -72,14 +72,10 @@ class Counter:
         return []
 
 
-def pairs(steps: int) -> BatchSampler:
-    return BatchSampler(range(2 * steps), 2, False)
-
-
 @pytest.mark.parametrize("workers", [1, 4])
 def test_a_batch_stays_as_it_is_until_the_next_one_is_asked_for(workers):
     """Workers that are as far ahead as they may be don't touch the batch in use, nor skip or repeat one."""
-    for step, batch in enumerate(load_batches(Counter(), pairs(6 * workers + 3), workers)):
+    for step, batch in enumerate(load_batches(Counter(), BatchSampler(range(12 * workers + 6), 2, False), workers)):
         time.sleep(0.05)
         assert (batch["value"] == torch.tensor([[2 * step], [2 * step + 1]])).all()
 
@@ -92,17 +88,16 @@ def test_too_little_memory_and_too_many_processes_are_errors_that_say_what_to_do
     ):
         with monkeypatch.context() as patched, pytest.raises(OSError, match=says):
             patched.setattr(owner, name, Mock(side_effect=OSError(number, os.strerror(number))))
-            next(load_batches(Counter(), pairs(1), workers=1))
+            next(load_batches(Counter(), BatchSampler(range(2), 2, False), workers=1))
 
 
 @pytest.mark.parametrize("take", [1, 3])
 def test_workers_end_with_the_iteration_and_take_nothing_of_dev_shm(monkeypatch, take):
-    """Docker gives 64 MB of /dev/shm, which another program may have taken; temporary folders' names may be too long
-    for a socket."""
+    """Docker gives 64 MB of /dev/shm, and the name of a temporary folder may be too long for a socket."""
     monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
     maps = Path("/proc/self/maps")
     before = maps.read_text().count("/dev/shm")
-    batches = load_batches(Counter(), pairs(3), workers=2)
+    batches = load_batches(Counter(), BatchSampler(range(6), 2, False), workers=2)
     for _ in range(take):
         next(batches)
     workers = torch.multiprocessing.active_children()

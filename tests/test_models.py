@@ -139,7 +139,6 @@ def test_motion_decoder_is_that_of_a_loop():
 
 @given(st.integers(1, 7), st.lists(st.integers(0, 16), max_size=5), st.sampled_from([torch.float32, torch.bfloat16]))
 def test_queue_holds_the_latest_keys_for_any_batch_sizes(length, batches, dtype):
-    torch.manual_seed(0)
     queue = models.MomentumQueue(length, 3)
     torch.testing.assert_close(queue.keys.norm(dim=1), torch.ones(length))
     expected = deque(queue.keys.tolist(), maxlen=length)
@@ -151,8 +150,7 @@ def test_queue_holds_the_latest_keys_for_any_batch_sizes(length, batches, dtype)
     assert queue.keys.dtype == torch.float32 and not queue.keys.requires_grad
 
 
-LAYOUTS = {  # rows in memory of several orders
-    "contiguous": lambda rows: rows,
+LAYOUTS = {  # of rows that do not lie in memory as they come
     "permuted": lambda rows: rows.permute(4, 0, 3, 2, 1).contiguous().permute(1, 4, 3, 2, 0),
     "expanded": lambda rows: rows[..., :1].expand(-1, -1, -1, -1, 5),
 }
@@ -165,8 +163,7 @@ def group_process(rank: int, folder: str) -> None:
         due = [rows[r][i] for r in range(3) for i in range(n) if (r + i) % 3 == rank]
         dealt = models.deal(rows[rank])
         assert torch.equal(dealt, torch.stack(due) if due else rows[0]), (n, name)
-        made = layout(dealt)  # what is made of dealt rows comes in any order, too
-        assert torch.equal(models.deal(made, back=True), rows[rank]), (n, name)
+        assert torch.equal(models.deal(layout(dealt), back=True), rows[rank]), (n, name)
     cli.end_process()
 
 

@@ -177,9 +177,8 @@ def test_a_turned_or_mirrored_video_is_shown_upright(folder, a, b, c, d):
     path = encode(folder / "turned.mp4", moving_texture(4), **H264)
     with Video(path) as video:
         stored = video.read([2])[0]
-    content, one = path.read_bytes(), 1 << 16
-    before, identity, after = content.rpartition(struct.pack(">9i", one, 0, 0, 0, one, 0, 0, 0, 1 << 30))
-    path.write_bytes(before + struct.pack(">5i", a * one, b * one, 0, c * one, d * one) + identity[20:] + after)
+    before, _, after = path.read_bytes().rpartition(struct.pack(">5i", 1 << 16, 0, 0, 0, 1 << 16))
+    path.write_bytes(before + struct.pack(">5i", a << 16, b << 16, 0, c << 16, d << 16) + after)
     y, x = np.indices(stored.shape[:2])
     row, column = b * x + d * y, a * x + c * y
     expected = np.zeros((np.ptp(row) + 1, np.ptp(column) + 1, 3), np.uint8)

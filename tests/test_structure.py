@@ -4,7 +4,6 @@ import ast
 import graphlib
 import sys
 
-import pytest
 from helpers import ROOT
 
 FILES = {path.stem: path for path in sorted(ROOT.glob("*.py"))}
@@ -18,8 +17,6 @@ PARTS = {  # which can be copied alone, but data with video
     "data": {"torch", "numpy", "tqdm", "video"},
 }
 METHODS = {"moco", "fima", "fame", "dclr", "mcl"}
-SHARED = {"pretrain", "cli"}  # by all methods: options, views, main; how a script starts and ends
-COMMANDS = {"evaluate", "visualize"}
 
 
 def imports(name: str, everywhere: bool = False) -> set[str]:
@@ -31,17 +28,14 @@ def imports(name: str, everywhere: bool = False) -> set[str]:
     return {module.partition(".")[0] for module in found} - sys.stdlib_module_names
 
 
-@pytest.mark.parametrize("name", PARTS)
-def test_a_part_imports_nothing_that_is_not_copied_with_it(name):
-    of_its_command = {"cli", "find", "train"} if name == "data" else set()
-    assert imports(name) <= PARTS[name] and imports(name, everywhere=True) <= PARTS[name] | of_its_command
-
-
-def test_imports_run_one_way():
-    """pretrain's look at what was learnt, in the first run, imports evaluate where it is needed."""
+def test_parts_import_nothing_that_is_not_copied_with_them_and_imports_run_one_way():
+    """But where they need them: data's command, and pretrain's look at what was learnt in the first run."""
+    for name, libraries in PARTS.items():
+        of_its_command = {"cli", "find", "train"} if name == "data" else set()
+        assert imports(name) <= libraries and imports(name, everywhere=True) <= libraries | of_its_command, name
     for name in METHODS:
-        assert imports(name) & FILES.keys() <= PARTS.keys() | SHARED | {"moco"} - {name}
+        assert imports(name) & FILES.keys() <= {*PARTS, "pretrain", "cli", "moco"} - {name}, name
     for name in ("pretrain", "cli", "runs", "find", *PARTS):
-        assert not imports(name) & (METHODS | COMMANDS), name
+        assert not imports(name) & (METHODS | {"evaluate", "visualize"}), name
     assert not (imports("evaluate") | imports("features")) & METHODS
     graphlib.TopologicalSorter({name: imports(name) & FILES.keys() for name in FILES}).prepare()  # there is no cycle
