@@ -39,6 +39,7 @@ def test_batches_are_the_items_in_the_samplers_order_whatever_the_workers(views,
     sampler = StepSampler(len(views), batch_size=3, epochs=12, start_step=5)
     for keys, batch in zip(sampler, load_batches(views, sampler, workers), strict=True):
         assert same(batch, collate([views[key] for key in keys])) and not {1, 3} & {*batch["index"].tolist()}
+        assert {path for path, _ in batch["bad"]} >= {views.videos.paths[i] for _, i in keys if i in (1, 3)}
         assert all(batch[name].movedim(-4, -1).is_contiguous() for name in ("clip", "sub_clips"))  # as decoders write
 
 

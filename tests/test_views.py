@@ -32,9 +32,8 @@ def assert_shows_box(clip: torch.Tensor, box: torch.Tensor) -> None:
     said = bin_centers(torch.tensor([[x0, y0, x1, y1]]), bins, bins)[0].unflatten(0, (bins, bins))  # (rows, columns, 2)
     seen = clip.double().mean(1)[:2].unflatten(1, (bins, -1)).unflatten(3, (bins, -1)).mean((2, 4)) / 2 + 0.5
     for axis, bin_size in ((0, abs(x1 - x0) / bins), (1, abs(y1 - y0) / bins)):
-        pixel = max(bin_size * bins / size, 1)  # sampling without a low-pass filter is off by up to half of these
-        chroma = 2.5  # half of its resolution is lost in a file
-        assert (seen[axis] - said[..., axis]).abs().max() <= min(bin_size / 2, pixel / 2 + chroma)
+        pixel = max(bin_size * bins / size, 1)  # sampling is off by up to half of these, a file's chroma by 2.5
+        assert (seen[axis] - said[..., axis]).abs().max() <= min(bin_size / 2, pixel / 2 + 2.5)
 
 
 @given(height=st.integers(1, 90), width=st.integers(1, 90), seed=seeds, flip=st.booleans())
