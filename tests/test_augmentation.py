@@ -81,8 +81,8 @@ def test_precision_is_kept():
     clips, row = random_clips().double(), torch.tensor(data.draw_color(np.random.default_rng(3)))[None]
     exact = augment.color_augment(clips, row)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        for given in (clips, clips.float()):
-            close(augment.color_augment(given, row), exact.to(given.dtype))
+        for same in (clips, clips.float()):
+            close(augment.color_augment(same, row), exact.to(same.dtype))
 
 
 def test_draws_depend_on_the_generator_alone_and_have_the_stated_probabilities_and_ranges():
@@ -112,8 +112,8 @@ def test_differences_over_spans_are_of_brightness_a_plane_each(seed, frames, spa
 @pytest.mark.parametrize("size", [(52, 60), (24, 24)])
 @pytest.mark.parametrize("order", [torch.channels_last_3d, torch.contiguous_format])
 def test_all_clips_at_once_as_on_a_gpu_give_the_same_as_one_by_one_on_a_cpu(size, spans, order, monkeypatch):
-    rng, clips = np.random.default_rng(0), torch.randint(256, (6, 4, *size, 3), generator=generator(0))
-    clips = clips.byte().movedim(-1, 1)
+    rng = np.random.default_rng(0)
+    clips = torch.randint(256, (6, 4, *size, 3), generator=generator(0)).byte().movedim(-1, 1)
     color = torch.tensor(np.stack([data.draw_color(rng, gray_p=0.4) for _ in clips]))
     color[0] = torch.tensor(augment.IDENTITY)
     expected = augment.encoder_input(clips, color, spans, order)

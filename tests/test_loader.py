@@ -102,7 +102,7 @@ def test_workers_end_with_the_iteration_and_take_nothing_of_dev_shm(monkeypatch,
     for _ in range(take):
         next(batches)
     workers = torch.multiprocessing.active_children()
-    assert len(workers) == 2 and maps.read_text().count("/dev/shm") == before
+    assert len(workers) == 2 and maps.read_text().count("/dev/shm") <= before
     apart = [os.getpgid(worker.pid) != os.getpgid(0) for worker in workers]
     assert sum(apart) >= min(take, 2)  # of the process group, which a terminal's Ctrl-C reaches whole
     batches.close()

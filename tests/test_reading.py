@@ -123,7 +123,7 @@ def read_exactly(path: Path) -> list[np.ndarray]:
             frames = np.minimum(starts + steps * np.arange(length), len(video) - 1)
             frames = rng.permutation(frames.ravel()).tolist()
             assert [digest(image) for image in video.read(frames)] == [expected[k] for k in frames]
-    assert passes.call_count == 6 or "refresh" in path.name  # two only where key frames are none
+    assert passes.call_count == 6 or "refresh" in path.name  # which has no real key frames
     return images
 
 
