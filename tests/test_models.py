@@ -5,7 +5,6 @@ import itertools
 import math
 from collections import deque
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -75,90 +74,56 @@ def test_feature_pixels_of_random_conv4s_look_at_the_middle_of_their_bins_up_to_
     assert torch.tensor(beside).mean(0).tolist() == pytest.approx([0.5 / 8] * 3, abs=0.03)
 
 
-SHAPES = [
-    ("i3d", (16, 224, 224), (1024, 2, 7, 7)),
-    ("i3d", (16, 112, 112), (1024, 2, 4, 4)),
-    ("i3d", (17, 65, 97), (1024, 3, 3, 4)),  # no multiples of the strides
-    ("r2plus1d_18", (16, 112, 112), (512, 2, 7, 7)),
-    ("r2plus1d_18", (1, 33, 1), (512, 1, 3, 1)),
-    ("r3d_18", (16, 224, 224), (512, 2, 14, 14)),
-    ("r3d_18", (9, 100, 47), (512, 2, 7, 3)),
-    ("s3d", (16, 112, 112), (1024, 2, 3, 3)),
-    ("conv4", (16, 32, 32), (96, 2, 4, 4)),
-]
-
-
-@pytest.mark.parametrize(("name", "clip", "shape"), SHAPES, ids=str)
-def test_shapes_of_feature_maps(name, clip, shape):
-    with torch.device("meta"):  # computes nothing
-        encoder = models.build_encoder(name)
-        assert encoder(torch.empty(1, 3, *clip)).shape[1:] == shape and encoder.out_channels == shape[0]
-
-
-@pytest.mark.parametrize(("name", "width"), WIDTHS)
-def test_encoders_run_and_every_parameter_learns(name, width):
-    torch.manual_seed(0)
-    encoder = models.build_encoder(name, width)
-    assert width == 1 or count(encoder) < 0.02 * count(models.build_encoder(name))
-    features = encoder(torch.randn(2, 3, 8, 64, 64))
-    (features * torch.randn_like(features)).sum().backward()
-    assert all(p.grad.isfinite().all() and p.grad.any() for p in encoder.parameters())
-
-
 @pytest.mark.parametrize("training", [True, False], ids=["training", "fixed batch norm"])
 @pytest.mark.parametrize(("name", "width"), WIDTHS)
-def test_checkpointing_changes_no_gradient_and_no_statistics_and_computes_all_stages_again(name, width, training):
+def test_every_parameter_learns_and_checkpointing_changes_nothing_but_computes_all_stages_again(name, width, training):
     torch.manual_seed(0)
-    plain, clip, found, calls = models.build_encoder(name, width).train(training), torch.randn(2, 3, 8, 64, 64), [], []
+    plain, clip, found = models.build_encoder(name, width).train(training), torch.randn(2, 3, 8, 64, 64), []
+    assert width == 1 or count(plain) < 0.02 * count(models.build_encoder(name))
     saving = copy.deepcopy(plain)
     saving.checkpointing = True
     for encoder in (plain, saving):
         norms = [module for module in encoder.modules() if isinstance(module, nn.BatchNorm3d)]
-        hooks = [norm.register_forward_pre_hook(lambda *_: calls.append(1)) for norm in norms]
-        features, before = encoder(clip), len(calls)
-        (features * torch.randn(features.shape, generator=generator(1))).sum().backward()
-        assert len(calls) - before == len(hooks) * encoder.checkpointing
+        with models.recorded_inputs(norms) as calls:
+            features = encoder(clip)
+            (features * torch.randn(features.shape, generator=generator(1))).sum().backward()
+        assert len(calls) == len(norms) * (1 + encoder.checkpointing) and all(norm.momentum for norm in norms)
+        assert features.shape[1:] == (encoder.out_channels, *map(int.__floordiv__, (8, 64, 64), encoder.strides))
+        assert all(p.grad.isfinite().all() and p.grad.any() for p in encoder.parameters())
         found.append([features, *(p.grad for p in encoder.parameters()), encoder.state_dict()])
-        assert all(norm.momentum for norm in norms)
     assert same(*found)
 
 
 def decoder_loop(decoder, source, target):
-    """One video in numpy, query by query, head by head: outputs (1 + N, C), the last attention (1 + N, M)."""
-    w = {name: tensor.numpy() for name, tensor in decoder.state_dict().items()}
+    """One video, query by query, head by head: outputs (1 + N, C), the last attention (1 + N, M)."""
 
-    def linear(x, name, rows=slice(None), kind="."):
-        return x @ w[f"{name}{kind}weight"][rows].T + w[f"{name}{kind}bias"][rows]
+    def position(t):
+        return source.new_tensor([(math.sin, math.cos)[i % 2](t / 10000 ** (i // 2 / 8)) for i in range(16)])
 
-    def norm(x, name):
-        return (x - x.mean()) / np.sqrt(x.var() + 1e-5) * w[f"{name}.weight"] + w[f"{name}.bias"]
+    def placed(pixels):
+        return [decoder.reduce(pixel) + position(t) for t, pixel in enumerate(pixels)]
 
-    def position(place):
-        rates = [10000 ** (-2 * (i // 2) / 16) for i in range(16)]
-        return np.array([(math.cos if i % 2 else math.sin)(place * rate) for i, rate in enumerate(rates)])
+    def norm(layer, x):
+        return (x - x.mean()) / (x.var(correction=0) + 1e-5).sqrt() * layer.weight + layer.bias
 
-    memory = [linear(pixel, "reduce") + position(i) for i, pixel in enumerate(target)]
-    outputs, attentions = [], []
-    for query in [w["cls"][0, 0], *(linear(pixel, "reduce") + position(i) for i, pixel in enumerate(source))]:
-        for block in ("blocks.0", "blocks.1"):
-            asked, heads, weights = norm(query, f"{block}.norm1"), [], []
-            for head in range(4):
-                q, k, v = (slice(16 * part + 4 * head, 16 * part + 4 * head + 4) for part in range(3))
-                mine = linear(asked, f"{block}.attention", q, ".in_proj_")
-                scores = np.array([mine @ linear(m, f"{block}.attention", k, ".in_proj_") / 2 for m in memory])
-                weights.append(np.exp(scores) / np.exp(scores).sum())
-                values = [linear(m, f"{block}.attention", v, ".in_proj_") for m in memory]
-                heads.append(sum(a * value for a, value in zip(weights[-1], values, strict=True)))
-            query = query + linear(np.concatenate(heads), f"{block}.attention.out_proj")
-            hidden = np.maximum(linear(norm(query, f"{block}.norm2"), f"{block}.feed_forward.0"), 0)
-            query = query + linear(hidden, f"{block}.feed_forward.3")
-        outputs.append(linear(query, "expand"))
-        attentions.append(np.mean(weights, 0))
-    return np.stack(outputs), np.stack(attentions)
+    memory, outputs, attentions = torch.stack(placed(target)), [], []
+    for query in [decoder.cls[0, 0], *placed(source)]:
+        for block in decoder.blocks:
+            attention, asked = block.attention, norm(block.norm1, query)
+            weight, bias = attention.in_proj_weight.split(16), attention.in_proj_bias.split(16)
+            q, k, v = (x.unflatten(-1, (4, 4)) for x in map(F.linear, (asked, memory, memory), weight, bias))
+            weights = [(k[:, head] @ q[head] / 2).softmax(0) for head in range(4)]
+            heads = [weights[head] @ v[:, head] for head in range(4)]
+            query = query + attention.out_proj(torch.cat(heads))
+            first, *_, last = block.feed_forward
+            query = query + last(first(norm(block.norm2, query)).clamp(min=0))
+        outputs.append(decoder.expand(query))
+        attentions.append(torch.stack(weights).mean(0))
+    return torch.stack(outputs), torch.stack(attentions)
 
 
 @torch.no_grad()
-def test_motion_decoder_is_that_of_a_loop_and_its_attention_sums_to_one():
+def test_motion_decoder_is_that_of_a_loop():
     torch.manual_seed(0)
     decoder = models.MotionDecoder(12, dim=16, depth=2, heads=4).double().eval()
     for parameter in decoder.parameters():  # norms, biases and [cls] too, so that none is neutral
@@ -166,19 +131,14 @@ def test_motion_decoder_is_that_of_a_loop_and_its_attention_sums_to_one():
             parameter.uniform_(0.5, 1.5)
     source, target = (torch.randn(2, n, 12, dtype=torch.float64) for n in (5, 6))
     y, y_cls, attention = decoder(source, target, need_weights=True)
-    assert attention.shape == (2, 5, 6)
-    torch.testing.assert_close(attention.sum(2), torch.ones(2, 5, dtype=torch.float64))
     for b in range(2):
-        outputs, attentions = (torch.from_numpy(x) for x in decoder_loop(decoder, source[b].numpy(), target[b].numpy()))
-        torch.testing.assert_close(torch.cat([y_cls[b : b + 1], y[b]]), outputs)
-        torch.testing.assert_close(attention[b], attentions[1:])
-    for plain, weighted in zip(decoder(source, target), (y, y_cls), strict=True):
-        torch.testing.assert_close(plain, weighted)
+        outputs, attentions = decoder_loop(decoder, source[b], target[b])
+        torch.testing.assert_close((torch.cat([y_cls[b : b + 1], y[b]]), attention[b]), (outputs, attentions[1:]))
+    torch.testing.assert_close(decoder(source, target), (y, y_cls))
 
 
 @given(st.integers(1, 7), st.lists(st.integers(0, 16), max_size=5), st.sampled_from([torch.float32, torch.bfloat16]))
 def test_queue_holds_the_latest_keys_for_any_batch_sizes(length, batches, dtype):
-    torch.manual_seed(0)
     queue = models.MomentumQueue(length, 3)
     torch.testing.assert_close(queue.keys.norm(dim=1), torch.ones(length))
     expected = deque(queue.keys.tolist(), maxlen=length)
@@ -190,55 +150,26 @@ def test_queue_holds_the_latest_keys_for_any_batch_sizes(length, batches, dtype)
     assert queue.keys.dtype == torch.float32 and not queue.keys.requires_grad
 
 
-LAYOUTS = {  # rows of (n, 2, 3, 4, 5) in memory of several orders
-    "contiguous": lambda rows: rows,
-    "channels last": lambda rows: rows.to(memory_format=torch.channels_last_3d),
+LAYOUTS = {  # of rows that do not lie in memory as they come
     "permuted": lambda rows: rows.permute(4, 0, 3, 2, 1).contiguous().permute(1, 4, 3, 2, 0),
     "expanded": lambda rows: rows[..., :1].expand(-1, -1, -1, -1, 5),
 }
-DEALT = [*itertools.product((0, 1, 2, 5), (torch.uint8, torch.bfloat16), LAYOUTS)]
-
-
-def rows_of(rank: int, n: int, dtype: torch.dtype, layout: str) -> torch.Tensor:
-    """What a process has: values that differ within a row, between rows, and between processes."""
-    values = torch.arange(n * 120).view(n, 2, 3, 4, 5) % 83 + 40 * rank
-    return LAYOUTS[layout](values.to(dtype))
 
 
 def group_process(rank: int, folder: str) -> None:
-    for world in (3, 2):
-        if rank == world:
-            return
-        join_group(rank, folder, world)
-        found = []
-        for case in DEALT:
-            rows = rows_of(rank, *case)
-            before = rows.clone()
-            found.append(models.deal(rows))
-            assert found[-1].dtype == rows.dtype
-            made = LAYOUTS[case[2]](found[-1])  # what is made of dealt rows comes in any order, too
-            assert torch.equal(models.deal(made, back=True), before) and torch.equal(rows, before), case
-        torch.manual_seed(0)
-        queue = models.MomentumQueue(5, 2)
-        for step in range(3):
-            queue.enqueue(torch.tensor([[step, rank], [step, rank + 10]]))
-        torch.save([found, queue.keys, int(queue.pointer)], f"{folder}/{world}{rank}.pt")
-        cli.end_process()
+    join_group(rank, folder, 3)
+    for n, (name, layout) in itertools.product((0, 1, 2, 5), LAYOUTS.items()):
+        rows = [layout((torch.arange(n * 120) % 83 + 40 * r).byte().view(n, 2, 3, 4, 5)) for r in range(3)]
+        due = [rows[r][i] for r in range(3) for i in range(n) if (r + i) % 3 == rank]
+        dealt = models.deal(rows[rank])
+        assert torch.equal(dealt, torch.stack(due) if due else rows[0]), (n, name)
+        assert torch.equal(models.deal(layout(dealt), back=True), rows[rank]), (n, name)
+    cli.end_process()
 
 
 @pytest.mark.slow
-def test_processes_deal_rows_like_cards_and_hold_the_same_queue_in_the_order_of_ranks(tmp_path):
-    torch.multiprocessing.spawn(group_process, (str(tmp_path),), nprocs=3)
-    for world in (3, 2):
-        found = [torch.load(tmp_path / f"{world}{rank}.pt") for rank in range(world)]
-        for case, *dealt in zip(DEALT, *(rows for rows, _, _ in found), strict=True):
-            rows = [rows_of(source, *case) for source in range(world)]
-            for receiver in range(world):
-                due = [rows[r][i] for r in range(world) for i in range(case[0]) if (r + i) % world == receiver]
-                assert torch.equal(dealt[receiver], torch.stack(due) if due else rows[0]), case
-        enqueued = [[step, key] for step in range(3) for rank in range(world) for key in (rank, rank + 10)]
-        for _, keys, pointer in found:
-            assert torch.roll(keys, -pointer, 0).tolist() == enqueued[-5:]
+def test_processes_deal_rows_like_cards(tmp_path):
+    torch.multiprocessing.start_processes(group_process, (str(tmp_path),), nprocs=3, start_method="fork")
 
 
 def test_momentum_update_moves_parameters_towards_the_query_and_nothing_else():
@@ -247,6 +178,6 @@ def test_momentum_update_moves_parameters_towards_the_query_and_nothing_else():
     before, asked = copy.deepcopy((key.state_dict(), query.state_dict()))
     models.momentum_update(query, key, 0.9)
     assert same(query.state_dict(), asked)
-    for name, value in key.state_dict().items():
-        moved = name in dict(key.named_parameters())
-        torch.testing.assert_close(value, 0.9 * before[name] + 0.1 * asked[name] if moved else before[name])
+    learnt = dict(key.named_parameters())
+    expected = {name: 0.9 * x + 0.1 * asked[name] if name in learnt else x for name, x in before.items()}
+    torch.testing.assert_close(dict(key.state_dict()), expected)
