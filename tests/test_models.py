@@ -169,7 +169,7 @@ def group_process(rank: int, folder: str) -> None:
 
 @pytest.mark.slow
 def test_processes_deal_rows_like_cards(tmp_path):
-    torch.multiprocessing.start_processes(group_process, (str(tmp_path),), nprocs=3, start_method="fork")
+    torch.multiprocessing.spawn(group_process, (str(tmp_path),), nprocs=3)
 
 
 def test_momentum_update_moves_parameters_towards_the_query_and_nothing_else():
