@@ -4,12 +4,12 @@ import contextlib
 import dataclasses
 import errno
 import importlib.metadata
+import itertools
 import json
 import math
 import os
 import platform
 import shlex
-import stat
 import subprocess
 import sys
 import time
@@ -185,12 +185,12 @@ def load_checkpoint(path: str | Path, foreign: bool = False, whole: bool = True)
     Raises UserError: no such file, no permission, damaged, or not a checkpoint of this project.
     """
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
+        if not Path(path).is_file():
             raise FileNotFoundError
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=not whole)
         if whole and zipfile.is_zipfile(path) and (wrong := zipfile.ZipFile(path).testzip()):
             raise zipfile.BadZipFile(wrong)  # torch compares no check sums
-    except (FileNotFoundError, NotADirectoryError) as error:
+    except FileNotFoundError as error:
         raise UserError(f"no checkpoint at {path}") from error
     except OSError as error:
         why = "is damaged" if error.errno == errno.EINVAL else f"can't be read: {error.strerror or error}"
@@ -319,13 +319,10 @@ def find_run(config: Config, seen: dict, say: Callable[[str], None]) -> str:
 
 def unused_folder(path: str) -> str:
     """Makes a folder of this name, or if there is one, as of a run started in the same second, of NAME-2, NAME-3 …"""
-    name, number = path, 1
-    while True:
+    for name in itertools.chain([path], (f"{path}-{number}" for number in itertools.count(2))):
         with contextlib.suppress(FileExistsError):
             os.makedirs(name)
             return name
-        number += 1
-        name = f"{path}-{number}"
 
 
 def fit_in_folder(

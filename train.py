@@ -189,17 +189,10 @@ class Process:
 
     def of_first(self, function: Callable[[], Any]) -> Any:
         """What a function gives, or raises for the user, on the first process; on every process."""
-        outcome = [None, None]
-        if self.rank == 0:
-            try:
-                outcome[0] = function()
-            except (UserError, ValueError, OSError) as error:
-                outcome[1] = error
+        given = [self.first(lambda: function() if self.rank == 0 else None)]
         if self.world_size > 1:
-            dist.broadcast_object_list(outcome)
-        if outcome[1] is not None:
-            raise outcome[1]
-        return outcome[0]
+            dist.broadcast_object_list(given)
+        return given[0]
 
     def gather(self, entries: list) -> list:
         """The entries of all processes, on each."""
@@ -338,9 +331,7 @@ class Log:
         run, count = self.run, len(self.steps)
         if not count:
             return
-        held = [value for step in self.steps for value in step.numbers.values() if isinstance(value, Tensor)]
-        values = iter(torch.stack([v.to(run.process.device, torch.float64).reshape(()) for v in held]).tolist())
-        numbers = [{k: next(values) if isinstance(v, Tensor) else v for k, v in s.numbers.items()} for s in self.steps]
+        numbers = [{name: float(value) for name, value in step.numbers.items()} for step in self.steps]
         means = mean([(1, step) for step in run.process.gather(numbers)])
         if not math.isfinite(means["loss"] + means["grad_norm"]):
             broken = next((step for step in self.steps if not step.is_finite()), "in another process")
