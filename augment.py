@@ -143,9 +143,8 @@ def frame_difference(clip: Tensor, spans: tuple[int, ...] = (1,)) -> Tensor:
 
 
 def _encoder_input(clips: Tensor, color: Tensor | None, spans: tuple[int, ...], order: torch.memory_format) -> Tensor:
-    clips = clips.contiguous() / 255
-    if spans:
-        clips = frame_difference(clips, spans)
+    clips = clips.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+    clips = frame_difference(clips, spans) if spans else clips
     clips = normalize(clips if color is None else color_augment(clips, color))
     return clips.contiguous(memory_format=order)
 
@@ -169,19 +168,10 @@ def encoder_input(
         kinds = changed @ changed.new_tensor((1, 1, 1, 1, 8, 16))  # any of the first four, gray, blur
         for kind in kinds.unique():
             for index in (kinds == kind).nonzero()[:, 0].split(few):
-                layout = torch.contiguous_format if kind else memory_format
-                some = torch.empty((len(index), *clips.shape[1:]), memory_format=layout)
-                for clip, i in zip(some, index.tolist(), strict=True):
-                    clip.copy_(clips[i])
-                some = frame_difference(some.div_(255), spans) if spans else some.div_(255)
-                some = color_augment(some, color[index]) if kind else some
+                some = torch.stack([clips[i] for i in index.tolist()])
+                some = _encoder_input(some, color[index] if kind else None, spans, torch.contiguous_format)
                 for clip, i in zip(some, index.tolist(), strict=True):
                     made[i] = clip
-        rows = made.movedim(1, -1)
-        if not rows.is_contiguous():
-            return normalize(made)
-        mean, std = (torch.tensor(values).repeat(made.shape[-1]) for values in (MEAN, STD))  # fast, as 3 are few
-        rows.flatten(3).sub_(mean).div_(std)
         return made
     arguments = clips, color, spans, memory_format
     if color is None or torch.compiler.is_compiling():
