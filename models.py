@@ -117,11 +117,7 @@ class I3D(Encoder):
 
     def __init__(self, width: float = 1.0):
         super().__init__()
-
-        def scaled(*channels: int) -> list[int]:
-            return [max(1, round(width * c)) for c in channels]
-
-        stem, reduced, wide = scaled(64, 64, 192)
+        stem, reduced, wide = (max(1, round(width * c)) for c in (64, 64, 192))
         self.conv3d_1a_7x7 = ConvUnit(3, stem, 7, 2)
         self.pool_2a = MaxPool((1, 3, 3), (1, 2, 2))
         self.conv3d_2b_1x1 = ConvUnit(stem, reduced)
@@ -143,7 +139,7 @@ class I3D(Encoder):
                 self.pool_4a = MaxPool((3, 3, 3), (2, 2, 2))
             if name == "5b":
                 self.pool_5a = MaxPool((2, 2, 2), (2, 2, 2))
-            b0, b1_in, b1, b2_in, b2, b3 = scaled(*channels)
+            b0, b1_in, b1, b2_in, b2, b3 = (max(1, round(width * c)) for c in channels)
             self.add_module(f"mixed_{name}", Inception(self.out_channels, b0, b1_in, b1, b2_in, b2, b3))
             self.out_channels = b0 + b1 + b2 + b3
 

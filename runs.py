@@ -319,9 +319,10 @@ def find_run(config: Config, seen: dict, say: Callable[[str], None]) -> str:
 
 def unused_folder(path: str) -> str:
     """Makes a folder of this name, or if there is one, as of a run started in the same second, of NAME-2, NAME-3 …"""
-    for name in itertools.chain([path], (f"{path}-{number}" for number in itertools.count(2))):
+    names = itertools.chain([path], (f"{path}-{number}" for number in itertools.count(2)))
+    while True:
         with contextlib.suppress(FileExistsError):
-            os.makedirs(name)
+            os.makedirs(name := next(names))
             return name
 
 

@@ -519,10 +519,7 @@ class Run:
         epoch = self.done / self.steps_per_epoch
         for group in self.optimizer.param_groups:
             group["lr"] = config.learning_rate(self.total_batch, epoch)
-        seed = ((config.seed * 1_000_003 + self.done) * 65_537 + process.rank) % 2**63
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed asks every kind of device, which takes long
-        if process.device.type == "cuda":
-            torch.cuda.manual_seed(seed)
+        torch.manual_seed(((config.seed * 1_000_003 + self.done) * 65_537 + process.rank) % 2**63)
         self.optimizer.zero_grad(set_to_none=True)
         found, cut = [], {name: value.chunk(count) for name, value in batch.items()}
         for i in range(count):
