@@ -130,11 +130,8 @@ def _places() -> tuple[int, int, int]:
 
 
 def start_process(device: str = "auto", timeout: float = 10, deterministic: bool = False) -> Process:
-    """Joins the run that torchrun's environment describes, or stands alone without it.
-
-    Args:
-        timeout: minutes after which it gives up waiting for another process.
-        deterministic: have torch choose deterministic algorithms, and warn where it has none.
+    """Joins the run that torchrun's environment describes, or stands alone without it; the arguments are the options of
+    these names (`TrainConfig`). torch warns where it has no deterministic algorithm.
 
     Raises UserError: CUDA asked for where there is none, more processes than GPUs, an environment that is not
     torchrun's, or one whose other processes are not there.

@@ -27,7 +27,7 @@ import find
 from augment import DIFFERENCES, encoder_input
 from cli import loader_workers, start_process
 from models import ENCODERS, build_encoder, encoder_weights, load_weights, recognize
-from runs import check_new, load_checkpoint, saved_options
+from runs import check_replaceable, load_checkpoint, saved_options
 from train import SWITCH, Options, Process, UserError, check_sums, option, progress, user_errors
 
 PART = 256  # videos whose features are written together: memory stays small, and a stop costs no more
@@ -248,7 +248,7 @@ def write_features(config: FeaturesConfig) -> None:
     a stop, the same command goes on.
     """
     process, out = start_process(config.device), Path(config.out)
-    process.of_first(lambda: check_new(out))
+    process.of_first(lambda: check_replaceable(out))
     encoder, config = load_encoder(config, process.say)
     encoder = encoder.to(process.device)
     with user_errors():

@@ -74,20 +74,14 @@ def claim_folder(path: Path, resume: str = "") -> None:
 
 
 def check_replaceable(path: str | Path, *beginnings: bytes) -> None:
-    """Raises UserError where `path` is there, is not empty, and does not begin like what is to be written there."""
+    """Raises UserError where `path` is there, is not empty, and begins like nothing that may be replaced."""
     begin = b"a folder" if os.path.exists(path) else b""
     if os.path.isfile(path):
         with open(path, "rb") as file:
             begin = file.read(64)
     if begin and not begin.startswith(beginnings):
-        what = "a folder" if os.path.isdir(path) else "something else than what would be written there"
+        what = "a folder" if os.path.isdir(path) else "there already, and not to be replaced"
         raise UserError(f"{path} is {what}: name another --out")
-
-
-def check_new(path: Path) -> None:
-    """Raises UserError where there is something at a path."""
-    if path.exists():
-        raise UserError(f"{path} is there already: name another --out")
 
 
 def git_commit() -> str:
@@ -329,12 +323,8 @@ def unused_folder(path: str) -> str:
 def fit_in_folder(
     method: nn.Module, config: Config, process: Process, load: Callable, steps: int, out: str, seen: dict, **options
 ) -> Path:
-    """`fit` in a run folder, `config.out` or else `out`, from the checkpoint `config.resume` on, if there is one.
-
-    Args:
-        load, options: see `fit`.
-        steps: batches in an epoch.
-        seen: what the checkpoints are to say of the videos, on the first process (see `continued`).
+    """`fit`, of so many steps an epoch, in a run folder, `config.out` or else `out`, from the checkpoint `config.resume`
+    on, if there is one. `seen` is what the checkpoints are to say of the videos, on the first process (see `continued`).
 
     Raises UserError where the folder is another run's, or can't be made; and as `fit` and `load_checkpoint` do.
     """

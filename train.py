@@ -438,12 +438,8 @@ def sgd(method: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
 
 
 class Run:
-    """A method in training: its optimiser and place in the schedule, which moves on, is saved and restored.
-
-    Args:
-        steps_per_epoch: batches in an epoch.
-        state: a dict, that of the checkpoint `config.resume`, to go on from (see `runs.load_checkpoint`).
-    """
+    """A method in training: its optimiser and place in the schedule, which moves on, is saved and restored: from
+    `state`, if given, a dict, that of the checkpoint `config.resume` (see `runs.load_checkpoint`)."""
 
     MOST_LEFT_OUT = 10  # steps in a row; with more, --on_nan skip stops the run, too
 
