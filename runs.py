@@ -323,8 +323,8 @@ def unused_folder(path: str) -> str:
 def fit_in_folder(
     method: nn.Module, config: Config, process: Process, load: Callable, steps: int, out: str, seen: dict, **options
 ) -> Path:
-    """`fit`, of so many steps an epoch, in a run folder, `config.out` or else `out`, from the checkpoint `config.resume`
-    on, if there is one. `seen` is what the checkpoints are to say of the videos, on the first process (see `continued`).
+    """`fit`, of so many steps an epoch, in a run folder, `config.out` or else `out`, from the checkpoint
+    `config.resume` on, if any; `seen` on the first process is what checkpoints are to say of the videos (`continued`).
 
     Raises UserError where the folder is another run's, or can't be made; and as `fit` and `load_checkpoint` do.
     """
