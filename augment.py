@@ -111,8 +111,7 @@ def color_augment(clips: Tensor, params: Tensor) -> Tensor:
 
     if jittered or grayed:
         few = max(2**16 // clips[0, 0, 0].numel(), 1) if _on_cpu(clips) else clips.shape[2]  # that a core's cache holds
-        parts = [recolor(frames) for frames in clips.split(few, 2)]
-        clips = torch.cat(parts, 2) if len(parts) > 1 else parts[0]
+        clips = torch.cat([recolor(frames) for frames in clips.split(few, 2)], 2)
     return _blur(clips, sigma.flatten(1)).clamp(0, 1) if blurred else clips
 
 

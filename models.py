@@ -43,16 +43,12 @@ class ConvUnit(nn.Module):
         return F.relu(self.batch3d(x), inplace=True)
 
 
-class MaxPool(nn.Module):
+class MaxPool(nn.MaxPool3d):
     """Max pooling with "SAME" padding. What is padded never wins, as the inputs have passed a ReLU."""
 
-    def __init__(self, kernel: tuple[int, int, int], stride: tuple[int, int, int]):
-        super().__init__()
-        self.kernel, self.stride = kernel, stride
-
     def forward(self, x: Tensor) -> Tensor:
-        padding = [n // 2 for n in _same_padding(x.shape[2:], self.kernel, self.stride)]
-        return F.max_pool3d(x, self.kernel, self.stride, padding, ceil_mode=True)
+        padding = [n // 2 for n in _same_padding(x.shape[2:], self.kernel_size, self.stride)]
+        return F.max_pool3d(x, self.kernel_size, self.stride, padding, ceil_mode=True)
 
 
 class Inception(nn.Module):
@@ -393,11 +389,8 @@ class MotionDecoder(nn.Module):
 
     Queries are the pixels of one source feature frame and a learnable [cls] token, keys and values the pixels of the
     same feature frame of the target. Queries never meet each other, so each output depends on its own query and the
-    target only, and [cls] on the target alone. Positions are added to pixels, not to [cls], which starts at 0.
-
-    Args:
-        channels: C of the encoder's feature map.
-        dim, depth, heads, dropout: the paper's 512, 2, 4 and 0.1 (Sec. 4.1, A.2); heads divide dim.
+    target only, and [cls] on the target alone. Positions are added to pixels, not to [cls], which starts at 0. The
+    defaults are the paper's (Sec. 4.1, A.2); heads divide dim.
     """
 
     def __init__(self, channels: int, dim: int = 512, depth: int = 2, heads: int = 4, dropout: float = 0.1):
