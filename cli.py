@@ -293,5 +293,4 @@ def dispatch(commands: dict[str, tuple], doc: str, words: bool = False) -> tuple
     function, config_class, *presets = commands[name]
     taken = list(itertools.takewhile(lambda word: words and not word.startswith("-"), given))
     doc = "\n\n".join(map(inspect.getdoc, (function, config_class))) if name else doc
-    config = parse(config_class, doc, *presets, argv=given[len(taken) :])
-    return name, function, config, taken
+    return name, function, parse(config_class, doc, *presets, argv=given[len(taken) :]), taken

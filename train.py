@@ -412,8 +412,7 @@ def noted_signals(process: Process) -> Iterator[list[int]]:
 
     A second one is obeyed at once, but for SIGHUP: each stream of a terminal that is gone raises it.
     """
-    caught: list[int] = []
-    own = os.getpid()
+    caught, own = [], os.getpid()
 
     def note(number: int, _frame: Any) -> None:
         if os.getpid() != own or (caught and number != HANGUP):  # a process forked from this one is to end at once
