@@ -303,9 +303,12 @@ class ForegroundBackgroundMerging:
         """
         tie = tie.double() / tie.amax((1, 2), keepdim=True).clamp(min=1e-12)
         score = (soft.double() + 1e-6 * tie).flatten(1)
-        chosen = math.ceil(portion * score.shape[1] - 1e-9)  # the 1e-9 forgives 0.28 · 25 = 7.000000000000001
-        first = score.argsort(dim=1, descending=True, stable=True)[:, :chosen]
-        return torch.zeros_like(score, dtype=torch.bool).scatter_(1, first, True).view_as(soft)
+        count = score.shape[1]
+        chosen = math.ceil(portion * count - 1e-9)  # the 1e-9 forgives products such as 0.28 · 25 = 7.000000000000001
+        least = score.kthvalue(count - chosen + 1, 1, keepdim=True).values
+        above, equal = score > least, score == least
+        room = chosen - above.sum(1, keepdim=True)
+        return (above | (equal & (equal.cumsum(1) <= room))).view_as(soft)
 
     @classmethod
     def top_cells(cls, seed: Tensor, portion: float, cells: int) -> Tensor:
