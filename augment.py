@@ -167,7 +167,9 @@ def encoder_input(
         kinds = changed @ changed.new_tensor((1, 1, 1, 1, 8, 16))  # any of the first four, gray, blur
         for kind in kinds.unique():
             for index in (kinds == kind).nonzero()[:, 0].split(few):
-                some = torch.stack([clips[i] for i in index.tolist()])
+                some = torch.empty(len(index), *clips.shape[1:])
+                for clip, i in zip(some, index.tolist(), strict=True):
+                    clip.copy_(clips[i])
                 some = _encoder_input(some, color[index] if kind else None, spans, torch.contiguous_format)
                 for clip, i in zip(some, index.tolist(), strict=True):
                     made[i] = clip
