@@ -156,11 +156,11 @@ def start_process(device: str = "auto", timeout: float = 10, deterministic: bool
     else:
         raise UserError(f"process {local_rank} has no GPU: {torch.cuda.device_count()} here; lower --nproc_per_node")
     if world_size > 1 and not dist.is_initialized():
-        meet(place, timeout, f"process {rank} of {world_size}")
+        meet(place, timeout, rank, world_size)
     return Process(rank, world_size, place)
 
 
-def meet(place: torch.device, timeout: float, who: str) -> None:
+def meet(place: torch.device, timeout: float, rank: int, world_size: int) -> None:
     """Meets the other processes, or raises UserError: torch by itself tries for longer than its time-out, and without
     end where something else answers, and tells each try in lines of its own."""
     outcome = [TimeoutError(f"not all are there after --timeout {timeout:g} minutes")]
@@ -190,7 +190,8 @@ def meet(place: torch.device, timeout: float, who: str) -> None:
             os.close(held)
     if error := outcome[0]:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} ({str(error).splitlines()[0]})"
-        raise UserError(f"{who} does not meet the others at {where}: start all of them, with torchrun") from error
+        what = f"process {rank} of {world_size} does not meet the others at {where}"
+        raise UserError(f"{what}: start all of them, with torchrun") from error
 
 
 def end_process() -> None:
