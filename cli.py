@@ -130,11 +130,8 @@ def _places() -> tuple[int, int, int]:
 
 
 def start_process(device: str = "auto", timeout: float = 10, deterministic: bool = False) -> Process:
-    """Joins the run that torchrun's environment describes, or stands alone without it.
-
-    Args:
-        timeout: minutes after which it gives up waiting for another process.
-        deterministic: have torch choose deterministic algorithms, and warn where it has none.
+    """Joins the run that torchrun's environment describes, or stands alone without it; the arguments are the options of
+    these names (`TrainConfig`). torch warns where it has no deterministic algorithm.
 
     Raises UserError: CUDA asked for where there is none, more processes than GPUs, an environment that is not
     torchrun's, or one whose other processes are not there.
@@ -159,18 +156,13 @@ def start_process(device: str = "auto", timeout: float = 10, deterministic: bool
     else:
         raise UserError(f"process {local_rank} has no GPU: {torch.cuda.device_count()} here; lower --nproc_per_node")
     if world_size > 1 and not dist.is_initialized():
-        try:
-            meet(place, timeout)
-        except (RuntimeError, ValueError, TimeoutError) as error:
-            where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} ({str(error).splitlines()[0]})"
-            what = f"process {rank} of {world_size} does not meet the others at {where}"
-            raise UserError(f"{what}: start all of them, with torchrun") from error
+        meet(place, timeout, rank, world_size)
     return Process(rank, world_size, place)
 
 
-def meet(place: torch.device, timeout: float) -> None:
-    """Meets the other processes, or raises what torch does, or TimeoutError: torch by itself tries for longer than its
-    time-out, and without end where something else answers, and tells each try in lines of its own."""
+def meet(place: torch.device, timeout: float, rank: int, world_size: int) -> None:
+    """Meets the other processes, or raises UserError: torch by itself tries for longer than its time-out, and without
+    end where something else answers, and tells each try in lines of its own."""
     outcome = [TimeoutError(f"not all are there after --timeout {timeout:g} minutes")]
 
     def join() -> None:
@@ -197,7 +189,9 @@ def meet(place: torch.device, timeout: float) -> None:
             os.dup2(held, 2)
             os.close(held)
     if error := outcome[0]:
-        raise error
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} ({str(error).splitlines()[0]})"
+        what = f"process {rank} of {world_size} does not meet the others at {where}"
+        raise UserError(f"{what}: start all of them, with torchrun") from error
 
 
 def end_process() -> None:
@@ -300,5 +294,4 @@ def dispatch(commands: dict[str, tuple], doc: str, words: bool = False) -> tuple
     function, config_class, *presets = commands[name]
     taken = list(itertools.takewhile(lambda word: words and not word.startswith("-"), given))
     doc = "\n\n".join(map(inspect.getdoc, (function, config_class))) if name else doc
-    config = parse(config_class, doc, *presets, argv=given[len(taken) :])
-    return name, function, config, taken
+    return name, function, parse(config_class, doc, *presets, argv=given[len(taken) :]), taken

@@ -41,7 +41,7 @@ import find
 from cli import command_line, dispatch, loader_workers, shown, start_process
 from features import EncoderConfig, clip_outputs, load_encoder, nearest, pooled_features, unit_features, video_outputs
 from models import ENCODERS, export_weights
-from runs import check_new, check_replaceable, claim_folder, continued, fit_in_folder, load_checkpoint, made_by
+from runs import check_replaceable, claim_folder, continued, fit_in_folder, load_checkpoint, made_by
 from train import Options, Process, TrainConfig, UserError, check_sums, option, progress, user_errors, write_file
 
 RECALLS = (1, 5, 10, 20, 50)
@@ -478,7 +478,7 @@ def export(config: ExportConfig) -> None:
         raise UserError("export needs a --checkpoint")
     given, name = Path(config.checkpoint), "encoder." + config.to.replace("torch", "pt")
     out = Path(config.out or (given if given.is_dir() else given.parent) / name)
-    check_new(out)
+    check_replaceable(out)
     options = {name: value for name, value in dataclasses.asdict(config).items() if name not in ("to", "out")}
     encoder, filled = load_encoder(EncoderConfig(**options))
     if config.to == "onnx":

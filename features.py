@@ -27,7 +27,7 @@ import find
 from augment import DIFFERENCES, encoder_input
 from cli import loader_workers, start_process
 from models import ENCODERS, build_encoder, encoder_weights, load_weights, recognize
-from runs import check_new, load_checkpoint, saved_options
+from runs import check_replaceable, load_checkpoint, saved_options
 from train import SWITCH, Options, Process, UserError, check_sums, option, progress, user_errors
 
 PART = 256  # videos whose features are written together: memory stays small, and a stop costs no more
@@ -248,7 +248,7 @@ def write_features(config: FeaturesConfig) -> None:
     a stop, the same command goes on.
     """
     process, out = start_process(config.device), Path(config.out)
-    process.of_first(lambda: check_new(out))
+    process.of_first(lambda: check_replaceable(out))
     encoder, config = load_encoder(config, process.say)
     encoder = encoder.to(process.device)
     with user_errors():
@@ -269,13 +269,9 @@ def write_features(config: FeaturesConfig) -> None:
     options = {name: value for name, value in dataclasses.asdict(config).items() if name not in free}
     recipe = repr([options, videos.seen(config.data), check_sums(encoder)]).encode()
     partial = Path(f"{out}.{zlib.crc32(recipe):08x}.partial")
-
-    def begin() -> int:
-        with open(partial, "ab") as file:
-            return file.tell() // row.itemsize
-
     with user_errors((OSError,)):
-        done = process.of_first(begin)
+        process.of_first(partial.touch)
+        done = process.of_first(lambda: partial.stat().st_size // row.itemsize)
     for first in progress(process, range(done, len(videos), PART), desc=f"each {PART} videos", unit="part"):
         clips.videos = subset(videos, range(first, min(first + PART, len(videos))))
         rows, title = np.empty(len(clips), row), f"videos from {first + 1} on"

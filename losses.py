@@ -251,12 +251,10 @@ def pixel_activation(features: Tensor) -> Tensor:
 def activation_alignment(activation: Tensor, reference: Tensor) -> Tensor:
     """L_ac of Eq. 12: the mean distance, in [0, 1], of A_v (N, T, H, W) from A_s + A_d, which gets no gradient. Each
     map is scaled to [0, 1] by its least and its greatest, a constant one to 0."""
-
-    def scaled(maps: Tensor) -> Tensor:
-        low, high = (extreme((1, 2, 3), keepdim=True) for extreme in (maps.amin, maps.amax))
-        return (maps - low) / torch.where(high > low, high - low, 1)
-
-    return (scaled(activation) - scaled(reference.detach())).abs().mean()
+    maps = torch.stack([activation, reference.detach()])
+    low, high = (extreme((2, 3, 4), keepdim=True) for extreme in (maps.amin, maps.amax))
+    scaled = (maps - low) / torch.where(high > low, high - low, 1)
+    return (scaled[0] - scaled[1]).abs().mean()
 
 
 def activation_pool(features: Tensor, activation: Tensor) -> Tensor:

@@ -12,7 +12,6 @@ derivatives of TV-L1 flow (Sec. 3.1), made once for each video.
 """
 
 import dataclasses
-import functools
 import io
 import itertools
 import os
@@ -245,7 +244,7 @@ def make_maps(config: MapsConfig) -> None:
 
 def main() -> None:
     """`mcl.py maps …` makes motion maps, `mcl.py …` trains."""
-    train = functools.partial(pretrain.pretrain, MCL), MCLConfig, PRESETS
+    train = (lambda config: pretrain.pretrain(MCL, config)), MCLConfig, PRESETS
     _, command, config, _ = dispatch({"": train, "maps": (make_maps, MapsConfig, MAPS)}, __doc__)
     command(config)
 

@@ -189,17 +189,10 @@ class Process:
 
     def of_first(self, function: Callable[[], Any]) -> Any:
         """What a function gives, or raises for the user, on the first process; on every process."""
-        outcome = [None, None]
-        if self.rank == 0:
-            try:
-                outcome[0] = function()
-            except (UserError, ValueError, OSError) as error:
-                outcome[1] = error
+        given = [self.first(lambda: function() if self.rank == 0 else None)]
         if self.world_size > 1:
-            dist.broadcast_object_list(outcome)
-        if outcome[1] is not None:
-            raise outcome[1]
-        return outcome[0]
+            dist.broadcast_object_list(given)
+        return given[0]
 
     def gather(self, entries: list) -> list:
         """The entries of all processes, on each."""
@@ -421,8 +414,7 @@ def noted_signals(process: Process) -> Iterator[list[int]]:
 
     A second one is obeyed at once, but for SIGHUP: each stream of a terminal that is gone raises it.
     """
-    caught: list[int] = []
-    own = os.getpid()
+    caught, own = [], os.getpid()
 
     def note(number: int, _frame: Any) -> None:
         if os.getpid() != own or (caught and number != HANGUP):  # a process forked from this one is to end at once
@@ -447,12 +439,8 @@ def sgd(method: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
 
 
 class Run:
-    """A method in training: its optimiser and place in the schedule, which moves on, is saved and restored.
-
-    Args:
-        steps_per_epoch: batches in an epoch.
-        state: a dict, that of the checkpoint `config.resume`, to go on from (see `runs.load_checkpoint`).
-    """
+    """A method in training: its optimiser and place in the schedule, which moves on, is saved and restored: from
+    `state`, if given, a dict, that of the checkpoint `config.resume` (see `runs.load_checkpoint`)."""
 
     MOST_LEFT_OUT = 10  # steps in a row; with more, --on_nan skip stops the run, too
 
@@ -528,10 +516,7 @@ class Run:
         epoch = self.done / self.steps_per_epoch
         for group in self.optimizer.param_groups:
             group["lr"] = config.learning_rate(self.total_batch, epoch)
-        seed = ((config.seed * 1_000_003 + self.done) * 65_537 + process.rank) % 2**63
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed asks every kind of device, which takes long
-        if process.device.type == "cuda":
-            torch.cuda.manual_seed(seed)
+        torch.manual_seed(((config.seed * 1_000_003 + self.done) * 65_537 + process.rank) % 2**63)
         self.optimizer.zero_grad(set_to_none=True)
         found, cut = [], {name: value.chunk(count) for name, value in batch.items()}
         for i in range(count):
