@@ -215,17 +215,20 @@ def test_separable_features_reach_100_percent(run, monkeypatch, protocol):
         video = np.clip(rng.normal(colors[name], 20, (6, 32, 32, 3)), 0, 255).astype(np.uint8)
         encode(run.path / f"{name}{n}.avi", video, "mpeg4")
         lists["train.txt" if n < 4 else "test.txt"].append(f"{name}{n}.avi {name}")
-    for name, lines in lists.items():
+    for name, lines in (lists | {"bad.txt": ["red0.avi", "red6.avi"]}).items():
         write(run.path / name, *lines)
     monkeypatch.setattr(features, "build_encoder", lambda *_: Color())
+    monkeypatch.setattr(evaluate, "knn_scores", votes := mock.Mock(side_effect=evaluate.knn_scores))
     where = ["--dataset=folder", "--data=.", "--list_file=train.txt", "--test_list=test.txt", "--crop=16", "--frames=2"]
-    own = {"linear": ["--cached=1", "--epochs=20"], "knn": ["--k=4"]}.get(protocol, [])
+    own = {"linear": ["--cached=1", "--epochs=20"], "knn": ["--k=3", "--temperature=0.5", "--exclude=bad.txt"]}
     out = "run" if protocol == "linear" else "run/result.json"
-    out = run.ok(evaluate, protocol, *where, *FAST, *own, "--out", out, dataset=None)
+    out = run.ok(evaluate, protocol, *where, *FAST, *own.get(protocol, []), "--out", out, dataset=None)
     result = numbers(run.path / "run" / "result.json")
     found = result["recall_percent"] if protocol == "retrieve" else result["per_class_percent"]
     assert set(found.values()) == {100} and "100.0 %" in out
     assert result["chance_percent"]["R@1" if protocol == "retrieve" else "top1"] == 25
+    if protocol == "knn":  # of the videos to leave out, one is for training
+        assert votes.call_args.args[-2:] == (3, 0.5) and (result["gallery"], result["test_videos"]) == (15, 12)
 
 
 @pytest.mark.slow
@@ -348,29 +351,26 @@ def test_what_is_left_open_is_as_in_the_checkpoints_training(tmp_path):
         ("knn --encoder=s3d --width=2", ["--width 2", "s3d"]),
         ("knn --frames=4", ["--frames 4", "needs 8"]),
         ("knn --dataset=folder --data=unlabelled", ["no label"]),
-        ("svm --dataset=folder --list_file=one.txt --test_list=same.txt", ["at least 2 classes"]),
         ("svm --dataset=folder --list_file=one.txt --test_list=twice.txt", ["more than once"]),
+        ("svm --dataset=folder --list_file=one.txt --test_list=same.txt", ["at least 2 classes"]),
+        ("knn --out=twice.txt/result.json", ["twice.txt"]),
+        ("knn --out=locked/result.json", ["locked"]),
     ],
 )
-def test_bad_input_is_one_clear_line(run, videos, words, says):
+def test_bad_input_is_one_clear_line_before_the_work_where_it_can_be_known(run, videos, monkeypatch, words, says):
     (run.path / "set").symlink_to(videos)
-    touch(run.path, "unlabelled/a.mp4")
-    for name, path in {"one": "train/rise/rise_0001.mp4", "same": (test := "test/rise/rise_0001.mp4")}.items():
-        write(run.path / f"{name}.txt", f"{path} a")
-    write(run.path / "twice.txt", *[f"{test} a"] * 2)
-    protocol, *flags = words.split()
-    where = ["--dataset=synthetic", "--data=set"]
-    run.refused(evaluate, protocol, *CONV4, *FAST, *where, *flags, dataset=None, says=says)
-
-
-@pytest.mark.parametrize("out", ["file/result.json", "locked/result.json"])
-def test_a_result_that_can_not_be_written_is_said_before_the_work(run, monkeypatch, out):
-    (run.path / "file").write_text("")
     (run.path / "locked").mkdir()
+    touch(run.path, "unlabelled/a.mp4")
+    write(run.path / "one.txt", "train/rise/rise_0001.mp4 class")
+    write(run.path / "same.txt", "test/rise/rise_0001.mp4 class")
+    write(run.path / "twice.txt", *["test/rise/rise_0001.mp4 class"] * 2)
     access = os.access  # for root, every folder is open
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "locked" and access(path, mode))
-    monkeypatch.delattr(evaluate, "video_outputs")
-    run.refused(evaluate, "knn", *CONV4, "--out", out, says=[out.split("/")[0]])
+    monkeypatch.setattr(evaluate, "video_outputs", work := mock.Mock(side_effect=evaluate.video_outputs))
+    protocol, *flags = words.split()
+    flags = [*CONV4, *FAST, "--dataset=synthetic", "--data=set", *flags]
+    run.refused(evaluate, protocol, *flags, dataset=None, says=says)
+    assert work.called == (says == ["at least 2 classes"])
 
 
 @given(st.tuples(*[st.lists(st.sampled_from("abcdef"), min_size=1)] * 2))
@@ -401,20 +401,10 @@ def test_videos_that_training_and_test_share_by_name_or_link_are_counted(run):
     run.refused(evaluate, "knn", *CONV4, *FAST, *flags, dataset=None, says=says)
 
 
-def test_the_vote_is_by_the_options_and_training_videos_alone_are_left_out(run, monkeypatch):
-    monkeypatch.setattr(evaluate, "knn_scores", scores := mock.Mock(side_effect=evaluate.knn_scores))
-    (run.path / "bad.txt").write_text("train/rise/rise_0001.mp4\ntest/rise/rise_0001.mp4\n")
-    flags = ["--exclude", "bad.txt", "--out", "k.json", "--k", 3, "--temperature", 0.5]
-    out = run.ok(evaluate, "knn", *CONV4, *FAST, *flags)
-    assert "17 videos" in out and "10 videos" in out and scores.call_args.args[-2:] == (3, 0.5)
-
-
-@pytest.mark.parametrize("classes", [2, 5])
-def test_svm_tells_separable_classes_apart_and_gives_absent_ones_no_score(classes):
-    labels = torch.arange(60) % classes
-    centers = torch.randn(classes, 16, generator=generator(0))
+def test_svm_tells_separable_classes_apart_and_gives_absent_ones_no_score():
+    labels = torch.arange(60) % 5
     noise = torch.randn(2, 60, 16, generator=generator(1)) * 0.1
-    gallery, queries = centers[labels] + noise
-    scores = evaluate.svm_scores(queries, gallery, 2 * labels, 2 * classes, 1.0, ALONE)
-    assert scores.shape == (60, 2 * classes) and torch.equal(scores.argmax(1), 2 * labels)
+    gallery, queries = torch.randn(5, 16, generator=generator(0))[labels] + noise
+    scores = evaluate.svm_scores(queries, gallery, 2 * labels, 10, 1.0, ALONE)
+    assert scores.shape == (60, 10) and torch.equal(scores.argmax(1), 2 * labels)
     assert scores[:, 1::2].isneginf().all() and scores[:, ::2].isfinite().all()

@@ -253,7 +253,6 @@ def test_results_are_those_of_evaluate_beside_chance_and_an_untrained_encoder(ru
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["activations", "FIMA", "--out=x.jpg"], "end it in .png or .pdf or .svg or .gif or .webp"),
         (["affinity", "FIMA", "--out=x.gif"], "affinity does not move: end it in .png or .pdf or .svg"),
         (["compare", "FIMA"], "compare needs a run folder for each RUN: visualize.py compare RUN RUN"),
         (["activations", "FIMA", "--out=no/x.png"], "no such folder"),

@@ -43,11 +43,8 @@ def i3d(x: Tensor, file: dict[str, Tensor], eps: float = 1e-3) -> Tensor:
     drawn = generator(0)
 
     def padded(x: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
-        both_sides = []
-        for n, k, s in reversed(list(zip(x.shape[2:], kernel, stride, strict=True))):
-            total = max(k - (n % s or s), 0)
-            both_sides += [total // 2, total - total // 2]
-        return F.pad(x, both_sides)
+        total = [max(k - (n % s or s), 0) for n, k, s in zip(x.shape[2:], kernel, stride, strict=True)]
+        return F.pad(x, [side for n in reversed(total) for side in (n // 2, n - n // 2)])
 
     def unit(x: Tensor, name: str, channels: int, kernel: int = 1, stride: int = 1) -> Tensor:
         conv, bn, inputs, outputs = f"{name}.conv3d.weight", f"{name}.bn.", x.shape[1], round(channels * WIDTH)
@@ -90,11 +87,6 @@ def fima_file() -> dict[str, Tensor]:
     return {re.sub(r"Conv3d|Mixed|bn|b\d[ab]?", lambda found: FIMA[found[0]], k): v for k, v in i3d_file().items()}
 
 
-def rgb(*size: int) -> Tensor:
-    """Two clips in [0, 1]."""
-    return torch.rand(2, 3, *size, generator=generator(1))
-
-
 def pretraining(backbone: dict[str, Tensor], outer: str = "module.", inner: str = "", **heads: Tensor) -> dict:
     """A checkpoint of FIMA's or FAME's pretraining: both encoders, the key's twice the query's, and what is beside."""
     state = {f"{outer}encoder_q.{inner}{name}": value for name, value in (backbone | heads).items()}
@@ -120,7 +112,6 @@ def loaded(checkpoint: object, width: float = WIDTH) -> tuple[str, nn.Module, st
         ("i3d_piergiaj", i3d_file() | LOGITS, 342, "logits (2)"),
         ("i3d_piergiaj", {k: v for k, v in i3d_file().items() if "num_batches" not in k}, 285, "none"),
     ],
-    ids=["FIMA", "FAME", "FIMA's evaluation", "plain", "piergiaj", "piergiaj without counters and classes"],
 )
 @torch.no_grad()
 def test_i3ds_of_others_give_the_outputs_of_their_networks(name, checkpoint, matched, ignored):
@@ -129,7 +120,7 @@ def test_i3ds_of_others_give_the_outputs_of_their_networks(name, checkpoint, mat
     eps, other, momentum = (1e-5, 1e-3, 0.1) if name == "i3d" else (1e-3, 1e-5, 0.01)
     assert {m.momentum for m in encoder.modules() if isinstance(m, nn.BatchNorm3d)} == {momentum}
     for size in ((8, 32, 48), (4, 16, 16), (12, 48, 112), (7, 33, 50), (1, 15, 7)):
-        clip = rgb(*size)
+        clip = torch.rand(2, 3, *size)
         x = augment.normalize(clip) if name == "i3d" else 2 * clip - 1
         maps = encoder(augment.normalize(clip))
         torch.testing.assert_close(maps, i3d(x, i3d_file(), eps), rtol=1e-4, atol=1e-4)
@@ -147,7 +138,7 @@ def test_torchvision_weights_give_equal_outputs_both_ways(name):
     recognized, ours, report = loaded(theirs.state_dict(), 1.0)
     assert recognized == name and f"ignored: {'classifier' if name == 's3d' else 'fc'} (2)" in report
     trunk = theirs.features if name == "s3d" else nn.Sequential(*list(theirs.children())[:5])
-    clip = augment.normalize(rgb(9, 50, 70)[:1])
+    clip = augment.normalize(torch.rand(1, 3, 9, 50, 70))
     assert torch.equal(ours(clip), trunk(clip))
     exported, expected = models.export_weights(ours), theirs.state_dict()
     assert len(exported) == len(expected) - 2 and all(torch.equal(value, expected[k]) for k, value in exported.items())
@@ -176,7 +167,7 @@ def test_exported_to_piergiajs_names_an_i3d_gives_equal_outputs_in_its_network_a
     models.load_weights(ours, fima_file())
     exported = models.export_weights(ours)
     assert {k: v.shape for k, v in exported.items()} == {k: v.shape for k, v in i3d_file().items()}
-    clip = rgb(8, 32, 48)
+    clip = torch.rand(2, 3, 8, 32, 48)
     x = augment.normalize(clip) if name == "i3d" else 2 * clip - 1
     torch.testing.assert_close(i3d(x, exported), ours(augment.normalize(clip)), rtol=1e-4, atol=1e-4)
 
