@@ -253,6 +253,7 @@ def test_results_are_those_of_evaluate_beside_chance_and_an_untrained_encoder(ru
 @pytest.mark.parametrize(
     "words, message",
     [
+        (["activations", "FIMA", "--out=x.jpg"], "end it in .png or .pdf or .svg or .gif or .webp"),
         (["affinity", "FIMA", "--out=x.gif"], "affinity does not move: end it in .png or .pdf or .svg"),
         (["compare", "FIMA"], "compare needs a run folder for each RUN: visualize.py compare RUN RUN"),
         (["activations", "FIMA", "--out=no/x.png"], "no such folder"),
@@ -272,7 +273,7 @@ def test_a_mistake_is_one_line(run, runs, words, message):
 
 def test_curves_play_from_the_first_point_to_the_last_and_are_named_by_it(tmp_path):
     lines = [{"step": n, "epoch": n / 10, "loss/vv": 5 - n / 10, "chance/vv": 5.5} for n in range(1, 31)]
-    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     for out, frames in (("x.gif", 40), ("x.png", 0)):
         (ax,) = visualize.draw_curves(visualize.FigureConfig(out=out), [str(tmp_path)]).axes
         assert ax.get_title() == "loss/vv 2 (dashed: chance)"
