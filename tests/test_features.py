@@ -73,8 +73,9 @@ def test_after_a_kill_only_the_rest_is_computed(run, monkeypatch):
     with open(partial, "ab") as file:
         file.write(b"half a row")
     monkeypatch.setattr(features.data, "Video", read := mock.Mock(side_effect=features.data.Video))
-    run.ok(evaluate, "features", *FLAGS, "--out=other.npz", "--crop=48")
+    run.ok(evaluate, "features", *FLAGS, "--crop=48")
     assert read.call_count == 28 and partial.exists()  # other features are not those of a part
+    (run.path / "f.npz").rename(run.path / "other.npz")
     run.ok(evaluate, "features", *FLAGS)
     found, whole = load(run.path / "f.npz"), load(run.path / "whole.npz")
     assert read.call_count == 28 + 18 and found.keys() == whole.keys()

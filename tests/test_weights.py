@@ -38,9 +38,9 @@ LOGITS = {"logits.conv3d.weight": torch.zeros(400, 64, 1, 1, 1), "logits.conv3d.
 
 
 def i3d(x: Tensor, file: dict[str, Tensor], eps: float = 1e-3) -> Tensor:
-    """The trunk as piergiaj's code runs it, zeros written out by the size of each input; FIMA's pads the same where frames
-    are a multiple of 4, height and width of 16. What the file lacks is drawn into it, with variances so small that the
-    eps of batch norm matters."""
+    """The trunk as piergiaj's code runs it, zeros written out by the size of each input. FIMA's pads the same where
+    frames are a multiple of 4, height and width of 16. What the file lacks is drawn into it, with variances so small
+    that the eps of batch norm matters."""
     drawn = generator(0)
 
     def padded(x: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
