@@ -207,6 +207,8 @@ def test_the_report_is_one_file_that_holds_its_pictures_and_a_browser_shows_it_w
     assert page.pictures == ["data:image/webp"] * len(visualize.SECTIONS)
     assert "fima: FIMA on synthetic, 2 steps" in page.text and "<&>" in page.text
     assert ["decoder_width", "16"] in page.rows and "fima.py --encoder" in page.text
+    assert page.rows[0] == ["protocol", "%"]  # no results yet
+    assert f"python evaluate.py retrieve --checkpoint '{runs / 'fima' / 'checkpoint.pt'}'" in page.text
     if not BROWSER:
         pytest.skip("the file is good; no Chromium is installed to show it")
     checked, script = tmp_path / "checked.html", "document.title = [...document.images].map(x => x.naturalWidth > 0)"
@@ -223,31 +225,25 @@ def test_the_report_is_one_file_that_holds_its_pictures_and_a_browser_shows_it_w
 
 @pytest.mark.slow
 def test_results_are_those_of_evaluate_beside_chance_and_an_untrained_encoder(run, runs, tmp_path, monkeypatch):
-    quick = ["--device=cpu", "--workers=0", "--clips=1"]
-    monkeypatch.setattr(visualize, "SECTIONS", ("curves",))
-    run.ok(visualize, "compare", runs / "moco", runs / "fima", *quick, dataset=None)
-    page = page_of(tmp_path / "compare.html")
-    assert page.headings == ["results", "curves", "options"] and page.rows[0] == ["protocol", "%"]
-    assert "python evaluate.py retrieve --checkpoint " + repr(str(runs / "moco" / "checkpoint.pt")) in page.text
-    assert ["decoder_width", "–", "16"] in page.rows and "crop" not in [row[0] for row in page.rows]
-
-    expected = []
+    quick, expected = ["--device=cpu", "--workers=0", "--clips=1"], []
+    shutil.copytree(runs / "fima", tmp_path / "own")
     for protocol in ("knn", "retrieve"):
-        run.ok(evaluate, protocol, "--checkpoint", runs / "fima", *quick)
+        run.ok(evaluate, protocol, "--checkpoint=own", *quick)
         run.ok(evaluate, protocol, *CONV4, *quick)
-        folders = runs / "fima", tmp_path / "runs" / "untrained_conv4"
-        records = [numbers(folder / f"{protocol}_synthetic.json") for folder in folders]
+        name = f"{protocol}_synthetic"
+        records = [numbers(tmp_path / folder / f"{name}.json") for folder in ("own", "runs/untrained_conv4")]
         for kind, chance in records[0]["chance_percent"].items():
             found, untrained = (x["recall_percent"][kind] if "R@" in kind else x[f"{kind}_percent"] for x in records)
-            expected.append([f"{protocol}_synthetic", kind, found, chance, untrained])
+            expected.append([name, kind, found, chance, untrained])
     run.ok(evaluate, "knn", *CONV4, *quick, "--clips=2", "--out=runs/untrained_conv4/svm_synthetic.json")  # another
-    run.ok(visualize, "compare", runs / "moco", runs / "fima", *quick, dataset=None)
+    monkeypatch.setattr(visualize, "SECTIONS", ("curves",))
+    run.ok(visualize, "compare", runs / "moco", "own", *quick, dataset=None)
     page = page_of(tmp_path / "compare.html")
-    columns = [str(runs / "moco"), str(runs / "fima"), "chance", "runs/untrained_conv4"]
-    assert page.rows[0] == ["protocol", "%", *columns] and page.rows[1][2] == "–"
-    assert [[*row[:2], *map(float, row[3:])] for row in page.rows[1:9]] == expected
+    assert page.rows[0] == ["protocol", "%", str(runs / "moco"), "own", "chance", "runs/untrained_conv4"]
+    assert [[*row[:2], *map(float, row[3:])] for row in page.rows[1:9]] == expected and page.rows[1][2] == "–"
+    assert page.headings == ["results", "curves", "own/knn_synthetic_confusion.png", "options"]
     assert page.pictures == ["data:image/webp", "data:image/png"]
-    assert page.headings[2].endswith("knn_synthetic_confusion.png")
+    assert ["decoder_width", "–", "16"] in page.rows and "crop" not in [row[0] for row in page.rows]
 
 
 @pytest.mark.parametrize(
