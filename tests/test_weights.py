@@ -119,7 +119,7 @@ def test_i3ds_of_others_give_the_outputs_of_their_networks(name, checkpoint, mat
     recognized, encoder, report = loaded(checkpoint)
     assert recognized == name and f"{matched} of 342 entries matched" in report and ignored in report
     eps, other, momentum = (1e-5, 1e-3, 0.1) if name == "i3d" else (1e-3, 1e-5, 0.01)
-    assert {m.momentum for m in encoder.modules() if isinstance(m, nn.BatchNorm3d)} == {momentum}
+    assert {(m.eps, m.momentum) for m in encoder.modules() if isinstance(m, nn.BatchNorm3d)} == {(eps, momentum)}
     for size in ((8, 32, 48), (4, 16, 16), (12, 48, 112), (7, 33, 50), (1, 15, 7)):
         clip = torch.rand(2, 3, *size)
         x = augment.normalize(clip) if name == "i3d" else 2 * clip - 1
