@@ -241,6 +241,7 @@ def test_results_are_those_of_evaluate_beside_chance_and_an_untrained_encoder(ru
     page = page_of(tmp_path / "compare.html")
     assert page.rows[0] == ["protocol", "%", str(runs / "moco"), "own", "chance", "runs/untrained_conv4"]
     assert [[*row[:2], *map(float, row[3:])] for row in page.rows[1:9]] == expected and page.rows[1][2] == "–"
+    assert page.rows[9][0] == "option"  # and no other number is shown
     assert page.headings == ["results", "curves", "own/knn_synthetic_confusion.png", "options"]
     assert page.pictures == ["data:image/webp", "data:image/png"]
     assert ["decoder_width", "–", "16"] in page.rows and "crop" not in [row[0] for row in page.rows]
