@@ -1,12 +1,11 @@
 """Motion against scene: encoders made by hand, of which one sees colours alone and one motion alone."""
 
-import json
 from unittest import mock
 
 import pytest
 import scene_bias
 import torch
-from test_evaluate import FAST, Color
+from test_evaluate import FAST, Color, numbers
 
 import evaluate
 import features
@@ -36,13 +35,12 @@ def biased(tmp_path_factory):
     return root
 
 
-def bias_of(run, monkeypatch, encoder, *flags):
+def bias_of(run, monkeypatch, encoder, dataset, root):
+    """The percentages by row, as they are printed, and the whole result."""
     monkeypatch.setattr(features, "build_encoder", lambda *_: encoder())
-    flags = [*FAST, "--crop", 32, "--clips", 1, "--out", "bias.json", *flags]
-    out, result = (
-        run.ok(scene_bias, *flags, dataset=None, small=False),
-        json.loads((run.path / "bias.json").read_text())["result"],
-    )
+    where = ["--dataset", dataset, "--data", root, "--crop=32", "--clips=1", "--out=bias.json"]
+    out = run.ok(scene_bias, *FAST, *where, dataset=None, small=False)
+    result = numbers(run.path / "bias.json")
     rows = {row: values["percent"] for row, values in result["table"].items()}
     assert all(f"{row:<30}{percent:>7.1f} %" in out for row, percent in rows.items())
     return rows, result
@@ -50,9 +48,8 @@ def bias_of(run, monkeypatch, encoder, *flags):
 
 def test_bias_tells_an_encoder_of_colours_from_one_of_motion(run, biased, monkeypatch):
     monkeypatch.setattr(scene_bias, "svm_scores", scores := mock.Mock(side_effect=evaluate.svm_scores))
-    (colour, result), (motion, _) = (
-        bias_of(run, monkeypatch, encoder, "--dataset", "synthetic", "--data", biased) for encoder in (Color, Motion)
-    )
+    colour, _ = bias_of(run, monkeypatch, Color, "synthetic", biased)
+    motion, result = bias_of(run, monkeypatch, Motion, "synthetic", biased)
     shown = [synthetic.scene_of(path) for path in sorted(biased.glob("train/*/*"))]
     assert [synthetic.MOTIONS[label] for label in scores.call_args.args[2]] == shown
     own = [synthetic.scene_of(path) == path.parent.name for path in biased.glob("test/*/*") if path.stat().st_size > 99]
@@ -66,11 +63,10 @@ def test_bias_tells_an_encoder_of_colours_from_one_of_motion(run, biased, monkey
     assert len(result["unreadable"]) == 2
 
 
-@pytest.mark.parametrize("dataset", ["folder", "synthetic"])
-def test_bias_without_scenes_is_of_still_and_shuffled_frames_alone(run, biased, videos, monkeypatch, dataset):
-    where = biased if dataset == "folder" else videos
-    rows, _ = bias_of(run, monkeypatch, Color, "--dataset", dataset, "--data", where)
-    assert [*rows] == ["test", "still", "shuffled", "test less shuffled"]
+def test_bias_without_scenes_is_of_still_and_shuffled_frames_alone(run, biased, videos, monkeypatch):
+    for dataset, root in (("folder", biased), ("synthetic", videos)):
+        rows, _ = bias_of(run, monkeypatch, Color, dataset, root)
+        assert [*rows] == ["test", "still", "shuffled", "test less shuffled"]
 
 
 def test_a_clip_is_shown_with_its_middle_frame_alone_and_with_frames_in_another_order():
