@@ -254,7 +254,7 @@ def load_optimizer(path: str | Path, optimizer: torch.optim.Optimizer, state: di
         values = [(i, value) for i, entry in kept for value in entry.values()]
         good = all(value.layout == torch.strided and value.shape in ((), shapes[i]) for i, value in values)
         good &= all(type(i) is int for i, _ in kept) and len({frozenset(entry) for _, entry in kept}) <= 1
-    except (AttributeError, KeyError, TypeError):
+    except (AttributeError, KeyError, RuntimeError, TypeError):
         good = False
     if not good:
         raise UserError(f"{path} is damaged, or of other code: no valid optimizer in it")
@@ -459,7 +459,8 @@ class Run:
         self.model = method
         if process.world_size > 1:  # batch-norm statistics are each process's own; `save` averages them
             self.check_agreement()
-            self.model = DistributedDataParallel(method, broadcast_buffers=False, gradient_as_bucket_view=True)
+            self.model = DistributedDataParallel(method, gradient_as_bucket_view=True)
+            self.model.broadcast_buffers = False
 
     def restore(self, state: dict) -> None:
         """Goes to where a checkpoint was saved. Where an epoch has other steps than it had, by another batch, data set
