@@ -130,8 +130,9 @@ def _places() -> tuple[int, int, int]:
 
 
 def start_process(device: str = "auto", timeout: float = 10, deterministic: bool = False) -> Process:
-    """Joins the run that torchrun's environment describes, or stands alone without it; the arguments are the options of
-    these names (`TrainConfig`). torch warns where it has no deterministic algorithm.
+    """Joins the run that torchrun's environment describes, or stands alone without it, and gives up waiting for another
+    process after `timeout` minutes. With `deterministic`, torch takes deterministic algorithms, and warns where it has
+    none.
 
     Raises UserError: CUDA asked for where there is none, more processes than GPUs, an environment that is not
     torchrun's, or one whose other processes are not there.
@@ -189,6 +190,8 @@ def meet(place: torch.device, timeout: float, rank: int, world_size: int) -> Non
             os.dup2(held, 2)
             os.close(held)
     if error := outcome[0]:
+        if not isinstance(error, RuntimeError | ValueError | OSError):
+            raise error
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} ({str(error).splitlines()[0]})"
         what = f"process {rank} of {world_size} does not meet the others at {where}"
         raise UserError(f"{what}: start all of them, with torchrun") from error

@@ -290,7 +290,8 @@ class TestClips(Items):
     """Clips for evaluation, N of each video at uniformly spaced times; short videos are continued by their last frame.
 
     The crop is the central square of 7/8 of the shorter side. An item is a dict: "clips" uint8 (N, 3, frames, crop,
-    crop), "start" (N,), when each begins in seconds, and "bad", empty or [(path, reason)] of a video that gives zeros.
+    crop), "start" (N,), when each begins in seconds, and "bad", empty or [(path, reason)]: an unreadable video's clips
+    are zeros.
     """
 
     def __init__(self, videos: VideoList, crop: int, frames: int = 16, frame_stride: int = 2, clips: int = 10):
@@ -398,10 +399,12 @@ def _memory_kills() -> list[str]:
 
 
 def _in_processes(function: Callable, count: int, tasks: Iterable, ahead: int) -> Iterator:
-    """Yields what a function makes of the tasks in so many processes, in order; each has up to `ahead` tasks. Where
-    torch's DataLoader ends the run, when a process dies, another one goes on with its tasks, and what killed two by a
-    fault while memory was not short, as the last thing that `_begin` was told, is a BadVideo in the next. Raises what
-    the function raises, and OSError when one can't be started, or eleven die in a row by no video's fault."""
+    """Yields what a function makes of the tasks in so many processes, in order; each has up to `ahead` tasks.
+
+    torch's DataLoader ends the run when a process dies. Here another one goes on with its tasks, and what killed two by
+    a fault while memory was not short, as the last thing that `_begin` was told, is a BadVideo in the next. Raises what
+    the function raises, and OSError when a process can't be started, or eleven die in a row by no video's fault.
+    """
     tasks, deaths, kills, suspects, killers = iter(tasks), 0, _memory_kills(), set(), {}
     pending, processes, pipes, reading = [deque() for _ in range(count)], {}, {}, {}
 

@@ -49,7 +49,7 @@ PNG = b"\x89PNG"  # how pictures begin
 
 
 @dataclasses.dataclass(frozen=True)
-class RetrieveConfig(EncoderConfig):
+class RetrieveConfig(EncoderConfig):  # base of every protocol's options; the docstring is the help of this one
     """Retrieval: R@k, is any of the k training videos nearest to a test video, by cosine, of its class? (Table 6)"""
 
     protocol = property(lambda self: type(self).__name__.removesuffix("Config").lower())
@@ -502,7 +502,8 @@ def export(config: ExportConfig) -> None:
 
 
 class WithHalves(data.TestClips):
-    """Two of the four clips of a video are its first and its last, the others these in a random crop and flip each."""
+    """Four clips of a video, (4, 3, frames, crop, crop): its first, its last, and each of these again in a random crop
+    and flip of its own. `clips` is to be 4; "start" has the first two."""
 
     def write(self, index: int, item: dict[str, Tensor]) -> list:
         clips, halves = item["clips"].split(2)

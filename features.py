@@ -269,9 +269,13 @@ def write_features(config: FeaturesConfig) -> None:
     options = {name: value for name, value in dataclasses.asdict(config).items() if name not in free}
     recipe = repr([options, videos.seen(config.data), check_sums(encoder)]).encode()
     partial = Path(f"{out}.{zlib.crc32(recipe):08x}.partial")
+
+    def begin() -> int:
+        with open(partial, "ab") as file:  # fails now, not after the work
+            return file.tell() // row.itemsize
+
     with user_errors((OSError,)):
-        process.of_first(partial.touch)
-        done = process.of_first(lambda: partial.stat().st_size // row.itemsize)
+        done = process.of_first(begin)
     for first in progress(process, range(done, len(videos), PART), desc=f"each {PART} videos", unit="part"):
         clips.videos = subset(videos, range(first, min(first + PART, len(videos))))
         rows, title = np.empty(len(clips), row), f"videos from {first + 1} on"

@@ -257,7 +257,8 @@ def _read_official(
         if dataset == "ucf101":
             classes = [line.split()[1] for line in lines("classind.txt")]
             index = {_letters(name): i for i, name in enumerate(classes)}
-            listed = [line.split()[0].partition("/") for line in lines(f"{part}list0{split}.txt")]  # no class numbers
+            # In training lists the class number follows the name.
+            listed = [line.split()[0].partition("/") for line in lines(f"{part}list0{split}.txt")]
             named = [(os.path.splitext(name)[0], index[_letters(folder)]) for folder, _, name in listed]
         elif dataset == "hmdb51":
             classes = [name[: -len(end)] for name in _named(lists, end)] or read(end)

@@ -113,7 +113,11 @@ class I3D(Encoder):
 
     def __init__(self, width: float = 1.0):
         super().__init__()
-        stem, reduced, wide = (max(1, round(width * c)) for c in (64, 64, 192))
+
+        def scaled(*channels: int) -> list[int]:
+            return [max(1, round(width * c)) for c in channels]
+
+        stem, reduced, wide = scaled(64, 64, 192)
         self.conv3d_1a_7x7 = ConvUnit(3, stem, 7, 2)
         self.pool_2a = MaxPool((1, 3, 3), (1, 2, 2))
         self.conv3d_2b_1x1 = ConvUnit(stem, reduced)
@@ -135,7 +139,7 @@ class I3D(Encoder):
                 self.pool_4a = MaxPool((3, 3, 3), (2, 2, 2))
             if name == "5b":
                 self.pool_5a = MaxPool((2, 2, 2), (2, 2, 2))
-            b0, b1_in, b1, b2_in, b2, b3 = (max(1, round(width * c)) for c in channels)
+            b0, b1_in, b1, b2_in, b2, b3 = scaled(*channels)
             self.add_module(f"mixed_{name}", Inception(self.out_channels, b0, b1_in, b1, b2_in, b2, b3))
             self.out_channels = b0 + b1 + b2 + b3
 
@@ -374,7 +378,9 @@ class DecoderBlock(nn.Module):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.attention = nn.MultiheadAttention(dim, heads, dropout, batch_first=True)
-        self.feed_forward = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(True), nn.Dropout(dropout), nn.Linear(dim, dim))
+        self.feed_forward = nn.Sequential(
+            nn.Linear(dim, dim), nn.ReLU(inplace=True), nn.Dropout(dropout), nn.Linear(dim, dim)
+        )
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, query: Tensor, memory: Tensor, need_weights: bool = False) -> tuple[Tensor, Tensor | None]:

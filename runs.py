@@ -4,12 +4,12 @@ import contextlib
 import dataclasses
 import errno
 import importlib.metadata
-import itertools
 import json
 import math
 import os
 import platform
 import shlex
+import stat
 import subprocess
 import sys
 import time
@@ -74,14 +74,14 @@ def claim_folder(path: Path, resume: str = "") -> None:
 
 
 def check_replaceable(path: str | Path, *beginnings: bytes) -> None:
-    """Raises UserError where `path` is there, is not empty, and begins like nothing that may be replaced."""
+    """Raises UserError where `path` is there, but for an empty file and one with one of these beginnings."""
     begin = b"a folder" if os.path.exists(path) else b""
     if os.path.isfile(path):
-        with open(path, "rb") as file:
+        with user_errors((OSError,)), open(path, "rb") as file:
             begin = file.read(64)
     if begin and not begin.startswith(beginnings):
-        what = "a folder" if os.path.isdir(path) else "there already, and not to be replaced"
-        raise UserError(f"{path} is {what}: name another --out")
+        other = "something else than what would be written there" if beginnings else "there already"
+        raise UserError(f"{path} is {'a folder' if os.path.isdir(path) else other}: name another --out")
 
 
 def git_commit() -> str:
@@ -179,12 +179,12 @@ def load_checkpoint(path: str | Path, foreign: bool = False, whole: bool = True)
     Raises UserError: no such file, no permission, damaged, or not a checkpoint of this project.
     """
     try:
-        if not Path(path).is_file():
+        if not stat.S_ISREG(os.stat(path).st_mode):
             raise FileNotFoundError
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=not whole)
         if whole and zipfile.is_zipfile(path) and (wrong := zipfile.ZipFile(path).testzip()):
             raise zipfile.BadZipFile(wrong)  # torch compares no check sums
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"no checkpoint at {path}") from error
     except OSError as error:
         why = "is damaged" if error.errno == errno.EINVAL else f"can't be read: {error.strerror or error}"
@@ -313,18 +313,21 @@ def find_run(config: Config, seen: dict, say: Callable[[str], None]) -> str:
 
 def unused_folder(path: str) -> str:
     """Makes a folder of this name, or if there is one, as of a run started in the same second, of NAME-2, NAME-3 …"""
-    names = itertools.chain([path], (f"{path}-{number}" for number in itertools.count(2)))
+    name, number = path, 1
     while True:
         with contextlib.suppress(FileExistsError):
-            os.makedirs(name := next(names))
+            os.makedirs(name)
             return name
+        number += 1
+        name = f"{path}-{number}"
 
 
 def fit_in_folder(
     method: nn.Module, config: Config, process: Process, load: Callable, steps: int, out: str, seen: dict, **options
 ) -> Path:
-    """`fit`, of so many steps an epoch, in a run folder, `config.out` or else `out`, from the checkpoint
-    `config.resume` on, if any; `seen` on the first process is what checkpoints are to say of the videos (`continued`).
+    """`fit` in a run folder, `config.out` or else `out`, from the checkpoint `config.resume` on, if any. `steps` are
+    batches in an epoch; `seen` is what checkpoints are to say of the videos, on the first process (`continued`); `load`
+    and `options` are as in `fit`.
 
     Raises UserError where the folder is another run's, or can't be made; and as `fit` and `load_checkpoint` do.
     """

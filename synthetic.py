@@ -111,8 +111,8 @@ def _shot(rng: np.random.Generator, motion: str, camera: np.ndarray, height: int
 
 
 def _grains(rng: np.random.Generator, places: np.ndarray, pattern: np.ndarray) -> np.ndarray:
-    """White noise (H, W) that goes along with an object: the grains of its pattern at the pixels' places (2, H, W); one
-    at several pixels, of what turns or grows, shows once: no frame tells what moves (Ilic et al., ECCV 2022)."""
+    """White noise (H, W) that goes along with an object: the grains of its pattern at the pixels' places (2, H, W). A
+    grain at several pixels, of what turns or grows, shows once: no frame tells what moves (Ilic et al., ECCV 2022)."""
     rows, columns = np.floor(places).astype(int) % SPRITE
     shown, first = np.unique(rows * SPRITE + columns, return_index=True)
     drawn = rng.random(rows.shape)
@@ -286,8 +286,9 @@ def make_synthetic(
             are; the others are in any of the other nine's. Of `test` videos more each, root/unseen is drawn as without
             a bias, root/other in another motion's scenes, root/noise in white noise. Names say so (`scene_of`).
 
-    Raises ValueError for numbers of which there is no set, and says why; FileExistsError where `root` holds other files
-    than those of a synthetic set, and leaves it alone.
+    Raises ValueError for a part without videos, fewer than two frames, no pixel, a negative number, more shots than
+    motions, or a bias beyond 1, of several shots, or of fewer than ten videos; FileExistsError where `root` holds other
+    files than those of a synthetic set, and leaves it alone.
     """
     recipe = {"version": SYNTHETIC_VERSION, "train": train, "test": test, "seed": seed, "frames": frames, "size": size}
     recipe |= {"shake": shake, "shots": shots} | ({"scene_bias": float(scene_bias)} if scene_bias else {})

@@ -28,6 +28,7 @@ import shlex
 import signal
 import sys
 import time
+import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -179,7 +180,7 @@ class Process:
             error = raised
         if self.rank == 0 and self.world_size > 1:
             dist.barrier()
-        outcomes = self.gather([(error and str(error), None if error else mark(given))])
+        outcomes = self.gather([(error and (str(error) or repr(error)), None if error else mark(given))])
         if error:
             raise error
         for rank, (wrong, found) in enumerate(outcomes):
@@ -439,8 +440,8 @@ def sgd(method: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
 
 
 class Run:
-    """A method in training: its optimiser and place in the schedule, which moves on, is saved and restored: from
-    `state`, if given, a dict, that of the checkpoint `config.resume` (see `runs.load_checkpoint`)."""
+    """A method in training: its optimiser and place in the schedule, which moves on, is saved and restored.
+    `steps_per_epoch` counts batches; `state` is the dict of the checkpoint `config.resume`, to go on from."""
 
     MOST_LEFT_OUT = 10  # steps in a row; with more, --on_nan skip stops the run, too
 
@@ -459,8 +460,8 @@ class Run:
         self.model = method
         if process.world_size > 1:  # batch-norm statistics are each process's own; `save` averages them
             self.check_agreement()
-            self.model = DistributedDataParallel(method, gradient_as_bucket_view=True)
-            self.model.broadcast_buffers = False
+            with warnings.catch_warnings(action="ignore", category=FutureWarning):  # torch 2.6 has no other name for it
+                self.model = DistributedDataParallel(method, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     def restore(self, state: dict) -> None:
         """Goes to where a checkpoint was saved. Where an epoch has other steps than it had, by another batch, data set
@@ -517,7 +518,10 @@ class Run:
         epoch = self.done / self.steps_per_epoch
         for group in self.optimizer.param_groups:
             group["lr"] = config.learning_rate(self.total_batch, epoch)
-        torch.manual_seed(((config.seed * 1_000_003 + self.done) * 65_537 + process.rank) % 2**63)
+        seed = ((config.seed * 1_000_003 + self.done) * 65_537 + process.rank) % 2**63
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed asks every kind of device: half of a short step
+        if process.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
         self.optimizer.zero_grad(set_to_none=True)
         found, cut = [], {name: value.chunk(count) for name, value in batch.items()}
         for i in range(count):

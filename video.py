@@ -101,14 +101,15 @@ class Video(contextlib.ExitStack):
         images = video.read(range(0, len(video), 2))
 
     Frame k is the k-th picture that a player shows. The packets are read once (the compressed file is held in memory);
-    a picture of a folder (`frames_of`) is read when it is wanted, and scaled to the size of the first. `rate` is that
-    of frames a second where file or folder do not say it.
+    a picture of a folder (`frames_of`) is read when it is wanted, and scaled to the size of the first. `rate`,
+    frames a second, holds where file or folder do not say theirs.
     Decoding starts at the last key frame before each group of wanted frames. Which packet shows frame k follows
 
     - from the time stamps, where they reorder pictures as far as the decoder says that it does;
     - from the packets' order, where each is a picture (as of MJPEG), or makes one come out (MPEG-1, 2, 4): in AVI
       (UCF101, HMDB51) there are no stamps, and those that others make up for packed B-frames are 1, 2, 4, 3, 5, …;
-    - else (as of raw or interlaced H.264, or where something is lost) from decoding all of it, once in a process.
+    - else (as of raw or interlaced H.264, or where something is lost) from decoding the whole video when it is opened,
+      once in a process.
 
     Raises BadVideo when the file can't be opened, is none of `CONTAINERS`, holds fewer than two frames of video, or
     more than `MAX_FRAMES`, `MAX_PIXELS` or `MAX_BYTES`, or when that is not known after `DEADLINE` seconds.
@@ -141,8 +142,8 @@ class Video(contextlib.ExitStack):
 
     @contextlib.contextmanager
     def bad_video(self) -> Iterator[None]:
-        """Starts the clock, of this thread's computing, as others may make it wait, for a block whose failures are a
-        BadVideo, or an OSError where the machine is to blame."""
+        """Starts the clock for a block whose failures are a BadVideo, or an OSError where the machine is to blame. The
+        clock counts this thread's computing only, as others may make it wait."""
         self._deadline = thread_time() + DEADLINE
         try:
             yield
@@ -322,8 +323,9 @@ class Video(contextlib.ExitStack):
         """Decode frames, given by their index in display order (any order, repeats allowed), in one pass.
 
         Returns one uint8 array (H, W, 3) of RGB for each index, turned upright; repeats share one array. A frame that
-        can't be decoded is replaced by its nearest neighbour. Raises BadVideo when that befalls more than a quarter of
-        them, when they take more than `MAX_BYTES`, or after `DEADLINE` seconds; IndexError for one out of range.
+        can't be decoded is replaced by its nearest neighbour in time. Raises BadVideo when that befalls more than a
+        quarter of them, when they take more than `MAX_BYTES`, or after `DEADLINE` seconds; IndexError for an index out
+        of range.
         """
         count, (width, height) = len(set(frames)), self._size
         if 3 * width * height * count > MAX_BYTES:

@@ -245,7 +245,7 @@ def written(fig: plt.Figure, suffix: str) -> memoryview:
         (canvas := fig.canvas).draw()
         still, edge = canvas.copy_from_bbox(fig.bbox), 150 * plt.rcParams["savefig.pad_inches"]
         box = fig.get_tightbbox(canvas.get_renderer()).transformed(fig.dpi_scale_trans).padded(edge)
-        box, height = box.intersection(box, fig.bbox), canvas.get_width_height()[1]
+        box, height = type(box).intersection(box, fig.bbox), canvas.get_width_height()[1]
         box = int(box.x0), int(height - box.y1), int(box.x1), int(height - box.y0)
         steps = max((len(artist.frames) for artist in artists), default=1)
         for step in range(steps):
@@ -316,15 +316,18 @@ def draw_affinity(config: FigureConfig, inputs: list[str]) -> plt.Figure:
     fig, axes = plt.subplots(1, len(models) + 1, figsize=(PAGE, PAGE / (len(models) + 1)), layout="constrained")
     for place, (ax, model) in enumerate(zip(axes, models, strict=False), 1):
 
-        def both(clips: Tensor, model: Model = model) -> Tensor:
-            return torch.stack(both_modalities(model.encoder, clips, model.config.difference), 1).mean(3)
+        def compared(clips: Tensor, model: Model = model) -> Tensor:
+            both = both_modalities(model.encoder, clips, model.config.difference)
+            rgb, motion = (maps.mean(2).flatten(2).mT for maps in both)  # (n, HW, C), too much to keep
+            return torch.cat([rgb.mean(1), motion.mean(1), cosines(rgb, motion).flatten(1)], 1)
 
-        found, _ = video_features(model, videos, "test videos", both)  # (videos, clips, 2, C, H, W)
-        rgb, motion = found.flatten(4).mT.unbind(2)  # (videos, clips, HW, C)
-        pictures.append(ax.imshow(cosines(rgb, motion).mean((0, 1)).numpy(), cmap="viridis"))
+        found, _ = video_features(model, videos, "test videos", compared)
+        channels = model.encoder.out_channels
+        rgb, motion, affinity = found.tensor_split([channels, 2 * channels], 2)
+        matrix = affinity.mean((0, 1)).unflatten(0, (round(affinity.shape[2] ** 0.5), -1)).numpy()
+        pictures.append(ax.imshow(matrix, cmap="viridis"))
         ax.set(title=model.name, xlabel="motion pixel", ylabel="RGB pixel")
-        in_time = cosines(rgb.mean(2), motion.mean(2)).flatten().numpy()
-        axes[-1].violinplot(in_time, [place], showmeans=True, widths=0.8)
+        axes[-1].violinplot(cosines(rgb, motion).flatten().numpy(), [place], showmeans=True, widths=0.8)
     for picture in pictures:  # in one scale
         picture.set_clim(min(p.norm.vmin for p in pictures), max(p.norm.vmax for p in pictures))
     fig.colorbar(pictures[0], ax=axes[:-1], label="cosine", shrink=0.6)
