@@ -9,6 +9,7 @@ import torch
 from helpers import generator
 from hypothesis import given
 from hypothesis import strategies as st
+from torchvision.models.video import R3D_18_Weights
 from torchvision.transforms.v2 import functional as tv
 
 import augment
@@ -48,6 +49,12 @@ def test_values_are_those_of_torchvision(name, at):
     frames = clips.flatten(2, 3)[:, None] if name == "contrast" else clips.transpose(1, 2)  # about the clip's mean
     expected = function(frames, value).transpose(1, 2).reshape(clips.shape)
     close(augmented(clips, **{name: value}), expected)
+
+
+def test_normalisation_is_that_of_torchvisions_weights():
+    made, clips = R3D_18_Weights.DEFAULT.transforms(), random_clips()
+    mean, std = (torch.tensor(values).view(3, 1, 1, 1) for values in (made.mean, made.std))
+    close(augment.normalize(clips), (clips - mean) / std)
 
 
 @pytest.mark.parametrize("size, width, kernel", [(16, 16, 3), (32, 20, 3), (64, 64, 7), (112, 80, 11)])

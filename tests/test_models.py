@@ -31,6 +31,22 @@ def test_parameters_are_as_many_as_published():
     assert count(models.build_encoder("conv4")) == 236_720
 
 
+SHAPES = [
+    ("i3d", (16, 224, 224), (1024, 2, 7, 7)),
+    ("i3d", (17, 65, 97), (1024, 3, 3, 4)),  # no multiples of the strides
+    ("r2plus1d_18", (16, 112, 112), (512, 2, 7, 7)),
+    ("r3d_18", (16, 224, 224), (512, 2, 14, 14)),
+    ("s3d", (16, 112, 112), (1024, 2, 3, 3)),
+    ("conv4", (16, 32, 32), (96, 2, 4, 4)),
+]
+
+
+@pytest.mark.parametrize(("name", "clip", "shape"), SHAPES, ids=str)
+def test_shapes_of_feature_maps(name, clip, shape):
+    with torch.device("meta"):  # computes nothing
+        assert models.build_encoder(name)(torch.empty(1, 3, *clip)).shape[1:] == shape
+
+
 def center_of(weight: Tensor, axis: int) -> float:
     """Centre of mass along an axis of a clip, of which pixel k covers k to k + 1."""
     mass = weight.double().sum([d for d in range(weight.dim()) if d != axis])

@@ -227,6 +227,18 @@ def test_samples_are_the_same_in_however_small_parts_frames_come(folder, monkeyp
     assert same([(views[3, i], clips[i]) for i in range(2)], samples)
 
 
+def test_a_damaged_frame_is_replaced_by_its_neighbour_and_no_other_moves(folder):
+    path = encode(folder / "damaged.mp4", moving_texture(12), g="1", bf="0", **H264)
+    expected, content = sequential(path), path.read_bytes()
+    with Video(path) as video:
+        packet = bytes(video._packets[5])
+    path.write_bytes(content.replace(packet, bytes(len(packet))))
+    with Video(path) as video:
+        assert [*map(digest, video.read(range(12)))] == [*expected[:5], expected[4], *expected[6:]]
+        with pytest.raises(BadVideo, match="1 of 2 frames"):
+            video.read([5, 8])
+
+
 @pytest.mark.parametrize("name", ["h264_no_b.mp4", "h264_no_b.mkv", "h264_no_b.ts", "mpeg4_no_b.avi"])
 @given(share=st.floats(0, 1))
 def test_a_cut_file_is_bad_or_begins_like_the_whole(folder, name, share):

@@ -74,6 +74,8 @@ def test_a_copy_has_all_frames_at_their_times_and_stands_in_for_the_original(tre
     assert listed(out).keys() == before.keys() - {"test/b/broken.mp4"} | OWN
     for name in ("sound.wav", "lists/train.txt"):
         assert (out / name).read_bytes() == (tree / name).read_bytes()
+    uneven = [25 * time for time in Video(out / "train/b/uneven.mkv").times()]
+    assert uneven == [time - 1 for time in FILES["train/b/uneven.mkv"]["times"]]
     for name in videos:
         with Video(tree / name) as old, Video(out / name) as new, av.open(str(out / name)) as container:
             packets = [packet for packet in container.demux() if packet.size]
