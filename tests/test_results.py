@@ -28,12 +28,13 @@ def spread(values: list[float]) -> str:
 
 def rows(videos: str) -> str:
     """The rows of the table of a set, beside the linear probe of the logs of older code, where there are such."""
-    runs, table = [json.loads(line) for line in LINES.read_text().splitlines()], ""
+    runs = sorted((json.loads(line) for line in LINES.read_text().splitlines()), key=lambda run: run["seed"])
+    table, prefix = "", "" if videos == "motion" else f"{videos}_"
     for row, (name, paper) in NAMES.items():
         if own := [run for run in runs if (run["set"], run["row"]) == (videos, row)]:
             command = f"`{own[0]['command']}`".replace("`none`", "")
-            seeds = ", ".join(sorted(str(run["seed"]) for run in own))
-            older = sorted((ROOT / "results" / "motion").glob(f"{videos}_{row}_[0-9].jsonl"))
+            seeds = ", ".join(str(run["seed"]) for run in own)
+            older = sorted((ROOT / "results" / "motion").glob(f"{prefix}{row}_[0-9].jsonl"))
             before = [json.loads(log.read_text().splitlines()[0])["linear_top1_percent"] for log in older]
             numbers = [spread([run[measure] for run in own]) for measure in ("linear", "R@1")] + [spread(before)]
             table += "".join(f"| {cell} " for cell in (name, command, seeds, *numbers, paper)) + "|\n"
