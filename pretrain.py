@@ -28,8 +28,8 @@ from train import SWITCH, Options, TrainConfig, UserError, detail, method_name, 
 MEMORY_FORMATS = {"channels_last": torch.channels_last_3d, "contiguous": torch.contiguous_format}
 PRESETS = {  # what is the same for every method
     "synthetic": dict(encoder="conv4", crop=32, epochs=12, batch_size=32, min_scale=0.5, jitter_p=0.2, blur_p=0.2),
-    "ucf101": dict(encoder="i3d", crop=224, epochs=200, batch_size=8, lr=0.04),
-    "k400": dict(encoder="i3d", crop=224, epochs=100, batch_size=8, lr=0.04),
+    "ucf101": dict(encoder="i3d", crop=224, epochs=200, batch_size=8),
+    "k400": dict(encoder="i3d", crop=224, epochs=100, batch_size=8),
 }
 
 

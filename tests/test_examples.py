@@ -73,7 +73,9 @@ def test_its_checkpoint_goes_through_evaluation_and_into_a_report(run):
     assert "SimCLR on synthetic" in (run.path / "run" / "report.html").read_text()
 
 
-def test_the_learning_rate_rises_first():
+def test_the_learning_rate_is_adamws_on_every_data_set_and_rises_first():
+    for dataset in simclr.PRESETS:
+        assert cli.parse(simclr.SimCLRConfig, "", simclr.PRESETS, ["--dataset", dataset]).lr == 0.008
     config = simclr.SimCLRConfig(lr=0.01, epochs=10, warmup=2.0)
     rates = [config.learning_rate(256, epoch) for epoch in (0, 1, 2, 6, 10)]
     assert rates[0] == 0 and 0.004 < rates[1] < 0.006 < rates[2] < 0.01 and rates[2] > rates[3] > rates[4]
