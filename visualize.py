@@ -551,7 +551,7 @@ def write_report(config: FigureConfig, inputs: list[str]) -> str:
     for path in itertools.chain(*(sorted(Path(run).rglob("*_confusion.png")) for run in runs)):
         pictures.append((str(path), "png", path.read_bytes(), "Rows are true classes. Look off the diagonal."))
     parts = [HEAD, f"<title>{title}</title></head>\n<body><h1>{title}</h1>\n<h2>results</h2>"]
-    parts.append(f"{table(('protocol', '%'), cells) if cells else ''}<p>{escaped(note)}</p>\n")
+    parts.append(f"{table(('protocol', '%'), cells)}<p>{escaped(note)}</p>\n")
     for name, kind, picture, caption in pictures:
         source = f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"
         parts.append(f'<h2>{escaped(name)}</h2><img alt="{escaped(name)}" src="{source}"><p>{escaped(caption)}</p>\n')
