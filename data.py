@@ -553,16 +553,15 @@ def visit_videos(visit: Callable, paths: Sequence[str], root: str, out: str | Pa
 
 
 def main() -> None:
-    """`data.py check ROOT` finds bad videos, `synthetic ROOT` makes videos, `shrink ROOT OUT` makes a smaller copy."""
+    """`data.py check ROOT` finds bad videos, `synthetic ROOT` makes videos; examples/shrink.py makes smaller copies."""
     import find
     from cli import dispatch
     from train import UserError, user_errors
 
     commands = {"check": (find.check, find.CheckConfig), "synthetic": (find.generate, find.SyntheticConfig)}
-    commands["shrink"] = find.shrink, find.ShrinkConfig
     name, function, config, words = dispatch(commands, main.__doc__, words=True)
-    if len(words) != 1 + (name == "shrink"):
-        raise UserError(f"name the {'two folders' if name == 'shrink' else 'folder'} after {name}, before all flags")
+    if len(words) != 1:
+        raise UserError(f"name the folder after {name}, before all flags")
     with user_errors():
         function(config, *words)
 

@@ -366,7 +366,7 @@ class Log:
             took = ", ".join(f"{share:.0%} {name}" for share, name in sorted(shares, reverse=True))
             self.run.process.say(
                 f"data wait {wait:.0%}, as the loader is slow ({took}): take more --workers if cores are idle, or make "
-                "the videos smaller, with more key frames: python data.py shrink DATA OUT --side 256 --keyframes 32"
+                "the videos smaller, with more key frames: python examples/shrink.py DATA OUT"
             )
             self.warned.add("loader")
 

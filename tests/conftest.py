@@ -9,6 +9,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # operators so small take longer where thre
 import benchmark
 import draw_method
 import pytest
+import shrink
 from helpers import SMALL, free_folders, one_line
 from hypothesis import settings
 
@@ -24,7 +25,7 @@ from video import Video
 settings.register_profile("project", deadline=None, derandomize=True, max_examples=30)
 settings.load_profile("project")
 data.TestClips.__test__ = False  # no test case, whatever its name makes pytest think
-COMMANDS = benchmark, data, draw_method, evaluate, visualize
+COMMANDS = benchmark, data, draw_method, evaluate, shrink, visualize
 
 
 @pytest.hookimpl(tryfirst=True)

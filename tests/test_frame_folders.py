@@ -8,6 +8,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import shrink
 import torch
 from helpers import encode, moving_texture, touch, write
 from PIL import Image
@@ -174,7 +175,7 @@ def test_shrinking_makes_files_of_folders(tmp_path, in_process):
     damage(write_frames(root / "c/bad"), *range(4))
     touch(root, "c/v/flow_x_1.jpg", "c/v/flow_x_2.jpg")
     write(root / "list.txt", "c/v 0", "c/w.avi 1", "c/link.avi 0")
-    code, said, err = in_process(data, "shrink", root, out, "--side=24", "--workers=1", "--frame_rate=10")
+    code, said, err = in_process(shrink, root, out, "--side=24", "--workers=1", "--frame_rate=10")
     assert code == 1 and said.startswith("2 videos, 0.0 → 0.0 MB;") and "1 of 3 videos" in said, err
     flow = [f"c/{folder}/flow_x_{k}.jpg" for folder in ("link", "v") for k in (1, 2)]
     held = {*flow, "c/link.mp4", "c/v.mp4", "c/w.avi", "failed.txt", "list.txt"}

@@ -25,7 +25,7 @@ import visualize
 COMMAND = re.compile(r"(?m)^ *((?:python|torchrun) .*?) *(?:#.*)?$")  # without the comment behind it
 SOURCES = {path: path.read_text() for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("examples/*.py")])}
 DESCRIBED = [path for path, source in SOURCES.items() if COMMAND.search(source)]
-ADVISED = re.findall(r"\w+\.py \w+ (?:DATA|RUN)\b[^\"\n]*", "".join(SOURCES.values()))  # in messages
+ADVISED = re.findall(r"\w+\.py (?:\w+ )?(?:DATA|RUN)\b[^\"\n]*", "".join(SOURCES.values()))  # in messages
 TINY = [*CONV4, "--batch_size=4", "--queue=8", "--epochs=1", "--max_steps=1", "--workers=1", "--device=cpu"]
 QUICK = [*TINY, "--clips=1", "--decoder_width=32", "--retrieved=2", "--test_batch=4", "--rounds=1", "--count=6"]
 QUICK += ["--gallery=4", "--train=20", "--test=10"]
@@ -43,7 +43,7 @@ def works(run):
         shutil.copytree(run.videos / own, run.path / "k400" / part)
     names = dict.fromkeys(["/videos", "YOUR_VIDEOS", "LABELLED_VIDEOS", "DATA"], str(run.videos))
     names |= {f"{above}{name}": "k400" for name in ("ucf101", "hmdb51", "k400") for above in ("", "/data/")}
-    names |= {"OUT": "out", "ROOT": "made", "docs/method.png": "method.png"}
+    names |= {"OUT": "out", "/data/k400_256": "out", "ROOT": "made", "docs/method.png": "method.png"}
     names["clip.mp4"] = str(next(run.videos.glob("test/*/*.mp4")))
 
     def call(command, *more):
@@ -112,13 +112,13 @@ def test_what_errors_and_notes_advise_works(works, run, monkeypatch):
     for name in re.search("`unset (.*)`", err)[1].split():
         monkeypatch.delenv(name)
     works("python fima.py --out RUN")
-    assert {command.split()[0] for command in ADVISED} == {"data.py", "visualize.py"}
+    assert {command.split()[0] for command in ADVISED} == {"shrink.py", "visualize.py"}
     for command in ADVISED:
         works(f"python {command}")
 
 
 HELP = ["fima", "moco", "fame", "dclr", "mcl", "mcl maps", "simclr", "tubelet_contrast", "data check", "data synthetic"]
-HELP += ["data shrink", "benchmark data", "benchmark step", "benchmark count"]
+HELP += ["shrink", "benchmark data", "benchmark step", "benchmark count"]
 HELP += [f"evaluate {name}" for name in evaluate.PROTOCOLS] + [f"visualize {name}" for name in visualize.FIGURES]
 
 

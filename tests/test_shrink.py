@@ -1,4 +1,4 @@
-"""`data.py shrink`: the copy has all frames at their times and reads as the original does; rerun, killed, refused."""
+"""examples/shrink.py: the copy has all frames at their times and reads as the original does; rerun, killed, refused."""
 
 import os
 import signal
@@ -9,13 +9,12 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import shrink
 import torch
 from helpers import FORK, encode, moving_texture, one_line, write, write_sound
 from torch.nn.functional import interpolate
 
 import cli
-import data
-import find
 import video
 from find import find_videos
 from video import Video
@@ -30,7 +29,7 @@ FILES = {
     "test/b/raw.h264": dict(codec="libx264", bf="2"),
     "test/b/damaged.mp4": dict(codec="libx264", bf="0", g="1"),  # in the middle
 }
-OWN = {find.FAILED, find.RECIPE}
+OWN = {shrink.FAILED, shrink.RECIPE}
 
 
 @pytest.fixture(scope="module")
@@ -66,11 +65,11 @@ def listed(folder: Path) -> dict[str, tuple[int, int, int]]:
 def test_a_copy_has_all_frames_at_their_times_and_stands_in_for_the_original(tree, tmp_path, monkeypatch, in_process):
     monkeypatch.setattr(video, "CHUNK", 100_000)  # a few frames, of which the damaged one comes last
     before, out, videos = listed(tree), tmp_path / "out", [*FILES, *(path.name for path in CASES)]
-    flags = ["shrink", tree, out, "--side=36", "--keyframes=8", "--crf=10", "--workers=2"]
-    code, said, err = in_process(data, *flags)
+    flags = [tree, out, "--side=36", "--keyframes=8", "--crf=10", "--workers=2"]
+    code, said, err = in_process(shrink, *flags)
     assert code == 1 and "error" not in err and listed(tree) == before
     assert said.startswith(f"{len(videos)} videos, ") and f"\n1 of {len(videos) + 1} " in said
-    assert (out / find.FAILED).read_text().startswith("'test/b/broken.mp4'\t")
+    assert (out / shrink.FAILED).read_text().startswith("'test/b/broken.mp4'\t")
     assert listed(out).keys() == before.keys() - {"test/b/broken.mp4"} | OWN
     for name in ("sound.wav", "lists/train.txt"):
         assert (out / name).read_bytes() == (tree / name).read_bytes()
@@ -91,21 +90,21 @@ def test_a_copy_has_all_frames_at_their_times_and_stands_in_for_the_original(tre
         assert 10 * torch.log10(255**2 / (shown - now).square().mean()) > 36, name
     assert Video(out / "test/a/turned.mov").read([0])[0].shape == (48, 36, 3)
     for options in ({}, {"list_file": "lists/train.txt"}):
-        old, new = (find_videos("folder", root, True, exclude=out / find.FAILED, **options) for root in (tree, out))
+        old, new = (find_videos("folder", root, True, exclude=out / shrink.FAILED, **options) for root in (tree, out))
         assert [row[:3] for row in old.seen(tree)] == [row[:3] for row in new.seen(out)]
         assert len(old.shared) == len(new.shared) == (0 if options else 1)
     made = listed(out)
-    assert in_process(data, *flags)[0] == 1 and {name for name, _ in made.items() ^ listed(out).items()} <= OWN
-    refused = {"holds {": [*flags, "--side=20"], "is in": ["shrink", tree, tree / "a"], "two": ["shrink", tree]}
-    for says, words in (refused | {"other files": ["shrink", tree, tmp_path]}).items():
-        code, _, err = in_process(data, *words)
+    assert in_process(shrink, *flags)[0] == 1 and {name for name, _ in made.items() ^ listed(out).items()} <= OWN
+    refused = {"holds {": [*flags, "--side=20"], "is in": [tree, tree / "a"], "two": [tree]}
+    for says, words in (refused | {"other files": [tree, tmp_path]}).items():
+        code, _, err = in_process(shrink, *words)
         assert code == 2
         one_line(err, says)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
 def test_a_stopped_copy_goes_on_and_nothing_is_ever_half(tree, tmp_path, monkeypatch, in_process, number, code):
-    out, whole = tmp_path / "out", find._encode
+    out, whole = tmp_path / "out", shrink._encode
 
     def stopped(opened, config):
         content = whole(opened, config)
@@ -113,16 +112,16 @@ def test_a_stopped_copy_goes_on_and_nothing_is_ever_half(tree, tmp_path, monkeyp
             os.kill(os.getppid(), number)
         return content
 
-    words = ["shrink", str(tree), str(out), "--workers=1"]
+    words = [str(tree), str(out), "--workers=1"]
     with monkeypatch.context() as patch:
-        patch.setattr(find, "_encode", stopped)
-        patch.setattr(sys, "argv", ["data.py", *words])
-        process = FORK.Process(target=cli.command_line, args=(data.main,))
+        patch.setattr(shrink, "_encode", stopped)
+        patch.setattr(sys, "argv", ["shrink.py", *words])
+        process = FORK.Process(target=cli.command_line, args=(shrink.main,))
         process.start()
         process.join(120)
-    before = {name: state for name, state in listed(out).items() if not name.startswith(find.HIDDEN)}
+    before = {name: state for name, state in listed(out).items() if not name.startswith(shrink.HIDDEN)}
     assert process.exitcode == code and {"test/b/raw.h264"} | OWN < before.keys() < listed(tree).keys() | OWN
-    assert (out / find.HIDDEN).exists() == (number == signal.SIGKILL)
-    assert in_process(data, *words)[0] == 1 and not (out / find.HIDDEN).exists()
+    assert (out / shrink.HIDDEN).exists() == (number == signal.SIGKILL)
+    assert in_process(shrink, *words)[0] == 1 and not (out / shrink.HIDDEN).exists()
     assert {name for name, _ in before.items() - listed(out).items()} == OWN
     assert all(Video(tree / name).times() == Video(out / name).times() for name in FILES)
