@@ -15,6 +15,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils.data import default_collate
@@ -26,7 +27,6 @@ import train
 ROOT = Path(__file__).parents[1]
 ALONE = train.Process(0, 1, torch.device("cpu"))
 FORK = multiprocessing.get_context("fork") if hasattr(os, "fork") else None
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 SMALL = ["--encoder=r3d_18", "--width=0.0625", "--crop=48", "--batch_size=4", "--queue=8", "--device=cpu"]
 CONV4 = ["--encoder=conv4", "--width=0.25", "--crop=32"]  # the cheapest
 FAST = {"clips_per_s", "data_wait", "seconds"}  # numbers of a line of the log, or of a sample, that no two runs share
@@ -70,6 +70,12 @@ def one_line(err, *says):
     last = err.splitlines()[-1]
     assert last.startswith("error: ") and "Traceback" not in err, err
     assert all(str(word) in last for word in says), last
+
+
+def refused(says, function, *arguments, **options):
+    """Asserts that a function raises an error of the user's that says this."""
+    with pytest.raises(train.UserError, match=says):
+        function(*arguments, **options)
 
 
 def moving_texture(frames: int, height: int = 48, width: int = 64) -> np.ndarray:
@@ -122,10 +128,21 @@ def free_port():
         return server.getsockname()[1]
 
 
-def torchrun(script, *flags, processes=2, folder=None):
-    """A script in so many processes, which have one thread each: what `subprocess.run` gives."""
-    command = [*TORCHRUN, f"--nproc_per_node={processes}", str(script), *map(str, flags)]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+def torchrun(script, *flags, folder):
+    """Starts two processes of a script, which have one thread each, and print into a folder's out.txt."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    with open(folder / "out.txt", "w") as out:
+        return subprocess.Popen([*command, *map(str, flags)], cwd=folder, stdout=out, stderr=out)
+
+
+def run_two(script, *flags, folder):
+    """Two processes of a script to their end, which is to be a good one."""
+    launcher = torchrun(script, *flags, folder=folder)
+    try:
+        launcher.wait(300)
+    finally:
+        launcher.kill()
+    assert launcher.returncode == 0, (folder / "out.txt").read_text()
 
 
 def join_group(rank, folder, world=2):

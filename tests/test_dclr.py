@@ -4,15 +4,13 @@ import copy
 import functools
 import math
 
-import helpers
 import numpy as np
 import pytest
 import test_fima
 import torch
-from helpers import assert_trains, generator, random, same, units, views_without_colours, with_equal_features
+from helpers import assert_trains, make_views, random, same, units, views_without_colours, with_equal_features
 from hypothesis import given
 from hypothesis import strategies as st
-from test_fima import follow, shown
 
 import dclr
 import losses
@@ -70,7 +68,7 @@ def test_what_is_degenerate_gives_finite_losses_weights_and_gradients():
     _, weight = losses.retrieve(torch.tensor([[1.0, 0.0]]), torch.tensor([[-1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]), 3)
     assert weight.tolist() == [pytest.approx([1 / 3] * 3)]
     constant = torch.full((2, 1, 3, 3), 0.7, requires_grad=True)
-    value = losses.activation_alignment(constant, torch.rand(2, 1, 3, 3, generator=generator(0)))
+    value = losses.activation_alignment(constant, random(0, 2, 1, 3, 3).float())
     assert torch.autograd.grad(value, constant)[0].abs().max() <= 1
     features = random(0, 2, 3, 1, 2, 2).requires_grad_()
     pooled = losses.activation_pool(features, torch.zeros(2, 1, 2, 2, dtype=torch.float64))
@@ -103,7 +101,7 @@ def oracle(model, views):
     config, videos, started = model.config, len(views["clip"]), views["epoch"] >= model.config.delay
     pool, result = model.queues["d"].keys.numpy(), {}
     if views["epoch"] % config.refresh == 0:  # no key of the old extractor is left
-        follow(model)
+        test_fima.follow(model)
         pool[:] = 0
     torch.manual_seed(1)
     frames = torch.randint(16, (2, videos))
@@ -118,7 +116,7 @@ def oracle(model, views):
             clip, color = views["clip"][n, view], views["color"][n, view]
             still = clip[:, frames[view, n], None].expand_as(clip)
             given = {"v": (clip, color[0]), "s": (still, color[1]), "d": (clip, None, True)}
-            found.append(encoder(shown(*given[kind]))[0])
+            found.append(encoder(test_fima.shown(*given[kind]))[0])
         return torch.stack(found).unflatten(0, (2, -1))
 
     maps = {x: maps_of(model.encoder, x) for x in "vsd"}
@@ -148,7 +146,7 @@ def oracle(model, views):
 @pytest.mark.parametrize("epoch", [1.0, 2.0, 4.0, 4.25])  # before and after the delay, at a refresh and soon after it
 def test_losses_and_the_pool_equal_the_plain_loop_oracle(epoch):
     model = build(temperature=0.02, momentum=0.25, retrieved=2)  # so low that it matters which ones are retrieved
-    views = helpers.make_views(crop=32, sub_clips=0) | {"epoch": epoch}
+    views = make_views(crop=32, sub_clips=0) | {"epoch": epoch}
     model.queues["d"].keys = torch.cat([units(k, 12, 128).float() for k in range(3)], 1)
     model.eval().training = True  # the pool is written; batch norm rests
     with torch.no_grad():

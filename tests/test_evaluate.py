@@ -1,4 +1,4 @@
-"""Evaluation: measures against plain loops, each protocol from its command line, resuming, processes, bad videos."""
+"""Evaluation: measures against plain loops, protocols on videos and on files of features, resuming, processes."""
 
 import dataclasses
 import itertools
@@ -16,16 +16,19 @@ import torch
 from helpers import ALONE, CONV4, ROOT, collate, encode, free_port, generator, same, touch, weights, write
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 import augment
 import cli
 import data
 import evaluate
 import features
+import find
 import train
-import video
 
 FAST = ["--clips=2", "--workers=0", "--device=cpu"]
+UNTRAINED = [*CONV4, *FAST, "--frames=8", "--clips=3"]
+FLAGS = ["features", *UNTRAINED, "--out=f.npz"]
 PRETRAINED = ROOT / "runs" / "small" / "checkpoint.pt"
 SEED = st.integers(0, 2**31)
 
@@ -231,6 +234,15 @@ def test_separable_features_reach_100_percent(run, monkeypatch, protocol):
         assert votes.call_args.args[-2:] == (3, 0.5) and (result["gallery"], result["test_videos"]) == (15, 12)
 
 
+def test_the_small_encoder_of_the_project_finds_motions(run):
+    assert PRETRAINED.stat().st_size < 1e6
+    found = {}
+    for name, flags in {"small": ["--checkpoint=small"], "none": ["--encoder=conv4", "--crop=32"]}.items():
+        run.ok(evaluate, "retrieve", *flags, "--workers=0", f"--out={name}.json")
+        found[name] = numbers(run.path / f"{name}.json")["recall_percent"]["R@5"]
+    assert found["small"] >= found["none"] + 20
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("protocol, flag", [("linear", "--cached=2"), ("finetune", "--fraction=0.5")])
 def test_resuming_is_exact_to_the_last_bit_and_the_encoder_moves_in_finetune_alone(run, protocol, flag):
@@ -293,8 +305,7 @@ def test_one_and_three_processes_find_the_same_to_the_last_bit(videos, tmp_path,
         assert alone.shape == (10, 10) and len(alone.unique(dim=0)) == 10
         assert all(torch.equal(found, alone) for found in others)
     assert numbers(tmp_path / "1.json") == numbers(tmp_path / "3.json")
-    with np.load(tmp_path / "1.npz") as alone, np.load(tmp_path / "3.npz") as together:
-        assert alone.files == together.files and all(np.array_equal(alone[k], together[k]) for k in alone.files)
+    assert (tmp_path / "1.npz").read_bytes() == (tmp_path / "3.npz").read_bytes()
 
 
 def test_results_lie_beside_the_checkpoint_or_in_a_folder_of_the_untrained_encoder():
@@ -314,17 +325,17 @@ def test_an_untrained_encoder_is_drawn_from_the_seed(monkeypatch):
     assert same(first, again) and not same(first, other)
 
 
-def test_an_encoder_and_a_clip_by_their_paths_give_what_evaluation_does(videos):
+def test_an_encoder_by_its_path_or_by_torch_hub_and_a_clip_by_its_path_give_what_evaluation_does(videos):
     encoder, config = features.load_encoder("small")
     path = str(videos / "test" / "rise" / "rise_0001.mp4")
     clip = data.read_clip(path, config.frames, config.frame_stride, config.crop)
     one = data.VideoList([path], [0], ["rise"], "")
     function, config = features.unit_features(encoder), dataclasses.replace(config, clips=3, workers=0)
     found = features.video_outputs(function, one, config, ALONE, "one", average=False)[0][0, 1]
-    pooled = features.pooled_features(encoder, clip[None])[0]
+    by_hub = torch.hub.load(str(ROOT), "fima", source="local", checkpoint="small")
+    pooled = features.pooled_features(by_hub, clip[None])[0]
     torch.testing.assert_close(pooled / pooled.norm(), found)
-    with pytest.raises(video.BadVideo, match="No such file"):
-        data.read_clip("none.mp4")
+    assert torch.hub.load(str(ROOT), "fima", source="local", encoder="conv4", width=0.25).out_channels == 24
 
 
 def test_what_is_left_open_is_as_in_the_checkpoints_training(tmp_path):
@@ -390,15 +401,15 @@ def test_every_video_keeps_its_class_when_lists_name_different_ones(names):
 
 
 def test_videos_that_training_and_test_share_by_name_or_link_are_counted(run):
-    touch(root := run.path / "set", "train/jump/a.mp4", "train/run/b.mp4", "train/run/c.mp4", "test/run/e.mp4")
-    (root / "soft.mp4").symlink_to("train/jump/a.mp4")
-    os.link(root / "train/run/b.mp4", root / "hard.mp4")
-    (root / "far").symlink_to("train")
-    write(root / "train.txt", "train/jump/a.mp4 jump", "train/run/b.mp4 run", "train/run/c.mp4 run")
-    write(root / "test.txt", "soft.mp4 jump", "hard.mp4 run", "far/run/c.mp4 run", "test/run/e.mp4 run")
-    flags = ["--dataset", "folder", "--data", root, "--list_file", "train.txt", "--test_list", "test.txt"]
-    says = [f"{root}/train/", "is a training video and a test video, one of 3 by name or link"]
-    run.refused(evaluate, "knn", *CONV4, *FAST, *flags, dataset=None, says=says)
+    touch(run.path, "train/jump/a.mp4", "train/run/b.mp4", "train/run/c.mp4", "test/run/e.mp4")
+    (run.path / "soft.mp4").symlink_to("train/jump/a.mp4")
+    os.link(run.path / "train/run/b.mp4", run.path / "hard.mp4")
+    (run.path / "far").symlink_to("train")
+    write(run.path / "train.txt", "train/jump/a.mp4 jump", "train/run/b.mp4 run", "train/run/c.mp4 run")
+    write(run.path / "test.txt", "soft.mp4 jump", "hard.mp4 run", "far/run/c.mp4 run", "test/run/e.mp4 run")
+    flags = [*CONV4, *FAST, "--dataset=folder", "--data=.", "--list_file=train.txt", "--test_list=test.txt"]
+    says = ["train/jump/a.mp4 is a training video and a test video, one of 3 by name or link"]
+    run.refused(evaluate, "knn", *flags, dataset=None, says=says)
 
 
 def test_svm_tells_separable_classes_apart_and_gives_absent_ones_no_score():
@@ -408,3 +419,152 @@ def test_svm_tells_separable_classes_apart_and_gives_absent_ones_no_score():
     scores = evaluate.svm_scores(queries, gallery, 2 * labels, 10, 1.0, ALONE)
     assert scores.shape == (60, 10) and torch.equal(scores.argmax(1), 2 * labels)
     assert scores[:, 1::2].isneginf().all() and scores[:, ::2].isfinite().all()
+
+
+@pytest.fixture
+def damaged(run):
+    """Flags of the generated videos, of which one training and one test video can't be read."""
+    shutil.copytree(run.videos, run.path / "damaged")
+    for part in ("train/rise/rise_0002", "test/fall/fall_0001"):
+        (run.path / "damaged" / f"{part}.mp4").write_bytes(b"no video")
+    return ["--dataset=folder", "--data=damaged"]
+
+
+def load(path):
+    with np.load(path) as file:
+        return dict(file)
+
+
+@pytest.mark.parametrize("flag, shape", [("--map=off", (24,)), ("--normalise=off", (24,)), ("--map", (24, 1, 4, 4))])
+def test_a_file_of_features_has_the_outputs_of_all_videos_in_order(run, flag, shape):
+    out = run.ok(evaluate, *FLAGS, "--test_batch=3", flag)
+    file = load(run.path / "f.npz")
+    train, test = (find.find_videos("synthetic", run.videos, part) for part in (True, False))
+    assert file["paths"].tolist() == train.paths + test.paths
+    assert file["labels"].tolist() == train.labels + test.labels and file["classes"].tolist() == train.classes
+    assert file["test"].tolist() == [False] * 18 + [True] * 10
+    np.testing.assert_allclose(file["starts"], [[0, 12 / 25, 25 / 25]] * 28, atol=1e-6)  # 40 frames, 26 starts
+    config = features.EncoderConfig(encoder="conv4", width=0.25, crop=32, frames=8, clips=3, workers=0)
+    encoder, config = features.load_encoder(config)
+
+    def outputs(clips):
+        maps = encoder(features.encoder_input(clips))
+        maps = maps if flag == "--map" else maps.mean((2, 3, 4))
+        return maps if flag == "--normalise=off" else maps / maps.norm(dim=1, keepdim=True)
+
+    both = data.VideoList(train.paths + test.paths, [], [], "")
+    expected, *_ = features.video_outputs(outputs, both, config, ALONE, "", average=False)
+    np.testing.assert_allclose(file["features"], expected, atol=1e-5)
+    assert file["features"].shape == (28, 3, *shape) and file["features"].dtype == np.float32
+    assert os.listdir(run.path) == ["f.npz"]
+    names = {}
+    exec("\n".join(line.strip() for line in out.splitlines()[-2:]), names)
+    np.testing.assert_array_equal(names["features"], file["features"])
+    run.refused(evaluate, *FLAGS, says=["f.npz is there already"])
+
+
+def test_features_go_on_after_a_kill(run, monkeypatch):
+    run.ok(evaluate, *FLAGS, "--out=whole.npz")
+    monkeypatch.setattr(features, "PART", 2)
+    killed = mock.Mock(wraps=features.clip_outputs, side_effect=[mock.DEFAULT] * 5 + [KeyboardInterrupt])
+    with monkeypatch.context() as patch:
+        patch.setattr(features, "clip_outputs", killed)
+        assert run(evaluate, *FLAGS)[0] == 130
+    (partial,) = run.path.glob("f.npz.*.partial")
+    with open(partial, "ab") as file:
+        file.write(b"half a row")
+    monkeypatch.setattr(data, "Video", read := mock.Mock(side_effect=data.Video))
+    run.ok(evaluate, *FLAGS, "--crop=48")
+    assert read.call_count == 28 and partial.exists()  # other features are not those of a part
+    (run.path / "f.npz").rename(run.path / "other.npz")
+    run.ok(evaluate, *FLAGS)
+    assert read.call_count == 28 + 18
+    assert (run.path / "f.npz").read_bytes() == (run.path / "whole.npz").read_bytes()
+    assert {*os.listdir(run.path)} == {"f.npz", "whole.npz", "other.npz"}
+
+
+def test_unreadable_videos_are_named_once_and_numbers_from_the_file_are_those_from_the_videos(run, damaged):
+    out = run.ok(evaluate, *FLAGS, *damaged, dataset=None)
+    assert out.count("rise_0002.mp4' cannot be read") == out.count("fall_0001.mp4' cannot be read") == 1
+    file = load(run.path / "f.npz")
+    bad = np.isnan(file["features"]).all((1, 2))
+    assert [os.path.basename(path) for path in file["paths"][bad]] == ["rise_0002.mp4", "fall_0001.mp4"]
+    assert np.isfinite(file["features"][~bad]).all()
+    says = ["--crop 48: f.npz was made with 32"]
+    run.refused(evaluate, "knn", "--features=f.npz", "--crop=48", dataset=None, says=says)
+    shutil.move(run.path / "damaged", run.path / "videos")
+    for protocol in ("retrieve", "knn", "svm"):
+        run.ok(evaluate, protocol, "--features=f.npz", dataset=None)
+        out = run.ok(evaluate, protocol, *UNTRAINED, *damaged, "--data=videos", "--out=videos.json", dataset=None)
+        assert out.count("mp4' cannot be read") == 2
+        own = run.path / "runs" / "untrained_conv4" / f"{protocol}_folder.json"
+        found, expected = (json.loads(path.read_text()) for path in (own, run.path / "videos.json"))
+        for record in (found, expected):
+            ((path, _),) = record["result"].pop("unreadable")
+            assert os.path.basename(path) == "fall_0001.mp4"
+        assert found["result"] == expected["result"] and found["config"]["features"] == "f.npz"
+        assert found["config"]["crop"] == 32 and found["config"]["clips"] == 3
+        if protocol == "retrieve":
+            assert list(found["result"]["recall_percent"]) == ["R@1", "R@5", "R@10", "R@20", "R@50"]
+            assert found["result"]["recall_percent"]["R@50"] == 90
+            assert found["result"]["chance_percent"]["R@5"] == 44.85  # 7 classes have 2 of 17 videos, and 3 have 1
+            assert found["result"]["queries"] == 10 and found["result"]["gallery"] == 17
+
+
+def test_linear_trains_on_the_clips_of_a_file_of_features(run, damaged):
+    run.ok(evaluate, *FLAGS, *damaged, "--normalise=off", dataset=None)  # the probe does it itself
+    own = ["--features=f.npz", "--epochs=4", "--batch_size=6", "--device=cpu"]
+    out = run.ok(evaluate, "linear", *own, "--out=linear", dataset=None)
+    result = numbers(run.path / "linear" / "result.json")
+    assert result["training_videos"] == 17 and result["test_videos"] == 10 and "of 10 test videos" in out
+    saved = torch.load(run.path / "linear" / "checkpoint.pt")["model"]
+    assert saved.keys() == {"fc.weight", "fc.bias", "encoder.sum"}
+    file = load(run.path / "f.npz")
+    units = torch.from_numpy(file["features"][file["test"]])
+    units = units / units.norm(dim=2, keepdim=True)
+    scores = (units @ saved["fc.weight"].T + saved["fc.bias"]).softmax(2).mean(1)
+    hits = (scores.argmax(1) == torch.from_numpy(file["labels"][file["test"]])) & scores.isfinite().all(1)
+    assert result["top1_percent"] == pytest.approx(100 * hits.double().mean().item())
+    run.ok(evaluate, "linear", *own, "--fraction=0.5", "--out=few", dataset=None)
+    assert numbers(run.path / "few" / "result.json")["training_videos"] == 9
+    assert "nothing left to train" in run.ok(evaluate, "linear", "--resume=linear/checkpoint.pt", dataset=None)
+
+
+def test_videos_need_neither_labels_nor_a_test_part(run):
+    (run.path / "films").mkdir()
+    for n, path in enumerate(sorted(run.videos.glob("train/*/*.mp4"))[:3]):
+        shutil.copy(path, run.path / "films" / f"{n}.mp4")
+    (run.path / "list.txt").write_text("2.mp4\n0.mp4\n")
+    where = ["--dataset=folder", "--data=films"]
+    for more, names in ([[], "012"], [["--list_file", run.path / "list.txt"], "20"]):
+        run.ok(evaluate, *FLAGS, *where, *more, dataset=None)
+        file = load(run.path / "f.npz")
+        assert [os.path.basename(path) for path in file["paths"]] == [f"{n}.mp4" for n in names]
+        assert (file["labels"] == -1).all() and not file["test"].any() and file["features"].shape == (len(names), 3, 24)
+        run.refused(evaluate, "knn", "--features=f.npz", dataset=None, says=["videos without labels"])
+        (run.path / "f.npz").unlink()
+    run.refused(evaluate, *FLAGS, *where, "--test_list=no.txt", dataset=None, says=["no.txt"])
+
+
+def test_a_file_of_features_that_does_not_serve_is_refused_in_one_line(run):
+    run.ok(evaluate, *FLAGS, "--map", "--out=maps.npz")
+    run.ok(evaluate, *FLAGS, "--dataset=folder", f"--data={run.videos / 'train'}", dataset=None)
+    content = (run.path / "f.npz").read_bytes()
+    np.savez(run.path / "other.npz", features=np.zeros((3, 4)))
+    np.save(run.path / "array.npy", np.zeros((3, 4)))
+    (run.path / "cut.npz").write_bytes(content[:-100])
+    (run.path / "flipped.npz").write_bytes(content[:3000] + bytes([content[3000] ^ 1]) + content[3001:])
+    (run.path / "empty.npz").touch()
+    says = dict.fromkeys(("other.npz", "array.npy", "cut.npz", "flipped.npz", "empty.npz"), "as a file of `evaluate.py")
+    says |= {"maps.npz": "has feature maps", "f.npz": "no test videos", "none.npz": "No such file"}
+    for name, words in says.items():
+        run.refused(evaluate, "knn", "--features", name, dataset=None, says=[name, words])
+    run.refused(evaluate, "finetune", "--features=f.npz", dataset=None, says=["finetune trains the encoder"])
+
+
+def test_clips_of_frame_folders_begin_by_the_frame_rate(run):
+    (folder := run.path / "films" / "a").mkdir(parents=True)
+    for k in range(40):
+        Image.new("RGB", (48, 32), (k, 2 * k, 3 * k)).save(folder / f"{k}.png")
+    run.ok(evaluate, *FLAGS, "--dataset=folder", "--data=films", "--frame_rate=10", dataset=None)
+    np.testing.assert_allclose(load(run.path / "f.npz")["starts"], [[0, 1.2, 2.5]], atol=1e-6)  # 26 starts

@@ -1,7 +1,8 @@
-"""FIMA and MoCo as a whole: against a plain-loop oracle of the paper, gradients, queues, and every ablation switch."""
+"""FIMA, MoCo and FAME as a whole: against a plain-loop oracle of the paper, gradients, queues, and every switch."""
 
 import copy
 import itertools
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -12,9 +13,11 @@ from test_losses import frame_info_nce_loop, pixel_contrast_loop
 
 import augment
 import cli
+import fame
 import fima
 import moco
 import train
+from augment import ForegroundBackgroundMerging as Merging
 
 TINY = dict(encoder="conv4", width=0.25, crop=32, queue=12, batch_size=3)
 R3D = dict(encoder="r3d_18", width=0.0625, crop=48)  # whose feature pixels look far beside the middle of their bins
@@ -24,8 +27,11 @@ SWITCHES += [dict(mask_position=position) for position in ("none", "prediction",
 SWITCHES += [dict(mask_source="rgb"), dict(mask_source="difference"), dict(threshold=2.8), dict(pixel_queue=40)]
 SWITCHES += [dict(frame_loss="triplet"), dict(frame_loss="mse"), dict(pixel_negatives="video")]
 SWITCHES += [dict(difference="spans"), dict(centres="measured", **R3D), dict(encoder="i3d", width=0.0625, crop=64)]
-AFTER_THE_FIRST_EPOCH = dict(feature_std=0.005, pixels_with_positive=0.001, foreground_share=0.1)
-WARNED = AFTER_THE_FIRST_EPOCH | {"queue_age/vv": 16, "overlap": 0.9}
+STEPS = {
+    "instance": dict(losses="vv,vd"),
+    "accumulated": dict(losses="vv,vd", batch_size=1, accumulate=2),
+    "video": dict(pixel_negatives="video", threshold=1.4),  # each video has positives, so that all count alike
+}
 
 
 def build(module=fima, **flags):
@@ -47,10 +53,9 @@ def shown(clip, color=None, difference=False):
 
 def follow(model):
     """Moves the key encoder and its head towards those of the queries (MoCo, Eq. 2)."""
-    queries = [*model.encoder.parameters(), *model.head.parameters()]
-    keys = [*model.key_encoder.parameters(), *model.key_head.parameters()]
-    for query, key in zip(queries, keys, strict=True):
-        key.copy_(model.config.momentum * key + (1 - model.config.momentum) * query)
+    for query, key in ((model.encoder, model.key_encoder), (model.head, model.key_head)):
+        for asked, moved in zip(query.parameters(), key.parameters(), strict=True):
+            moved.lerp_(asked, 1 - model.config.momentum)
 
 
 @torch.no_grad()
@@ -161,29 +166,16 @@ def test_what_compile_compiles_is_one_graph_and_gives_the_same():
 
 def test_keys_are_made_before_the_query_pass_of_clips_dealt_out_with_their_colours_and_put_back(monkeypatch):
     """Before, as its graph takes memory."""
-    model, local, views, calls = build().eval(), build(bn="local").eval(), make_views(crop=32), []
-
-    def deal(rows, back=False):
-        calls.append((len(rows), back))
-        return rows.roll(-1 if back else 1, 0)
-
-    monkeypatch.setattr(moco, "deal", deal)
+    model, local, views, log = build().eval(), build(bn="local").eval(), make_views(crop=32), []
+    monkeypatch.setattr(moco, "deal", lambda x, back=False: log.append((len(x), back)) or x.roll(-1 if back else 1, 0))
     expected = local(views)
-    assert not calls
-    model.key_encoder.register_forward_hook(lambda *_: calls.append("key"))
-    model.encoder.register_forward_hook(lambda *_: calls.append("query"))
+    assert not log
+    model.key_encoder.register_forward_hook(lambda *_: log.append("key"))
+    model.encoder.register_forward_hook(lambda *_: log.append("query"))
     for name, value in model(views).items():  # batch norm rests: it makes no difference who is in a batch
         torch.testing.assert_close(value, expected[name])
     clips = [(6, False), (6, False), "key", (6, True), "key", (6, True), "query"]  # RGB and its colours; difference
-    sub_clips = [(12, False), (12, False), "key", (12, True)]
-    assert calls == clips + sub_clips
-
-
-STEPS = {
-    "instance": dict(losses="vv,vd"),
-    "accumulated": dict(losses="vv,vd", batch_size=1, accumulate=2),
-    "video": dict(pixel_negatives="video", threshold=1.4),  # each video has positives, so that all count alike
-}
+    assert log == [*clips, (12, False), (12, False), "key", (12, True)]  # then sub-clips
 
 
 def step(name, process=ALONE, part=slice(None), times=1, **options):
@@ -250,12 +242,38 @@ def test_metrics_show_how_well_the_contrast_does():
     assert float(model.metrics["negative_similarity/vv"]) == pytest.approx((0.8 + 1.4 / 2**0.5) / 6)
 
 
-@pytest.mark.parametrize("name", WARNED)
-def test_collapse_and_misuse_are_warned_of(name):
-    model, wrong = build(), {name: WARNED[name]}
+def test_collapse_and_misuse_are_warned_of():
+    model, at_once = build(), {"queue_age/vv": (16, "--queue"), "overlap": (0.9, "--frames")}
+    later = dict(feature_std=(0.005, "feature_std"), pixels_with_positive=(0.001, "--threshold"))
+    later |= dict(foreground_share=(0.1, "foreground_share"))
     sound = dict(step=45, epoch=1.5, feature_std=0.05, pixels_with_positive=0.4, foreground_share=0.5, overlap=0.7)
     assert model.warnings(sound | {"queue_age/vv": 15}) == model.warnings(dict(step=45, epoch=1.5)) == []
-    assert len(model.warnings(sound | wrong | dict(epoch=1.0, step=30))) == (name not in AFTER_THE_FIRST_EPOCH)
-    (warning,) = model.warnings(sound | wrong)
-    says = {"pixels_with_positive": "--threshold", "queue_age/vv": "--queue", "overlap": "--frames"}
-    assert says.get(name, name) in warning
+    for name, (value, says) in (at_once | later).items():
+        (warning,) = model.warnings(sound | {name: value})
+        assert says in warning
+        assert len(model.warnings(sound | {name: value} | dict(epoch=1.0, step=30))) == (name in at_once)
+
+
+def test_fame_is_moco_on_merged_clips():
+    assert build(fame, background="intra", batch_size=1)  # which needs no other video
+    views, plain = make_views(sub_clips=0, crop=32), build(moco)
+    variants = [dict(branches="both", foreground=0.3), dict(background="intra"), dict(background="none")]
+    for flags in (*variants, *(dict(mask=mask) for mask in Merging.MASKS)):
+        model = build(fame, **flags)
+        torch.manual_seed(0)
+        expected = copy.deepcopy(plain)(views | {"clip": Merging(**flags)(views["clip"])})
+        torch.manual_seed(0)
+        assert torch.equal(model(views)["vv"], expected["vv"])
+
+
+@pytest.mark.parametrize("branches", Merging.BRANCHES)
+def test_rgb_is_merged_and_motion_is_that_of_the_video_itself(branches):
+    model, views = build(fame=branches), make_views(crop=32)
+    model.encoder_input = Mock(wraps=model.encoder_input)
+    torch.manual_seed(0)
+    assert_trains(model, model(views))
+    torch.manual_seed(0)
+    entries = Merging(branches=branches)(views["clip"]), views["clip"], views["sub_clips"]
+    merged, clips, sub_clips = map(model.both, entries)
+    given = [(call.args[0], call.kwargs.get("difference", False)) for call in model.encoder_input.call_args_list]
+    assert same(given, [(merged, False), (clips, True), (sub_clips.flatten(0, 1), True)])

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from helpers import assert_trains, encode, generator, info_nce_loop, moving_texture, random, same, views_without_colours
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
-from test_fima import shown
 
 import augment
 import data
@@ -93,31 +92,29 @@ def test_motion_of_a_crop_is_that_of_a_loop(seed, height, width, size, corners, 
         assert torch.equal(cropped[:, i, j], motion[:, int(y * height), int(x * width)])
 
 
-class Kept(mcl.MotionMaps):
-    def __init__(self, root, maps, **options):
-        super().__init__(mcl.MapsConfig(dataset="folder", data=str(root), **options))
-        self.maps = maps
-
-    def compute(self, path):
-        return self.maps
+def keeping(maps, root, **options):
+    """Motion maps of videos below a folder, of which each has these."""
+    found = mcl.MotionMaps(mcl.MapsConfig(dataset="folder", data=str(root), **options))
+    found.compute = lambda path: maps
+    return found
 
 
 @pytest.mark.parametrize("scale", [0, 1, 1000])
 def test_maps_are_made_once_and_kept_to_a_510th_of_their_greatest_square_root(tmp_path, scale):
     (video := tmp_path / "a.mp4").touch()
     maps = scale * random(0, 7, 3, 4).abs().float().numpy() ** 3
-    found = Kept(tmp_path, maps).read(str(video), 7)
+    found = keeping(maps, tmp_path).read(str(video), 7)
     assert found.dtype == np.float32 and found.max() == bool(scale)
     np.testing.assert_allclose(found**0.5, (maps / max(maps.max(), 1e-9)) ** 0.5, atol=1 / 509)
-    np.testing.assert_array_equal(Kept(tmp_path, None).read(str(video), 7), found)
+    np.testing.assert_array_equal(keeping(None, tmp_path).read(str(video), 7), found)
 
 
 def test_maps_of_another_video_or_flow_are_not_taken_and_damaged_ones_named_without_running_code(tmp_path):
     (video := tmp_path / "a.mp4").touch()
     for frames, flags in ((4, {}), (5, {"flow_side": 32}), (6, {"flow_warps": 1})):
-        assert len(Kept(tmp_path, np.ones((frames, 3, 3)), **flags).read(str(video), frames)) == frames
+        assert len(keeping(np.ones((frames, 3, 3)), tmp_path, **flags).read(str(video), frames)) == frames
     video.write_bytes(b"123456")  # a file of another size
-    maps = Kept(tmp_path, np.ones((7, 3, 3)))
+    maps = keeping(np.ones((7, 3, 3)), tmp_path)
     assert len(maps.read(str(video), 7)) == 7
     with pytest.raises(UserError, match=r"a\.mp4\.6\.npz is damaged.*7 frames, the video has 9"):
         maps.read(str(video), 9)
@@ -188,9 +185,9 @@ def moving(folder):
     """The first two videos, and maps as if only the middle right moved, in their second half."""
     paths = [str(folder / name) for name in ("a.mp4", "below/b.mp4")]
     for path, frames in zip(paths, (60, 20), strict=True):
-        maps = Kept(folder, np.full((frames, 24, 32), 0.01, np.float32), flow_side=100)
-        maps.maps[frames // 2 :, 8:14, 20:26] = 1
-        maps.visit(path)
+        motion = np.full((frames, 24, 32), 0.01, np.float32)
+        motion[frames // 2 :, 8:14, 20:26] = 1
+        (maps := keeping(motion, folder, flow_side=100)).visit(path)
     return data.VideoList(paths, [0, 1], ["a", "b"], ""), maps
 
 
@@ -242,7 +239,7 @@ def test_a_still_video_and_motion_that_no_crop_can_hold_give_views(moving):
     still, corners = np.zeros((2, 60, 24, 32), np.float32)
     corners[:, ::23, ::31] = 1  # each crop leaves some of them out
     for motion, side in ((still, 16), (corners, 17)):
-        views = moving_views((videos, Kept(maps.config.data, motion, flow_side=side)))
+        views = moving_views((videos, keeping(motion, maps.config.data, flow_side=side)))
         items = [views[epoch, 0] for epoch in range(5)]
         assert len({tuple(item["box"][0].tolist()) for item in items}) == 5
         assert motion.any() or not any(item["motion"].any() for item in items)
@@ -259,7 +256,7 @@ def oracle(model, views):
     layers, norm_and_relu = model.encoder.layers[:-2], model.encoder.layers[-2:]
     queries, keys, responses, motion = [], [], [], []
     for view, n in np.ndindex(2, len(views["clip"])):
-        h, other = (layers(shown(views["clip"][n, v])).detach().requires_grad_() for v in (view, 1 - view))
+        h, other = (layers(test_fima.shown(views["clip"][n, v])).detach().requires_grad_() for v in (view, 1 - view))
         query = F.normalize(model.head(norm_and_relu(h).mean((2, 3, 4))[0]), dim=-1)
         key = F.normalize(model.key_head(norm_and_relu(other).mean((2, 3, 4))[0]), dim=-1)
         queries.append(query.tolist())

@@ -9,6 +9,7 @@ that is not the run's own as it was. Not one of the quick tests: by hand, and fo
 
 import argparse
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -22,7 +23,7 @@ from random import Random
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from helpers import TORCHRUN, alive, descendants, digests, torchrun, within, write  # noqa: E402
+from helpers import alive, descendants, digests, run_two, torchrun, within, write  # noqa: E402
 from helpers import lines as log  # noqa: E402
 from test_reliability import TINY, end_well, equal_ends, finish, start  # noqa: E402
 
@@ -40,22 +41,21 @@ class Torture:
         began = time.monotonic()
         end_well(self.undisturbed, *self.flags)
         self.seconds = time.monotonic() - began
-        self.end_two(self.undisturbed, "--out=of_two")
+        run_two(ROOT / "fima.py", *self.flags, "--out=of_two", folder=self.undisturbed)
 
-    def ended(self, folder: Path, *flags, **options) -> tuple[int, str]:
+    def ended(self, folder: Path, *flags, file_size: int = 0, **options) -> tuple[int, str]:
         """A run that ends well, or with one line of an error: exit code and output."""
-        code, out = finish(start(folder, *self.flags, *flags, **options))
+        process = start(folder, *self.flags, *flags, **options)
+        if file_size:
+            resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (file_size, file_size))
+        code, out = finish(process)
         assert code in (0, 2) and "Traceback" not in out, out
         return code, out
 
-    def end_two(self, folder: Path, *flags) -> None:
-        """A run of two processes to its end."""
-        done = torchrun(ROOT / "fima.py", *self.flags, *flags, folder=folder)
-        assert done.returncode == 0, done.stdout + done.stderr
-
     def ends_as_if_nothing_had_been(self, folder: Path, stopped: bool = False, two: bool = False) -> None:
         """Goes on to the end, which is the undisturbed one's, and so is the log, but for where it `stopped`."""
-        self.end_two(folder, "--resume=auto") if two else end_well(folder, *self.flags, "--resume=auto")
+        flags = *self.flags, "--resume=auto"
+        run_two(ROOT / "fima.py", *flags, folder=folder) if two else end_well(folder, *flags)
         undisturbed = self.undisturbed / ("of_two" if two else "run")
         assert equal_ends(undisturbed, folder / "run"), "another end"
         found, expected = log(folder / "run"), log(undisturbed)
@@ -91,9 +91,7 @@ class Torture:
 
     def launcher(self, chance: Random, folder: Path) -> None:
         """torchrun is killed, one of its two processes, or all of them at once."""
-        command = [*TORCHRUN, "--nproc_per_node=2", ROOT / "fima.py", *map(str, self.flags)]
-        with open(folder / "out.txt", "w") as out:
-            running = subprocess.Popen(command, cwd=folder, stdout=out, stderr=out)
+        running = torchrun(ROOT / "fima.py", *self.flags, folder=folder)
         within(60, (folder / "run" / "run.json").exists)
         time.sleep(chance.uniform(0, self.seconds))
         started = descendants(running.pid)

@@ -1,37 +1,39 @@
-"""Views, their boxes, test clips and the order of samples."""
+"""Views, their boxes, test clips, the order of samples, and batches made by worker processes in shared memory."""
 
 import copy
+import errno
 import itertools
+import mmap
+import os
+import tempfile
+import time
+from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import encode, moving_texture, same
+from helpers import collate, encode, moving_texture, same
 from hypothesis import given
 from hypothesis import strategies as st
 
+import data
 from data import PretrainingViews, StepSampler, TestClips, VideoList, crop_resize, draw_region, empty_clips
 from losses import bin_centers
 from video import Video
 
 seeds, few = st.integers(0, 2**32 - 1), st.integers(1, 4)
 NOTHING = VideoList([""], [0], [], "")
-
-
-def coordinates(height: int, width: int) -> np.ndarray:
-    """An image whose pixel (x, y) has red 2x and green 2y."""
-    y, x = np.mgrid[:height, :width]
-    return np.stack([2 * x, 2 * y, np.full_like(x, 128)], -1).astype(np.uint8)
+NOT_FORKED = [pytest.param(method, marks=pytest.mark.slow) for method in ("spawn", "forkserver")]
 
 
 def assert_shows_box(clip: torch.Tensor, box: torch.Tensor) -> None:
-    """Each of 7 × 7 bins of a clip of coordinates shows the place that the box says, within half a bin."""
+    """Each of 7 × 7 bins of a clip of red 2x and green 2y shows the place that the box says, within half a bin."""
     bins, size = 7, clip.shape[-1]
-    x0, y0, x1, y1 = box.tolist()
-    said = bin_centers(torch.tensor([[x0, y0, x1, y1]]), bins, bins)[0].unflatten(0, (bins, bins))  # (rows, columns, 2)
+    said = bin_centers(box[None], bins, bins)[0].unflatten(0, (bins, bins))  # (rows, columns, 2)
     seen = clip.double().mean(1)[:2].unflatten(1, (bins, -1)).unflatten(3, (bins, -1)).mean((2, 4)) / 2 + 0.5
-    for axis, bin_size in ((0, abs(x1 - x0) / bins), (1, abs(y1 - y0) / bins)):
+    for axis, bin_size in enumerate(((box[2:] - box[:2]).abs() / bins).tolist()):
         pixel = max(bin_size * bins / size, 1)  # sampling is off by up to half of these, a file's chroma by 2.5
         assert (seen[axis] - said[..., axis]).abs().max() <= min(bin_size / 2, pixel / 2 + 2.5)
 
@@ -73,6 +75,14 @@ def videos(tmp_path_factory):
     textures = [moving_texture(frames, size, size) for frames, size in ((40, 48), (20, 56), (70, 64), (33, 72))]
     paths = [encode(folder / f"{i}.mp4", texture, "libx264", crf="20") for i, texture in enumerate(textures)]
     return VideoList([*map(str, paths)], [0, 1, -1, 2], ["a", "b", "c"], "four videos")
+
+
+@pytest.fixture(scope="module")
+def views(videos):
+    """Views of five videos, two of them bad."""
+    first, second, *_, last = videos.paths
+    (empty := Path(first).with_name("empty.mp4")).touch()
+    return PretrainingViews(VideoList([first, "absent", second, str(empty), last], [-1] * 5, [], ""), 28, frames=4)
 
 
 def test_a_sample_is_what_it_says(videos):
@@ -126,7 +136,8 @@ def test_all_pairs_of_different_windows_are_equally_likely():
 
 
 def test_boxes_hold_through_files_and_the_whole_sampling_and_test_clips_show_the_middle(tmp_path):
-    path = encode(tmp_path / "coordinates.mp4", [coordinates(96, 120)] * 34, "libx264", crf="1")
+    y, x = np.indices((96, 120), np.uint8)
+    path = encode(tmp_path / "places.mp4", [np.stack([2 * x, 2 * y, 0 * x + 128], -1)] * 34, "libx264", crf="1")
     views, flips = PretrainingViews(VideoList([str(path)], [-1], [], ""), 56), set()
     for epoch in range(12):
         sample = views[epoch, 0]
@@ -135,7 +146,7 @@ def test_boxes_hold_through_files_and_the_whole_sampling_and_test_clips_show_the
             flips.add(bool(box[0] > box[2]))
     assert flips == {False, True}
     for clip in TestClips(views.videos, 56, frames=4, clips=2)[0]["clips"]:  # the central square, 7/8 of the height
-        assert_shows_box(clip, torch.tensor([60 - 42, 48 - 42, 60 + 42, 48 + 42]))
+        assert_shows_box(clip, torch.tensor([60.0 - 42, 48 - 42, 60 + 42, 48 + 42]))
 
 
 def test_a_sample_depends_on_seed_epoch_and_index_only(videos):
@@ -183,3 +194,67 @@ def test_an_epoch_deals_videos_out_once_and_a_resumed_run_goes_on(length, batch,
 def test_epochs_and_seeds_differ_in_their_order():
     orders = [[index for keys in StepSampler(50, 5, 2, seed) for _, index in keys] for seed in (0, 1)]
     assert len({tuple(half) for order in orders for half in (order[:50], order[50:])}) == 4
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3, *NOT_FORKED])
+def test_batches_are_the_items_in_the_samplers_order_whatever_the_workers(views, workers, monkeypatch):
+    """And stay so until the next one is asked for: workers that are as far ahead as they may be don't touch it."""
+    if isinstance(workers, str):
+        monkeypatch.setattr(data, "PROCESSES", torch.multiprocessing.get_context(workers))
+        workers = 1
+    sampler = StepSampler(len(views), batch_size=3, epochs=16, start_step=5)
+    for keys, batch in zip(sampler, data.load_batches(views, sampler, workers), strict=True):
+        time.sleep(0.04)  # in which workers get ahead
+        assert same(batch, collate([views[key] for key in keys])) and not {1, 3} & {*batch["index"].tolist()}
+        assert {path for path, _ in batch["bad"]} >= {views.videos.paths[i] for _, i in keys if i in (1, 3)}
+        assert all(batch[name].movedim(-4, -1).is_contiguous() for name in ("clip", "sub_clips"))  # as decoders write
+
+
+def test_memory_that_a_gpu_copies_from_is_locked_while_there_are_batches_as_far_as_it_can_be(views, monkeypatch):
+    answers = [0, 0, 2, 2, 0, 0, 0, 0]  # of CUDA for a batch's eight parts: success, out of memory
+    register, free = Mock(side_effect=answers), Mock()
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: Mock(cudaHostRegister=register, cudaHostUnregister=free))
+    loader = data.load_batches(views, StepSampler(len(views), 2, 2), workers=1)
+    places = [(x.data_ptr(), x.data_ptr() + x.nbytes) for x in next(loader).values() if isinstance(x, torch.Tensor)]
+    held = dict(call.args[:2] for call, refused in zip(register.mock_calls, answers, strict=True) if not refused)
+    locked = [any(start <= a and b <= start + size for start, size in held.items()) for a, b in places]
+    assert sum(locked) == len(held) == 6 and not free.called
+    loader.close()
+    assert sorted(call.args for call in free.mock_calls) == sorted((start,) for start in held)
+
+
+def test_too_little_memory_and_too_many_processes_are_errors_that_say_what_to_do(views, monkeypatch):
+    for owner, name, number, says in (
+        (mmap, "mmap", errno.ENOMEM, r"shared memory for batches \(Cannot allocate memory\): take fewer --workers"),
+        (data.PROCESSES, "Pipe", errno.EAGAIN, r"can't be started.*ulimit -u"),
+        (data.PROCESSES.Process, "start", errno.EAGAIN, r"can't be started.*ulimit -u"),
+    ):
+        with monkeypatch.context() as patched, pytest.raises(OSError, match=says):
+            patched.setattr(owner, name, Mock(side_effect=OSError(number, os.strerror(number))))
+            next(data.load_batches(views, StepSampler(len(views), 2, 1), workers=1))
+
+
+def test_workers_end_with_the_iteration_and_take_nothing_of_dev_shm(views, monkeypatch):
+    """Docker gives 64 MB of /dev/shm, and the name of a temporary folder may be too long for a socket."""
+    monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
+    maps = Path("/proc/self/maps")
+    before = maps.read_text().count("/dev/shm")
+    batches = data.load_batches(views, StepSampler(len(views), 2, 2), workers=2)
+    list(itertools.islice(batches, 2))  # one of each
+    workers = torch.multiprocessing.active_children()
+    assert len(workers) == 2 and maps.read_text().count("/dev/shm") <= before
+    assert os.getpgid(0) not in [os.getpgid(worker.pid) for worker in workers]  # which Ctrl-C reaches whole
+    batches.close()
+    assert not torch.multiprocessing.active_children()
+
+
+@pytest.mark.slow
+def test_memory_and_open_files_stay_flat_over_many_samples(views):
+    item, used = views.empty(), []
+    for epoch in range(80):
+        for index in range(len(views)):
+            views.write((epoch, index), item)
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        used.append((pages * os.sysconf("SC_PAGE_SIZE"), len(os.listdir("/proc/self/fd"))))
+    assert used[-1][0] - used[20][0] < 4 * 2**20 and used[-1][1] == used[20][1]
