@@ -34,7 +34,7 @@ def pytest_cmdline_main(config):
     whole = config.args_source == config.ArgsSource.TESTPATHS and not config.option.usepdb
     alone = config.pluginmanager.hasplugin("xdist") and not hasattr(config, "workerinput")  # itself no such process
     if whole and alone and config.option.numprocesses is None:
-        config.option.numprocesses, config.option.dist = min(4, os.cpu_count() or 1), "loadfile"
+        config.option.numprocesses, config.option.dist = min(4, os.cpu_count() or 1), "worksteal"
 
 
 @pytest.fixture(scope="session")
