@@ -95,7 +95,9 @@ def _reading_time(path: str | Path) -> float:
 
 
 def shrink(config: ShrinkConfig, data: str, folder: str) -> None:
-    """Copies the tree ROOT to OUT."""
+    """Copies the tree `data` to `folder`, and prints what that saves; exit code 1 if videos can't be read.
+
+    Raises ValueError where the copy would lie in the tree, FileExistsError where the folder holds anything else."""
     root, out = os.path.abspath(data), Path(folder)
     recipe = {"root": root, "side": config.side, "keyframes": config.keyframes, "crf": config.crf}
     recipe |= {"frame_rate": config.frame_rate} if config.frame_rate != ShrinkConfig.frame_rate else {}

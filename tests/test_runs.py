@@ -61,7 +61,7 @@ def save(path, step, seen=SEEN, kind=moco.MoCoConfig, **options):
 @pytest.mark.slow
 def test_a_run_folder_is_one_processes_until_it_ends_or_is_killed(tmp_path):
     folder = tmp_path / "run"
-    with ProcessPoolExecutor(1, FORK, free_folders) as other:  # which has none yet
+    with ProcessPoolExecutor(1, FORK, free_folders) as other:  # without this one's locks
         other.submit(runs.claim_folder, folder).result()
         says = f"run is in use by process {other.submit(os.getpid).result()} on "
         for resume in ("", f"{folder}/checkpoint.pt"):
