@@ -60,6 +60,15 @@ shake   dc_fs       fima.py --losses vv,pix --decoder none
 shake   pix         fima.py --losses vv,pix
 shake   fima        fima.py
 shake   adjacent    fima.py --difference adjacent
+people  untrained   none
+people  supervised  evaluate.py finetune --encoder conv4 --crop 64
+people  moco        moco.py --momentum 0.99
+people  moco_vd     moco.py --losses vv,vd --momentum 0.99
+people  pix         fima.py --losses vv,pix --momentum 0.99 --decoder_width 128
+people  fima        fima.py --momentum 0.99 --decoder_width 128
+people  fame        fame.py --momentum 0.99
+people  dclr        dclr.py --delay 10 --refresh 1
+people  mcl         mcl.py --momentum 0.99
 END
 }
 
@@ -70,25 +79,66 @@ videos() { # seed, set; the long videos are for pretraining alone
         long) python data.py synthetic "datasets/long_$1" --seed "$1" --test 10 --frames 192 ;;
         scenes) python data.py synthetic "datasets/scenes_$1" --seed "$1" --scene_bias 0.95 ;;
         shake) python data.py synthetic "datasets/shake_$1" --seed "$1" --test 1500 --shake 0.1 ;;
+        people) people "$1" ;;
     esac
 }
 
+people() { # seed; writes the lists of the videos in datasets/people (docs/reproduce.md)
+    python - "$1" <<'END'
+import json, sys
+from pathlib import Path
+
+seed, root = int(sys.argv[1]), Path("datasets/people")
+if not root.is_dir():
+    sys.exit(f"{root}: not there; docs/reproduce.md says how it is made")
+strokes = json.loads(Path("results/people.json").read_text())
+lists = {name: [] for name in ("pool", "train", "test", "fight_train", "fight_test")}
+for stroke, groups in strokes["groups"].items():
+    for number, group in enumerate(groups, 1):
+        name = f"tennis7/{stroke}/{stroke}{number}.mp4"
+        half = "test" if group in strokes["test"][seed - 1] else "train"
+        lists[half].append(f"{name} {stroke}")
+        lists["pool"].extend([name] * (half == "train"))
+for number in range(150):  # a third of the fights, which are numbered as their sources come
+    for label in ("fight", "noFight"):
+        name = f"fight_surv/{label}/{label[:-5].lower()}fi{number + 1:03}.mp4"
+        lists["fight_test" if number // 50 == seed - 1 else "fight_train"].append(f"{name} {label}")
+        lists["pool"].append(name)
+lists["pool"] += sorted(str(path.relative_to(root)) for path in root.glob("pushup_form/*/*.mp4"))
+for name, lines in lists.items():
+    Path(f"datasets/people_{name}_{seed}.txt").write_text("\n".join(lines) + "\n")
+END
+}
+
 work() { # script and flags; trains and probes by the variables of `run`
-    local probe="--dataset synthetic --data datasets/${set/long/motion}_$seed --workers 1" epochs="--epochs 24"
+    local videos="--dataset synthetic --data datasets/${set}_$seed" options="--epochs 24" crop=32
+    local probe="--dataset synthetic --data datasets/${set/long/motion}_$seed --workers 1" lists=datasets/people
+    if [ "$set" = people ]; then
+        probe="--dataset folder --data datasets/people --workers 1" crop=64
+        videos="--dataset folder --data datasets/people --list_file ${lists}_pool_$seed.txt"
+        options="--encoder conv4 --crop 64 --epochs 20 --batch_size 16 --queue 512"
+        local strokes="--list_file ${lists}_train_$seed.txt --test_list ${lists}_test_$seed.txt"
+        if [ "$1" = evaluate.py ]; then videos="--dataset folder --data datasets/people $strokes"; fi
+    fi
     if [ "$1" = none ]; then
-        probe="$probe --encoder conv4 --crop 32 --seed $seed"
+        probe="$probe --encoder conv4 --crop $crop --seed $seed"
     else
-        if [ "$1" = evaluate.py ]; then epochs=; fi # it has its own
-        python "$@" --dataset synthetic --data "datasets/${set}_$seed" --seed "$seed" $epochs --workers 1 \
-            --out "$out" --resume auto || return
+        if [ "$1" = evaluate.py ]; then options=; fi # it has its own
+        python "$@" $videos --seed "$seed" $options --workers 1 --out "$out" --resume auto || return
         probe="$probe --checkpoint $out/checkpoint.pt"
     fi
     if [ "$set" = scenes ]; then
         python examples/scene_bias.py $probe --clips 3 --cost 100 --out "$out/bias.json"
-    else
-        python evaluate.py linear $probe --cached 10 --out "$out/linear" --resume auto &&
-            python evaluate.py retrieve $probe --out "$out/retrieve.json"
+        return
     fi
+    if [ "$set" = people ]; then
+        local half="--list_file ${lists}_fight_train_$seed.txt --test_list ${lists}_fight_test_$seed.txt"
+        python evaluate.py linear $probe $half --cached 10 --out "$out/fight" --resume auto || return
+        probe="$probe $strokes"
+        python evaluate.py knn $probe --out "$out/knn.json" || return
+    fi
+    python evaluate.py linear $probe --cached 10 --out "$out/linear" --resume auto &&
+        python evaluate.py retrieve $probe --out "$out/retrieve.json"
 }
 
 run() { # seed, set, row, script and flags
@@ -103,11 +153,11 @@ from pathlib import Path
 
 seed, videos, row, command, out, seconds = sys.argv[1:]
 line = {"seed": int(seed), "set": videos, "row": row}
-for file in map(Path(out).joinpath, ("linear/result.json", "retrieve.json", "bias.json")):
-    if file.exists():
+for name in ("fight/result.json", "knn.json", "linear/result.json", "retrieve.json", "bias.json"):
+    if (file := Path(out) / name).exists():
         made = json.loads(file.read_text())
-        result = made["result"]
-        line |= {"linear": result["top1_percent"]} if "top1_percent" in result else {}
+        result, measure = made["result"], name.partition("/")[0].replace("knn.json", "kNN")
+        line |= {measure: result["top1_percent"]} if "top1_percent" in result else {}
         line |= {"R@1": result["recall_percent"]["R@1"]} if "recall_percent" in result else {}
         line |= {name: value["percent"] for name, value in result.get("table", {}).items()}
 line |= {"command": command, "seconds": int(seconds), "commit": made["git_commit"], "torch": made["versions"]["torch"]}

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import faulthandler
+import itertools
 import os
 import resource
 import signal
@@ -159,6 +160,24 @@ def test_what_a_machine_lacks_is_no_videos_fault(folder, monkeypatch):
             patch.setattr(owner, name, Mock(side_effect=error))
             patch.setattr(reader, "is_memory_short", lambda short=short: short)
             Video(folder / "h264.mp4").read([0])
+
+
+def test_a_lost_frame_is_its_neighbour_unless_memory_is_short(folder, monkeypatch):
+    pictures = Video._pictures
+    monkeypatch.setattr(Video, "_pictures", lambda *given: itertools.islice(pictures(*given), 6))
+    with Video(folder / "h264.mp4") as video:
+        *_, last, lost = video.read(range(7))
+        assert np.array_equal(last, lost)
+        monkeypatch.setattr(reader, "is_memory_short", lambda: True)
+        with pytest.raises(OSError, match="Cannot allocate memory: take fewer"):
+            video.read(range(7))
+
+
+def test_too_little_memory_for_a_batch_is_no_videos_fault(folder, monkeypatch, before_reading):
+    before_reading(Mock(side_effect=MemoryError()))  # not in the reader, which would name the video
+    monkeypatch.setattr(reader, "is_memory_short", lambda: True)
+    with pytest.raises(OSError, match="Cannot allocate memory: take fewer"):
+        load(views_of([folder / "h264.mp4"]), (0, 0))
 
 
 def test_only_files_on_a_disk_are_opened(tmp_path, folder, monkeypatch, check):

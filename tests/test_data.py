@@ -158,6 +158,13 @@ def test_a_sample_depends_on_seed_epoch_and_index_only(videos):
         assert not torch.equal(samples[0, 0][name], other[name])
 
 
+def test_each_epoch_draws_another_video_for_a_bad_one(videos):
+    views = PretrainingViews(VideoList(["absent.mp4", *videos.paths], [0] * (1 + len(videos)), [], ""), 28, frames=4)
+    drawn = [int(views[epoch, 0]["index"]) for epoch in range(16)]
+    assert drawn == [int(views[epoch, 0]["index"]) for epoch in range(16)]
+    assert 0 not in drawn and len({*drawn}) > 1
+
+
 def test_bad_videos_are_zeros_and_never_replaced_at_test(videos):
     clips = TestClips(VideoList(["absent.mp4", videos.paths[0]], [0, 1], [], ""), 28, frames=4, clips=3)
     item = clips.empty()
