@@ -92,12 +92,13 @@ seed, root = int(sys.argv[1]), Path("datasets/people")
 if not root.is_dir():
     sys.exit(f"{root}: not there; docs/reproduce.md says how it is made")
 strokes = json.loads(Path("results/people.json").read_text())
-lists = {name: [] for name in ("pool", "train", "test", "fight_train", "fight_test")}
+lists = {name: [] for name in ("pool", "train", "test", "shared_train", "shared_test", "fight_train", "fight_test")}
 for stroke, groups in strokes["groups"].items():
     for number, group in enumerate(groups, 1):
         name = f"tennis7/{stroke}/{stroke}{number}.mp4"
         half = "test" if group in strokes["test"][seed - 1] else "train"
         lists[half].append(f"{name} {stroke}")
+        lists["shared_test" if number % 3 == seed - 1 else "shared_train"].append(f"{name} {stroke}")  # courts, too
         lists["pool"].extend([name] * (half == "train"))
 for number in range(150):  # a third of the fights, which are numbered as their sources come
     for label in ("fight", "noFight"):
@@ -132,8 +133,11 @@ work() { # script and flags; trains and probes by the variables of `run`
         return
     fi
     if [ "$set" = people ]; then
-        local half="--list_file ${lists}_fight_train_$seed.txt --test_list ${lists}_fight_test_$seed.txt"
-        python evaluate.py linear $probe $half --cached 10 --out "$out/fight" --resume auto || return
+        local other
+        for other in shared fight; do
+            python evaluate.py linear $probe --list_file ${lists}_${other}_train_$seed.txt --cached 10 \
+                --test_list ${lists}_${other}_test_$seed.txt --out "$out/$other" --resume auto || return
+        done
         probe="$probe $strokes"
         python evaluate.py knn $probe --out "$out/knn.json" || return
     fi
@@ -153,7 +157,7 @@ from pathlib import Path
 
 seed, videos, row, command, out, seconds = sys.argv[1:]
 line = {"seed": int(seed), "set": videos, "row": row}
-for name in ("fight/result.json", "knn.json", "linear/result.json", "retrieve.json", "bias.json"):
+for name in ("shared/result.json", "fight/result.json", "knn.json", "linear/result.json", "retrieve.json", "bias.json"):
     if (file := Path(out) / name).exists():
         made = json.loads(file.read_text())
         result, measure = made["result"], name.partition("/")[0].replace("knn.json", "kNN")

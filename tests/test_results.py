@@ -10,15 +10,21 @@ PAGE, LINES = ROOT / "docs" / "results.md", ROOT / "results" / "generated.jsonl"
 TABLE = re.compile(r"(<!-- rows of (\w+) -->\n\|[^\n]*\n\|[^\n]*\n)((?:\|[^\n]*\n)*)")
 NAMES = {  # of a row: what it is called, and the paper's linear probe on UCF101
     "untrained": ("untrained encoder", ""),
+    "supervised": ("supervised encoder", ""),
     "moco": ("L_VV (MoCo)", "58.1"),
     "moco_vd": ("L_VV + L_VD", "68.7"),
     "fra": ("L_VV + L_Fra", "69.7"),
     "dc": ("L_VV + L_Pix, DC alone", "69.7"),
     "dc_fs": ("… DC + FS", "71.2"),
     "dc_md": ("… DC + MD", "71.0"),
-    "pix": ("… DC + FS + MD", "73.1"),
+    "pix": ("L_VV + L_Pix: DC + FS + MD", "73.1"),
     "fima": ("FIMA: L_VV + L_Pix + L_Fra", "75.3"),
+    "fame": ("FAME", ""),
+    "dclr": ("DCLR", ""),
+    "mcl": ("MCL", ""),
+    "fima_fame": ("FIMA + FAME", ""),
 }
+MEASURES = {"people": ("linear", "R@1", "kNN", "fight", "shared")}
 
 
 def spread(values: list[float]) -> str:
@@ -34,16 +40,30 @@ def rows(videos: str) -> str:
         if own := [run for run in runs if (run["set"], run["row"]) == (videos, row)]:
             command = f"`{own[0]['command']}`".replace("`none`", "")
             seeds = ", ".join(str(run["seed"]) for run in own)
-            older = sorted((ROOT / "results" / "motion").glob(f"{prefix}{row}_[0-9].jsonl"))
-            before = [json.loads(log.read_text().splitlines()[0])["linear_top1_percent"] for log in older]
-            numbers = [spread([run[measure] for run in own]) for measure in ("linear", "R@1")] + [spread(before)]
-            table += "".join(f"| {cell} " for cell in (name, command, seeds, *numbers, paper)) + "|\n"
+            cells = [spread([run[measure] for run in own]) for measure in MEASURES.get(videos, ("linear", "R@1"))]
+            if videos not in MEASURES:
+                older = sorted((ROOT / "results" / "motion").glob(f"{prefix}{row}_[0-9].jsonl"))
+                before = [json.loads(log.read_text().splitlines()[0])["linear_top1_percent"] for log in older]
+                cells += [spread(before), paper]
+            table += "".join(f"| {cell} " for cell in (name, command, seeds, *cells)) + "|\n"
     return table.replace("|  |", "| |").replace("|  |", "| |")
 
 
 def test_tables_are_made_of_the_results():
     found = TABLE.findall(PAGE.read_text())
     assert found and all(table == rows(videos) for _, videos, table in found), "write them anew as the docstring says"
+
+
+def test_no_court_is_on_both_sides_and_each_stroke_is_tested():
+    strokes = json.loads((ROOT / "results" / "people.json").read_text())
+    courts = {court for groups in strokes["groups"].values() for court in groups}
+    assert len(strokes["groups"]) == 7 and len(strokes["test"]) == 3 and courts == {*range(47)}
+    for test in map(set, strokes["test"]):
+        assert test < courts
+        assert all(
+            len(groups) == 53 and 13 <= sum(map(test.__contains__, groups)) <= 19
+            for groups in strokes["groups"].values()
+        )
 
 
 if __name__ == "__main__":
