@@ -4,9 +4,6 @@ For each video of a batch, tubelets are drawn: patches that move and turn over t
 video and into a clip of another one. These two are a positive pair; negatives, in MoCo's queue, have other tubelets.
 Numbers are those of the authors' released configuration for R(2+1)D-18, whose clips have 112 pixels a side.
 
-On generated videos of four shots, 24 epochs, seeds 1 to 3, a linear probe has 29.1 ± 3.8 % (commit 91310b0; an
-untrained encoder 22.7): the patches are the only thing that moves alike in both clips.
-
 python examples/tubelet_contrast.py                                     # small encoder, generated videos, on a CPU
 torchrun --nproc_per_node=4 examples/tubelet_contrast.py --dataset k400 --data /data/k400
 """
