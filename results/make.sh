@@ -89,8 +89,6 @@ import json, sys
 from pathlib import Path
 
 seed, root = int(sys.argv[1]), Path("datasets/people")
-if not root.is_dir():
-    sys.exit(f"{root}: not there; docs/reproduce.md says how it is made")
 strokes = json.loads(Path("results/people.json").read_text())
 lists = {name: [] for name in ("pool", "train", "test", "shared_train", "shared_test", "fight_train", "fight_test")}
 for stroke, groups in strokes["groups"].items():
@@ -172,6 +170,10 @@ END
 
 export -f work run
 chosen=$(for seed in 1 2 3; do rows | sed "s/^/$seed /"; done | tr -s ' ' | grep -E "${1:-.}")
+if [ ! -d datasets/people ] && grep -q " people " <<< "$chosen"; then
+    echo "rows of people are left out: datasets/people is not there, docs/reproduce.md says how it is made"
+    chosen=$(grep -v " people " <<< "$chosen")
+fi
 echo "$chosen" | while read -r seed set _; do
     echo "$seed $set"
     if [ "$set" = long ]; then echo "$seed motion"; fi
