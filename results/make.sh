@@ -2,7 +2,7 @@
 # Trains and probes the rows of docs/results.md, two at a time with one thread each, and adds a line for each run to
 # results/generated.jsonl. Rows that are there are left out, and a run that was stopped goes on:
 #
-#     bash results/make.sh                    # all rows, seeds 1, 2, 3: 15 minutes each
+#     bash results/make.sh                    # all rows, seeds 1, 2, 3: 15 minutes each, people 50
 #     bash results/make.sh '^1 shots fima'    # those whose "SEED SET ROW" matches
 #
 # Videos and runs lie in datasets/ and runs/results/: remove them afterwards.
