@@ -98,7 +98,7 @@ for stroke, groups in strokes["groups"].items():
         lists[half].append(f"{name} {stroke}")
         lists["shared_test" if number % 3 == seed - 1 else "shared_train"].append(f"{name} {stroke}")  # courts, too
         lists["pool"].extend([name] * (half == "train"))
-for number in range(150):  # a third of the fights, which are numbered as their sources come
+for number in range(150):  # neighbours may be of one source: a third in a row is tested
     for label in ("fight", "noFight"):
         name = f"fight_surv/{label}/{label[:-5].lower()}fi{number + 1:03}.mp4"
         lists["fight_test" if number // 50 == seed - 1 else "fight_train"].append(f"{name} {label}")

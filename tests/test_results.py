@@ -54,7 +54,7 @@ def test_tables_are_made_of_the_results():
     assert found and all(table == rows(videos) for _, videos, table in found), "write them anew as the docstring says"
 
 
-def test_no_court_is_on_both_sides_and_each_stroke_is_tested():
+def test_each_division_of_the_courts_tests_each_stroke():
     strokes = json.loads((ROOT / "results" / "people.json").read_text())
     courts = {court for groups in strokes["groups"].values() for court in groups}
     assert len(strokes["groups"]) == 7 and len(strokes["test"]) == 3 and courts == {*range(47)}
