@@ -85,11 +85,12 @@ def check_replaceable(path: str | Path, *beginnings: bytes) -> None:
 
 
 def git_commit() -> str:
-    """Commit of the code that runs, "+changes" if its files differ from it; "" outside a git checkout."""
-    describe = ["describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+changes"]
+    """Commit of the code that runs, "+changes" if a Python file of it differs; "" outside a git checkout."""
+    here = {"cwd": Path(__file__).resolve().parent, "capture_output": True, "text": True}
     with contextlib.suppress(OSError):
-        done = subprocess.run(["git", *describe], cwd=Path(__file__).resolve().parent, capture_output=True, text=True)
-        return done.stdout.strip()
+        commit = subprocess.run(["git", "rev-parse", "--verify", "HEAD"], **here).stdout.strip()
+        differs = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "*.py"], **here).returncode == 1
+        return commit and commit + "+changes" * differs
     return ""
 
 

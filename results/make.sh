@@ -15,6 +15,7 @@ rows() { # set, row, script and flags
 shots   untrained   none
 shots   supervised  evaluate.py finetune --encoder conv4 --crop 32 --min_scale 0.5 --epochs 24 --batch_size 32
 shots   moco        moco.py
+shots   moco_longer moco.py --epochs 62
 shots   moco_vd     moco.py --losses vv,vd
 shots   fra         fima.py --losses vv,fra
 shots   dc          fima.py --losses vv,pix --mask_position none --decoder none
@@ -25,6 +26,7 @@ shots   fima        fima.py
 shots   adjacent    fima.py --difference adjacent
 shots   tubelet     examples/tubelet_contrast.py
 motion  moco        moco.py
+motion  moco_longer moco.py --epochs 62
 motion  moco_vd     moco.py --losses vv,vd
 motion  fra         fima.py --losses vv,fra
 motion  dc          fima.py --losses vv,pix --mask_position none --decoder none
@@ -66,6 +68,9 @@ people  moco        moco.py --momentum 0.99
 people  moco_vd     moco.py --losses vv,vd --momentum 0.99
 people  pix         fima.py --losses vv,pix --momentum 0.99 --decoder_width 128
 people  fima        fima.py --momentum 0.99 --decoder_width 128
+people  moco_whole  moco.py --momentum 0.99 --frame_stride 3 --min_scale 0.5
+people  fima_whole  fima.py --momentum 0.99 --decoder_width 128 --frame_stride 3 --min_scale 0.5
+people  fima_longer fima.py --momentum 0.99 --decoder_width 128 --frame_stride 3 --min_scale 0.5 --epochs 60
 people  fame        fame.py --momentum 0.99
 people  dclr        dclr.py --delay 10 --refresh 1
 people  mcl         mcl.py --momentum 0.99
@@ -123,7 +128,7 @@ work() { # script and flags; trains and probes by the variables of `run`
         probe="$probe --encoder conv4 --crop $crop --seed $seed"
     else
         if [ "$1" = evaluate.py ]; then options=; fi # it has its own
-        python "$@" $videos --seed "$seed" $options --workers 1 --out "$out" --resume auto || return
+        python "$1" $videos --seed "$seed" $options --workers 1 --out "$out" --resume auto "${@:2}" || return
         probe="$probe --checkpoint $out/checkpoint.pt"
     fi
     if [ "$set" = scenes ]; then

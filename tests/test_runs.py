@@ -11,6 +11,7 @@ import re
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -132,6 +133,25 @@ WRITERS = {  # what functions write, by its name
     "bad.txt": lambda log: find.check(find.CheckConfig(str(log.folder / "bad.txt"), 1), log.folder),
     "_0001.mp4": lambda log: synthetic.make_synthetic(log.folder / "set", 20, 10, frames=2, size=(16, 16)),
 }
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="no git")
+def test_a_commit_is_marked_where_code_differs_not_where_results_do(tmp_path, monkeypatch):
+    def git(*words):
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a", *words], cwd=tmp_path, check=True)
+
+    monkeypatch.setattr(runs, "__file__", str(tmp_path / "runs.py"))
+    assert runs.git_commit() == ""
+    write(tmp_path / "runs.py", "1")
+    write(tmp_path / "results.jsonl", "1")
+    for words in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "code"]):
+        git(*words)
+    commit = runs.git_commit()
+    assert re.fullmatch("[0-9a-f]{40}", commit)
+    write(tmp_path / "results.jsonl", "2")
+    assert runs.git_commit() == commit
+    write(tmp_path / "runs.py", "2")
+    assert runs.git_commit() == f"{commit}+changes"
 
 
 @pytest.mark.parametrize("name", COMMANDS)
