@@ -2,7 +2,7 @@
 # Trains and probes the rows of docs/results.md, two at a time with one thread each, and adds a line for each run to
 # results/generated.jsonl. Rows that are there are left out, and a run that was stopped goes on:
 #
-#     bash results/make.sh                    # all rows, seeds 1, 2, 3: 15 minutes each, people 50
+#     bash results/make.sh                    # all rows, seeds 1, 2, 3: 15 minutes each, people 20 to 150
 #     bash results/make.sh '^1 shots fima'    # those whose "SEED SET ROW" matches
 #
 # Videos and runs lie in datasets/ and runs/results/: remove them afterwards.
@@ -127,8 +127,8 @@ work() { # script and flags; trains and probes by the variables of `run`
     if [ "$1" = none ]; then
         probe="$probe --encoder conv4 --crop $crop --seed $seed"
     else
-        if [ "$1" = evaluate.py ]; then options=; fi # it has its own
-        python "$1" $videos --seed "$seed" $options --workers 1 --out "$out" --resume auto "${@:2}" || return
+        if [ "$1" = evaluate.py ]; then options=; set -- "$1 $2" "${@:3}"; fi # it has its own
+        python $1 $videos --seed "$seed" $options --workers 1 --out "$out" --resume auto "${@:2}" || return
         probe="$probe --checkpoint $out/checkpoint.pt"
     fi
     if [ "$set" = scenes ]; then
