@@ -127,7 +127,7 @@ work() { # script and flags; trains and probes by the variables of `run`
     if [ "$1" = none ]; then
         probe="$probe --encoder conv4 --crop $crop --seed $seed"
     else
-        if [ "$1" = evaluate.py ]; then options=; set -- "$1 $2" "${@:3}"; fi # it has its own
+        if [ "$1" = evaluate.py ]; then options=; set -- "$1 $2" "${@:3}"; fi # its protocol comes first
         python $1 $videos --seed "$seed" $options --workers 1 --out "$out" --resume auto "${@:2}" || return
         probe="$probe --checkpoint $out/checkpoint.pt"
     fi

@@ -38,7 +38,7 @@ def rows(videos: str) -> str:
     table, prefix = "", "" if videos == "motion" else f"{videos}_"
     for row, (name, paper) in NAMES.items():
         if own := [run for run in runs if (run["set"], run["row"]) == (videos, row)]:
-            command = f"`{own[0]['command']}`".replace("`none`", "")
+            command = f"`{own[-1]['command']}`".replace("`none`", "")
             seeds = ", ".join(str(run["seed"]) for run in own)
             cells = [spread([run[measure] for run in own]) for measure in MEASURES.get(videos, ("linear", "R@1"))]
             if videos not in MEASURES:

@@ -138,7 +138,8 @@ WRITERS = {  # what functions write, by its name
 @pytest.mark.skipif(not shutil.which("git"), reason="no git")
 def test_a_commit_is_marked_where_code_differs_not_where_results_do(tmp_path, monkeypatch):
     def git(*words):
-        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a", *words], cwd=tmp_path, check=True)
+        own = [word for option in ("user.name=a", "user.email=a", "commit.gpgsign=false") for word in ("-c", option)]
+        subprocess.run(["git", *own, *words], cwd=tmp_path, check=True)
 
     monkeypatch.setattr(runs, "__file__", str(tmp_path / "runs.py"))
     assert runs.git_commit() == ""
