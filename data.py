@@ -373,6 +373,7 @@ def _serve(pipe: multiprocessing.connection.Connection, function: Callable, kill
     """What a process of `_in_processes` does, until its parent ends it or is gone."""
     global _killers, _parent
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the parent's handler
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as of `scancel --full -s INT`: the parent saves, and ends this
     if hasattr(os, "setpgid"):  # a terminal's Ctrl-C and a launcher's SIGTERM reach the parent, which decides
         os.setpgid(0, 0)
     torch.set_num_threads(1)
