@@ -13,7 +13,6 @@ export OMP_NUM_THREADS=1
 rows() { # set, row, script and flags
     cat <<'END'
 shots   untrained   none
-shots   supervised  evaluate.py finetune --encoder conv4 --crop 32 --min_scale 0.5 --epochs 24 --batch_size 32
 shots   moco        moco.py
 shots   moco_longer moco.py --epochs 62
 shots   moco_vd     moco.py --losses vv,vd
@@ -25,6 +24,8 @@ shots   pix         fima.py --losses vv,pix
 shots   fima        fima.py
 shots   adjacent    fima.py --difference adjacent
 shots   tubelet     examples/tubelet_contrast.py
+motion  single      evaluate.py finetune --encoder conv4 --crop 32 --min_scale 0.5 --epochs 24 --batch_size 32
+motion  supervised  evaluate.py finetune --encoder conv4 --crop 32 --min_scale 0.5 --epochs 24 --batch_size 32
 motion  moco        moco.py
 motion  moco_longer moco.py --epochs 62
 motion  moco_vd     moco.py --losses vv,vd
@@ -85,7 +86,29 @@ videos() { # seed, set; the long videos are for pretraining alone
         scenes) python data.py synthetic "datasets/scenes_$1" --seed "$1" --scene_bias 0.95 ;;
         shake) python data.py synthetic "datasets/shake_$1" --seed "$1" --test 1500 --shake 0.1 ;;
         people) people "$1" ;;
+        single) stills "$1" ;;
     esac
+}
+
+stills() { # seed; of each video of `motion` the middle frame, twice
+    python - "$1" <<'END'
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from synthetic import _write_video
+from video import Video
+
+root, out = (Path(f"datasets/{name}_{sys.argv[1]}") for name in ("motion", "single"))
+for part in ("train", "test"):
+    names = [path.relative_to(root) for path in sorted(root.glob(f"{part}/*/*.mp4"))]
+    for name in names:
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        with Video(root / name) as video:
+            _write_video(out / name, np.stack(video.read([len(video) // 2]) * 2))
+    (out / f"{part}.txt").write_text("".join(f"{name} {name.parent.name}\n" for name in names))
+END
 }
 
 people() { # seed; writes the lists of the videos in datasets/people (docs/reproduce.md)
@@ -124,6 +147,10 @@ work() { # script and flags; trains and probes by the variables of `run`
         local strokes="--list_file ${lists}_train_$seed.txt --test_list ${lists}_test_$seed.txt"
         if [ "$1" = evaluate.py ]; then videos="--dataset folder --data datasets/people $strokes"; fi
     fi
+    if [ "$row" = single ]; then
+        videos="--dataset folder --data datasets/single_$seed --list_file datasets/single_$seed/train.txt"
+        videos="$videos --test_list datasets/single_$seed/test.txt" probe="$videos --workers 1"
+    fi
     if [ "$1" = none ]; then
         probe="$probe --encoder conv4 --crop $crop --seed $seed"
     else
@@ -160,10 +187,11 @@ from pathlib import Path
 
 seed, videos, row, command, out, seconds = sys.argv[1:]
 line = {"seed": int(seed), "set": videos, "row": row}
-for name in ("shared/result.json", "fight/result.json", "knn.json", "linear/result.json", "retrieve.json", "bias.json"):
-    if (file := Path(out) / name).exists():
+names = "result", "shared/result", "fight/result", "knn", "linear/result", "retrieve", "bias"
+for name in names:
+    if (file := Path(out) / f"{name}.json").exists():
         made = json.loads(file.read_text())
-        result, measure = made["result"], name.partition("/")[0].replace("knn.json", "kNN")
+        result, measure = made["result"], {"result": "finetune", "knn": "kNN"}.get(name, name.partition("/")[0])
         line |= {measure: result["top1_percent"]} if "top1_percent" in result else {}
         line |= {"R@1": result["recall_percent"]["R@1"]} if "recall_percent" in result else {}
         line |= {name: value["percent"] for name, value in result.get("table", {}).items()}
@@ -179,8 +207,9 @@ if [ ! -d datasets/people ] && grep -q " people " <<< "$chosen"; then
     echo "rows of people are left out: datasets/people is not there, docs/reproduce.md says how it is made"
     chosen=$(grep -v " people " <<< "$chosen")
 fi
-echo "$chosen" | while read -r seed set _; do
+echo "$chosen" | while read -r seed set row _; do
     echo "$seed $set"
+    if [ "$row" = single ]; then echo "$seed $row"; fi
     if [ "$set" = long ]; then echo "$seed motion"; fi
 done | sort -u | while read -r seed set; do videos "$seed" "$set" < /dev/null; done
 echo "$chosen" | xargs -P 2 -L 1 bash -c 'run "$@"' run

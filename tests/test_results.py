@@ -10,7 +10,8 @@ PAGE, LINES = ROOT / "docs" / "results.md", ROOT / "results" / "generated.jsonl"
 TABLE = re.compile(r"(<!-- rows of (\w+) -->\n\|[^\n]*\n\|[^\n]*\n)((?:\|[^\n]*\n)*)")
 NAMES = {  # of a row: what it is called, and the paper's linear probe on UCF101
     "untrained": ("untrained encoder", ""),
-    "supervised": ("supervised encoder", ""),
+    "single": ("labels, of one frame a video", ""),
+    "supervised": ("labels (supervised)", ""),
     "moco": ("L_VV (MoCo)", "58.1"),
     "moco_vd": ("L_VV + L_VD", "68.7"),
     "fra": ("L_VV + L_Fra", "69.7"),
