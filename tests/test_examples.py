@@ -302,6 +302,7 @@ def test_stopped_shrinking_goes_on_and_nothing_is_ever_half(tree, tmp_path, monk
         return content
 
     words = [str(tree), str(out), "--workers=1"]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     with monkeypatch.context() as patch:
         patch.setattr(shrink, "_encode", stopped)
         patch.setattr("sys.argv", ["shrink.py", *words])
