@@ -27,7 +27,7 @@ PARTS = {"none": "", "static": "s", "motion": "d", "both": "sd"}  # inputs that 
 
 @dataclasses.dataclass(frozen=True)
 class DCLRConfig(moco.MoCoConfig):
-    """Options of DCLR; the defaults are the paper's for UCF101, or ours where it gives none."""
+    """Options of DCLR; their defaults are the paper's, or ours where it gives none. Presets have the others."""
 
     losses: str = option("vs,vd,sd,ac", "losses to sum, of vv, vs, vd, sd, ac (Eq. 1, 6, 10, 8, 12); sd is maximised")
     ac_weight: float = detail(0.5, "weight of ac, lambda (Eq. 16)", (0, 1000))
@@ -87,7 +87,7 @@ class DCLR(moco.MoCo):
         if self.training and views["epoch"] % config.refresh == 0 and self.part[0] == 0:
             momentum_update(self.encoder, self.key_encoder, config.momentum)  # f̃ ← f
             momentum_update(self.head, self.key_head, config.momentum)
-            for queue in self.queues.values():  # no f̃ compares with the last one; zeros resemble nothing, weigh nothing
+            for queue in self.queues.values():  # no f̃ compares with the last one; zeros weigh the least
                 queue.keys = torch.zeros_like(queue.keys)
         inputs = self.inputs(views)  # v, s, d: Eq. 3, 4
         maps = {x: self.encoder(clips).unflatten(0, (2, -1)) for x, clips in inputs.items()}  # F(v), F(s), F(d)

@@ -1,4 +1,4 @@
-"""Evaluation of an encoder, from a checkpoint or untrained, by five protocols (FIMA Sec. 4.1, MCL Sec. 4.2).
+"""Evaluation of an encoder, from a checkpoint or untrained, by five protocols (FIMA Sec. 4.1, A.4; MCL Sec. 4.2).
 
     linear      a linear classifier on the frozen encoder: top-1, top-5, per class
     finetune    encoder and classifier trained together: top-1, top-5, per class
@@ -119,7 +119,7 @@ class FinetuneConfig(ClassifyConfig):
     """Fine-tuning: how well does the encoder classify after being trained to, as a whole?
 
     Pooled feature → dropout → linear layer; encoder and layer are trained together by SGD. Training clips are augmented
-    as in pretraining, without blur. The last checkpoint is tested, by the mean class probability of a video's clips.
+    as in pretraining on UCF101, without blur. The last checkpoint is tested, by a video's mean class probability.
     """
 
     epochs: int = option(150, "passes over the training videos; rate ÷ 10 after 40 % and 80 % of them", (1, 10**6))
@@ -260,12 +260,13 @@ def in_top_k(scores: Tensor, labels: Tensor, k: int) -> Tensor:
 
 
 def result_files(config: RetrieveConfig) -> tuple[Path, Path]:
-    """JSON file of the numbers: --out, or PROTOCOL_DATASET[_splitK][_FRACTION].json beside the checkpoint, or in a
-    folder of the untrained encoder; of linear and finetune, result.json in a run folder of this name. The picture of
-    a confusion matrix lies beside it."""
+    """JSON file of the numbers: --out, or PROTOCOL_DATASET[_splitK][_FRACTION][_cachedN].json beside the checkpoint, or
+    in a folder of the untrained encoder; of linear and finetune, result.json in a run folder of this name. The picture
+    of a confusion matrix lies beside it."""
     folder = Path(config.checkpoint).parent if config.checkpoint else Path("runs", f"untrained_{config.encoder}")
-    split, fraction = config.split, getattr(config, "fraction", 1)
+    split, fraction, cached = config.split, getattr(config, "fraction", 1), getattr(config, "cached", 0)
     name = f"{config.protocol}_{config.dataset}" + f"_split{split}" * (split > 1) + f"_{fraction:g}" * (fraction < 1)
+    name += f"_cached{cached}" * (cached > 0)
     trains = isinstance(config, ClassifyConfig)
     out = Path(config.out or folder / name, "result.json") if trains else Path(config.out or folder / f"{name}.json")
     return out, out.parent / f"{out.stem}_confusion.png"

@@ -109,10 +109,8 @@ class FIMA(moco.MoCo):
 
         Source F_i asks target F̃_i, both of the query encoder. Without a decoder, y is F_i itself, as in Eq. 3.
         """
-        y, target = feature_pixels(maps).flatten(0, 1), feature_pixels(maps.flip(0)).flatten(0, 1)
-        source, y_cls = y, None
-        if self.decoder is not None:
-            y, y_cls = self.decoder(source, target)
+        source, target = (feature_pixels(x).flatten(0, 1) for x in (maps, maps.flip(0)))  # F_i, F̃_i
+        y, y_cls = (source, None) if self.decoder is None else self.decoder(source, target)
         if self.cls_decoder is not None:
             y_cls = self.cls_decoder(source, target)[1]
         return y.unflatten(0, (2, -1)), None if y_cls is None else y_cls.unflatten(0, (2, -1))

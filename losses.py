@@ -124,7 +124,7 @@ def pixel_contrast(
         target: (B, HW, D), the motion pixels m that may be positives.
         positives: (B, HW, HW) bool, φ_p ∩ foreground: source pixel × target pixel.
         keys: (N, D), or (B, N, D) for keys of each video's own: the whole denominator, that is every motion pixel of
-            the batch, the target's own included, and the queue.
+            the batch's target views, the target's own included, and the queue.
 
     Returns:
         Scalar ≥ 0; exactly 0, with zero gradients, if nothing has a positive.
@@ -215,8 +215,8 @@ def dual_contrast(query: Tensor, key: Tensor, same_view: bool = False, temperatu
 
 def retrieve(query: Tensor, pool: Tensor, count: int, weights: str = "prior") -> tuple[Tensor, Tensor]:
     """The `count` entries of a pool (L, D) that are most similar to each query (N, D), best first, and their p_i of Eq.
-    10, which sum to 1, (N, count) each: in proportion to the similarity, of which nothing below 1e-6 is taken, for
-    weights "prior", else equal (Table 6)."""
+    10, which sum to 1, (N, count) each: in proportion to the similarity, which counts as 1e-6 if it is less, for
+    weights "prior", else equal (Table 6). Raises RuntimeError where the pool is smaller than `count`."""
     scores, index = similarity(query, pool, 1.0).topk(count)
     weight = scores.clamp(min=1e-6) if weights == "prior" else torch.ones_like(scores)
     return index, weight / weight.sum(1, keepdim=True)

@@ -8,7 +8,7 @@ derivatives of TV-L1 flow (Sec. 3.1), made once for each video.
     python mcl.py                                                           # small encoder, generated videos, on a CPU
     python mcl.py maps --dataset ucf101 --data /data/ucf101                 # all maps before training, on many cores
     python mcl.py --dataset ucf101 --data /data/ucf101                      # one GPU
-    torchrun --nproc_per_node=8 mcl.py --dataset k400 --data /data/k400     # eight GPUs, the paper's setting
+    torchrun --nproc_per_node=8 mcl.py --dataset k400 --data /data/k400     # eight GPUs
 """
 
 import dataclasses
@@ -45,7 +45,7 @@ class MapsConfig(pretrain.VideosConfig):
 
 @dataclasses.dataclass(frozen=True)
 class MCLConfig(moco.MoCoConfig, MapsConfig):
-    """Options of MCL; the defaults are the paper's."""
+    """Options of MCL; their defaults are the paper's. Presets have the others."""
 
     losses: str = option("vv,t,s,st", "losses to sum, of vv (Eq. 3), and t, s, st (Eq. 7): over time, space and both")
     alignment: str = detail("v3", "what is aligned with motion (Table 2): Eq. 4, 5 or 6", ("v1", "v2", "v3"))

@@ -56,7 +56,7 @@ PRESETS = pretrain.PRESETS | {
 
 @dataclasses.dataclass
 class FeatureMaps:
-    """Feature maps of both views, (2, B, C, T, H, W) each: index 0 is the source view, 1 the target view."""
+    """Feature maps of both views, (2, B, C, T, H, W) each: index 0 is the first view, 1 the second."""
 
     query: Tensor  # F^q: RGB, query encoder
     key: Tensor  # F^k: RGB, key encoder, no gradient
@@ -108,7 +108,7 @@ class MoCo(Method):
         return FeatureMaps(*halves)
 
     def deal(self, rows: Tensor, back: bool = False) -> Tensor:
-        """With --bn shuffle, `models.deal`: no key's batch norm sees the same clips as its query's; else `rows`."""
+        """With --bn shuffle and several processes, `models.deal`: keys' batch norm sees other clips than queries'."""
         return deal(rows, back) if self.config.bn == "shuffle" else rows
 
     def instance_losses(self, maps: FeatureMaps) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

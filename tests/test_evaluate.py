@@ -312,9 +312,11 @@ def test_results_lie_beside_the_checkpoint_or_in_a_folder_of_the_untrained_encod
     knn = evaluate.KnnConfig(checkpoint="here/checkpoint.pt", dataset="hmdb51", split=2)
     linear = evaluate.LinearConfig(checkpoint="here/checkpoint.pt", dataset="k400", split=1, fraction=0.5)
     untrained, named = dataclasses.replace(knn, checkpoint="", encoder="i3d"), dataclasses.replace(linear, out="there")
-    found = [str(evaluate.result_files(config)[0]) for config in (knn, linear, named, untrained)]
+    cached = dataclasses.replace(linear, cached=10)
+    found = [str(evaluate.result_files(config)[0]) for config in (knn, linear, cached, named, untrained)]
     assert found[:2] == ["here/knn_hmdb51_split2.json", "here/linear_k400_0.5/result.json"]
-    assert found[2:] == ["there/result.json", "runs/untrained_i3d/knn_hmdb51_split2.json"]
+    assert found[2] == "here/linear_k400_0.5_cached10/result.json"
+    assert found[3:] == ["there/result.json", "runs/untrained_i3d/knn_hmdb51_split2.json"]
 
 
 def test_an_untrained_encoder_is_drawn_from_the_seed(monkeypatch):
