@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import errno
 import functools
+import hashlib
 import itertools
 import math
 import mmap
@@ -49,9 +50,10 @@ PREFETCH = 2  # batches that each worker makes ahead
 # How processes start: forked on Linux, whatever Python's own choice.
 PROCESSES = torch.multiprocessing.get_context("fork" if sys.platform == "linux" else None)
 CRASHES = (-4, -5, -6, -8, -9, -11)  # of a fault in FFmpeg: SIGILL, SIGTRAP, SIGABRT, SIGFPE, SIGKILL, SIGSEGV
-# In a process of `_in_processes`: what killed others before it, and how; and its end of the pipe to the parent.
-_killers: dict[Hashable, str] = {}
-_parent: multiprocessing.connection.Connection | None = None
+# In a process of `_in_processes`: the marks of what killed others before it, and how; and where the parent looks for
+# the mark of what it reads, 0 for nothing, when it has died. (A message each would fill the pipe in a long step.)
+_killers: dict[int, str] = {}
+_reading: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -153,10 +155,11 @@ def crop_frames(images: dict, frames: Sequence[int], region: Region, flip: bool,
 
 def _begin(path: str, draw: Hashable) -> None:
     """Is told what is drawn from which video before this is read; raises BadVideo if processes have died of it."""
-    if draw in _killers:
-        raise BadVideo(path, _killers[draw])
-    if _parent is not None:
-        _parent.send(("reads", draw))
+    mark = int.from_bytes(hashlib.blake2b(repr(draw).encode(), digest_size=7).digest())
+    if mark in _killers:
+        raise BadVideo(path, _killers[mark])
+    if _reading is not None:
+        _reading.fill_(mark)
 
 
 class Items:
@@ -291,7 +294,7 @@ class TestClips(Items):
 
     The crop is the central square of 7/8 of the shorter side. An item is a dict: "clips" uint8 (N, 3, frames, crop,
     crop), "start" (N,), when each begins in seconds, and "bad", empty or [(path, reason)]: an unreadable video's clips
-    are zeros.
+    are zeros, its starts nan.
     """
 
     def __init__(self, videos: VideoList, crop: int, frames: int = 16, frame_stride: int = 2, clips: int = 10):
@@ -321,6 +324,7 @@ class TestClips(Items):
                     crop_frames(images, frames, region, False, out.transpose(0, 1).flatten(1, 2), torch.empty(4))
         except BadVideo as error:
             out.zero_()
+            item["start"].fill_(math.nan)
             return [(error.path, error.reason)]
         return []
 
@@ -369,9 +373,9 @@ class StepSampler(Sampler):
                 yield [(epoch, int(index)) for index in order[begin : begin + self.batch_size]]
 
 
-def _serve(pipe: multiprocessing.connection.Connection, function: Callable, killers: dict) -> None:
+def _serve(pipe: multiprocessing.connection.Connection, function: Callable, killers: dict, reading: Tensor) -> None:
     """What a process of `_in_processes` does, until its parent ends it or is gone."""
-    global _killers, _parent
+    global _killers, _reading
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the parent's handler
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # as of `scancel --full -s INT`: the parent saves, and ends this
     if hasattr(os, "setpgid"):  # a terminal's Ctrl-C and a launcher's SIGTERM reach the parent, which decides
@@ -380,7 +384,7 @@ def _serve(pipe: multiprocessing.connection.Connection, function: Callable, kill
     if sys.platform == "linux":  # keep freed memory, but give blocks of 8 MB and more, as of 4K frames, back
         for parameter, value in ((-1, 2**28), (-4, 2**16), (-3, 2**23)):  # M_TRIM_THRESHOLD, M_MMAP_MAX, …_THRESHOLD
             ctypes.CDLL(None).mallopt(parameter, value)
-    _killers, _parent = killers, pipe
+    _killers, _reading = killers, reading
     parent = multiprocessing.parent_process().sentinel
     with contextlib.suppress(BrokenPipeError):  # the parent is gone
         while parent not in multiprocessing.connection.wait([pipe, parent]):
@@ -389,6 +393,7 @@ def _serve(pipe: multiprocessing.connection.Connection, function: Callable, kill
             except Exception as error:
                 error.add_note(traceback.format_exc())
                 answer = "error", error
+            reading.zero_()
             pipe.send(answer)
 
 
@@ -407,17 +412,18 @@ def _in_processes(function: Callable, count: int, tasks: Iterable, ahead: int) -
     the function raises, and OSError when a process can't be started, or eleven die in a row by no video's fault.
     """
     tasks, deaths, kills, suspects, killers = iter(tasks), 0, _memory_kills(), set(), {}
-    pending, processes, pipes, reading = [deque() for _ in range(count)], {}, {}, {}
+    pending, processes, pipes = [deque() for _ in range(count)], {}, {}
+    reading = _shared({"": torch.zeros(count, dtype=torch.int64)})[""]
 
     def launch(i: int) -> None:
         try:
             pipes[i], end = PROCESSES.Pipe()
-            process = PROCESSES.Process(target=_serve, args=(end, function, killers), daemon=True)
+            process = PROCESSES.Process(target=_serve, args=(end, function, killers, reading[i]), daemon=True)
             process.start()
         except OSError as error:
             advice = WANTS.get(error.errno, "raise `ulimit -u`, or take fewer --workers")
             raise OSError(f"a loader process can't be started: {error.strerror or error}: {advice}") from error
-        processes[i], reading[i] = process, None
+        processes[i] = process
         end.close()  # the process has the only one, so that its death is the end of the pipe
         send(i, pending[i])
 
@@ -437,10 +443,11 @@ def _in_processes(function: Callable, count: int, tasks: Iterable, ahead: int) -
                 kind, value = pipes[i].recv()
             except (EOFError, OSError):
                 processes[i].join()
-                code, draw, deaths = processes[i].exitcode, reading[i], deaths + 1
+                code, draw, deaths = processes[i].exitcode, int(reading[i]), deaths + 1
+                reading[i] = 0
                 how = f"the process that read it died (exit code {code})"
                 kills, before = _memory_kills(), kills
-                if draw is not None and code in CRASHES and kills == before and not is_memory_short():
+                if draw and code in CRASHES and kills == before and not is_memory_short():
                     if draw in suspects:
                         killers[draw], deaths = how, 0
                     suspects.add(draw)
@@ -449,13 +456,10 @@ def _in_processes(function: Callable, count: int, tasks: Iterable, ahead: int) -
                     raise OSError(f"{deaths} times in a row, {how}: {advice}") from None
                 launch(i)
                 continue
-            if kind == "reads":
-                reading[i] = value
-                continue
             if kind == "error":
                 blame_machine(value, getattr(value, "filename", None))
                 raise value
-            deaths, reading[i] = 0, None
+            deaths = 0
             pending[i].popleft()
             following = [*itertools.islice(tasks, 1)]  # none, at the end
             pending[i] += following

@@ -79,7 +79,8 @@ def find_videos(
         unlabeled: take those of "synthetic" that are for pretraining, where there are any (`make_synthetic`).
 
     Raises ValueError for an unknown data set or split, and a list that can't be understood or names a path outside
-    `root`; FileNotFoundError for a missing folder or list, or no video at all.
+    `root`; FileNotFoundError for a missing folder or list, or no video at all. Of "synthetic", datasets/synthetic is
+    made if it is not there, and a set of an older version anew.
     """
     splits = len(OFFICIAL_COUNTS.get(dataset, [None]))
     if dataset not in DATASETS or not 1 <= split <= splits:
@@ -89,10 +90,13 @@ def find_videos(
     root = os.path.abspath(root)
     if dataset == "synthetic":
         marker = Path(root, SYNTHETIC_MARKER)
-        outdated = marker.is_file() and f'"version": {SYNTHETIC_VERSION},' not in marker.read_text()
-        if outdated or not os.path.isdir(os.path.join(root, "train")):
-            make_synthetic(root)
-        elif not marker.is_file():
+        recipe = json.loads(marker.read_text()) if marker.is_file() else {}
+        version, there = recipe.pop("version", SYNTHETIC_VERSION), os.path.isdir(os.path.join(root, "train"))
+        if not there and Path(root).parts[-2:] != ("datasets", "synthetic"):  # else a mistyped name would make a set
+            raise FileNotFoundError(f"{root}: no such set; make it by `python data.py synthetic {shlex.quote(root)}`")
+        if not there or version != SYNTHETIC_VERSION:
+            make_synthetic(root, **recipe)
+        elif not recipe:
             raise ValueError(f"{root}: not made by this project; with videos of your own, give --dataset folder")
     if not os.path.isdir(root):
         raise FileNotFoundError(f"{root}: no such folder; {dataset} expects {LAYOUTS[dataset]}")
@@ -276,7 +280,7 @@ def _read_official(
             classes = sorted(index, key=index.get)
             entries = json.loads(read(f"{part}.json"))
             named = [(str(e["id"]), index[e["template"].replace("[", "").replace("]", "")]) for e in entries]
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, csv.Error) as error:
         what = f"no entry {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"{file}: not a list of {dataset} as it is published ({what})") from error
 

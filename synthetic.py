@@ -228,8 +228,8 @@ def alone(folder: Path) -> Iterator[None]:
     """Makes an empty folder for this process alone, for which others wait, where files can be locked, and removes it at
     the end. One that a killed process left is emptied."""
     while True:
+        folder.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileNotFoundError):  # whoever had it has just removed it
-            folder.mkdir(parents=True, exist_ok=True)
             lock = open(folder / "lock", "w")  # noqa: SIM115, as it is to be held
             with contextlib.suppress(OSError, ImportError):
                 import fcntl  # Windows has none

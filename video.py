@@ -10,7 +10,7 @@ import mmap
 import os
 import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
@@ -18,6 +18,7 @@ from time import thread_time
 
 import av
 import numpy as np
+from av.packet import PacketSideData, packet_sidedata_type_from_literal
 from av.stream import Discard
 from av.video.reformatter import VideoReformatter
 
@@ -92,6 +93,20 @@ def frames_of(folder: str, names: Iterable[str] | None = None) -> list[str]:
     if len(kinds) > 1:
         kinds = [kind for kind in kinds if re.search("(?i)img|image|frame", kind)]
     return [path for _, path in sorted(series[kinds[0]])] if len(kinds) == 1 else []
+
+
+def _side_data(image: av.VideoFrame) -> Mapping:
+    """What goes with a picture, without the kinds that PyAV doesn't know and fails at, as FFmpeg 8's EXIF."""
+    while True:
+        try:
+            return image.side_data
+        except ValueError as error:  # "31 is not a valid Type"
+            graph, form = av.filter.Graph(), (image.width, image.height, image.format)
+            source = graph.add_buffer(None, *form, time_base=Fraction(1))
+            drop = graph.add("sidedata", f"mode=delete:type={int(str(error).split()[0])}")
+            graph.link_nodes(source, drop, graph.add("buffersink")).configure()
+            graph.push(image)
+            image = graph.pull()
 
 
 class Video(contextlib.ExitStack):
@@ -196,9 +211,11 @@ class Video(contextlib.ExitStack):
         self._clock, self._near, self._skip = "index", (0, 0), codec.name in SKIPPING_CODECS
         if self._frames:  # each is a packet, as `_packet` makes it
             self._packets, self._order = self._frames, range(len(self._frames))
-            self._starts, self._stamps = [(k, k) for k in self._order], [None] * len(self._frames)
+            self._starts, self._stamps, self._times = [(k, k) for k in self._order], [None] * len(self._frames), ()
             return
-        stamps = [packet.pts for packet in packets]
+        self._repeat_headers()
+        avi = "avi" in self._container.format.name.split(",")  # whose pts are made up
+        stamps = [packet.dts if avi else packet.pts for packet in packets]
         for i, packet in enumerate(packets):
             packet.pts, packet.dts = i, None  # which decoders hand on to the picture
         keys = [i for i, packet in enumerate(packets) if packet.is_keyframe]
@@ -206,8 +223,9 @@ class Video(contextlib.ExitStack):
         if codec.name in ("vp8", "vp9"):
             shown = [i for i in shown if self._is_shown(packets[i])]
         times = {stamps[i] for i in shown}
-        stamped = len(times) == len(shown) and None not in times and "avi" not in self._container.format.name.split(",")
-        self._order = sorted(shown, key=stamps.__getitem__) if stamped else shown  # AVI's stamps are made up
+        timed = len(times) == len(shown) and None not in times
+        self._times, stamped = sorted(times) if timed else (), timed and not avi
+        self._order = sorted(shown, key=stamps.__getitem__) if stamped else shown
         self._stamps = stamps if stamped else [None] * len(stamps)
         lag = codec.reorder_depth
         if codec.codec.intra_only:
@@ -226,6 +244,20 @@ class Video(contextlib.ExitStack):
             self._starts = [(frame, i) for frame, i in enumerate(self._order) if i in keys]
         if len(self._order) < 2:
             raise BadVideo(self.path, f"{len(self._order)} frames, where a video has at least 2")
+
+    def _repeat_headers(self) -> None:
+        """Gives the parameters of a stream in which they change (as of joined clips) to each key packet, not only to
+        the first that has new ones: decoding may start at any."""
+        kind, held, header = "new_extradata", None, self._codec.extradata
+        if any(packet.has_sidedata(kind) for packet in self._packets):
+            if header:
+                held = PacketSideData(packet_sidedata_type_from_literal(kind), len(header))
+                held.update(header)
+            for packet in self._packets:
+                if packet.has_sidedata(kind):
+                    held = packet.get_sidedata(kind)
+                elif held and packet.is_keyframe:
+                    packet.set_sidedata(held)
 
     def _is_shown(self, packet: av.Packet) -> bool:
         """Whether a packet of VP8 or VP9 holds a picture for showing, not one that others only refer to."""
@@ -316,6 +348,8 @@ class Video(contextlib.ExitStack):
         stream = self._container.streams.best("video")
         stamps, unit = [self._stamps[i] for i in self._order] if self._clock == "index" else [None], stream.time_base
         if None in stamps or any(b <= a for a, b in pairwise(stamps)):
+            stamps = self._times
+        if len(stamps) != len(self):
             stamps, unit = range(len(self)), 1 / ((not self._frames and stream.average_rate) or self._rate)
         return [(stamp - stamps[0]) * unit for stamp in stamps]
 
@@ -419,7 +453,7 @@ class Video(contextlib.ExitStack):
         plane, (width, height) = rgb.planes[0], self._size
         pixels = np.ndarray((height, width, 3), np.uint8, buffer=plane, strides=(plane.line_size, 3, 1))  # no copy
         if self._matrix is None:
-            held = image.side_data.get("DISPLAYMATRIX")
+            held = _side_data(image).get("DISPLAYMATRIX")
             self._matrix = np.frombuffer(held, np.int32)[[0, 1, 3, 4]].tolist() if held else [1, 0, 0, 1]
         a, b, c, d = self._matrix  # (x, y) is shown at (ax + cy, bx + dy)
         if abs(b) + abs(c) > abs(a) + abs(d):

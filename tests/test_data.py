@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import collate, encode, moving_texture, same
+from helpers import collate, encode, moving_texture, same, touch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -254,6 +254,43 @@ def test_workers_end_with_the_iteration_and_take_nothing_of_dev_shm(views, monke
     assert os.getpgid(0) not in [os.getpgid(worker.pid) for worker in workers]  # which Ctrl-C reaches whole
     batches.close()
     assert not torch.multiprocessing.active_children()
+
+
+class Counted(data.Items):
+    """Items that tell what they read, and of each thousandth leave a file."""
+
+    def __init__(self, folder):
+        self.videos, self.folder, self.made = range(1000), folder, 0
+
+    def empty(self, *batch):
+        return {"x": torch.zeros(batch)}
+
+    def write(self, key, item):
+        data._begin("", key)
+        self.made += 1
+        if self.made % 1000 == 0:
+            (self.folder / f"{self.made}").touch()
+        return []
+
+
+def test_workers_make_large_batches_ahead_while_nobody_listens(tmp_path):
+    """As in a long step."""
+    batches = data.load_batches(Counted(tmp_path), StepSampler(1000, 1000, 4), workers=1)
+    next(batches)
+    ends = time.monotonic() + 30
+    while len(os.listdir(tmp_path)) < 3 and time.monotonic() < ends:
+        time.sleep(0.01)
+    batches.close()
+    assert len(os.listdir(tmp_path)) == 3  # the one that is used, and two ahead
+
+
+def test_an_unreadable_video_has_no_starts_of_another(videos, tmp_path):
+    touch(tmp_path, "bad.mp4")
+    found = VideoList([videos.paths[0], str(tmp_path / "bad.mp4")], [0, 0], ["a"], "")
+    clips = data.TestClips(found, 16, 4, 1, clips=2)
+    memory = clips.empty()
+    bad = [clips.write(k, memory) for k in (0, 1)]
+    assert not bad[0] and bad[1] and memory["start"].isnan().all() and not memory["clips"].any()
 
 
 @pytest.mark.slow

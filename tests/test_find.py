@@ -20,7 +20,7 @@ import find
 import train
 import video
 from data import VideoList
-from find import find_videos
+from find import SYNTHETIC_MARKER, SYNTHETIC_VERSION, find_videos
 
 FOLDERS = st.lists(st.sampled_from(["train", "test", "val", "bus", "set"]), max_size=4).map("/".join)
 VIDEOS = ["a.mp4", "b.mp4", "c/d e.avi", "x.avi", "x.mp4", "y/a.mp4"]
@@ -320,7 +320,22 @@ def test_a_missing_or_empty_root_says_where_and_what_is_expected_and_synthetic_i
         with pytest.raises(FileNotFoundError, match=f"{root}.*{re.escape(find.LAYOUTS[dataset])}"):
             find_videos(dataset, root, train=True)
     monkeypatch.setattr(find, "make_synthetic", lambda root: touch(Path(root), "train/rise/a.mp4", "test/rise/b.mp4"))
-    assert find_videos("synthetic", tmp_path / "new", train=True).paths == [f"{tmp_path}/new/train/rise/a.mp4"]
+    here = tmp_path / "datasets" / "synthetic"
+    assert find_videos("synthetic", here, train=True).paths == [f"{here}/train/rise/a.mp4"]
+    mistyped = tmp_path / "datasets" / "motoin_1"
+    with pytest.raises(FileNotFoundError, match=f"{mistyped}: no such set; .*data.py synthetic {mistyped}"):
+        find_videos("synthetic", mistyped, train=True)
+
+
+def test_a_set_of_an_older_version_is_made_anew_with_its_own_options(tmp_path, monkeypatch):
+    touch(tmp_path, "train/rise/a.mp4", "unlabeled/0001.mp4")
+    options = {"train": 10, "test": 10, "seed": 7, "frames": 48, "size": [40, 40], "shake": 0.1, "shots": 4}
+    made = []
+    monkeypatch.setattr(find, "make_synthetic", lambda root, **given: made.append((root, given)))
+    for version in (SYNTHETIC_VERSION, SYNTHETIC_VERSION - 1):
+        write(tmp_path / SYNTHETIC_MARKER, json.dumps({"version": version} | options))
+        find_videos("synthetic", tmp_path, train=True)
+    assert made == [(str(tmp_path), options)]
 
 
 REFUSED = {  # the content of a list, and what is said
@@ -341,6 +356,7 @@ WRONG = [  # arguments, the content of the lists, and what is said
     (["ucf101", True, 2], "", r"no list trainlist02\.txt"),
     (["ucf101", True], "Hammering/v_gone.avi 3", "1 of 1 listed videos are not on disk"),
     (["k400", True], "path label\na.mp4 3", r"train\.csv: not a list of k400 .*no entry 'youtube_id'"),
+    (["k400", True], 'youtube_id,label\n"' + "a" * 2**18, r"train\.csv: not a list of k400 .*field larger"),
     (["diving48", True], "{", r"Diving48_vocab\.json: not a list of diving48"),
     (["ucf", True], "", "known are synthetic"),
     (["ucf101", True, 4], "", "split 4"),

@@ -126,6 +126,12 @@ def test_shots_are_of_the_same_object_before_the_same_background(monkeypatch):
         assert np.ma.ptp(np.ma.array(video, mask=mask > 0), axis=0).max() <= 1  # an edge of 1 % rounds to 0 in a mask
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc"), reason="needs a folder that takes no other")
+def test_a_folder_that_cannot_be_made_is_an_error_at_once():
+    with pytest.raises(FileNotFoundError, match="/proc/"):
+        synthetic.make_synthetic("/proc/set", **SMALL)
+
+
 @pytest.mark.slow
 def test_an_interruption_leaves_nothing_what_a_kill_has_left_is_removed_and_two_at_once_take_turns(made, tmp_path):
     here, log, write = tmp_path / "here", tmp_path / "log", synthetic._write_video

@@ -15,10 +15,11 @@ import pytest
 import shrink
 import torch
 import torch.nn.functional as F
+from av.packet import PacketSideData, packet_sidedata_type_from_literal
 from helpers import encode, moving_texture, same, touch, write
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
 import data
 import mcl
@@ -165,6 +166,40 @@ def test_odd_files_look_as_the_ffmpeg_program_shows_them(file):
     assert distances.argmin(1).tolist() == list(range(len(shown))) and distances.diagonal().max() < 2
 
 
+@pytest.mark.parametrize("container", ["flv", "mp4"])
+def test_joined_clips_with_other_parameters_look_the_same_from_any_frame_on(tmp_path, container):
+    sizes, path = ((48, 64), (96, 128)), tmp_path / f"joined.{container}"
+    parts = [encode(tmp_path / f"{h}.flv", moving_texture(20, h, w), **H264, g="5", bf="0") for h, w in sizes]
+    with av.open(str(path), "w") as joined:
+        for number, part in enumerate(parts):
+            with av.open(str(part)) as opened:
+                stream = opened.streams.video[0]
+                out = joined.streams.video[0] if number else joined.add_stream_from_template(stream)
+                packets = [packet for packet in opened.demux(stream) if packet.size]
+                new = stream.codec_context.extradata
+                header = PacketSideData(packet_sidedata_type_from_literal("new_extradata"), len(new))
+                header.update(new)
+                packets[0].set_sidedata(header)
+                for packet in packets:
+                    packet.pts, packet.dts, packet.stream = packet.pts + 800 * number, packet.dts + 800 * number, out
+                    joined.mux(packet)
+    with Video(path) as video, av.open(str(path)) as opened:
+        height, width = video.read([0])[0].shape[:2]
+        shown = [image.to_ndarray(format="rgb24", width=width, height=height) for image in opened.decode(video=0)]
+        assert len(shown) == 40 and np.abs(shown[19].mean() - shown[39].mean()) < 20  # both parts grow as light
+        for frames in (range(40), [30], [2], [24], [39], [0]):
+            for k, image in zip(frames, video.read(frames), strict=True):
+                assert np.abs(image - shown[k].astype(int)).mean() < 2, k
+
+
+@pytest.mark.parametrize("codec", ["mpeg4", "mjpeg", "libx264"])
+def test_times_have_the_gaps_of_an_avi(folder, codec):
+    times, kind = [0, *np.cumsum(np.arange(11) % 4 + 1).tolist()], "yuvj420p" if codec == "mjpeg" else "yuv420p"
+    path = encode(folder / f"gaps_{codec}.avi", IMAGES, codec, times=times, pix_fmt=kind, bf="0")
+    with Video(path) as video:
+        assert len(video) == 12 and video.times() == [Fraction(time, 25) for time in times]
+
+
 @pytest.mark.parametrize("a, b, c, d", [*product([1, -1], [0], [0], [1, -1]), *product([0], [1, -1], [1, -1], [0])])
 def test_a_turned_or_mirrored_video_is_shown_upright(folder, a, b, c, d):
     """By a display matrix, pixel (x, y) is shown at (ax + cy, bx + dy), moved into the picture."""
@@ -287,6 +322,21 @@ def test_jpeg_is_decoded_as_ffmpeg_does_and_scaled_to_the_first_size(tmp_path, s
     Image.fromarray(IMAGES[5]).resize((128, 96)).save(folder / f"00006.{suffix}")
     with Video(folder) as opened:
         assert np.abs(np.stack(opened.read([4, 5, 6])) - IMAGES[4:7].astype(int)).mean((1, 2, 3)).max() < 10
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pictures_of_cameras_are_upright(tmp_path, orientation):
+    """FFmpeg 8 hands on their Exif, of which PyAV 18 does not know the kind."""
+    folder, shown = write_frames(tmp_path / "v", "{:05}.jpg"), []
+    for path in sorted(folder.iterdir()):
+        picture = Image.open(path)
+        exif = picture.getexif()
+        exif[0x010F], exif[0x0112] = "a camera", orientation
+        picture.save(path, exif=exif, quality=95)
+        shown.append(np.asarray(ImageOps.exif_transpose(Image.open(path))))
+    with Video(folder) as opened:
+        images = opened.read(range(12))
+    assert np.abs(np.stack(images) - np.stack(shown).astype(int)).mean() < 3
 
 
 SERIES = {  # names of files, and of these the frames
