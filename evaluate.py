@@ -260,13 +260,14 @@ def in_top_k(scores: Tensor, labels: Tensor, k: int) -> Tensor:
 
 
 def result_files(config: RetrieveConfig) -> tuple[Path, Path]:
-    """JSON file of the numbers: --out, or PROTOCOL_DATASET[_splitK][_FRACTION][_cachedN].json beside the checkpoint, or
-    in a folder of the untrained encoder; of linear and finetune, result.json in a run folder of this name. The picture
-    of a confusion matrix lies beside it."""
+    """JSON file of the numbers: --out, or PROTOCOL_DATASET[_splitK][_FRACTION][_cachedN][_NAME].json beside the
+    checkpoint NAME.pt, if that is not `checkpoint.pt`, or in a folder of the untrained encoder; of linear and finetune,
+    result.json in a run folder of this name. The picture of a confusion matrix lies beside it."""
     folder = Path(config.checkpoint).parent if config.checkpoint else Path("runs", f"untrained_{config.encoder}")
     split, fraction, cached = config.split, getattr(config, "fraction", 1), getattr(config, "cached", 0)
     name = f"{config.protocol}_{config.dataset}" + f"_split{split}" * (split > 1) + f"_{fraction:g}" * (fraction < 1)
-    name += f"_cached{cached}" * (cached > 0)
+    stem = Path(config.checkpoint).stem
+    name += f"_cached{cached}" * (cached > 0) + f"_{stem}" * (stem not in ("", "checkpoint"))
     trains = isinstance(config, ClassifyConfig)
     out = Path(config.out or folder / name, "result.json") if trains else Path(config.out or folder / f"{name}.json")
     return out, out.parent / f"{out.stem}_confusion.png"
@@ -437,8 +438,10 @@ def classify(config: ClassifyConfig) -> None:
     checkpoint = fit_in_folder(classifier, config, process, make_loader, steps, **options)
     torch.set_num_threads(threads)
     probabilities, good, bad = video_outputs(classifier.eval().probabilities, test, config, process, "test videos")
-    trained = process.of_first(lambda: load_checkpoint(checkpoint, whole=False)["step"])  # no other may have the folder
-    more = {"training_videos": sampler.length, "trained_epochs": trained / steps}
+    state = process.of_first(lambda: load_checkpoint(checkpoint, whole=False))  # no other may have the folder
+    more = {"training_videos": sampler.length, "trained_epochs": state["step"] / state["steps_per_epoch"]}
+    trained = {name: state["config"][name] for name in config.TUNED & state["config"].keys()}  # if nothing was left
+    config = dataclasses.replace(config, **trained)
     save_accuracy(process, config, test, probabilities, good, bad, more)
 
 

@@ -125,6 +125,8 @@ def load_stored(config: EncoderConfig, _say=print) -> tuple[nn.Module, EncoderCo
     encoder.register_buffer("sum", torch.tensor(zlib.crc32(features)))  # what a run to resume goes by
     for own, name in ((~test, "training"), (test, "test")):
         held = dict(zip(paths[own].tolist(), torch.from_numpy(features[own]), strict=True))
+        if len(held) < own.sum():
+            raise UserError(f"{path} holds a {name} video twice: nothing to evaluate")
         report = f"{path}: {len(held)} {name} videos"
         encoder.parts.append(data.VideoList([*held], labels[own].tolist(), classes, report, features=held))
     return encoder, dataclasses.replace(config, **options)
@@ -290,7 +292,11 @@ def write_features(config: FeaturesConfig) -> None:
         rows, whole = np.memmap(partial, row, "r"), Path(f"{partial}.npz")  # not all in memory
         held = dict(paths=videos.paths, labels=videos.labels, classes=np.array(videos.classes, str), test=test)
         with user_errors((OSError,), whole):
-            np.savez(whole, **held, options=json.dumps(options), **{name: rows[name] for name in row.names})
+            try:
+                np.savez(whole, **held, options=json.dumps(options), **{name: rows[name] for name in row.names})
+            except OSError:
+                whole.unlink(missing_ok=True)  # as of a full disk
+                raise
             whole.replace(out)
             partial.unlink()
         process.say(f"written to {out}; to read it:\n  import numpy\n  features = numpy.load({str(out)!r})['features']")

@@ -152,13 +152,16 @@ def described(run: Run) -> str:
 
 
 def open_record(run: Run, folder: Path) -> None:
-    """Adds this start of a run to run.json, and cuts the logs to what a resumed run goes on from. Raises UserError
-    where a file can't be written, or run.json is damaged."""
+    """Adds this start of a run to run.json, and cuts the logs to what a resumed run goes on from; a run that is not
+    resumed begins them anew. Raises UserError where a file can't be written, or run.json is damaged."""
     record, log, bad_videos = folder / "run.json", folder / "log.jsonl", folder / "bad_videos.log"
     start = {"start_step": run.done, "started": time.strftime("%Y-%m-%d %H:%M:%S %z")}
     on_gpu = run.process.device.type == "cuda"
     hardware = torch.cuda.get_device_name() if on_gpu else f"{os.cpu_count()} CPU cores"
     start |= {"processes": run.process.world_size, "hardware": hardware}
+    with user_errors((OSError,)):
+        for left in () if run.done or run.config.resume else (record, log, bad_videos):  # killed before it saved
+            left.unlink(missing_ok=True)
     starts = [*(read_starts(record) if record.exists() else []), made_by(run.config) | start]
     with user_errors((OSError,)):
         write_file(record, json.dumps(starts, indent=1) + "\n")

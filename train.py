@@ -413,16 +413,18 @@ def to_device(batch: dict[str, Tensor], device: torch.device, stream: "torch.cud
 def noted_signals(process: Process) -> Iterator[list[int]]:
     """Has SIGINT, SIGTERM and, unless it is ignored, SIGHUP noted in a list, to be obeyed when it suits.
 
-    A second one is obeyed at once, but for SIGHUP: each stream of a terminal that is gone raises it.
+    A second one is obeyed at once, but for SIGHUP: each stream of a terminal that is gone raises it. Under torchrun no
+    second one is: it hands on what a scheduler has sent to all processes, and kills those that take too long.
     """
-    caught, own = [], os.getpid()
+    caught, own, launched = [], os.getpid(), "TORCHELASTIC_RUN_ID" in os.environ
 
     def note(number: int, _frame: Any) -> None:
-        if os.getpid() != own or (caught and number != HANGUP):  # a process forked from this one is to end at once
+        again = caught and number != HANGUP and not launched
+        if os.getpid() != own or again:  # a process forked from this one is to end at once
             raise KeyboardInterrupt
         caught.append(number)
         if len(caught) == 1:  # to say it may raise a SIGHUP
-            process.say("stopping after this step, to save; once more to stop without saving")
+            process.say("stopping after this step, to save" + "; once more to stop without saving" * (not launched))
 
     hangup = [HANGUP] if HANGUP and signal.getsignal(HANGUP) != signal.SIG_IGN else []
     handlers = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM, *hangup)}
@@ -582,8 +584,8 @@ def fit(
     config, process, saved, bad = run.config, run.process, time.monotonic(), []
     log = Log(run, out, clips_per_video * run.total_batch)
     with noted_signals(process) as caught, contextlib.closing(log.bar):
-        batches = iter(load(run.done))
-        while run.done < run.stop:
+        batches, interrupted = iter(load(run.done)), False
+        while run.done < run.stop and not interrupted:
             waiting = time.perf_counter()
             with user_errors((OSError,)):
                 batch = next(batches)
@@ -619,12 +621,12 @@ def fit(
             if ends or interrupted:
                 log.summary()
                 run.bad_videos = run.skipped = 0
-            if interrupted:
-                local = int(os.environ.get("LOCAL_WORLD_SIZE", process.world_size))
-                nodes = f"--nnodes={process.world_size // local} --node_rank=N --master_addr=HOST "
-                launch = f"torchrun {nodes * (local < process.world_size)}--nproc_per_node={local}"
-                launch = launch if process.world_size > 1 else "python"
-                command = shlex.join([*program(), "--resume", str(out / "checkpoint.pt")])
-                process.say(f"saved; continue with: {launch} {command}")
-                raise Interrupted(caught[0] if caught else signal.SIGTERM)
+        if any(process.gather([bool(caught) or interrupted])):  # in the last save, too
+            local = int(os.environ.get("LOCAL_WORLD_SIZE", process.world_size))
+            nodes = f"--nnodes={process.world_size // local} --node_rank=N --master_addr=HOST "
+            launch = f"torchrun {nodes * (local < process.world_size)}--nproc_per_node={local}"
+            launch = launch if process.world_size > 1 else "python"
+            command = shlex.join([*program(), "--resume", str(out / "checkpoint.pt")])
+            process.say(f"saved; continue with: {launch} {command}")
+            raise Interrupted(caught[0] if caught else signal.SIGTERM)
     return out / "checkpoint.pt"

@@ -25,6 +25,7 @@ import inspect
 import io
 import itertools
 import math
+import os
 import shlex
 from pathlib import Path
 from typing import NamedTuple
@@ -80,19 +81,25 @@ class Model(NamedTuple):
     config: FigureConfig
 
 
-def run_name(path: str) -> str:
-    """The name of the folder in which a checkpoint or a log lies."""
-    return plain(Path(path).resolve().parent.name) if path else "untrained"
+def run_names(paths: list[str]) -> list[str]:
+    """Names for checkpoints or logs: of the folders they lie in, with that above or the file's where two are alike."""
+    places = [Path(path).resolve().with_suffix("").parts if path else ("untrained",) * 3 for path in paths]
+    for part in (slice(-2, -1), slice(-3, -1), slice(-2, None), slice(-3, None)):
+        names = ["/".join(place[part]) for place in places]
+        if len({*names}) == len(names):
+            break
+    return [plain(name) if path else "untrained" for name, path in zip(names, paths, strict=True)]
 
 
 def load_models(config: FigureConfig, inputs: list[str], key: bool = False) -> list[Model]:
     """The encoders of checkpoints or run folders, else of --checkpoint, by `features.load_encoder`; with `key` their
     key encoders where they have such: in pretraining, it is the one that meets frame differences."""
-    process, models = start_process(config.device), []
-    for path in inputs or [config.checkpoint]:
-        encoder, filled = load_encoder(dataclasses.replace(config, checkpoint=path), process.say, key)
-        models.append(Model(run_name(filled.checkpoint), encoder.to(process.device), filled))
-    return models
+    process, wanted = start_process(config.device), inputs or [config.checkpoint]
+    found = [load_encoder(dataclasses.replace(config, checkpoint=path), process.say, key) for path in wanted]
+    names = run_names([filled.checkpoint for _, filled in found])
+    return [
+        Model(name, encoder.to(process.device), filled) for name, (encoder, filled) in zip(names, found, strict=True)
+    ]
 
 
 def load_decoder(config: FigureConfig, inputs: list[str]) -> tuple[Model, nn.Module]:
@@ -113,7 +120,7 @@ def load_decoder(config: FigureConfig, inputs: list[str]) -> tuple[Model, nn.Mod
 def draw_videos(config: FigureConfig, count: int, train: bool = False) -> data.VideoList:
     """`count` videos of a part, drawn by --seed, or all for 0; the test part is the file of --video if there is one."""
     if config.video and not train:
-        return data.VideoList([config.video], [-1], [], config.video)
+        return data.VideoList([os.path.abspath(config.video)], [-1], [], config.video)
     list_file = config.list_file if train else config.test_list
     with user_errors():
         videos = find.find_videos(config.dataset, config.data, train, config.split, list_file)
@@ -461,8 +468,9 @@ def draw_curves(config: FigureConfig, inputs: list[str]) -> plt.Figure:
     fig.set_size_inches(PAGE, 1.9 * rows)
     for place, key in enumerate(names, 1):
         ax, chance = fig.add_subplot(rows, 3, place), f"chance/{key.removeprefix('loss/')}"
-        for run, log, color in zip(inputs, logs, itertools.cycle(COLORS), strict=False):
-            for part, line, label in ((key, "-", run_name(str(Path(run, "log.jsonl")))), (chance, "--", None)):
+        names = run_names([str(Path(run, "log.jsonl")) for run in inputs])
+        for name, log, color in zip(names, logs, itertools.cycle(COLORS), strict=False):
+            for part, line, label in ((key, "-", name), (chance, "--", None)):
                 points = np.array([(entry["epoch"], entry[part]) for entry in log if part in entry]).reshape(-1, 2)
                 alone = "o" if len(points) == 1 else None  # a line of one point is none
                 (curve,) = ax.plot(*points.T, line, color=color, lw=1, ms=3, marker=alone, label=label)
@@ -477,8 +485,9 @@ def draw_curves(config: FigureConfig, inputs: list[str]) -> plt.Figure:
 
 
 SECTIONS = ("curves", "retrieval", "activations", "masks", "attention", "sample")  # figures of a report
-SAME = ("dataset", "data", "split", "list_file", "test_list", "exclude", "fraction", "encoder", "width", "frames")
-SAME += ("frame_stride", "crop", "clips")  # options without which results do not compare
+# Options without which results do not compare, and those of an encoder, for which runs may be compared.
+SAME = ("dataset", "data", "split", "list_file", "test_list", "exclude", "fraction", "clips")
+ENCODER = ("encoder", "width", "frames", "frame_stride", "crop")
 HEAD = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><style>
 html { color-scheme: light dark; font-family: sans-serif; max-width: 60rem; margin: auto; overflow-wrap: anywhere }
@@ -502,16 +511,19 @@ def table(head: tuple, cells: dict[tuple, dict[str, str]]) -> str:
 
 
 def results(runs: list[str]) -> dict[tuple, dict[str, str]]:
-    """Cells of a table: what evaluate.py has measured of runs, of untrained encoders in the same way, and chance."""
-    cells, tested = {}, []
+    """Cells of a table: what evaluate.py has measured of runs, of untrained encoders in the same way, and chance. What
+    was measured with other options of `SAME` has a row of its own, which names them."""
+    cells, tested, first = {}, [], {}
     folders = [*runs, *map(str, sorted(Path("runs").glob("untrained_*")))]
     for folder, path in ((x, path) for x in folders for path in sorted(Path(x).rglob("*.json")) if path.is_file()):
         record, name = read_json(path), path.relative_to(folder).with_suffix("").as_posix().removesuffix("/result")
         with contextlib.suppress(AttributeError, KeyError, TypeError):  # of other files
             percents = {key[:-8]: value for key, value in record["result"].items() if key.endswith("_percent")}
-            options = [record["config"].get(option) for option in SAME]
+            options = {option: record["config"].get(option) for option in (*SAME, *ENCODER)}
             if folder in runs or options in tested:
                 tested.append(options)
+                usual = first.setdefault(name, options)
+                name += "".join(f" --{x} {options[x] or 'none'}" for x in SAME if options[x] != usual[x])
                 columns = {folder: percents.get("recall", percents), "chance": percents.get("chance", {})}
                 for column, values in columns.items():
                     for measure, value in values.items():

@@ -313,6 +313,8 @@ def test_results_lie_beside_the_checkpoint_or_in_a_folder_of_the_untrained_encod
     linear = evaluate.LinearConfig(checkpoint="here/checkpoint.pt", dataset="k400", split=1, fraction=0.5)
     untrained, named = dataclasses.replace(knn, checkpoint="", encoder="i3d"), dataclasses.replace(linear, out="there")
     cached = dataclasses.replace(linear, cached=10)
+    earlier = dataclasses.replace(knn, checkpoint="here/epoch_0010.pt")
+    assert str(evaluate.result_files(earlier)[0]) == "here/knn_hmdb51_split2_epoch_0010.json"
     found = [str(evaluate.result_files(config)[0]) for config in (knn, linear, cached, named, untrained)]
     assert found[:2] == ["here/knn_hmdb51_split2.json", "here/linear_k400_0.5/result.json"]
     assert found[2] == "here/linear_k400_0.5_cached10/result.json"
@@ -529,7 +531,18 @@ def test_linear_trains_on_the_clips_of_a_file_of_features(run, damaged):
     assert result["top1_percent"] == pytest.approx(100 * hits.double().mean().item())
     run.ok(evaluate, "linear", *own, "--fraction=0.5", "--out=few", dataset=None)
     assert numbers(run.path / "few" / "result.json")["training_videos"] == 9
-    assert "nothing left to train" in run.ok(evaluate, "linear", "--resume=linear/checkpoint.pt", dataset=None)
+    again = ["linear", "--resume=linear/checkpoint.pt", "--batch_size=3"]
+    assert "nothing left to train" in run.ok(evaluate, *again, dataset=None)
+    record = json.loads((run.path / "linear" / "result.json").read_text())
+    assert record["result"]["trained_epochs"] == 4 and record["config"]["batch_size"] == 6  # as it was trained
+
+
+def test_a_file_of_features_of_a_video_that_is_listed_twice_is_refused(run, damaged):
+    run.ok(evaluate, *FLAGS, *damaged, dataset=None)
+    file = load(run.path / "f.npz")
+    file["paths"][np.flatnonzero(file["test"])[:2]] = file["paths"][-1]
+    np.savez(run.path / "twice.npz", **file)
+    run.refused(evaluate, "knn", "--features=twice.npz", dataset=None, says=["twice.npz", "a test video twice"])
 
 
 def test_videos_need_neither_labels_nor_a_test_part(run):

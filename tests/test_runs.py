@@ -281,6 +281,14 @@ def test_damaged_lines_of_logs_are_left_out(run_at_3, tmp_path):
     assert path.read_bytes().splitlines() == lines and bad_videos.read_bytes() == b"step 1\t'a\xff.mp4'\tcut\n"
 
 
+def test_a_run_keeps_nothing_of_one_that_was_killed_before_it_saved(run_at_3, tmp_path):
+    write(tmp_path / "bad_videos.log", "step 1\t'a.mp4'\tcut")
+    run_at_3.done = 0
+    runs.open_record(run_at_3, tmp_path)
+    assert [start["start_step"] for start in runs.read_starts(tmp_path / "run.json")] == [0]
+    assert not (tmp_path / "log.jsonl").exists() and not (tmp_path / "bad_videos.log").exists()
+
+
 def test_checkpoints_that_do_not_fit_are_refused_in_one_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save(path := tmp_path / "checkpoint.pt", 2, bn="local", width=0.5)

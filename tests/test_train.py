@@ -1,5 +1,6 @@
 """The loop, what every method has from it, and the command line: train.py, pretrain.py and cli.py, in this order."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -137,6 +138,27 @@ def test_nohup_is_obeyed(in_process, request):
         signal.raise_signal(signal.SIGHUP)
     code, *_ = in_process(cli, main=lambda: signal.raise_signal(signal.SIGHUP))
     assert caught == [] and code == 0
+
+
+@pytest.mark.parametrize("launched", [False, True])
+def test_a_second_signal_ends_a_run_at_once_but_under_torchrun_which_repeats_what_reached_all(launched, monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    if launched:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    outcome = contextlib.nullcontext() if launched else pytest.raises(KeyboardInterrupt)
+    with train.noted_signals(ALONE) as caught:
+        signal.raise_signal(signal.SIGTERM)
+        with outcome:
+            signal.raise_signal(signal.SIGTERM)
+    assert caught == [signal.SIGTERM] * (1 + launched)
+
+
+def test_a_signal_in_the_last_save_ends_the_run_too(tmp_path, monkeypatch):
+    save = train.Run.save
+    monkeypatch.setattr(train.Run, "save", lambda *given: (save(*given), signal.raise_signal(signal.SIGTERM)))
+    with pytest.raises(train.Interrupted):
+        fit(Bare(), tmp_path, epochs=1)
+    assert weights(tmp_path / "checkpoint.pt")["step"] == 4
 
 
 class Broken(Bare):

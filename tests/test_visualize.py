@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import subprocess
+from pathlib import Path
 from types import SimpleNamespace
 from xml.etree import ElementTree
 
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import CONV4
+from helpers import CONV4, write
 from PIL import Image
 from test_evaluate import numbers
 
@@ -70,6 +71,34 @@ def test_neighbours_are_the_nearest_and_never_the_query_itself():
     found = visualize.neighbours_of(torch.tensor([[3.0, 0.0], [0.0, 1.0]]), ["a", "x"], gallery, list("abcd"), 2)
     rounded = [[(i, round(float(cosine), 5)) for i, cosine in row] for row in found]
     assert rounded == [[(1, 0.6), (2, 0.0)], [(2, 1.0), (1, 0.8)]]
+
+
+def test_names_of_runs_and_checkpoints_differ():
+    for paths, names in (
+        (["runs/moco/log.jsonl", "runs/fima/log.jsonl", ""], ["moco", "fima", "untrained"]),
+        (["moco/linear/log.jsonl", "fima/linear/log.jsonl"], ["moco/linear", "fima/linear"]),
+        (["moco/epoch_0010.pt", "moco/checkpoint.pt"], ["moco/epoch_0010", "moco/checkpoint"]),
+        (["moco/checkpoint.pt"] * 2, ["/".join([Path.cwd().name, "moco", "checkpoint"])] * 2),
+    ):
+        assert visualize.run_names(paths) == names
+
+
+def test_a_video_that_is_named_from_here_is_none_of_its_neighbours(monkeypatch):
+    monkeypatch.chdir("/")
+    config = visualize.FigureConfig(video="tmp/a.mp4")
+    assert visualize.draw_videos(config, 1).paths == ["/tmp/a.mp4"]
+
+
+def test_results_of_other_test_videos_are_rows_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for run, test_list, score, chance in (("a", "", 15.0, 10.0), ("b", "one.txt", 100.0, 50.0), ("c", "", 20.0, 10.0)):
+        config = {"dataset": "folder", "clips": 10, "test_list": test_list, "encoder": f"of {run}"}
+        result = {"recall_percent": {"R@1": score}, "chance_percent": {"R@1": chance}}
+        write(tmp_path / run / "retrieve_folder.json", json.dumps({"config": config, "result": result}))
+    assert visualize.results(["a", "b", "c"]) == {
+        ("retrieve_folder", "R@1"): {"a": "15.00", "b": "–", "c": "20.00", "chance": "10.00"},
+        ("retrieve_folder --test_list one.txt", "R@1"): {"a": "–", "b": "100.00", "c": "–", "chance": "50.00"},
+    }
 
 
 def test_features_to_embed_are_means_of_unit_vectors_and_bad_videos_are_left_out(videos):
