@@ -25,7 +25,10 @@ NAMES = {  # of a row: what it is called, and the paper's linear probe on UCF101
     "mcl": ("MCL", ""),
     "fima_fame": ("FIMA + FAME", ""),
 }
-MEASURES = {"people": ("linear", "R@1", "kNN", "fight", "shared")}
+MEASURES = {
+    "people": ("linear", "R@1", "kNN", "fight", "shared"),
+    "scenes": ("test", "still", "test less shuffled", "unseen", "other", "other, as its scene's motion"),
+}
 
 
 def spread(values: list[float]) -> str:
