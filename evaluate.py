@@ -438,10 +438,14 @@ def classify(config: ClassifyConfig) -> None:
     checkpoint = fit_in_folder(classifier, config, process, make_loader, steps, **options)
     torch.set_num_threads(threads)
     probabilities, good, bad = video_outputs(classifier.eval().probabilities, test, config, process, "test videos")
-    state = process.of_first(lambda: load_checkpoint(checkpoint, whole=False))  # no other may have the folder
-    more = {"training_videos": sampler.length, "trained_epochs": state["step"] / state["steps_per_epoch"]}
-    trained = {name: state["config"][name] for name in config.TUNED & state["config"].keys()}  # if nothing was left
-    config = dataclasses.replace(config, **trained)
+
+    def as_trained() -> tuple[float, dict]:  # also where nothing was left to train
+        state = load_checkpoint(checkpoint, whole=False)
+        options = {name: state["config"][name] for name in config.TUNED & state["config"].keys()}
+        return state["step"] / state["steps_per_epoch"], options
+
+    epochs, options = process.of_first(as_trained)  # no other may have the folder
+    config, more = dataclasses.replace(config, **options), {"training_videos": sampler.length, "trained_epochs": epochs}
     save_accuracy(process, config, test, probabilities, good, bad, more)
 
 

@@ -466,10 +466,10 @@ def draw_curves(config: FigureConfig, inputs: list[str]) -> plt.Figure:
     names = sorted(names, key=lambda name: (not name.startswith("loss/"), name))
     fig, rows = plt.figure(layout="constrained"), math.ceil(len(names) / 3)
     fig.set_size_inches(PAGE, 1.9 * rows)
+    runs = run_names([str(Path(run, "log.jsonl")) for run in inputs])
     for place, key in enumerate(names, 1):
         ax, chance = fig.add_subplot(rows, 3, place), f"chance/{key.removeprefix('loss/')}"
-        names = run_names([str(Path(run, "log.jsonl")) for run in inputs])
-        for name, log, color in zip(names, logs, itertools.cycle(COLORS), strict=False):
+        for name, log, color in zip(runs, logs, itertools.cycle(COLORS), strict=False):
             for part, line, label in ((key, "-", name), (chance, "--", None)):
                 points = np.array([(entry["epoch"], entry[part]) for entry in log if part in entry]).reshape(-1, 2)
                 alone = "o" if len(points) == 1 else None  # a line of one point is none
