@@ -90,7 +90,9 @@ def find_videos(
     root = os.path.abspath(root)
     if dataset == "synthetic":
         marker = Path(root, SYNTHETIC_MARKER)
-        recipe = json.loads(marker.read_text()) if marker.is_file() else {}
+        recipe = {}
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError, ValueError):
+            recipe = json.loads(marker.read_text())
         version, there = recipe.pop("version", SYNTHETIC_VERSION), os.path.isdir(os.path.join(root, "train"))
         if not there and Path(root).parts[-2:] != ("datasets", "synthetic"):  # else a mistyped name would make a set
             raise FileNotFoundError(f"{root}: no such set; make it by `python data.py synthetic {shlex.quote(root)}`")

@@ -159,12 +159,13 @@ def open_record(run: Run, folder: Path) -> None:
     on_gpu = run.process.device.type == "cuda"
     hardware = torch.cuda.get_device_name() if on_gpu else f"{os.cpu_count()} CPU cores"
     start |= {"processes": run.process.world_size, "hardware": hardware}
+    starts = read_starts(record) if record.exists() else []  # which finds out whether it is a run's
     with user_errors((OSError,)):
-        for left in () if run.done or run.config.resume else (record, log, bad_videos):  # killed before it saved
-            left.unlink(missing_ok=True)
-    starts = [*(read_starts(record) if record.exists() else []), made_by(run.config) | start]
-    with user_errors((OSError,)):
-        write_file(record, json.dumps(starts, indent=1) + "\n")
+        if not (run.done or run.config.resume):  # what is there is of one that was killed before it saved
+            starts = []
+            for left in (log, bad_videos):
+                left.unlink(missing_ok=True)
+        write_file(record, json.dumps([*starts, made_by(run.config) | start], indent=1) + "\n")
         if log.exists():  # later steps come again; by the epoch, as with another batch a step is another part of it
             last = (run.done + 0.6) / run.steps_per_epoch
             write_file(log, "".join(json.dumps(line) + "\n" for line in read_lines(log) if line["epoch"] < last))

@@ -336,6 +336,9 @@ def test_a_set_of_an_older_version_is_made_anew_with_its_own_options(tmp_path, m
         write(tmp_path / SYNTHETIC_MARKER, json.dumps({"version": version} | options))
         find_videos("synthetic", tmp_path, train=True)
     assert made == [(str(tmp_path), options)]
+    write(tmp_path / SYNTHETIC_MARKER, '{"version": ')
+    with pytest.raises(ValueError, match=f"{tmp_path}: not made by this project"):
+        find_videos("synthetic", tmp_path, train=True)
 
 
 REFUSED = {  # the content of a list, and what is said

@@ -287,6 +287,9 @@ def test_a_run_keeps_nothing_of_one_that_was_killed_before_it_saved(run_at_3, tm
     runs.open_record(run_at_3, tmp_path)
     assert [start["start_step"] for start in runs.read_starts(tmp_path / "run.json")] == [0]
     assert not (tmp_path / "log.jsonl").exists() and not (tmp_path / "bad_videos.log").exists()
+    (tmp_path / "run.json").write_text('{"mine": 1}')
+    refused("run.json is damaged", runs.open_record, run_at_3, tmp_path)
+    assert (tmp_path / "run.json").read_text() == '{"mine": 1}'
 
 
 def test_checkpoints_that_do_not_fit_are_refused_in_one_line(tmp_path, monkeypatch):
