@@ -27,6 +27,7 @@ import itertools
 import math
 import os
 import shlex
+import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
@@ -400,17 +401,22 @@ def draw_retrieval(config: FigureConfig, inputs: list[str]) -> plt.Figure:
     A neighbour of the query's class is a hit, ✓; else a miss, ✗; the number is the cosine of their features. Look what
     a miss has in common with the query: the way it moves, or the scene.
     """
+
+    def fitted(title: str) -> str:
+        """Of a playing clip, which is as narrow as a frame: in lines that don't reach into its neighbours'."""
+        return textwrap.fill(title.replace("_", " "), 14) if config.moving else title
+
     model = load_models(config, inputs)[0]
     features, queries = video_features(model, draw_videos(model.config, config.count or 4), "queries")
     gallery = draw_videos(model.config, config.gallery, train=True)
     keys, gallery = video_features(model, gallery, "training videos")
     columns = []
     for i, found in enumerate(neighbours_of(features, queries.paths, keys, gallery.paths, config.neighbours)):
-        titles = [f"query: {class_name(queries, i)}"]
+        titles = [fitted(f"query: {class_name(queries, i)}")]
         for j, cosine in found:
             sign = "" if queries.labels[i] < 0 else "✓ " if gallery.labels[j] == queries.labels[i] else "✗ "
-            title = "{}{}\n{:.2f}" if config.moving else "{}{}  {:.2f}"
-            titles.append(title.format(sign, class_name(gallery, j), cosine))
+            title = "{}\n{:.2f}" if config.moving else "{}  {:.2f}"
+            titles.append(title.format(fitted(sign + class_name(gallery, j)), cosine))
         clips = middle_clips([queries.paths[i], *(gallery.paths[j] for j, _ in found)], model.config) / 255
         columns.append([*zip(titles, clips if config.moving else [strip(clip, 4) for clip in clips], strict=True)])
     rows = [*zip(*columns, strict=False)]  # a query that is in the gallery may have one neighbour fewer
