@@ -290,7 +290,8 @@ class PretrainingViews(Items):
 
 
 class TestClips(Items):
-    """Clips for evaluation, N of each video at uniformly spaced times; short videos are continued by their last frame.
+    """Clips for evaluation, N of each video at uniformly spaced times, a single one in the middle; short videos are
+    continued by their last frame.
 
     The crop is the central square of 7/8 of the shorter side. An item is a dict: "clips" uint8 (N, 3, frames, crop,
     crop), "start" (N,), when each begins in seconds, and "bad", empty or [(path, reason)]: an unreadable video's clips
@@ -313,7 +314,8 @@ class TestClips(Items):
         try:
             _begin(path, index)
             with self.open(path) as video:
-                starts = np.linspace(0, max(len(video) - times[-1] - 1, 0), len(out)).round().astype(int)
+                latest = max(len(video) - times[-1] - 1, 0)
+                starts = np.linspace(0 if len(out) > 1 else latest / 2, latest, len(out)).round().astype(int)
                 seconds = video.times()
                 item["start"][:] = torch.tensor([float(seconds[k]) for k in starts])
                 frames = np.minimum(starts[:, None] + times, len(video) - 1).ravel().tolist()
@@ -331,10 +333,10 @@ class TestClips(Items):
 
 def read_clip(path: str | Path, frames: int = 16, stride: int = 2, crop: int = 224) -> Tensor:
     """The clip in the middle of a video, as `TestClips` cuts it: uint8 (3, frames, crop, crop). Raises BadVideo."""
-    item = TestClips(VideoList([str(path)], [-1], [], ""), crop, frames, stride, clips=3)[0]
+    item = TestClips(VideoList([str(path)], [-1], [], ""), crop, frames, stride, clips=1)[0]
     for bad in item["bad"]:
         raise BadVideo(*bad)
-    return item["clips"][1]
+    return item["clips"][0]
 
 
 @dataclass(eq=False)
@@ -524,7 +526,7 @@ def _lock_pages(tensors: Iterable[Tensor], until: contextlib.ExitStack) -> None:
     """Keeps memory in place until the end of a block, where it can, so that a GPU copies from it beside other work."""
     runtime = torch.cuda.cudart()
     for tensor in tensors:
-        if runtime.cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0):
+        if int(runtime.cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)):  # an enum, true whatever it says
             with contextlib.suppress(RuntimeError):
                 torch.zeros(1, device="cuda").add_(1)  # takes the error that CUDA keeps for the next kernel
         else:
@@ -544,16 +546,20 @@ def _visited(visit: Callable[[str], None], path: str) -> tuple[str, str]:
 def visit_videos(visit: Callable, paths: Sequence[str], root: str, out: str | Path, workers: int, what: str) -> int:
     """Calls `visit`, which raises BadVideo, for videos in processes, and says how far it is; returns how many are bad.
     Each of these is a line of the file `out`, for `find_videos` to exclude: path from `root` in quotes, a tab, reason.
-    Raises FileExistsError when `out` is a file of another kind."""
-    if os.path.isfile(out) and not re.match(rb"""\Z|(['"]).*\1\t""", Path(out).read_bytes()):
+    Until the end, and when it is stopped, they are in OUT.partial, and an older list stays. Raises FileExistsError when
+    `out` is of another kind."""
+    file = Path(os.path.realpath(out))
+    if file.exists() and not (file.is_file() and re.match(rb"""\Z|(['"]).*\1\t""", file.read_bytes())):
         raise FileExistsError(f"{out} is no list of bad videos: name another file")
     bad, pause = 0, 0.5 if sys.stderr.isatty() else 30  # seconds, as in training
+    partial = file.with_name(f"{file.name}.partial")
     visited = _in_processes(functools.partial(_visited, visit), workers, paths, 8)
-    with open(out, "w", encoding="utf-8", buffering=1) as file, contextlib.closing(visited):  # by lines: none is lost
+    with open(partial, "w", encoding="utf-8", buffering=1) as lines, contextlib.closing(visited):  # none is lost
         for path, reason in tqdm(visited, what, len(paths), dynamic_ncols=True, mininterval=pause):
             if reason:
                 bad += 1
-                file.write(f"{os.path.relpath(path, root)!a}\t{reason}\n")
+                lines.write(f"{os.path.relpath(path, root)!a}\t{reason}\n")
+    partial.replace(file)
     return bad
 
 

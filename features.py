@@ -52,7 +52,7 @@ class EncoderConfig(Options):
     difference: str = option("", "frames that differences compare; as trained, or adjacent", ("", *DIFFERENCES))
     frame_stride: int = option(0, "a clip takes every Nth frame; 0: as trained, or 2", (0, 4096))
     crop: int = option(0, "height and width of a clip in pixels; 0: as trained, or 224", (0, 1024))
-    clips: int = option(10, "uniformly spaced clips of a test video", (1, 10_000))
+    clips: int = option(10, "uniformly spaced clips of a test video; 1: its middle", (1, 10_000))
     test_batch: int = option(4, "videos a forward in testing, in each process", (1, 65_536))
     workers: int = option(-1, "loader processes of each process; -1: its share of the CPU cores, at most 8", (-1, 1024))
     device: str = option("auto", "auto takes a GPU if there is one", ("auto", "cpu", "cuda"))

@@ -91,15 +91,15 @@ def find_videos(
     if dataset == "synthetic":
         marker = Path(root, SYNTHETIC_MARKER)
         recipe = {}
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError, ValueError):
-            recipe = json.loads(marker.read_text())
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError, TypeError, ValueError):
+            recipe = dict(json.loads(marker.read_text()))
         version, there = recipe.pop("version", SYNTHETIC_VERSION), os.path.isdir(os.path.join(root, "train"))
+        if not recipe and os.path.isdir(root) and os.listdir(root):
+            raise ValueError(f"{root}: not made by this project; with videos of your own, give --dataset folder")
         if not there and Path(root).parts[-2:] != ("datasets", "synthetic"):  # else a mistyped name would make a set
             raise FileNotFoundError(f"{root}: no such set; make it by `python data.py synthetic {shlex.quote(root)}`")
         if not there or version != SYNTHETIC_VERSION:
             make_synthetic(root, **recipe)
-        elif not recipe:
-            raise ValueError(f"{root}: not made by this project; with videos of your own, give --dataset folder")
     if not os.path.isdir(root):
         raise FileNotFoundError(f"{root}: no such folder; {dataset} expects {LAYOUTS[dataset]}")
     part = "train" if train else "validation" if dataset in ("k400", "ssv2") else "test"
@@ -268,7 +268,7 @@ def _read_official(
             for half, ends in (("train", K400_TRAIN), ("validation", K400_VALIDATION)):
                 if half == part or _named(lists, *ends):
                     header, *rest = lines(*ends)
-                    fields = [field.strip().lower() for field in header.split(",")]
+                    fields = [field.strip().lower() for field in next(csv.reader([header]))]
                     tables[half] = [(row["youtube_id"], row["label"]) for row in csv.DictReader(rest, fields)]
             classes = sorted({label for table in tables.values() for _, label in table})
             index = {name: i for i, name in enumerate(classes)}
@@ -335,6 +335,13 @@ def _read_tree(
     return kept, classes, held, outside, kinetics or bool(divided)
 
 
+def _place(root: str, name: str) -> str:
+    """Path below `root` of a file that a list names from there or whole, be it by the folder to which `root` links."""
+    path, above = os.path.normpath(os.path.join(root, name)), os.path.join(root, "")
+    real = os.path.join(os.path.realpath(root), "")
+    return path if path.startswith(above) or not path.startswith(real) else above + path.removeprefix(real)
+
+
 def _read_list(root: str, list_file: str | Path) -> tuple[list[tuple[str | None, str, int]], list[str], str]:
     """The lines "path label" of a file: path (None: not on disk), name and label (-1: none) of each; classes, a remark.
 
@@ -358,7 +365,7 @@ def _read_list(root: str, list_file: str | Path) -> tuple[list[tuple[str | None,
         return found
 
     def paths_of(name: str) -> list[str]:
-        paths = [os.path.normpath(os.path.join(root, n)) for n in {name: 0, name.replace("\\", "/"): 0}]
+        paths = [_place(root, n) for n in {name: 0, name.replace("\\", "/"): 0}]
         files = [found for folder, last in map(os.path.split, paths) if (found := videos_in(folder).get(last))]
         folders = (folder for path in paths for folder in (path, os.path.splitext(path)[0]))
         return files[0] if files else [folder for folder in folders if frames_of(folder)][:1]
@@ -436,7 +443,7 @@ def _read_bad(root: str, files: str | Path) -> set[str]:
             except (SyntaxError, TypeError, ValueError):
                 raise ValueError(f"{file}, line {number}: no path in quotes, {quoted[0]}") from None
             if name:
-                paths.add(os.path.normpath(os.path.join(root, name)))
+                paths.add(_place(root, name))
     return paths
 
 

@@ -311,8 +311,9 @@ class Video(contextlib.ExitStack):
 
     def _next_anchor(self, i: int) -> int:
         """The packet with the next picture after packet i that later ones refer to: then those before i are through."""
-        later = enumerate(self._packets[i + 1 :], i + 1)
-        return next((j for j, packet in later if packet.size > 32 and self._type(packet) != 2), len(self._packets))
+        packets = self._packets  # by index: a part of a list is a copy
+        later = (j for j in range(i + 1, len(packets)) if packets[j].size > 32 and self._type(packets[j]) != 2)
+        return next(later, len(packets))
 
     def _is_one_by_one(self) -> bool:
         """Whether each packet makes a picture come out: the first needs none before it, and for each empty one of
@@ -354,13 +355,14 @@ class Video(contextlib.ExitStack):
         return [(stamp - stamps[0]) * unit for stamp in stamps]
 
     def read(self, frames: Sequence[int]) -> list[np.ndarray]:
-        """Decode frames, given by their index in display order (any order, repeats allowed), in one pass.
+        """Decode frames, given by their index in display order (any order, repeats allowed, −1 the last), in one pass.
 
         Returns one uint8 array (H, W, 3) of RGB for each index, turned upright; repeats share one array. A frame that
         can't be decoded is replaced by its nearest neighbour in time. Raises BadVideo when that befalls more than a
         quarter of them, when they take more than `MAX_BYTES`, or after `DEADLINE` seconds; IndexError for an index out
         of range.
         """
+        frames = [range(len(self))[k] for k in frames]
         count, (width, height) = len(set(frames)), self._size
         if 3 * width * height * count > MAX_BYTES:
             asked = f"{count} frames of {width} × {height} pixels"

@@ -72,6 +72,11 @@ people  fima        fima.py --momentum 0.99 --decoder_width 128
 people  moco_whole  moco.py --momentum 0.99 --frame_stride 3 --min_scale 0.5
 people  fima_whole  fima.py --momentum 0.99 --decoder_width 128 --frame_stride 3 --min_scale 0.5
 people  fima_longer fima.py --momentum 0.99 --decoder_width 128 --frame_stride 3 --min_scale 0.5 --epochs 60
+people  i3d         none --encoder i3d --width 0.25
+people  i3d_labels  evaluate.py finetune --crop 64 --encoder i3d --width 0.25
+people  i3d_moco    moco.py --momentum 0.99 --encoder i3d --width 0.25
+people  i3d_fima    fima.py --momentum 0.99 --decoder_width 128 --encoder i3d --width 0.25
+people  fra         fima.py --losses vv,fra --momentum 0.99 --decoder_width 128
 people  fame        fame.py --momentum 0.99
 people  dclr        dclr.py --delay 10 --refresh 1
 people  mcl         mcl.py --momentum 0.99
@@ -152,7 +157,7 @@ work() { # script and flags; trains and probes by the variables of `run`
         videos="$videos --test_list datasets/single_$seed/test.txt" probe="$videos --workers 1"
     fi
     if [ "$1" = none ]; then
-        probe="$probe --encoder conv4 --crop $crop --seed $seed"
+        probe="$probe --encoder conv4 --crop $crop --seed $seed ${*:2}"
     else
         if [ "$1" = evaluate.py ]; then options=; set -- "$1 $2" "${@:3}"; fi # its protocol comes first
         python $1 $videos --seed "$seed" $options --workers 1 --out "$out" --resume auto "${@:2}" || return

@@ -344,6 +344,28 @@ def test_what_the_check_cannot_do_is_one_line(tmp_path, check):
     one_line(check("--full")[2], "name the folder")
 
 
+def test_a_check_that_is_stopped_keeps_the_older_list_and_beside_it_what_it_found(tmp_path, monkeypatch):
+    (old := tmp_path / "bad.txt").write_text("'old.mp4'\tempty\n")
+    out, rest = tmp_path / "link.txt", iter([("/v/new.mp4", "empty"), KeyboardInterrupt])
+
+    def visited(*_):
+        yield next(rest)
+        raise next(rest)
+
+    out.symlink_to(old)
+    monkeypatch.setattr(data, "_in_processes", visited)
+    with pytest.raises(KeyboardInterrupt):
+        data.visit_videos(len, ["/v/new.mp4", "/v/b.mp4"], "/v", out, 1, "checking")
+    assert old.read_text() == "'old.mp4'\tempty\n" and out.is_symlink()
+    assert (tmp_path / "bad.txt.partial").read_text() == "'new.mp4'\tempty\n"
+    monkeypatch.setattr(data, "_in_processes", lambda *_: (pair for pair in [("/v/b.mp4", "empty")]))
+    assert data.visit_videos(len, ["/v/b.mp4"], "/v", out, 1, "checking") == 1
+    assert old.read_text() == "'b.mp4'\tempty\n" and out.is_symlink() and len([*tmp_path.iterdir()]) == 2
+    for other in (tmp_path, "/dev/null"):
+        with pytest.raises(FileExistsError, match="name another file"):
+            data.visit_videos(len, [], "/v", other, 1, "checking")
+
+
 def test_check_names_a_video_that_kills_its_process(tmp_path, check, before_reading):
     touch(tmp_path, "fatal.mp4", "z.mp4")
     before_reading(lambda path, _: "fatal" in path and signal.raise_signal(signal.SIGKILL))

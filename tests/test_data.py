@@ -179,6 +179,8 @@ def test_test_clips_are_uniformly_spaced_and_cover_the_video(videos, requested):
     assert np.abs(frames[:, 0] - np.linspace(0, 55, 5)).max() <= 0.5 and (np.diff(frames) == 2).all()
     TestClips(videos, 28, frames=16, frame_stride=2, clips=3)[1]  # 20 frames
     assert requested[1] == [min(2 * k, 19) for k in range(16)] * 3
+    TestClips(videos, 28, frames=8, frame_stride=2, clips=1)[2]  # in the middle
+    assert requested[2][0] in (27, 28) and requested[2] == [*range(requested[2][0], requested[2][0] + 16, 2)]
 
 
 @given(st.integers(1, 60), few, few, few, st.integers(0, 9), st.integers(0, 100))
@@ -218,8 +220,15 @@ def test_batches_are_the_items_in_the_samplers_order_whatever_the_workers(views,
 
 
 def test_memory_that_a_gpu_copies_from_is_locked_while_there_are_batches_as_far_as_it_can_be(views, monkeypatch):
+    class Answer:  # as CUDA's, which has a number and, as success, too, is true
+        def __init__(self, number):
+            self.number = number
+
+        def __int__(self):
+            return self.number
+
     answers = [0, 0, 2, 2, 0, 0, 0, 0]  # of CUDA for a batch's eight parts: success, out of memory
-    register, free = Mock(side_effect=answers), Mock()
+    register, free = Mock(side_effect=map(Answer, answers)), Mock()
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "cudart", lambda: Mock(cudaHostRegister=register, cudaHostUnregister=free))
     loader = data.load_batches(views, StepSampler(len(views), 2, 2), workers=1)

@@ -102,6 +102,7 @@ def test_hmdb51_whose_names_are_odd_and_in_two_classes(tmp_path, videos, lists, 
         ("train.csv", "valid.csv", "youtube_id,label,time_start,is_cc"),
         ("k400_train.csv", "k400_validate.csv", "label, youtube_id"),
         ("b/Train.csv", "validation.csv", "split,youtube_id,label"),
+        ("train.csv", "val.csv", '"youtube_id","label"'),
     ],
 )
 def test_k400(tmp_path, train_list, held_out_list, columns):
@@ -273,6 +274,17 @@ def test_list_file_takes_absolute_paths_counts_what_is_missing_and_takes_none_fo
         assert "3 videos, 4 classes; 7 of 10 listed videos are not on disk: gone.mp4" in videos.report
 
 
+def test_lists_name_videos_as_well_by_the_folder_to_which_a_link_leads(tmp_path):
+    touch(tmp_path, "disk/a.mp4", "disk/b.mp4", "disk/link/c.mp4")
+    links = [tmp_path / "link", tmp_path / "disk" / "here"]  # the second leads to a folder that it is in
+    for link in links:
+        link.symlink_to(tmp_path / "disk")
+        write(tmp_path / "mine.txt", f"{tmp_path}/disk/a.mp4 0", f"{link}/b.mp4 1", f"{link}/link/c.mp4 1")
+        write(tmp_path / "bad.txt", f"'{tmp_path}/disk/b.mp4'\tempty")
+        videos = find_videos("folder", link, True, list_file=tmp_path / "mine.txt", exclude=tmp_path / "bad.txt")
+        assert videos.paths == [f"{link}/a.mp4", f"{link}/link/c.mp4"]
+
+
 SHAPES = {  # lines: class of each of a.mp4 and b.mp4
     "sep=;\nFile name;Label\na.mp4;run\nb.mp4;jump": ["run", "jump"],
     '"path","label"\n"a.mp4","run, fast"\n"b.mp4","jump"': ["run, fast", "jump"],
@@ -325,6 +337,10 @@ def test_a_missing_or_empty_root_says_where_and_what_is_expected_and_synthetic_i
     mistyped = tmp_path / "datasets" / "motoin_1"
     with pytest.raises(FileNotFoundError, match=f"{mistyped}: no such set; .*data.py synthetic {mistyped}"):
         find_videos("synthetic", mistyped, train=True)
+    for name in ("jump/a.mp4", "train/jump/b.mp4"):  # the user's own
+        touch(tmp_path / "own", name)
+        with pytest.raises(ValueError, match=f"{tmp_path}/own: not made by this project.*--dataset folder"):
+            find_videos("synthetic", tmp_path / "own", train=True)
 
 
 def test_a_set_of_an_older_version_is_made_anew_with_its_own_options(tmp_path, monkeypatch):
@@ -336,9 +352,10 @@ def test_a_set_of_an_older_version_is_made_anew_with_its_own_options(tmp_path, m
         write(tmp_path / SYNTHETIC_MARKER, json.dumps({"version": version} | options))
         find_videos("synthetic", tmp_path, train=True)
     assert made == [(str(tmp_path), options)]
-    write(tmp_path / SYNTHETIC_MARKER, '{"version": ')
-    with pytest.raises(ValueError, match=f"{tmp_path}: not made by this project"):
-        find_videos("synthetic", tmp_path, train=True)
+    for other in ('{"version": ', "[]", "5"):
+        write(tmp_path / SYNTHETIC_MARKER, other)
+        with pytest.raises(ValueError, match=f"{tmp_path}: not made by this project"):
+            find_videos("synthetic", tmp_path, train=True)
 
 
 REFUSED = {  # the content of a list, and what is said

@@ -304,8 +304,10 @@ def test_frames_are_the_pictures_in_order_of_their_numbers_and_only_wanted_ones_
     touch(folder, "._img_00001.png", "cover.png", "notes.txt", *[f"flow_{c}_{k:04}.png" for c in "xy" for k in numbers])
     with Video(folder) as opened:
         assert len(opened) == 12 and opened.times() == [Fraction(k, 25) for k in range(12)]
-        with pytest.raises(IndexError):
-            opened.read([12])
+        for out_of_range in (12, -13):
+            with pytest.raises(IndexError):
+                opened.read([out_of_range])
+        assert [digest(image) for image in opened.read([-1, 11, -12])] == [digest(IMAGES[k]) for k in (11, 11, 0)]
     with Video(folder, rate=30000 / 1001) as opened:
         assert opened.times()[11] == Fraction(11 * 1001, 30000)
     assert shown(folder, range(12)) == [*range(12)]
