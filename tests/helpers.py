@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import default_collate
 
+import augment
 import data
 import runs
 import train
@@ -193,12 +194,33 @@ def units(seed: int, *shape: int):
 
 
 def assert_trains(model, found):
-    """These are the losses asked for, each with its chance value; all parameters but those of keys learn from them."""
+    """These are the losses asked for, each with its chance value; the encoder learns from each of them, and all other
+    parameters but those of keys from their sum."""
     assert set(found) == set(model.config.terms) and {f"chance/{name}" for name in found} <= model.metrics.keys()
+    for name, value in found.items():
+        gradients = torch.autograd.grad(value, [*model.encoder.parameters()], retain_graph=True, allow_unused=True)
+        assert any(gradient is not None and gradient.any() for gradient in gradients), name
     torch.stack(list(found.values())).sum().backward()
     for name, parameter in model.named_parameters():
         assert (parameter.grad is not None) == parameter.requires_grad == (not name.startswith("key_")), name
         assert parameter.grad is None or parameter.grad.isfinite().all(), name
+
+
+def assert_gradients(model, views, names):
+    """Of each of these losses, in a direction in which all that is trained moves; in float64, without colours."""
+    model.encoder_input = lambda clips, color, difference=False: augment.normalize(clips.double() / 255)
+    model.project = lambda head, features: F.normalize(head(features), dim=-1)  # in float64, too
+    trained = {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    directions = {name: random(k, *p.shape) * p.abs().mean() for k, (name, p) in enumerate(trained.items())}
+
+    def losses(step):
+        torch.manual_seed(0)
+        moved = {name: parameter + step * directions[name] for name, parameter in trained.items()}
+        found = torch.func.functional_call(model, moved, (views,))
+        return torch.stack([found[name] for name in names])
+
+    step = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(losses, step, eps=1e-7, atol=0, rtol=1e-3)
 
 
 def with_equal_features(model):

@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 import test_fima
 import torch
-from helpers import assert_trains, make_views, random, same, units, views_without_colours, with_equal_features
+from helpers import (
+    assert_gradients,
+    assert_trains,
+    make_views,
+    random,
+    same,
+    units,
+    views_without_colours,
+    with_equal_features,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -138,6 +147,7 @@ def oracle(model, views):
                 rows += p * contrast_of(rgb[0], found_d[k], keys, config.temperature)
                 rows += p * contrast_of(found_v[k], f["d"][0], keys, config.temperature)
             result["vd"] = rows.mean()
+    result["vv"] = dual_of(f["v"], f["v"], False, config.temperature)
     result["sd"] = -dual_of(f["s"], f["d"], True, config.temperature)
     v, s, d = (a[x].flatten(0, 1) for x in "vsd")
     return result | {"ac": config.ac_weight * alignment_of(v, s + d)}, torch.from_numpy(pool)
@@ -145,7 +155,9 @@ def oracle(model, views):
 
 @pytest.mark.parametrize("epoch", [1.0, 2.0, 4.0, 4.25])  # before and after the delay, at a refresh and soon after it
 def test_losses_and_the_pool_equal_the_plain_loop_oracle(epoch):
-    model = build(temperature=0.02, momentum=0.25, retrieved=2)  # so low that it matters which ones are retrieved
+    model = build(
+        losses="vv,vs,vd,sd,ac", temperature=0.02, momentum=0.25, retrieved=2
+    )  # so low that it matters which ones are retrieved
     views = make_views(crop=32, sub_clips=0) | {"epoch": epoch}
     model.queues["d"].keys = torch.cat([units(k, 12, 128).float() for k in range(3)], 1)
     model.eval().training = True  # the pool is written; batch norm rests
@@ -158,7 +170,7 @@ def test_losses_and_the_pool_equal_the_plain_loop_oracle(epoch):
         for i in range(3):  # micro-batches refresh once a step, and fill the pool as one batch
             cut.part = i, 3
             cut({name: view if name == "epoch" else view[i : i + 1] for name, view in views.items()})
-    assert list(found) == ["vs", "vd", "sd", "ac"]
+    assert list(found) == ["vv", "vs", "vd", "sd", "ac"]
     for name, value in found.items():
         assert float(value) == pytest.approx(expected[name], rel=5e-5), name
     torch.testing.assert_close(model.queues["d"].keys.double(), pool, rtol=0, atol=1e-5)
@@ -180,12 +192,18 @@ def test_each_switch_changes_the_losses_and_trains_every_parameter(flags):
     assert not same(found, reference)
 
 
+def test_gradients_are_those_of_finite_differences():
+    model = build(losses="vv,vs,vd,sd", search="none", decouple="none").double().eval()
+    assert_gradients(model, views_at(0.0), ("vv", "vs", "vd", "sd"))
+
+
 def test_chance_values_are_what_equal_features_give():
     for epoch in (1.0, 2.0):
         model = with_equal_features(build(losses="vv,vs,vd,sd,ac"))
         found = model(views_at(epoch))
         for name in ("vv", "vs", "vd", "sd"):
             assert found[name].item() == pytest.approx(model.metrics[f"chance/{name}"], abs=1e-4), name
+        assert model.metrics["feature_std"] < 1e-6
     assert model.metrics["chance/vv"] == pytest.approx(2 * math.log(5)) and model.metrics["chance/sd"] < 0
 
 

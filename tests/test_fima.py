@@ -2,14 +2,27 @@
 
 import copy
 import itertools
+import math
+from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import options_of
-from helpers import ALONE, assert_trains, info_nce_loop, join_group, make_views, mean, same, with_equal_features
-from test_losses import frame_info_nce_loop, pixel_contrast_loop
+from helpers import (
+    ALONE,
+    assert_gradients,
+    assert_trains,
+    info_nce_loop,
+    join_group,
+    make_views,
+    mean,
+    same,
+    weights,
+    with_equal_features,
+)
+from test_losses import frame_info_nce_loop, frame_triplet_loop, pixel_contrast_loop
 
 import augment
 import cli
@@ -27,6 +40,10 @@ SWITCHES += [dict(mask_position=position) for position in ("none", "prediction",
 SWITCHES += [dict(mask_source="rgb"), dict(mask_source="difference"), dict(threshold=2.8), dict(pixel_queue=40)]
 SWITCHES += [dict(frame_loss="triplet"), dict(frame_loss="mse"), dict(pixel_negatives="video")]
 SWITCHES += [dict(difference="spans"), dict(centres="measured", **R3D), dict(encoder="i3d", width=0.0625, crop=64)]
+ORACLES = [dict(threshold=1.4, foreground=0.3), dict(centres="measured", **R3D), dict(pixel_negatives="video")]
+ORACLES += [dict(mask_source=x) for x in ("rgb", "difference")] + [dict(frame_loss=x) for x in ("triplet", "mse")]
+ORACLES += [dict(mask_position=x) for x in ("none", "prediction", "target")]
+ORACLES += [dict(decoder="separate"), dict(decoder="none", losses="vv,vd,pix")]
 STEPS = {
     "instance": dict(losses="vv,vd"),
     "accumulated": dict(losses="vv,vd", batch_size=1, accumulate=2),
@@ -59,8 +76,22 @@ def follow(model):
 
 
 @torch.no_grad()
+def apart(model, views):
+    """Has features of clips differ, as those of initial weights hardly do, and queries from keys."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm3d):
+            module.momentum = 1.0  # statistics of the clips alone
+    for encoder in (model.encoder, model.key_encoder):
+        encoder(model.encoder_input(model.both(views["clip"]), None))
+    for name, parameter in model.named_parameters():
+        if not name.startswith("key_"):
+            parameter.mul_(1 + 0.3 * torch.randn_like(parameter)).add_(0.03 * torch.randn_like(parameter))
+
+
+@torch.no_grad()
 def oracle(model, views):
-    """The losses of Eq. 1, 8 and 10 by loops over views, videos, frames and pixels, one clip a forward, in float64."""
+    """The losses of Eq. 1, 2, 8 and 10 by loops over views, videos, frames and pixels, one clip a forward, in float64;
+    the keys that come into the queues, view by view; and the share of pixels with a positive."""
     model = copy.deepcopy(model).double().eval()
     config, frames, videos, stride = model.config, range(2), range(len(views["clip"])), model.encoder.strides[1]
     size = config.crop // stride
@@ -71,7 +102,8 @@ def oracle(model, views):
         return F.normalize(head.net(x), dim=-1).tolist()
 
     def foreground(b, v):
-        z = (key[b, v].mean((0, 1)) + motion[b, v].mean((0, 1))).flatten()
+        sources = {"rgb": [key], "difference": [motion], "both": [key, motion]}[config.mask_source]
+        z = sum(maps[b, v].mean((0, 1)) for maps in sources).flatten()
         return z > torch.quantile(z, 1 - config.foreground)
 
     def centers(box):
@@ -83,57 +115,90 @@ def oracle(model, views):
     query = {at: model.encoder(shown(clip, color[0]))[0] for at, (clip, color) in clips.items()}
     key = {at: model.key_encoder(shown(clip, color[0]))[0] for at, (clip, color) in clips.items()}
     motion = {at: model.key_encoder(shown(clip, color[1], difference=True))[0] for at, (clip, color) in clips.items()}
-    q, k, d, y_cls, local, pix = [], [], [], [], [], []
+    q, y_cls, targets, pix, rows = [], [], {"vv": [], "vd": [], "fra": [], "pix": []}, [], []
     for v, other in ((0, 1), (1, 0)):
         y, m, positives = [], [], []
         for b in videos:
             q.append(g(model.head, query[b, v].mean((1, 2, 3))))
-            k.append(g(model.key_head, key[b, other].mean((1, 2, 3))))
-            d.append(g(model.key_head, motion[b, other].mean((1, 2, 3))))
+            targets["vv"].append(g(model.key_head, key[b, other].mean((1, 2, 3))))
+            targets["vd"].append(g(model.key_head, motion[b, other].mean((1, 2, 3))))
             boxes = [views["box"][b, view].double() for view in (v, other)]
             diagonal = max((box[2:] - box[:2]).norm() / size for box in boxes)
-            near = torch.cdist(*map(centers, boxes)) / diagonal < config.threshold
+            pairs = torch.cdist(*map(centers, boxes)) / diagonal < config.threshold
+            if config.mask_position in ("prediction", "both"):
+                pairs = pairs & foreground(b, v)[:, None]
+            if config.mask_position in ("target", "both"):
+                pairs = pairs & foreground(b, other)
             for i in frames:
-                found = model.decoder(*(query[b, view][:, i].flatten(1).T[None] for view in (v, other)))
+                source, target = (query[b, view][:, i].flatten(1).T[None] for view in (v, other))
+                found = (source, source[:, 0]) if config.decoder == "none" else model.decoder(source, target)
                 y.append(g(model.head, found[0][0]))
                 m.append(g(model.key_head, motion[b, other][:, i].flatten(1).T))
-                positives.append((near & foreground(b, v)[:, None] & foreground(b, other)).tolist())
+                positives.append(pairs.tolist())
+                found = model.cls_decoder(source, target) if config.decoder == "separate" else found
                 y_cls.append(g(model.head, found[1][0]))
                 clip, color = views["sub_clips"][b, other, i], views["color"][b, other, 2 + i]
                 sub_clip = model.key_encoder(shown(clip, color, difference=True))[0]
-                local.append(g(model.key_head, sub_clip.mean((1, 2, 3))))
-        pix.append(pixel_contrast_loop(y, m, positives, [*itertools.chain(*m), *old["pix"]], tau))
-    instance = {name: info_nce_loop(q, keys, old[name], tau) for name, keys in (("vv", k), ("vd", d))}
-    return instance | {"pix": mean(pix), "fra": frame_info_nce_loop(y_cls, local, old["fra"], tau)}
+                targets["fra"].append(g(model.key_head, sub_clip.mean((1, 2, 3))))
+        keys = [*itertools.chain(*m), *old["pix"]]
+        if config.pixel_negatives == "video":
+            keys = [[*m[n // 2 * 2], *m[n // 2 * 2 + 1], *old["pix"]] for n in range(len(m))]
+        pix.append(pixel_contrast_loop(y, m, positives, keys, tau))
+        targets["pix"] += itertools.chain(*m)
+        rows += [any(row) for pairs in positives for row in pairs]
+    losses = {name: info_nce_loop(q, targets[name], old[name], tau) for name in ("vv", "vd")} | {"pix": mean(pix)}
+    if "fra" in config.terms:
+        kinds = {"infonce": lambda *pairs: frame_info_nce_loop(*pairs, tau), "triplet": frame_triplet_loop}
+        kinds["mse"] = lambda y, targets, _: mean([math.dist(*pair) ** 2 for pair in zip(y, targets, strict=True)])
+        losses["fra"] = kinds[config.frame_loss](y_cls, targets["fra"], old["fra"])
+    of_views = {name: [*rows[len(rows) // 2 :], *rows[: len(rows) // 2]] for name, rows in targets.items()}
+    return losses, {name: of_views[name] for name in old}, mean(rows)
 
 
-@pytest.mark.parametrize(("encoder", "centres"), [({}, "nominal"), (R3D, "measured")], ids=["conv4", "r3d_18"])
-def test_losses_equal_the_plain_loop_oracle_and_queues_are_written_after_them(encoder, centres):
+@pytest.mark.parametrize("flags", ORACLES, ids=str)
+def test_losses_equal_the_plain_loop_oracle_and_queues_are_written_after_them(flags):
     """So no key of a step's own is a negative in it. Keys follow the queries by momentum. MoCo is FIMA without its
     losses. An evaluation changes nothing."""
-    model = build(losses="vv,vd,pix,fra", centres=centres, pixel_queue=50, momentum=0.5, **encoder)
-    baseline = build(moco, losses="vv,vd", momentum=0.5, **encoder)
+    own = dict(momentum=0.5, temperature=0.2, **{name: flags[name] for name in flags if name in R3D})
+    model = build(**dict(losses="vv,vd,pix,fra", pixel_queue=50) | own | flags)
+    baseline = build(moco, losses="vv,vd", **own)
     views, pixels = make_views(crop=model.config.crop), (model.config.crop // model.encoder.strides[1]) ** 2
-    for parameter in [*model.encoder.parameters(), *model.head.parameters()]:
-        parameter.data *= 1 + 0.3 * torch.randn_like(parameter)
+    apart(model, views)
     baseline.load_state_dict(model.state_dict(), strict=False)
     before = {name: queue.keys for name, queue in model.queues.items()}
-    expected = oracle(model, views)
+    expected, keys, share = oracle(model, views)
     model.eval().training = baseline.eval().training = True  # batch norm and dropout rest
     losses = model(views)
-    assert list(losses) == ["vv", "vd", "pix", "fra"]
+    assert (*losses,) == model.config.terms == (*expected,)
     for name, value in losses.items():
         assert value.item() == pytest.approx(expected[name], rel=2e-4), name
     alone = baseline(views)
     assert list(alone) == ["vv", "vd"] and all(torch.equal(value, losses[name]) for name, value in alone.items())
-    for name, written in {"vv": 6, "vd": 6, "fra": 12, "pix": 50}.items():  # of 2 views × 3 videos (× 2 sub-clips)
-        assert (model.queues[name].keys != before[name]).any(1).sum() == written
-    assert model.metrics["queue_age/vv"] == 12 / 6 and model.metrics["queue_age/fra"] == 12 / 12
-    assert float(model.metrics["foreground_share"]) == pytest.approx(pixels // 2 / pixels)
+    assert set(keys) == {*model.config.terms}
+    for name, queue in model.queues.items():
+        latest = torch.cat([before[name], torch.tensor(keys[name])])[-len(queue.keys) :]
+        torch.testing.assert_close(queue.keys.roll(-int(queue.pointer), 0), latest, rtol=0, atol=2e-4)
+    assert model.metrics["queue_age/vv"] == 12 / 6 and model.metrics.get("queue_age/fra", 1) == 12 / 12
+    if model.config.mask_position != "none":
+        held = pixels - 1 - int((1 - model.config.foreground) * (pixels - 1))  # those above the quantile
+        assert float(model.metrics["foreground_share"]) == pytest.approx(held / pixels)
+    assert float(model.metrics["pixels_with_positive"]) == pytest.approx(share) and 0 < share < 1
     torch.stack(list(losses.values())).sum().backward()  # the keys that losses have read are still there
     state = copy.deepcopy(model.eval().state_dict())
     model(views)
     assert same(model.state_dict(), state)
+
+
+def test_gradients_are_those_of_finite_differences():
+    model = build(losses="vv,vd,pix,fra").double().eval()  # keys and masks rest
+    assert_gradients(model, make_views(crop=32), ("vv", "vd", "pix", "fra"))
+
+
+def test_batch_norm_of_keys_goes_by_their_batch():
+    model, modes = build(losses="vv,vd,pix,fra"), []
+    model.key_encoder.register_forward_pre_hook(lambda encoder, _: modes.append(encoder.training))
+    model(make_views(crop=32))
+    assert modes == [True] * 3  # clips, differences, sub-clips
 
 
 @pytest.mark.parametrize("flags", SWITCHES, ids=str)
@@ -141,15 +206,20 @@ def test_each_switch_changes_the_losses_and_trains_every_parameter(flags):
     own = {name: value for name, value in flags.items() if name in ("losses", *R3D)}
     model, plain = build(**flags), build(**own)  # of the same losses and encoder without the switch
     views = make_views(crop=model.config.crop)
-    losses, reference = model(views), plain(views)
+    torch.manual_seed(0)
+    losses = model(views)
+    torch.manual_seed(0)
+    reference = plain(views)
     assert_trains(model, losses)
     assert own == flags or not same(losses, reference)
 
 
 def test_chance_values_are_what_equal_features_give():
-    model = with_equal_features(build())
-    for name, value in model(make_views(crop=32)).items():
-        assert value.item() == pytest.approx(float(model.metrics[f"chance/{name}"]), abs=1e-4), name
+    for kind in ("infonce", "triplet"):
+        model = with_equal_features(build(losses="vv,vd,pix,fra", frame_loss=kind))
+        for name, value in model(make_views(crop=32)).items():
+            assert value.item() == pytest.approx(float(model.metrics[f"chance/{name}"]), abs=1e-4), name
+        assert model.metrics["feature_std"] < 1e-6
 
 
 @pytest.mark.slow
@@ -212,6 +282,10 @@ def group_process(rank: int, folder: str) -> None:
     for name in STEPS:
         process, part = train.Process(rank, 2, torch.device("cpu")), slice(2 * rank, 2 * rank + 2)
         torch.save(step(name, process, part), f"{folder}/{name}{rank}.pt")
+    method = build(moco)
+    run = train.Run(method, method.config, process, 4)
+    method.encoder.layers[1].running_mean.fill_(1.0 + rank)
+    run.save(Path(folder), {})
     cli.end_process()
 
 
@@ -229,6 +303,7 @@ def test_two_processes_do_what_one_does_with_the_same_batch(tmp_path):
         torch.testing.assert_close((means, *one[1:3]), expected)
     halves = [losses["loss/pix"] for losses, *_ in found["video"]]
     assert sum(halves) / 2 == pytest.approx(step("video")[0]["loss/pix"])
+    assert (weights(tmp_path / "checkpoint.pt")["model"]["encoder.layers.1.running_mean"] == 1.5).all()
 
 
 def test_metrics_show_how_well_the_contrast_does():

@@ -30,7 +30,25 @@ def test_parameters_are_as_many_as_published():
     assert count(models.build_encoder("i3d")) == 12_287_264 and count(models.ProjectionHead(1024)) == 1_180_800
     assert count(decoder.blocks) == 3_155_968 and count(decoder.reduce) + count(decoder.expand) == 1_050_112
     assert decoder.cls.shape == (1, 1, 512) and not decoder.cls.any()
+    assert {module.p for module in decoder.modules() if isinstance(module, nn.Dropout)} == {0.1}
+    assert {block.attention.dropout for block in decoder.blocks} == {0.1}
     assert count(models.build_encoder("conv4")) == 236_720
+
+
+def test_a_projection_is_two_linear_layers_with_relu_between():
+    head, features = models.ProjectionHead(8, 16, 4), torch.randn(3, 5, 8)
+    first, _, second = head.net
+    hidden = (features @ first.weight.T + first.bias).clamp(min=0)
+    torch.testing.assert_close(head(features), hidden @ second.weight.T + second.bias)
+
+
+@pytest.mark.parametrize("name", ["r3d_18", "r2plus1d_18"])
+def test_initial_weights_keep_the_variance_of_gradients(name):
+    torch.manual_seed(0)
+    for module in models.build_encoder(name, 0.25).modules():
+        if isinstance(module, nn.Conv3d) and module.weight.numel() > 1000:
+            fan_out = module.weight[:, 0].numel()
+            assert module.weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.1)
 
 
 SHAPES = [

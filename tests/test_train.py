@@ -26,6 +26,7 @@ import dclr
 import evaluate
 import fame
 import fima
+import losses
 import mcl
 import moco
 import runs
@@ -44,6 +45,10 @@ def fit(method, folder, kind=train.TrainConfig, steps=4, more=(), wait=0, **opti
 
     paths = [f"{step}.mp4" for step in range(2 * steps)]
     return weights(runs.fit_in_folder(method, config, ALONE, batches, steps, str(folder), {}, paths=paths))
+
+
+def tiny_moco(**options):
+    return moco.MoCo(moco.MoCoConfig(**dict(encoder="conv4", width=0.25, crop=32) | options))
 
 
 def below(config: type) -> list[type]:
@@ -105,6 +110,44 @@ def test_too_many_unreadable_videos_stop_the_run_and_are_named_once(tmp_path, ca
     assert capsys.readouterr().out.count("  8 unreadable videos") == 2
     log = (tmp_path / "many" / "bad_videos.log").read_text()
     assert log == "step 1\t'a/0.mp4'\tempty\nstep 1\t'b\\n.mp4'\tcut\n"
+
+
+def test_an_epoch_that_is_resumed_counts_the_unreadable_videos_of_before_too(tmp_path):
+    options = dict(more={"bad": [("a.mp4", "empty")]}, max_bad=1.0)
+    fit(Bare(), tmp_path, max_steps=2, **options)
+    fit(Bare(), tmp_path, resume=str(tmp_path / "checkpoint.pt"), **options)
+    assert [line["bad_videos"] for line in lines(tmp_path)] == [1, 2, 3, 4] * 2
+
+
+def test_steps_are_those_of_sgd_with_momentum_and_weight_decay_of_all_parameters():
+    config = train.TrainConfig(batch_size=4, lr=3.0, epochs=2, weight_decay=0.1, sgd_momentum=0.8)
+    run = train.Run(Bare(), config, ALONE, 4)
+    values = [parameter.detach().clone() for parameter in run.method.parameters()]
+    speed = [torch.zeros_like(value) for value in values]
+    for k in range(3):
+        x = torch.randn(4, 3, generator=generator(k))
+        weight, bias = (value.requires_grad_() for value in values)
+        gradients = torch.autograd.grad((x @ weight.T + bias - 1).square().mean(), (weight, bias))
+        norm = torch.cat([gradient.flatten() for gradient in gradients]).norm()
+        rate = 3.0 * 4 / 256 * (1 + math.cos(math.pi * k / 8)) / 2
+        speed = [0.8 * v + g + 0.1 * w.detach() for v, g, w in zip(speed, gradients, values, strict=True)]
+        values = [w.detach() - rate * v for w, v in zip(values, speed, strict=True)]
+        torch.testing.assert_close(run.step({"x": x}).numbers["grad_norm"], norm)
+        torch.testing.assert_close([*run.method.parameters()], values)
+
+
+def test_what_is_random_in_a_step_differs_between_steps_processes_and_seeds():
+    class Random(Bare):
+        def forward(self, batch):
+            drawn.append(torch.rand(()).item())
+            return super().forward(batch)
+
+    drawn = []
+    for seed, rank in ((0, 0), (0, 1), (1, 0)):
+        run = train.Run(Random(), train.TrainConfig(seed=seed), train.Process(rank, 1, ALONE.device), 4)
+        for _ in range(3):
+            run.step({"x": torch.ones(4, 3)})
+    assert len({*drawn}) == 9
 
 
 def test_a_slow_loader_is_told_once_in_the_first_epoch_with_what_it_takes_so_long_for(tmp_path, capsys, monkeypatch):
@@ -219,6 +262,34 @@ def test_resuming_with_other_batches_goes_on_at_the_same_part_of_the_schedule_an
         assert says in capsys.readouterr().out
     assert [line["step"] for line in lines(tmp_path)] == [3, 4, 11, 6]
     assert state["optimizer"]["param_groups"][0]["weight_decay"] == 0.5
+
+
+def test_features_are_projected_and_averaged_in_float32_whatever_they_are_computed_in():
+    method, features = tiny_moco(), torch.rand(2, 96, 2, 3, 3, generator=generator(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        projected = method.project(method.head, features.mean((2, 3, 4))[:, :24])
+    assert projected.dtype == torch.float32 and (projected.norm(dim=1) - 1).abs().max() < 1e-6
+    for function in (losses.activation_map, losses.pixel_activation):
+        half = features.bfloat16()
+        assert torch.equal(function(half), function(half.float()))
+
+
+def test_views_are_made_by_the_methods_options():
+    options = dict(seed=3, min_scale=0.5, jitter_p=0.1, gray_p=0.3, blur_p=0.6, frames=8, frame_stride=3)
+    views = tiny_moco(**options).make_views(data.VideoList(["a.mp4"], [0], ["a"], ""))
+    assert (views.seed, views.min_scale, views.frames, views.frame_stride) == (3, 0.5, 8, 3)
+    assert (views.crop, views.color) == (32, dict(jitter_p=0.1, gray_p=0.3, blur_p=0.6))
+    assert tiny_moco(activation_checkpointing="on").encoder.checkpointing and not tiny_moco().encoder.checkpointing
+
+
+def test_the_first_look_compares_with_the_encoder_as_it_was(run, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(evaluate, "first_look", lambda encoders, *_: seen.update(encoders))
+    run.ok(moco, *CONV4, "--max_steps=1", "--seed=5")
+    torch.manual_seed(5)
+    fresh = tiny_moco(queue=8, batch_size=4).encoder.state_dict()
+    assert list(seen) == ["untrained", "moco"] and same(dict(seen["untrained"].state_dict()), dict(fresh))
+    assert not same(dict(seen["moco"].state_dict()), dict(fresh))
 
 
 OF_FIMA = dict(encoder="i3d", crop=224, momentum=0.999, losses="vv,pix,fra", threshold=0.7, foreground=0.5)
