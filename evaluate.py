@@ -41,11 +41,12 @@ import find
 from cli import command_line, dispatch, loader_workers, shown, start_process
 from features import EncoderConfig, clip_outputs, load_encoder, nearest, pooled_features, unit_features, video_outputs
 from models import ENCODERS, export_weights
-from runs import check_replaceable, claim_folder, continued, fit_in_folder, load_checkpoint, made_by
+from runs import check_replaceable, claim_folder, continued, fit_in_folder, load_checkpoint, made_by, read_json
 from train import Options, Process, TrainConfig, UserError, check_sums, option, progress, user_errors, write_file
 
 RECALLS = (1, 5, 10, 20, 50)
 PNG = b"\x89PNG"  # how pictures begin
+FREE = {"device", "workers", "test_batch", "out"}  # options that change no result
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +104,7 @@ class LinearConfig(ClassifyConfig):
     by the mean class probability of a video's clips.
 
     --cached N computes the features of N such clips of each video once and trains on them: with N = --epochs the
-    same probe, with fewer nearly the same in a fraction of the time.
+    same probe (in float32), with fewer nearly the same in a fraction of the time.
     """
 
     epochs: int = option(100, "passes over the training videos; rate ÷ 10 after 60 % and 80 % of them", (1, 10**6))
@@ -173,8 +174,10 @@ def with_same_classes(train: data.VideoList, test: data.VideoList) -> tuple[data
 def prepare(config: RetrieveConfig) -> tuple:
     """This process, the options filled in, the encoder, training and test videos, and on the first process what of all
     this a run to resume must have seen."""
-    if config.features and isinstance(config, FinetuneConfig):
-        raise UserError("finetune trains the encoder: it takes videos, not --features")
+    if config.features and type(config) not in (LinearConfig, RetrieveConfig, KnnConfig, SvmConfig):
+        raise UserError(f"{config.protocol} needs the encoder: it takes videos, not --features")
+    if config.features and getattr(config, "cached", 0):
+        raise UserError("--features has clips of its own: take out --cached")
     process = start_process(config.device, getattr(config, "timeout", 10), getattr(config, "deterministic", "") == "on")
     encoder, config = (features.load_stored if config.features else load_encoder)(config, process.say)
 
@@ -260,15 +263,16 @@ def in_top_k(scores: Tensor, labels: Tensor, k: int) -> Tensor:
 
 
 def result_files(config: RetrieveConfig) -> tuple[Path, Path]:
-    """JSON file of the numbers: --out, or PROTOCOL_DATASET[_splitK][_FRACTION][_cachedN][_NAME].json beside the
-    checkpoint NAME.pt, if that is not `checkpoint.pt`, or in a folder of the untrained encoder; of linear and finetune,
-    result.json in a run folder of this name. The picture of a confusion matrix lies beside it."""
+    """JSON file of the numbers: --out, or PROTOCOL_DATASET[_splitK][_FRACTION][_features][_cachedN][_NAME].json beside
+    the checkpoint NAME.pt, if that is not `checkpoint.pt`, or in a folder of the untrained encoder; of linear and
+    finetune, result.json in a run folder of this name. The picture of a confusion matrix lies beside it."""
     folder = Path(config.checkpoint).parent if config.checkpoint else Path("runs", f"untrained_{config.encoder}")
     split, fraction, cached = config.split, getattr(config, "fraction", 1), getattr(config, "cached", 0)
     name = f"{config.protocol}_{config.dataset}" + f"_split{split}" * (split > 1) + f"_{fraction:g}" * (fraction < 1)
     stem = Path(config.checkpoint).stem
-    name += f"_cached{cached}" * (cached > 0) + f"_{stem}" * (stem not in ("", "checkpoint"))
     trains = isinstance(config, ClassifyConfig)
+    name += "_features" * (trains and bool(config.features)) + f"_cached{cached}" * (cached > 0)
+    name += f"_{stem}" * (stem not in ("", "checkpoint"))
     out = Path(config.out or folder / name, "result.json") if trains else Path(config.out or folder / f"{name}.json")
     return out, out.parent / f"{out.stem}_confusion.png"
 
@@ -279,6 +283,17 @@ def check_out(config: RetrieveConfig) -> None:
     if isinstance(config, ClassifyConfig):
         claim_folder(out.parent, config.resume)
     check_replaceable(out, b'{\n "protocol"')
+    if not isinstance(config, ClassifyConfig) and out.exists() and out.stat().st_size:
+        held, mine = read_json(out).get("config", {}), dataclasses.asdict(config)
+        paths = {
+            name
+            for name in ("checkpoint", "data")
+            if os.path.realpath(held.get(name, "")) == os.path.realpath(mine[name])
+        }
+        other = [name for name in mine.keys() & held.keys() - FREE - paths if held[name] != mine[name]]
+        if other:
+            options = " ".join(f"--{name} {held[name] or 'none'}" for name in sorted(other))
+            raise UserError(f"{out} holds the result of {options}: name another --out")
     check_replaceable(picture, PNG)
     out.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(out.parent, os.W_OK):

@@ -38,7 +38,8 @@ UNTRAINED |= dict(difference="adjacent")
 
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig(Options):
-    """Which encoder, and clips of which videos. What is left at "" or 0 is as in training, or as in UNTRAINED."""
+    """Which encoder, and clips of which videos. What is left at "" or 0 is as in training, or as in UNTRAINED; lists of
+    videos are never taken from there."""
 
     checkpoint: str = option("", "a run's folder or checkpoint, or small, or another project's; none: untrained")
     dataset: str = option("", "what to evaluate on", ("", *find.DATASETS))
@@ -201,6 +202,8 @@ def video_outputs(
     if videos.features:
         features = torch.stack([videos.features[path] for path in videos.paths])
         good = features.isfinite().flatten(1).all(1)
+        if not good.any():
+            raise UserError(f"{title}: none of {len(good)} could be read for {config.features}")
         parts = [function(part.nan_to_num().to(process.device)).cpu() for part in features.flatten(0, 1).split(65536)]
         outputs = torch.cat(parts).unflatten(0, features.shape[:2])
         bad = [(path, "not read for the file") for path, read in zip(videos.paths, good, strict=True) if not read]
@@ -234,7 +237,9 @@ def all_videos(config: FeaturesConfig) -> tuple[data.VideoList, np.ndarray]:
     if config.test_list or not config.list_file:
         with contextlib.suppress(*[FileNotFoundError] * (not config.test_list)):
             test = find.find_videos(config.dataset, config.data, False, config.split, config.test_list)
-            parts += [test] * (not {*test.paths} <= {*parts[0].paths})  # else one list is for both
+            parts += [test] * bool(
+                config.test_list or not {*test.paths} & {*parts[0].paths}
+            )  # else one list is for both
     classes = list(dict.fromkeys(name for part in parts for name in part.classes))
     labels = [classes.index(part.classes[i]) if i >= 0 else -1 for part in parts for i in part.labels]
     paths, report = [path for part in parts for path in part.paths], "\n".join(part.report for part in parts)

@@ -46,6 +46,7 @@ from cli import command_line, dispatch, shown, start_process
 from evaluate import PNG, plain
 from features import EncoderConfig, load_encoder, nearest, subset, unit_features, video_outputs
 from losses import activation_map, foreground_mask
+from pretrain import PretrainConfig
 from runs import check_replaceable, load_checkpoint, read_json, read_lines, read_starts, saved_options
 from train import UserError, load_model, option, user_errors, write_file
 from video import BadVideo, Video
@@ -132,6 +133,23 @@ def class_name(videos: data.VideoList, index: int) -> str:
     """A video's class, or its file's name where that is unknown."""
     label = videos.labels[index]
     return plain(Path(videos.paths[index]).stem if label < 0 else videos.classes[label])
+
+
+def verdict(queries: data.VideoList, i: int, gallery: data.VideoList, j: int) -> str:
+    """Whether neighbour j is of the class of query i, "✓ " or "✗ ", by name, as each list has its own numbers; "" where
+    the query's is unknown."""
+    known = gallery.labels[j] >= 0
+    hit = known and gallery.classes[gallery.labels[j]] == queries.classes[queries.labels[i]]
+    return "" if queries.labels[i] < 0 else "✓ " if hit else "✗ "
+
+
+def views_of(model: Model, videos: data.VideoList, parts: int, **more) -> data.PretrainingViews:
+    """Views of so many sub-clips, by the options of the checkpoint's training where it has such."""
+    options, path = model.config, model.config.checkpoint
+    trained = saved_options(path, load_checkpoint(path, foreign=True), PretrainConfig) if path else {}
+    color = {name: trained[name] for name in ("jitter_p", "gray_p", "blur_p") if name in trained}
+    more |= {name: trained[name] for name in ("min_scale",) if name in trained}
+    return data.PretrainingViews(videos, options.crop, options.frames, options.frame_stride, parts, color=color, **more)
 
 
 def middle_clips(paths: list[str], config: FigureConfig) -> Tensor:
@@ -354,8 +372,8 @@ def draw_attention(config: FigureConfig, inputs: list[str]) -> plt.Figure:
     """
     model, decoder = load_decoder(config, inputs)
     options, encoder = model.config, model.encoder
-    videos, shape = draw_videos(options, config.count or 4), (options.crop, options.frames, options.frame_stride)
-    views, rows = data.PretrainingViews(videos, *shape, sub_clips=0, seed=config.seed, attempts=1), []
+    videos, rows = draw_videos(options, config.count or 4), []
+    views = views_of(model, videos, 0, seed=config.seed, attempts=1)
     for i in range(len(videos)):
         clips = views[0, i]["clip"]
         maps = feature_maps(encoder, clips)
@@ -414,9 +432,8 @@ def draw_retrieval(config: FigureConfig, inputs: list[str]) -> plt.Figure:
     for i, found in enumerate(neighbours_of(features, queries.paths, keys, gallery.paths, config.neighbours)):
         titles = [fitted(f"query: {class_name(queries, i)}")]
         for j, cosine in found:
-            sign = "" if queries.labels[i] < 0 else "✓ " if gallery.labels[j] == queries.labels[i] else "✗ "
             title = "{}\n{:.2f}" if config.moving else "{}  {:.2f}"
-            titles.append(title.format(fitted(sign + class_name(gallery, j)), cosine))
+            titles.append(title.format(fitted(verdict(queries, i, gallery, j) + class_name(gallery, j)), cosine))
         clips = middle_clips([queries.paths[i], *(gallery.paths[j] for j, _ in found)], model.config) / 255
         columns.append([*zip(titles, clips if config.moving else [strip(clip, 4) for clip in clips], strict=True)])
     rows = [*zip(*columns, strict=False)]  # a query that is in the gallery may have one neighbour fewer
@@ -433,7 +450,7 @@ def draw_sample(config: FigureConfig, inputs: list[str]) -> plt.Figure:
     model = load_models(config, inputs)[0]
     options, videos = model.config, draw_videos(model.config, 1)
     parts, window = max(options.frames // model.encoder.strides[0], 1), options.frames * options.frame_stride
-    views = data.PretrainingViews(videos, options.crop, options.frames, options.frame_stride, parts)
+    views = views_of(model, videos, parts)
     item = views.empty()
     starts = views.write_views(np.random.default_rng(config.seed), videos.paths[0], item)[:, None]
     with Video(videos.paths[0]) as video:
@@ -492,7 +509,20 @@ def draw_curves(config: FigureConfig, inputs: list[str]) -> plt.Figure:
 
 SECTIONS = ("curves", "retrieval", "activations", "masks", "attention", "sample")  # figures of a report
 # Options without which results do not compare, and those of an encoder, for which runs may be compared.
-SAME = ("dataset", "data", "split", "list_file", "test_list", "exclude", "fraction", "clips")
+SAME = (
+    "dataset",
+    "data",
+    "split",
+    "list_file",
+    "test_list",
+    "exclude",
+    "fraction",
+    "clips",
+    "k",
+    "temperature",
+    "cost",
+)
+SAME += ("epochs", "batch_size", "accumulate", "lr", "weight_decay", "dropout", "min_scale", "jitter_p", "gray_p")
 ENCODER = ("encoder", "width", "frames", "frame_stride", "crop")
 HEAD = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><style>

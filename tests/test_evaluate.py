@@ -12,6 +12,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import scene_bias
 import torch
 from helpers import ALONE, CONV4, ROOT, collate, encode, free_port, generator, same, touch, weights, write
 from hypothesis import given
@@ -537,6 +538,23 @@ def test_linear_trains_on_the_clips_of_a_file_of_features(run, damaged):
     assert record["result"]["trained_epochs"] == 4 and record["config"]["batch_size"] == 6  # as it was trained
 
 
+def test_a_file_of_features_of_which_no_training_video_could_be_read_is_one_line(run, damaged):
+    run.ok(evaluate, *FLAGS, *damaged, dataset=None)
+    file = load(run.path / "f.npz")
+    file["features"][~file["test"]] = np.nan
+    np.savez(run.path / "unread.npz", **file)
+    for protocol in ("retrieve", "knn", "linear"):
+        run.refused(evaluate, protocol, "--features=unread.npz", dataset=None, says=["none of 18 could be read"])
+
+
+def test_a_result_is_replaced_by_one_of_the_same_options_alone(run, damaged):
+    run.ok(evaluate, *FLAGS, *damaged, dataset=None)
+    for more in ([], ["--device=cpu", "--test_batch=2"]):
+        run.ok(evaluate, "knn", "--features=f.npz", "--k=3", *more, dataset=None)
+    run.refused(evaluate, "knn", "--features=f.npz", "--k=5", dataset=None, says=["holds the result of --k 3: name"])
+    run.ok(evaluate, "knn", "--features=f.npz", "--k=5", "--out=5.json", dataset=None)
+
+
 def test_a_file_of_features_of_a_video_that_is_listed_twice_is_refused(run, damaged):
     run.ok(evaluate, *FLAGS, *damaged, dataset=None)
     file = load(run.path / "f.npz")
@@ -550,8 +568,9 @@ def test_videos_need_neither_labels_nor_a_test_part(run):
     for n, path in enumerate(sorted(run.videos.glob("train/*/*.mp4"))[:3]):
         shutil.copy(path, run.path / "films" / f"{n}.mp4")
     (run.path / "list.txt").write_text("2.mp4\n0.mp4\n")
+    (run.path / "bad.txt").write_text("1.mp4\n")
     where = ["--dataset=folder", "--data=films"]
-    for more, names in ([[], "012"], [["--list_file", run.path / "list.txt"], "20"]):
+    for more, names in ([[], "012"], [["--list_file", run.path / "list.txt"], "20"], [["--exclude=bad.txt"], "02"]):
         run.ok(evaluate, *FLAGS, *where, *more, dataset=None)
         file = load(run.path / "f.npz")
         assert [os.path.basename(path) for path in file["paths"]] == [f"{n}.mp4" for n in names]
@@ -574,7 +593,10 @@ def test_a_file_of_features_that_does_not_serve_is_refused_in_one_line(run):
     says |= {"maps.npz": "has feature maps", "f.npz": "no test videos", "none.npz": "No such file"}
     for name, words in says.items():
         run.refused(evaluate, "knn", "--features", name, dataset=None, says=[name, words])
-    run.refused(evaluate, "finetune", "--features=f.npz", dataset=None, says=["finetune trains the encoder"])
+    run.refused(evaluate, "finetune", "--features=f.npz", dataset=None, says=["finetune needs the encoder"])
+    run.refused(evaluate, "linear", "--features=f.npz", "--cached=2", dataset=None, says=["take out --cached"])
+    with pytest.raises(train.UserError, match="bias needs the encoder"):
+        evaluate.prepare(scene_bias.BiasConfig(features="f.npz"))
 
 
 def test_clips_of_frame_folders_begin_by_the_frame_rate(run):

@@ -101,6 +101,29 @@ def test_results_of_other_test_videos_are_rows_of_their_own(tmp_path, monkeypatc
     }
 
 
+def test_results_of_other_options_of_a_protocol_are_rows_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for run, cost in (("a", 1.0), ("b", 100.0)):
+        record = {"config": {"dataset": "folder", "cost": cost}, "result": {"top1_percent": cost}}
+        write(tmp_path / run / "svm_folder.json", json.dumps(record))
+    assert [name for name, _ in visualize.results(["a", "b"])] == ["svm_folder", "svm_folder --cost 100.0"]
+
+
+def test_a_hit_is_told_by_the_name_of_the_class_whatever_its_number_in_a_list():
+    queries = data.VideoList(["a", "b", "c"], [0, 1, -1], ["run", "jump"], "")
+    gallery = data.VideoList(["d", "e", "f"], [0, 1, -1], ["jump", "walk"], "")
+    found = [[visualize.verdict(queries, i, gallery, j) for j in range(3)] for i in range(3)]
+    assert found == [["✗ "] * 3, ["✓ ", "✗ ", "✗ "], [""] * 3]
+
+
+def test_views_are_drawn_as_in_the_checkpoints_training(videos):
+    (model,) = visualize.load_models(visualize.FigureConfig(checkpoint="small", device="cpu"), [])
+    views = visualize.views_of(model, data.VideoList([], [], [], ""), 2)
+    trained = torch.load(model.config.checkpoint)["config"]
+    assert views.min_scale == trained["min_scale"] == 0.5
+    assert views.color == {name: trained[name] for name in ("jitter_p", "gray_p", "blur_p")}
+
+
 def test_features_to_embed_are_means_of_unit_vectors_and_bad_videos_are_left_out(videos):
     good = find.find_videos("synthetic", videos, train=False).paths[:2]
     (model,) = visualize.load_models(visualize.FigureConfig(encoder="conv4", crop=32, clips=3, workers=0), [])
