@@ -171,6 +171,7 @@ def bias_of(run, monkeypatch, encoder, dataset, root):
     """The percentages by row, as they are printed, and the whole result."""
     monkeypatch.setattr("features.build_encoder", lambda *_: encoder())
     where = ["--dataset", dataset, "--data", root, "--crop=32", "--clips=1", "--out=bias.json"]
+    (run.path / "bias.json").unlink(missing_ok=True)
     out = run.ok(scene_bias, *FAST, *where, dataset=None, small=False)
     result = numbers(run.path / "bias.json")
     rows = {row: values["percent"] for row, values in result["table"].items()}
@@ -188,7 +189,7 @@ def test_bias_tells_an_encoder_of_colours_from_one_of_motion(run, biased, monkey
     assert {colour[row] for row in ("test", "still", "shuffled")} == {5 * sum(own)} != {100}
     assert {colour[row] for row in ("scene of test", "scene of other", "other, as its scene's motion")} == {95}
     assert colour["other"] == colour["test less shuffled"] == 0 and max(colour["unseen"], colour["noise"]) < 30
-    assert min(motion[row] for row in ("test", "unseen", "other", "noise")) > 40
+    assert min(motion[row] for row in ("test", "unseen", "other", "noise")) > 35
     assert max(motion[row] for row in ("still", "scene of other", "other, as its scene's motion")) < 20
     assert motion["grow or shrink"] == 100 and motion["test less shuffled"] > 15
     assert motion["rise or fall"] == 75 and result["table"]["rise or fall"]["videos"] == 4  # one is unreadable
@@ -219,6 +220,7 @@ FILES = {
     "test/b/damaged.mp4": dict(codec="libx264", bf="0", g="1"),  # in the middle
 }
 OWN = {shrink.FAILED, shrink.RECIPE}
+STOPPED = {f"{shrink.FAILED}.partial", shrink.RECIPE}
 
 
 @pytest.fixture(scope="module")
@@ -310,10 +312,10 @@ def test_stopped_shrinking_goes_on_and_nothing_is_ever_half(tree, tmp_path, monk
         process.start()
         process.join(120)
     before = {name: state for name, state in listed(out).items() if not name.startswith(shrink.HIDDEN)}
-    assert process.exitcode == code and {"test/b/raw.h264"} | OWN < before.keys() < listed(tree).keys() | OWN
+    assert process.exitcode == code and {"test/b/raw.h264"} | STOPPED < before.keys() < listed(tree).keys() | STOPPED
     assert (out / shrink.HIDDEN).exists() == (number == signal.SIGKILL)
     assert in_process(shrink, *words)[0] == 1 and not (out / shrink.HIDDEN).exists()
-    assert {name for name, _ in before.items() - listed(out).items()} == OWN
+    assert {name for name, _ in before.items() - listed(out).items()} == STOPPED
     assert all(Video(tree / name).times() == Video(out / name).times() for name in FILES)
 
 

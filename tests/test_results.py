@@ -24,6 +24,8 @@ NAMES = {  # of a row: what it is called, and the paper's linear probe on UCF101
     "dclr": ("DCLR", ""),
     "mcl": ("MCL", ""),
     "fima_fame": ("FIMA + FAME", ""),
+    "i3d": ("I3D, a quarter as wide, untrained", ""),
+    "i3d_fima": ("… FIMA", ""),
 }
 MEASURES = {
     "people": ("linear", "R@1", "kNN", "fight", "shared"),
@@ -42,7 +44,8 @@ def rows(videos: str) -> str:
     table, prefix = "", "" if videos == "motion" else f"{videos}_"
     for row, (name, paper) in NAMES.items():
         if own := [run for run in runs if (run["set"], run["row"]) == (videos, row)]:
-            command = f"`{own[-1]['command']}`".replace("`none`", "")
+            command = own[-1]["command"].removeprefix("none").strip()
+            command = f"`{command}`" if command else ""
             seeds = ", ".join(str(run["seed"]) for run in own)
             cells = [spread([run[measure] for run in own]) for measure in MEASURES.get(videos, ("linear", "R@1"))]
             if videos not in MEASURES:
