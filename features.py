@@ -237,9 +237,8 @@ def all_videos(config: FeaturesConfig) -> tuple[data.VideoList, np.ndarray]:
     if config.test_list or not config.list_file:
         with contextlib.suppress(*[FileNotFoundError] * (not config.test_list)):
             test = find.find_videos(config.dataset, config.data, False, config.split, config.test_list)
-            parts += [test] * bool(
-                config.test_list or not {*test.paths} & {*parts[0].paths}
-            )  # else one list is for both
+            if config.test_list or not {*test.paths} & {*parts[0].paths}:  # else one list is for both
+                parts.append(test)
     classes = list(dict.fromkeys(name for part in parts for name in part.classes))
     labels = [classes.index(part.classes[i]) if i >= 0 else -1 for part in parts for i in part.labels]
     paths, report = [path for part in parts for path in part.paths], "\n".join(part.report for part in parts)

@@ -138,9 +138,10 @@ def class_name(videos: data.VideoList, index: int) -> str:
 def verdict(queries: data.VideoList, i: int, gallery: data.VideoList, j: int) -> str:
     """Whether neighbour j is of the class of query i, "✓ " or "✗ ", by name, as each list has its own numbers; "" where
     the query's is unknown."""
-    known = gallery.labels[j] >= 0
-    hit = known and gallery.classes[gallery.labels[j]] == queries.classes[queries.labels[i]]
-    return "" if queries.labels[i] < 0 else "✓ " if hit else "✗ "
+    if queries.labels[i] < 0:
+        return ""
+    same = gallery.labels[j] >= 0 and gallery.classes[gallery.labels[j]] == queries.classes[queries.labels[i]]
+    return "✓ " if same else "✗ "
 
 
 def views_of(model: Model, videos: data.VideoList, parts: int, **more) -> data.PretrainingViews:
@@ -509,20 +510,9 @@ def draw_curves(config: FigureConfig, inputs: list[str]) -> plt.Figure:
 
 SECTIONS = ("curves", "retrieval", "activations", "masks", "attention", "sample")  # figures of a report
 # Options without which results do not compare, and those of an encoder, for which runs may be compared.
-SAME = (
-    "dataset",
-    "data",
-    "split",
-    "list_file",
-    "test_list",
-    "exclude",
-    "fraction",
-    "clips",
-    "k",
-    "temperature",
-    "cost",
-)
-SAME += ("epochs", "batch_size", "accumulate", "lr", "weight_decay", "dropout", "min_scale", "jitter_p", "gray_p")
+SAME = ("dataset", "data", "split", "list_file", "test_list", "exclude", "fraction", "clips")
+SAME += ("k", "temperature", "cost", "epochs", "batch_size", "accumulate", "lr")
+SAME += ("weight_decay", "dropout", "min_scale", "jitter_p", "gray_p")
 ENCODER = ("encoder", "width", "frames", "frame_stride", "crop")
 HEAD = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><style>

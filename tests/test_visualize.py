@@ -114,6 +114,7 @@ def test_a_hit_is_told_by_the_name_of_the_class_whatever_its_number_in_a_list():
     gallery = data.VideoList(["d", "e", "f"], [0, 1, -1], ["jump", "walk"], "")
     found = [[visualize.verdict(queries, i, gallery, j) for j in range(3)] for i in range(3)]
     assert found == [["✗ "] * 3, ["✓ ", "✗ ", "✗ "], [""] * 3]
+    assert visualize.verdict(data.VideoList(["a"], [-1], [], ""), 0, gallery, 0) == ""  # of --video
 
 
 def test_views_are_drawn_as_in_the_checkpoints_training(videos):
