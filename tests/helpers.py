@@ -227,9 +227,9 @@ def with_equal_features(model):
     """The model with heads by which every feature is the same, as are the keys in its queues."""
     for head in (model.head, model.key_head):
         torch.nn.init.zeros_(head.net[2].weight)  # every feature is the bias
-        torch.nn.init.constant_(head.net[2].bias, 1.0)
+        head.net[2].bias.data = (-1.0) ** torch.arange(128)  # whose channels differ
     for queue in model.queues.values():
-        queue.keys = torch.full_like(queue.keys, 128**-0.5)
+        queue.keys = ((-1.0) ** torch.arange(queue.keys.shape[1]) * 128**-0.5).expand_as(queue.keys).clone()
     return model
 
 
