@@ -284,13 +284,11 @@ def check_out(config: RetrieveConfig) -> None:
         claim_folder(out.parent, config.resume)
     check_replaceable(out, b'{\n "protocol"')
     if not isinstance(config, ClassifyConfig) and out.exists() and out.stat().st_size:
-        held, mine = read_json(out).get("config", {}), dataclasses.asdict(config)
-        paths = {
-            name
-            for name in ("checkpoint", "data")
-            if os.path.realpath(held.get(name, "")) == os.path.realpath(mine[name])
-        }
-        other = [name for name in mine.keys() & held.keys() - FREE - paths if held[name] != mine[name]]
+        held, mine = (
+            options | {name: os.path.realpath(options[name]) for name in ("checkpoint", "data") if options.get(name)}
+            for options in (read_json(out).get("config", {}), dataclasses.asdict(config))
+        )
+        other = [name for name in mine.keys() & held.keys() - FREE if held[name] != mine[name]]
         if other:
             options = " ".join(f"--{name} {held[name] or 'none'}" for name in sorted(other))
             raise UserError(f"{out} holds the result of {options}: name another --out")

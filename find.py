@@ -13,7 +13,7 @@ import os
 import re
 import shlex
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -335,11 +335,16 @@ def _read_tree(
     return kept, classes, held, outside, kinetics or bool(divided)
 
 
-def _place(root: str, name: str) -> str:
-    """Path below `root` of a file that a list names from there or whole, be it by the folder to which `root` links."""
-    path, above = os.path.normpath(os.path.join(root, name)), os.path.join(root, "")
-    real = os.path.join(os.path.realpath(root), "")
-    return path if path.startswith(above) or not path.startswith(real) else above + path.removeprefix(real)
+def _placer(root: str) -> Callable[[str], str]:
+    """A function: the name of a file in a list, from `root` or whole, → its path, below `root` where the list names it
+    by the folder to which `root` links."""
+    above, real = os.path.join(root, ""), os.path.join(os.path.realpath(root), "")
+
+    def place(name: str) -> str:
+        path = os.path.normpath(os.path.join(root, name))
+        return path if path.startswith(above) or not path.startswith(real) else above + path.removeprefix(real)
+
+    return place
 
 
 def _read_list(root: str, list_file: str | Path) -> tuple[list[tuple[str | None, str, int]], list[str], str]:
@@ -354,6 +359,8 @@ def _read_list(root: str, list_file: str | Path) -> tuple[list[tuple[str | None,
     if file is None:
         raise FileNotFoundError(f"{os.path.abspath(list_file)}: no such list file, and none by that name in {root}")
 
+    place = _placer(root)
+
     @functools.cache
     def videos_in(folder: str) -> dict[str, list[str]]:
         """Paths of a folder's videos by their names, and by these up to the suffix's dot."""
@@ -365,7 +372,7 @@ def _read_list(root: str, list_file: str | Path) -> tuple[list[tuple[str | None,
         return found
 
     def paths_of(name: str) -> list[str]:
-        paths = [_place(root, n) for n in {name: 0, name.replace("\\", "/"): 0}]
+        paths = [place(n) for n in {name: 0, name.replace("\\", "/"): 0}]
         files = [found for folder, last in map(os.path.split, paths) if (found := videos_in(folder).get(last))]
         folders = (folder for path in paths for folder in (path, os.path.splitext(path)[0]))
         return files[0] if files else [folder for folder in folders if frames_of(folder)][:1]
@@ -433,7 +440,7 @@ def _read_labels(file: str, rows: list[tuple[str, str]], columns: int) -> tuple[
 
 def _read_bad(root: str, files: str | Path) -> set[str]:
     """Paths named by a list of `check`, by a run's bad_videos.log, or by a file of bare paths, one a line."""
-    paths = set()
+    paths, place = set(), _placer(root)
     for file in [files] if os.path.exists(files) else str(files).split(","):
         for number, line in enumerate(_read_text(file).split("\n"), 1):
             fields = line.split("\t")
@@ -443,7 +450,7 @@ def _read_bad(root: str, files: str | Path) -> set[str]:
             except (SyntaxError, TypeError, ValueError):
                 raise ValueError(f"{file}, line {number}: no path in quotes, {quoted[0]}") from None
             if name:
-                paths.add(_place(root, name))
+                paths.add(place(name))
     return paths
 
 

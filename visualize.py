@@ -145,12 +145,12 @@ def verdict(queries: data.VideoList, i: int, gallery: data.VideoList, j: int) ->
 
 
 def views_of(model: Model, videos: data.VideoList, parts: int, **more) -> data.PretrainingViews:
-    """Views of so many sub-clips, by the options of the checkpoint's training where it has such."""
-    options, path = model.config, model.config.checkpoint
-    trained = saved_options(path, load_checkpoint(path, foreign=True), PretrainConfig) if path else {}
-    color = {name: trained[name] for name in ("jitter_p", "gray_p", "blur_p") if name in trained}
-    more |= {name: trained[name] for name in ("min_scale",) if name in trained}
-    return data.PretrainingViews(videos, options.crop, options.frames, options.frame_stride, parts, color=color, **more)
+    """Views of so many sub-clips, drawn and coloured as in the checkpoint's training, or by default."""
+    config, path = model.config, model.config.checkpoint
+    trained = PretrainConfig(**saved_options(path, load_checkpoint(path, foreign=True), PretrainConfig) if path else {})
+    color = dict(jitter_p=trained.jitter_p, gray_p=trained.gray_p, blur_p=trained.blur_p)
+    more |= dict(min_scale=trained.min_scale, color=color)
+    return data.PretrainingViews(videos, config.crop, config.frames, config.frame_stride, parts, **more)
 
 
 def middle_clips(paths: list[str], config: FigureConfig) -> Tensor:

@@ -155,9 +155,8 @@ def oracle(model, views):
 
 @pytest.mark.parametrize("epoch", [1.0, 2.0, 4.0, 4.25])  # before and after the delay, at a refresh and soon after it
 def test_losses_and_the_pool_equal_the_plain_loop_oracle(epoch):
-    model = build(
-        losses="vv,vs,vd,sd,ac", temperature=0.02, momentum=0.25, retrieved=2
-    )  # so low that it matters which ones are retrieved
+    low = 0.02  # so that it matters which ones are retrieved
+    model = build(losses="vv,vs,vd,sd,ac", temperature=low, momentum=0.25, retrieved=2)
     views = make_views(crop=32, sub_clips=0) | {"epoch": epoch}
     model.queues["d"].keys = torch.cat([units(k, 12, 128).float() for k in range(3)], 1)
     model.eval().training = True  # the pool is written; batch norm rests

@@ -170,7 +170,7 @@ def biased(tmp_path_factory):
 def bias_of(run, monkeypatch, encoder, dataset, root):
     """The percentages by row, as they are printed, and the whole result."""
     monkeypatch.setattr("features.build_encoder", lambda *_: encoder())
-    where = ["--dataset", dataset, "--data", root, "--crop=32", "--clips=1", "--out=bias.json"]
+    where = ["--dataset", dataset, "--data", root, "--crop=32", "--clips=2", "--out=bias.json"]
     (run.path / "bias.json").unlink(missing_ok=True)
     out = run.ok(scene_bias, *FAST, *where, dataset=None, small=False)
     result = numbers(run.path / "bias.json")
@@ -189,7 +189,7 @@ def test_bias_tells_an_encoder_of_colours_from_one_of_motion(run, biased, monkey
     assert {colour[row] for row in ("test", "still", "shuffled")} == {5 * sum(own)} != {100}
     assert {colour[row] for row in ("scene of test", "scene of other", "other, as its scene's motion")} == {95}
     assert colour["other"] == colour["test less shuffled"] == 0 and max(colour["unseen"], colour["noise"]) < 30
-    assert min(motion[row] for row in ("test", "unseen", "other", "noise")) > 35
+    assert min(motion[row] for row in ("test", "unseen", "other", "noise")) > 40
     assert max(motion[row] for row in ("still", "scene of other", "other, as its scene's motion")) < 20
     assert motion["grow or shrink"] == 100 and motion["test less shuffled"] > 15
     assert motion["rise or fall"] == 75 and result["table"]["rise or fall"]["videos"] == 4  # one is unreadable
