@@ -55,6 +55,15 @@ scenes  fima        fima.py
 scenes  adjacent    fima.py --difference adjacent
 scenes  fame        fame.py
 scenes  dclr        dclr.py --delay 12
+scenes  single      evaluate.py finetune --encoder conv4 --crop 32 --min_scale 0.5 --epochs 24 --batch_size 32
+half    supervised  evaluate.py finetune --encoder conv4 --crop 32 --min_scale 0.5 --epochs 24 --batch_size 32
+half    moco        moco.py
+half    moco_vd     moco.py --losses vv,vd
+half    fima        fima.py
+even    supervised  evaluate.py finetune --encoder conv4 --crop 32 --min_scale 0.5 --epochs 24 --batch_size 32
+even    moco        moco.py
+even    moco_vd     moco.py --losses vv,vd
+even    fima        fima.py
 shake   untrained   none
 shake   moco        moco.py
 shake   moco_vd     moco.py --losses vv,vd
@@ -79,7 +88,7 @@ people  i3d_fima    fima.py --momentum 0.99 --decoder_width 128 --encoder i3d --
 people  fra         fima.py --losses vv,fra --momentum 0.99 --decoder_width 128
 people  fame        fame.py --momentum 0.99
 people  dclr        dclr.py --delay 10 --refresh 1
-people  mcl         mcl.py --momentum 0.99
+people  mcl         mcl.py --momentum 0.99 --flow_side 64 --flow_warps 2
 END
 }
 
@@ -89,14 +98,16 @@ videos() { # seed, set; the long videos are for pretraining alone
         shots) python data.py synthetic "datasets/shots_$1" --seed "$1" --test 1500 --shots 4 ;;
         long) python data.py synthetic "datasets/long_$1" --seed "$1" --test 10 --frames 192 ;;
         scenes) python data.py synthetic "datasets/scenes_$1" --seed "$1" --scene_bias 0.95 ;;
+        half) python data.py synthetic "datasets/half_$1" --seed "$1" --scene_bias 0.5 ;;
+        even) python data.py synthetic "datasets/even_$1" --seed "$1" --scene_bias 0.1 ;;
         shake) python data.py synthetic "datasets/shake_$1" --seed "$1" --test 1500 --shake 0.1 ;;
         people) people "$1" ;;
-        single) stills "$1" ;;
+        *_stills) stills "datasets/${2%_stills}_$1" "datasets/$2_$1" ;;
     esac
 }
 
-stills() { # seed; of each video of `motion` the middle frame, twice
-    python - "$1" <<'END'
+stills() { # videos, folder to write; of each video the middle frame, twice
+    python - "$@" <<'END'
 import sys
 from pathlib import Path
 
@@ -105,7 +116,7 @@ import numpy as np
 from synthetic import _write_video
 from video import Video
 
-root, out = (Path(f"datasets/{name}_{sys.argv[1]}") for name in ("motion", "single"))
+root, out = map(Path, sys.argv[1:])
 for part in ("train", "test"):
     names = [path.relative_to(root) for path in sorted(root.glob(f"{part}/*/*.mp4"))]
     for name in names:
@@ -153,8 +164,9 @@ work() { # script and flags; trains and probes by the variables of `run`
         if [ "$1" = evaluate.py ]; then videos="--dataset folder --data datasets/people $strokes"; fi
     fi
     if [ "$row" = single ]; then
-        videos="--dataset folder --data datasets/single_$seed --list_file datasets/single_$seed/train.txt"
-        videos="$videos --test_list datasets/single_$seed/test.txt" probe="$videos --workers 1"
+        local still="datasets/${set}_stills_$seed"
+        videos="--dataset folder --data $still --list_file $still/train.txt --test_list $still/test.txt"
+        if [ "$set" = motion ]; then probe="$videos --workers 1"; fi
     fi
     if [ "$1" = none ]; then
         probe="$probe --encoder conv4 --crop $crop --seed $seed ${*:2}"
@@ -163,7 +175,7 @@ work() { # script and flags; trains and probes by the variables of `run`
         python $1 $videos --seed "$seed" $options --workers 1 --out "$out" --resume auto "${@:2}" || return
         probe="$probe --checkpoint $out/checkpoint.pt"
     fi
-    if [ "$set" = scenes ]; then
+    if [[ $set =~ ^(scenes|half|even)$ ]]; then
         python examples/scene_bias.py $probe --clips 3 --cost 100 --out "$out/bias.json"
         return
     fi
@@ -214,7 +226,7 @@ if [ ! -d datasets/people ] && grep -q " people " <<< "$chosen"; then
 fi
 echo "$chosen" | while read -r seed set row _; do
     echo "$seed $set"
-    if [ "$row" = single ]; then echo "$seed $row"; fi
+    if [ "$row" = single ]; then echo "$seed $set" && echo "$seed ${set}_stills"; fi
     if [ "$set" = long ]; then echo "$seed motion"; fi
 done | sort -u | while read -r seed set; do videos "$seed" "$set" < /dev/null; done
 echo "$chosen" | xargs -P 2 -L 1 bash -c 'run "$@"' run

@@ -30,11 +30,12 @@ COMMANDS = benchmark, data, draw_method, evaluate, shrink, visualize
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config):
-    """The whole suite runs in a process for each core, at most four; what is named on the command line in one."""
+    """The whole suite runs in a process more than there are cores, as some tests wait, and in at most four; what is
+    named on the command line in one."""
     whole = config.args_source == config.ArgsSource.TESTPATHS and not config.option.usepdb
     alone = config.pluginmanager.hasplugin("xdist") and not hasattr(config, "workerinput")  # itself no such process
     if whole and alone and config.option.numprocesses is None:
-        config.option.numprocesses, config.option.dist = min(4, os.cpu_count() or 1), "worksteal"
+        config.option.numprocesses, config.option.dist = min(4, 1 + (os.cpu_count() or 1)), "worksteal"
 
 
 @pytest.fixture(scope="session")
