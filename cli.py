@@ -87,8 +87,10 @@ def command_line(main: Callable[[], None]) -> NoReturn:
     code, message = 0, ""
     with contextlib.redirect_stdout(_Output(sys.stdout)), contextlib.redirect_stderr(_Output(sys.stderr)):
         try:
-            main()
-            sys.stdout.flush()
+            try:
+                main()
+            finally:  # of --help, too, which ends by SystemExit
+                sys.stdout.flush()
         except UserError as error:
             code, message = 2, f"error: {shown(str(error))}"
         except Interrupted as error:

@@ -361,7 +361,8 @@ class StepSampler(Sampler):
         self.steps_per_epoch = self.length // (self.batch_size * self.world_size)
         if self.steps_per_epoch == 0:
             total = f"{self.batch_size} × {self.world_size} processes"
-            raise ValueError(f"{self.length} videos, fewer than one batch of {total}: lower --batch_size")
+            lower = "lower --batch_size or --accumulate"
+            raise ValueError(f"{self.length} videos, fewer than one batch of {total}: {lower}")
 
     def __len__(self) -> int:
         return self.epochs * self.steps_per_epoch - self.start_step

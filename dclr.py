@@ -51,6 +51,8 @@ class DCLRConfig(moco.MoCoConfig):
             raise UserError(f"--losses {self.losses}: sd and ac alone learn nothing; add some of vv, vs, vd")
         if self.batch_size < 2:
             raise UserError("--batch_size 1: the negatives are the other videos of a process's batch, take 2 or more")
+        if self.search != "none" and self.same_view == "on":
+            raise UserError("--same_view on: what is retrieved is of no view, add --search none, as in Table 4")
         if self.search != "none" and self.retrieved > self.queue:
             raise UserError(f"--retrieved {self.retrieved} is more than the --queue of {self.queue} holds")
 
@@ -87,7 +89,7 @@ class DCLR(moco.MoCo):
         if self.training and views["epoch"] % config.refresh == 0 and self.part[0] == 0:
             momentum_update(self.encoder, self.key_encoder, config.momentum)  # f̃ ← f
             momentum_update(self.head, self.key_head, config.momentum)
-            for queue in self.queues.values():  # no f̃ compares with the last one; zeros weigh the least
+            for queue in self.queues.values():  # no f̃ compares with the last one; zeros are never found
                 queue.keys = torch.zeros_like(queue.keys)
         inputs = self.inputs(views)  # v, s, d: Eq. 3, 4
         maps = {x: self.encoder(clips).unflatten(0, (2, -1)) for x, clips in inputs.items()}  # F(v), F(s), F(d)

@@ -15,7 +15,7 @@
     python evaluate.py retrieve --dataset ucf101 --data /data/ucf101 --encoder i3d      # an untrained encoder
     torchrun --nproc_per_node=8 evaluate.py linear --checkpoint runs/fima/checkpoint.pt --batch_size 2
 
-linear, retrieve, knn and svm take such a file of features by --features, and then need neither videos nor GPU.
+linear, retrieve, knn and svm take the file that `features` writes by --features, and then need neither videos nor GPU.
 Results lie beside the checkpoint. Every test video counts: one that cannot be read counts as wrong and is named.
 Processes share the videos batch by batch, so that the same batches are computed whatever their number.
 """
@@ -57,7 +57,7 @@ class RetrieveConfig(EncoderConfig):  # base of every protocol's options; the do
 
     exclude: str = option("", "file of training videos to leave out, as in pretraining; no test video is left out")
     features: str = option("", "linear, retrieve, knn, svm: file of `features`, instead of videos and encoder")
-    out: str = option("", "JSON file to write (default: PROTOCOL_DATASET.json beside the checkpoint)")
+    out: str = option("", "JSON file to write (default: PROTOCOL_DATASET….json beside the checkpoint)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +83,7 @@ class ClassifyConfig(TrainConfig, RetrieveConfig):
     batch_size: int = option(16, "videos of a micro-batch; total batch: times --accumulate and processes", (1, 65_536))
     fraction: float = option(1.0, "share of each class's training videos to train on, at least one", (0, 1))
     min_scale: float = option(0.2, "least share of a frame's area that a random crop covers", (0.01, 1), detail=True)
-    out: str = option("", "run folder (default: PROTOCOL_DATASET beside the checkpoint, or the folder of --resume)")
+    out: str = option("", "run folder (default: PROTOCOL_DATASET… beside the checkpoint, or the folder of --resume)")
 
     FREE = TrainConfig.FREE | {"data", "list_file", "test_list", "exclude", "features", "clips", "test_batch"}
     LR_BATCH = 16
@@ -425,7 +425,7 @@ def cached_features(encoder: nn.Module, config: LinearConfig, process: Process, 
 
 
 def classify(config: ClassifyConfig) -> None:
-    """Trains a classifier by the loop of pretraining, and tests what the last step leaves on all test videos."""
+    """Trains a classifier by the loop of pretraining, and tests it, as the last step leaves it, on all test videos."""
     process, config, encoder, train, test, seen = prepare(config)
     views, frozen = training_views(config, train), isinstance(config, LinearConfig)
     classifier = Classifier(encoder, len(train.classes), frozen, 0 if frozen else config.dropout)

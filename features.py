@@ -42,7 +42,7 @@ class EncoderConfig(Options):
     videos are never taken from there."""
 
     checkpoint: str = option("", "a run's folder or checkpoint, or small, or another project's; none: untrained")
-    dataset: str = option("", "what to evaluate on", ("", *find.DATASETS))
+    dataset: str = option("", "what to evaluate on; as trained, or synthetic", ("", *find.DATASETS))
     data: str = option("", "folder of the data set (default: the checkpoint's, or datasets/DATASET)")
     split: int = option(0, "official split of the data set; 0: as trained, or 1", (0, 99))
     list_file: str = option("", "with --dataset folder: training videos, a file of lines 'path label'")

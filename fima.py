@@ -30,10 +30,10 @@ class FIMAConfig(moco.MoCoConfig):
 
     losses: str = option("vv,pix,fra", "losses to sum, of vv (Eq. 1), vd (Eq. 2), pix (Eq. 8) and fra (Eq. 10)")
     threshold: float = option(0.7, "distance below which pixels are positive, in bin diagonals (Table 3a)", (0.01, 100))
-    centres: str = detail("nominal", "where feature pixels look: bin centres, or by padding", ("nominal", "measured"))
+    centres: str = detail("nominal", "places of feature pixels, bin centres or by padding", ("nominal", "measured"))
     foreground: float = option(0.5, "portion of the pixels that is foreground, beta (Table 3d)", (0.01, 1))
     mask_source: str = detail("both", "maps that show the foreground (Table 3e)", ("rgb", "difference", "both"))
-    mask_position: str = detail("both", "views without background (Table 3f)", ("none", "prediction", "target", "both"))
+    mask_position: str = detail("both", "masked side of L_Pix (Table 3f)", ("none", "prediction", "target", "both"))
     decoder: str = detail("shared", "one for pix and fra, one each, none (Table 8)", ("shared", "separate", "none"))
     decoder_depth: int = detail(2, "blocks of the motion decoder (Table 3b)", (1, 64))
     decoder_width: int = detail(512, "channels of the motion decoder (Tables 3c, 7)", (1, 8192))

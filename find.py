@@ -52,6 +52,7 @@ LAYOUTS = {
 }
 DATASETS = tuple(LAYOUTS)
 LISTS = ("txt", "csv", "json")  # suffixes of files that may be a data set's own lists
+FLOW = re.compile(r"(?i).*flow(?![a-wz])")  # in the name of a folder of optical flow
 OFFICIAL_COUNTS = {  # train and test videos of each split
     "ucf101": [(9537, 3783), (9586, 3734), (9624, 3696)],
     "hmdb51": [(3570, 1530)] * 3,
@@ -83,11 +84,15 @@ def find_videos(
     made if it is not there, and a set of an older version anew.
     """
     splits = len(OFFICIAL_COUNTS.get(dataset, [None]))
-    if dataset not in DATASETS or not 1 <= split <= splits:
-        raise ValueError(f"no data set {dataset!r} with a split {split}; known are {', '.join(DATASETS)}")
+    if dataset not in DATASETS:
+        raise ValueError(f"no data set {dataset!r}; known are {', '.join(DATASETS)}")
+    if not 1 <= split <= splits:
+        raise ValueError(f"{dataset} has no split {split}: --split goes from 1 to {splits}")
     if list_file and dataset != "folder":
         raise ValueError(f"a list file goes with the data set 'folder', not with {dataset!r}")
     root = os.path.abspath(root)
+    if os.path.isfile(root):
+        raise NotADirectoryError(f"{root} is a file: give the folder that holds the videos")
     if dataset == "synthetic":
         marker = Path(root, SYNTHETIC_MARKER)
         recipe = {}
@@ -105,7 +110,7 @@ def find_videos(
     part = "train" if train else "validation" if dataset in ("k400", "ssv2") else "test"
     title = f"{dataset} {part} split {split}" if splits > 1 else f"{dataset} {part}"
     expected = f" of {OFFICIAL_COUNTS[dataset][split - 1][not train]} expected" if dataset in OFFICIAL_COUNTS else ""
-    outside, passed, twice, closed = 0, Counter(), set(), []
+    outside, passed, twice, closed, copied = 0, Counter(), set(), [], []
     # Of each video its path (None: not on disk), its name in a list, and its label (-1: none).
     if list_file:
         rows, classes, note = _read_list(root, list_file)
@@ -120,7 +125,7 @@ def find_videos(
         if unlabeled and apart:
             rows, classes, title = [(path, path, -1) for path in sorted(apart)], [], f"{dataset} {UNLABELED}"
         elif dataset in OFFICIAL_COUNTS or (dataset == "k400" and _named(lists, *K400_TRAIN, *K400_VALIDATION)):
-            rows, classes = _read_official(dataset, root, videos, lists, part, split)
+            rows, classes, copied = _read_official(dataset, root, videos, lists, part, split)
             expected = expected or f" of {len(rows)} listed"  # copies of k400 differ
         else:
             tree = [path for path in videos if path not in apart]
@@ -131,13 +136,18 @@ def find_videos(
     twice -= excluded
     left_out = excluded | twice
     found = [(path, label) for path, _, label in rows if path and path not in left_out]
+    label_of = dict(found)
+    if contrary := next((path for path, label in found if label != label_of[path]), None):
+        raise ValueError(f"{list_file or root}: {contrary} is listed with two labels: a video has one")
     missing = [name for path, name, _ in rows if not path]
     kinds = ", ".join(f"{n} {f'.{suffix}' if suffix else 'without suffix'}" for suffix, n in passed.most_common(5))
     notes = [
         missing and f"{len(missing)} of {len(rows)} listed videos are not on disk: {', '.join(missing[:3])}",
         excluded and f"{sum(row[0] in excluded for row in rows)} of the {len(excluded)} named in {exclude} left out",
+        copied and f"there are copies of {len(copied)}, and one is taken, such as {copied[0]}",
         outside and f"{outside} videos outside of the training and the held-out folder left out",
         twice and f"{len(twice)} that are held-out videos too (links) left out",
+        len(label_of) < len(found) and f"{len(found) - len(label_of)} of these are listed more than once",
         passed and f"{passed.total()} other files passed over ({kinds})",
         closed and f"{len(closed)} folders left out, for want of permission to list them, such as {closed[0]}",
     ]
@@ -235,8 +245,9 @@ def _named(lists: Iterable[str], *ends: str) -> list[str]:
 
 def _read_official(
     dataset: str, root: str, videos: Iterable[str], lists: dict[str, str], part: str, split: int
-) -> tuple[list[tuple[str | None, str, int]], list[str]]:
-    """Path (None: not on disk), name and label of each listed video, and the classes, by the data set's own lists."""
+) -> tuple[list[tuple[str | None, str, int]], list[str], list[str]]:
+    """Path (None: not on disk), name and label of each listed video, and the classes, by the data set's own lists; and
+    the paths taken of videos that are there more than once, if possible none in a folder of optical flow."""
     file = root
 
     def read(*ends: str) -> str:
@@ -286,7 +297,7 @@ def _read_official(
         what = f"no entry {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"{file}: not a list of {dataset} as it is published ({what})") from error
 
-    stems, rows = {}, []
+    stems, rows, copied = {}, [], []
     length = 11 if dataset == "k400" else None  # what follows a YouTube identifier is written in many ways
     for path in videos:
         name = os.path.basename(path) + "." * (not is_video(path))  # of a folder of frames
@@ -294,9 +305,11 @@ def _read_official(
     for name, label in named:
         paths = stems.get(name.casefold(), [None])
         if len(paths) > 1:
+            paths = [p for p in paths if not FLOW.match(os.path.dirname(p[len(root) :]))] or paths
             paths = [p for p in paths if _letters(p.split(os.sep)[-2]) == _letters(classes[label])] or paths
+        copied += paths[:1] if len(paths) > 1 else []
         rows.append((paths[0], name, label))
-    return rows, classes
+    return rows, classes, copied
 
 
 def _read_tree(
@@ -401,11 +414,11 @@ def _read_list(root: str, list_file: str | Path) -> tuple[list[tuple[str | None,
             columns, remark = len(re.split(r"[,;|\t]", line)), f" (line {number} is a header)"
             continue
         rows.append((where, name, rest, *(paths or [None])))
-    labels, classes, more = _read_labels(file, [(where, rest) for where, _, rest, _ in rows], columns)
+    labels, classes, more = _read_labels([(where, rest) for where, _, rest, _ in rows], columns)
     return [(path, name, label) for (_, name, _, path), label in zip(rows, labels, strict=True)], classes, remark + more
 
 
-def _read_labels(file: str, rows: list[tuple[str, str]], columns: int) -> tuple[list[int], list[str], str]:
+def _read_labels(rows: list[tuple[str, str]], columns: int) -> tuple[list[int], list[str], str]:
     """Labels (-1: none) of the lines of a list, of which (where, what follows the name) is given; classes, a remark.
     What a number before the label is is told by all lines together. One on every line is the number of frames, if it is
     never below 2 and once not below a label that is a number (else the two may be start and end), or if names come with
@@ -433,9 +446,8 @@ def _read_labels(file: str, rows: list[tuple[str, str]], columns: int) -> tuple[
     if not all(re.fullmatch(r"-?\d+", label) for label in classes):
         return [classes.index(label) if label else -1 for label in texts], classes, remark
     labels = [max(int(label or -1), -1) for label in texts]
-    if (highest := max(labels, default=-1)) > 1_000_000:
-        raise ValueError(f"{file}: label {highest}; labels count the classes from 0")
-    return labels, [str(i) for i in range(highest + 1)], remark
+    index = {label: i for i, label in enumerate(sorted({*labels} - {-1}))}
+    return [index.get(label, -1) for label in labels], [*map(str, index)], remark
 
 
 def _read_bad(root: str, files: str | Path) -> set[str]:

@@ -216,9 +216,10 @@ def dual_contrast(query: Tensor, key: Tensor, same_view: bool = False, temperatu
 def retrieve(query: Tensor, pool: Tensor, count: int, weights: str = "prior") -> tuple[Tensor, Tensor]:
     """The `count` entries of a pool (L, D) that are most similar to each query (N, D), best first, and their p_i of Eq.
     10, which sum to 1, (N, count) each: in proportion to the similarity, which counts as 1e-6 if it is less, for
-    weights "prior", else equal (Table 6). Raises RuntimeError where the pool is smaller than `count`."""
-    scores, index = similarity(query, pool, 1.0).topk(count)
-    weight = scores.clamp(min=1e-6) if weights == "prior" else torch.ones_like(scores)
+    weights "prior", else equal (Table 6). Entries that are all zeros come last and have no weight; one must not be.
+    Raises RuntimeError where the pool is smaller than `count`."""
+    scores, index = similarity(query, pool, 1.0).masked_fill(~pool.any(1), -math.inf).topk(count)
+    weight = (scores.clamp(min=1e-6) if weights == "prior" else 1) * (scores > -math.inf)
     return index, weight / weight.sum(1, keepdim=True)
 
 

@@ -221,6 +221,8 @@ class MCL(moco.MoCo):
                 score = (self.project(self.head, pretrain.pool(maps.query)) * positive).sum()
                 g = torch.cat(torch.autograd.grad(score, features, create_graph=True), 1)
             response = response_map(torch.cat(features, 1), g, self.config.alignment)  # Eq. 4-6, (2B, T, H, W)
+            if "t" in aligned and response.shape[1] < 2:
+                raise UserError(f"--losses t needs feature maps of several frames: raise --frames {self.config.frames}")
             motion = F.adaptive_avg_pool3d(self.both(views["motion"]), response.shape[1:])  # m^ST
             for name in aligned:
                 losses[name] = motion_alignment(response, motion, name)  # Eq. 7

@@ -1,4 +1,4 @@
-"""MoCo-v2 for video: the baseline of FIMA, and the frame that FIMA is built on.
+"""MoCo-v2 for video: the baseline of FIMA, and the base that FIMA is built on.
 
 L_VV, instance discrimination between two clips of a video (Eq. 1 of FIMA), and with `--losses vv,vd` also L_VD, which
 aligns pooled RGB with pooled frame-difference features (Eq. 2). He et al., CVPR 2020; v2: Chen et al., 2020.

@@ -37,8 +37,11 @@ def claim_folder(path: Path, resume: str = "") -> None:
     none, a line says that nothing keeps a second run away. What a killed run left half-written is deleted.
 
     Raises UserError where another process has the folder, or it holds another run than that of the checkpoint to
-    resume, if any, or logs that are not of a run; or it can't be written.
+    resume, if any, or logs that are not of a run; or it can't be written, or has checkpoints later than that which is
+    to be resumed, which would be replaced.
     """
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path} is a file: name another --out")
     with user_errors((OSError,), path / "lock"):
         path.mkdir(parents=True, exist_ok=True)
         if (name := os.path.realpath(path)) not in _locks:  # to open and close it again would free it
@@ -58,14 +61,19 @@ def claim_folder(path: Path, resume: str = "") -> None:
             file.truncate(0)
             file.write(f"process {os.getpid()} on {platform.node()}\n")
             file.flush()
+    checkpoints = [path / "checkpoint.pt", *sorted(path.glob("epoch_*.pt"))]
     if not resume or Path(resume).parent.resolve() != path.resolve():
-        for saved in (path / "checkpoint.pt", *sorted(path.glob("epoch_*.pt"))):
+        for saved in checkpoints:
             if saved.exists():
                 again = f"continue it with --resume {shlex.quote(str(saved))}, move it away if it is damaged"
                 raise UserError(f"{path} holds a run already: {again}, or name another --out")
         for log in (path / "log.jsonl", path / "bad_videos.log"):
             if log.exists() and not (path / "run.json").exists():
                 raise UserError(f"{log} is of no run, as there is no run.json beside it: name another --out")
+    elif Path(resume).name != "checkpoint.pt":
+        done = epochs_done(resume)
+        if later := [saved for saved in checkpoints if epochs_done(saved, False) > done and epochs_done(saved) > done]:
+            raise UserError(f"{later[-1]} is later than {resume}, and would be replaced: name another --out")
     names = ("run.json", "log.jsonl", "bad_videos.log", "result.json", "result_confusion.png")
     for name in ("checkpoint.pt", "epoch_*.pt", *names):
         written = Path(os.path.realpath(path / name))  # where a link leads to
@@ -206,12 +214,21 @@ def load_checkpoint(path: str | Path, foreign: bool = False, whole: bool = True)
     good = {name: isinstance(state[name], kind) for name, kind in CHECKPOINT.items()}
     good |= {name: type(state[name]) is int and least <= state[name] < 2**63 for name, least in COUNTS.items()}
     tensors = state["model"].items() if good["model"] else ()
-    good["model"] &= all(isinstance(name, str) and isinstance(value, Tensor) for name, value in tensors)
+    good["model"] &= all(isinstance(n, str) and isinstance(v, Tensor) and not v.is_meta for n, v in tensors)
     if wrong := ", ".join(name for name in good if not good[name]):
         raise UserError(f"{path} is damaged, or of other code: no valid {wrong} in it")
     if any(name.endswith(("units.0.conv3d.weight", "layers.12.weight")) for name in state["model"]):
         raise UserError(f"{path} is of an older conv4: only code of then takes it")
     return state
+
+
+def epochs_done(path: str | Path, whole: bool = True) -> float:
+    """How many epochs a checkpoint has behind it; none, if it can't be read (`load_checkpoint`)."""
+    try:
+        state = load_checkpoint(path, whole=whole)
+    except UserError:
+        return 0.0
+    return state["step"] / state["steps_per_epoch"]
 
 
 def saved_options(path: str | Path, state: dict, config_class: type[Options], given: Container[str] = ()) -> dict:
@@ -233,10 +250,11 @@ def unpack(path: str | Path, state: dict) -> dict:
     """What the run of a checkpoint has seen; nothing, if it was written before that was kept."""
     try:
         seen = json.loads(zlib.decompress(state["seen"].numpy())) if "seen" in state else {}
-        if any(len(row) != 4 for name, rows in seen.items() if name != "encoder" for row in rows):
+        rows = [row for name, rows in seen.items() if name != "encoder" for row in rows]
+        if any(len(row) != 4 or type(row[0]) is not str for row in rows):
             raise ValueError
         return seen
-    except (AttributeError, TypeError, ValueError, zlib.error) as error:
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError, zlib.error) as error:
         raise UserError(f"{path} is damaged, or of other code: no valid seen in it") from error
 
 
@@ -278,7 +296,7 @@ def continued(config: Config, process: Process, seen: dict) -> Config:
 
 
 def find_run(config: Config, seen: dict, say: Callable[[str], None]) -> str:
-    """The readable checkpoint of most steps whose method, options (but FREE ones) and seen videos are these; "" for
+    """The readable checkpoint of most epochs whose method, options (but FREE ones) and seen videos are these; "" for
     none. Says which, what speaks against the nearest other one, and which can't be read."""
     method, found, others = method_name(type(config)), [], {}
     beside = getattr(config, "checkpoint", "")

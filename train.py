@@ -127,7 +127,7 @@ class TrainConfig(Options):
     workers: int = option(-1, "loader processes of each process; -1: its share of the CPU cores, at most 8", (-1, 1024))
     seed: int = option(0, "seed of everything random", (0, 2**31 - 1))
     out: str = option("", "run folder (default: runs/METHOD-DATASET-TIME, or the folder of --resume)")
-    resume: str = option("", "checkpoint to continue; auto: the one of most steps with these options and videos")
+    resume: str = option("", "checkpoint to continue; auto: the one of most epochs with these options and videos")
     changed_data: str = detail("off", "resume although the videos, their labels or sizes have changed", SWITCH)
     max_steps: int = detail(0, "stop and save after this step of the schedule; 0: run all of it", (0, 2**31 - 1))
     log_every: int = detail(10, "steps between two lines of log.jsonl", (1, 10**6))
@@ -248,13 +248,15 @@ def load_model(path: str | Path, model: nn.Module, state: dict[str, Tensor]) -> 
 
 def load_optimizer(path: str | Path, optimizer: torch.optim.Optimizer, state: dict) -> None:
     """Loads what an optimiser has kept of each parameter; its groups keep the options of now. Raises UserError where
-    something in it is neither a tensor of the parameter's shape nor a count of steps."""
+    something in it is no tensor or, of SGD and Adam, neither of the parameter's shape nor a count of steps."""
     shapes = dict(enumerate(p.shape for group in optimizer.param_groups for p in group["params"]))
     try:
         kept = state["state"].items()
         values = [(i, value) for i, entry in kept for value in entry.values()]
-        good = all(value.layout == torch.strided and value.shape in ((), shapes[i]) for i, value in values)
-        good &= all(type(i) is int for i, _ in kept) and len({frozenset(entry) for _, entry in kept}) <= 1
+        alike = isinstance(optimizer, torch.optim.SGD | torch.optim.Adam | torch.optim.AdamW)  # not Adafactor
+        good = all(v.layout == torch.strided and (v.shape in ((), shapes[i]) or not alike) for i, v in values)
+        good &= all(type(i) is int for i, _ in kept)
+        good &= not alike or len({frozenset(entry) for _, entry in kept}) <= 1
     except (AttributeError, KeyError, RuntimeError, TypeError):
         good = False
     if not good:
@@ -376,7 +378,7 @@ class Log:
             last, means = self.lines[-1][1], mean(self.lines)
             record = self.folder / "run.json"
             if "overlap" in means and self.run.process.rank == 0 and record.exists():
-                with user_errors((ValueError, TypeError, OSError), record):
+                with contextlib.suppress(TypeError, ValueError), user_errors((OSError,), record):  # damaged meanwhile
                     *starts, this = json.loads(record.read_bytes())
                     write_file(record, json.dumps([*starts, this | {"overlap": means["overlap"]}], indent=1) + "\n")
             text = f"epoch {last['epoch']:g}/{self.run.config.epochs}  {describe(means)}  {means['clips_per_s']:.0f} "

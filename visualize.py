@@ -11,7 +11,8 @@
     python visualize.py report runs/fima                                    # all of a run in one HTML file
     python visualize.py compare runs/moco runs/fima                         # results, options and curves of runs
 
-Before the flags come checkpoints, or run folders with a checkpoint.pt; several are drawn side by side, and none (or
+Before the flags come checkpoints, or run folders with a checkpoint.pt; of `curves`, `activations`, `affinity` and
+`compare` several, and none (or
 `--checkpoint`) is as in evaluate.py. A figure is a PNG, or by the suffix of --out a PDF or SVG, and of some a
 GIF or WebP that plays. It is made for the width of a page (7 inches), in colours that the colour-blind can tell
 apart. `visualize.py FIGURE --help` explains each.
@@ -256,7 +257,8 @@ def show(ax: plt.Axes, picture: Tensor, title="", heat: Tensor | None = None, sp
         play(ax.imshow(maps[0], extent=image.get_extent(), **look), "data", maps)
     if spot is not None:
         ax.plot(*spot, "o", ms=9, mfc="none", mec=ORANGE, mew=2)
-    ax.set_title(title)
+    width = ax.get_position().width * ax.figure.get_figwidth()
+    ax.set_title(textwrap.fill(title, max(int(13 * width), 8)))  # in lines that don't reach into its neighbours'
 
 
 def written(fig: plt.Figure, suffix: str) -> memoryview:
@@ -314,7 +316,7 @@ def draw_boxes(ax: plt.Axes, boxes: Tensor) -> None:
 
 
 def draw_activations(config: FigureConfig, inputs: list[str]) -> plt.Figure:
-    """Class-agnostic activation maps (Fig. 3, 4): where is each encoder active, summed over channels and time?
+    """Class-agnostic activation maps (Fig. 3, 4): where is each encoder active, on average over channels and time?
 
     A row for each video: the middle frame, its difference to the next frame, and the map of each encoder; where it
     plays, that of each feature frame. Look whether the map is bright on what moves, and goes with it, or on the scene.
@@ -368,8 +370,8 @@ def draw_attention(config: FigureConfig, inputs: list[str]) -> plt.Figure:
     """Where in the target the motion decoder looks for a point of the source (Fig. 7).
 
     The attention of the decoder's last block, averaged over its heads, for two pixels of the source view's feature map,
-    circled, the most and the least active one; blue is none, and if it is uniform all is green. Views have no colours.
-    Look whether the yellow lies on what the circle marks, wherever the target has it.
+    circled, the most and the least active one; dark violet is none, and if it is uniform all is green. Views have no
+    colours. Look whether the yellow lies on what the circle marks, wherever the target has it.
     """
     model, decoder = load_decoder(config, inputs)
     options, encoder = model.config, model.encoder
@@ -421,20 +423,14 @@ def draw_retrieval(config: FigureConfig, inputs: list[str]) -> plt.Figure:
     a miss has in common with the query: the way it moves, or the scene.
     """
 
-    def fitted(title: str) -> str:
-        """Of a playing clip, which is as narrow as a frame: in lines that don't reach into its neighbours'."""
-        return textwrap.fill(title.replace("_", " "), 14) if config.moving else title
-
     model = load_models(config, inputs)[0]
     features, queries = video_features(model, draw_videos(model.config, config.count or 4), "queries")
     gallery = draw_videos(model.config, config.gallery, train=True)
     keys, gallery = video_features(model, gallery, "training videos")
     columns = []
     for i, found in enumerate(neighbours_of(features, queries.paths, keys, gallery.paths, config.neighbours)):
-        titles = [fitted(f"query: {class_name(queries, i)}")]
-        for j, cosine in found:
-            title = "{}\n{:.2f}" if config.moving else "{}  {:.2f}"
-            titles.append(title.format(fitted(verdict(queries, i, gallery, j) + class_name(gallery, j)), cosine))
+        titles = [f"query: {class_name(queries, i)}"]
+        titles += [f"{verdict(queries, i, gallery, j)}{class_name(gallery, j)} {cosine:.2f}" for j, cosine in found]
         clips = middle_clips([queries.paths[i], *(gallery.paths[j] for j, _ in found)], model.config) / 255
         columns.append([*zip(titles, clips if config.moving else [strip(clip, 4) for clip in clips], strict=True)])
     rows = [*zip(*columns, strict=False)]  # a query that is in the gallery may have one neighbour fewer
@@ -496,7 +492,7 @@ def draw_curves(config: FigureConfig, inputs: list[str]) -> plt.Figure:
         for name, log, color in zip(runs, logs, itertools.cycle(COLORS), strict=False):
             for part, line, label in ((key, "-", name), (chance, "--", None)):
                 points = np.array([(entry["epoch"], entry[part]) for entry in log if part in entry]).reshape(-1, 2)
-                alone = "o" if len(points) == 1 else None  # a line of one point is none
+                alone = {"-": "o", "--": "_"}[line] if len(points) == 1 else None  # a line of one point is none
                 (curve,) = ax.plot(*points.T, line, color=color, lw=1, ms=3, marker=alone, label=label)
                 if config.moving:
                     play(curve, "data", [points[:n].T for n in np.linspace(1, len(points), 40).astype(int)])

@@ -166,7 +166,8 @@ def draw() -> Figure:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
     parser.add_argument("--out", default="method.png", help="PNG to write (default: %(default)s)")
     out = parser.parse_args().out
     check_replaceable(out, PNG)

@@ -74,8 +74,10 @@ def test_retrieve_takes_the_most_similar_and_weighs_them(seed, count, length):
 
 def test_what_is_degenerate_gives_finite_losses_weights_and_gradients():
     assert losses.dual_contrast(units(0, 2, 1, 5), units(1, 2, 1, 5), False, 0.1) == 0
-    _, weight = losses.retrieve(torch.tensor([[1.0, 0.0]]), torch.tensor([[-1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]), 3)
-    assert weight.tolist() == [pytest.approx([1 / 3] * 3)]
+    pool = torch.tensor([[-1.0, 0.0], [0.0, 0.0], [0.0, 1.0], [0.0, 0.0]])  # of which two are empty
+    for weights in ("prior", "uniform"):
+        index, weight = losses.retrieve(torch.tensor([[1.0, 0.0]]), pool, 3, weights)
+        assert index[0, :2].tolist() == [2, 0] and weight.tolist() == [pytest.approx([0.5, 0.5, 0])]
     constant = torch.full((2, 1, 3, 3), 0.7, requires_grad=True)
     value = losses.activation_alignment(constant, random(0, 2, 1, 3, 3).float())
     assert torch.autograd.grad(value, constant)[0].abs().max() <= 1

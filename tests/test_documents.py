@@ -3,6 +3,7 @@
 import ast
 import graphlib
 import importlib
+import json
 import re
 import runpy
 import shlex
@@ -114,6 +115,18 @@ def test_what_runs_have_written_holds_no_path_of_a_machine_and_no_progress_bar()
     assert notebooks and records and all('"output_type"' in path.read_text() for path in notebooks)
     for path in notebooks + records:
         assert not re.search(r'/(tmp|root|home|work|Users)/|it/s\]|\d%\||"stderr"', path.read_text()), path
+
+
+def test_notebooks_show_the_source_of_now():
+    """What a cell prints by `inspect.getsource` is in a module, but for a last line of its own."""
+    known, cells = {line.rstrip() for source in SOURCES.values() for line in source.split("\n")} | {""}, 0
+    for path in ROOT.glob("notebooks/*.ipynb"):
+        for cell in json.loads(path.read_text())["cells"]:
+            if "getsource(" in "".join(cell["source"]) and cell["cell_type"] == "code":
+                shown = "".join("".join(output.get("text", "")) for output in cell["outputs"]).strip().split("\n")
+                assert {line.rstrip() for line in shown[:-1]} <= known, path
+                cells += 1
+    assert cells > 5
 
 
 def test_every_promise_names_a_test():

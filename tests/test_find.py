@@ -129,6 +129,12 @@ def test_diving48(tmp_path):
     assert (train.labels, test.labels) == ([34, 0], [47])
     assert len(train.classes) == 48 and train.classes[34] == "Forward 25som NoTwis PIKE"
     assert train.report == "diving48 train: 2 videos of 15027 expected, 48 classes"
+    touch(tmp_path / "flow", "other_00002.mp4")  # first by name
+    touch(tmp_path / "small", "_8Vy3dlHg2w_00000.mp4")
+    again = find_videos("diving48", tmp_path, train=True)
+    assert again.paths == train.paths
+    copies = f"; there are copies of 1, and one is taken, such as {tmp_path}/rgb/_8Vy3dlHg2w_00000.mp4"
+    assert again.report == train.report + copies
 
 
 @pytest.mark.parametrize("prefix", ["", "something-something-v2-"])
@@ -271,7 +277,7 @@ def test_list_file_takes_absolute_paths_counts_what_is_missing_and_takes_none_fo
     for root in (tmp_path / "root", "/"):
         videos = find_videos("folder", root, train=True, list_file=tmp_path / "mine.txt")
         assert videos.paths == [*there[:2], there[0]]
-        assert "3 videos, 4 classes; 7 of 10 listed videos are not on disk: gone.mp4" in videos.report
+        assert "3 videos, 3 classes; 7 of 10 listed videos are not on disk: gone.mp4" in videos.report
 
 
 def test_lists_name_videos_as_well_by_the_folder_to_which_a_link_leads(tmp_path):
@@ -358,6 +364,20 @@ def test_a_set_of_an_older_version_is_made_anew_with_its_own_options(tmp_path, m
             find_videos("synthetic", tmp_path, train=True)
 
 
+def test_labels_of_a_list_are_the_numbers_that_occur(tmp_path):
+    touch(tmp_path, "a.mp4", "b.mp4", "c.mp4")
+
+    def listed(text):
+        (tmp_path / "list.txt").write_text(text)
+        return find_videos("folder", tmp_path, train=True, list_file="list.txt")
+
+    videos = listed("a.mp4 399\nb.mp4 5\nc.mp4 17")
+    assert (videos.classes, videos.labels) == (["5", "17", "399"], [2, 0, 1])
+    assert "; 1 of these are listed more than once" in listed("a.mp4 5\na.mp4 5\nb.mp4 1").report
+    with pytest.raises(ValueError, match=r"a\.mp4 is listed with two labels"):
+        listed("a.mp4 5\nb.mp4 5\na.mp4 7")
+
+
 REFUSED = {  # the content of a list, and what is said
     "a.mp4 jump 0 31\nb.mp4 run 5 36": TIMES,
     "a.mp4 0.5 3.25 jump\nb.mp4 1.0 2.0 run": TIMES,
@@ -369,10 +389,10 @@ REFUSED = {  # the content of a list, and what is said
     "..\\a.mp4 1": "line 1: .* is not in",
     "a.mp4 1\nb/../../root2/a.mp4 1": "line 2: .* is not in .*--data",
     "x 1": "line 1: 'x' may be x.avi or x.mp4: write its suffix",
-    "a.mp4 999999999999": ": label 999999999999; labels count the classes from 0",
     "a.mp4 1 " * 100_000: "line 1: 800000 characters",
 }
 WRONG = [  # arguments, the content of the lists, and what is said
+    (["hmdb51", True, 4], "", "hmdb51 has no split 4: --split goes from 1 to 3"),
     (["ucf101", True, 2], "", r"no list trainlist02\.txt"),
     (["ucf101", True], "Hammering/v_gone.avi 3", "1 of 1 listed videos are not on disk"),
     (["k400", True], "path label\na.mp4 3", r"train\.csv: not a list of k400 .*no entry 'youtube_id'"),

@@ -156,6 +156,13 @@ def test_an_evaluation_that_nobody_reads_writes_its_result(streams, videos, tmp_
     assert json.loads((tmp_path / "k.json").read_text())["result"]["test_videos"] == 10
 
 
+@pytest.mark.slow
+def test_help_that_nobody_reads_ends_without_a_word():
+    command = f"set -o pipefail; {shlex.quote(sys.executable)} {ROOT / 'moco.py'} --help | true"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def start_two(*folders, flags, every_6th=""):
     """Two processes of a run, in one folder or two, in epochs of 4 steps; something may befall the second."""
     port, started = free_port(), []

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from concurrent.futures import ProcessPoolExecutor
 from random import Random
 from unittest.mock import MagicMock, Mock
@@ -111,6 +112,25 @@ def test_a_run_is_not_overwritten_and_those_that_start_together_have_folders_of_
     assert [runs.unused_folder(name) for _ in range(3)] == [name, f"{name}-2", f"{name}-3"]
     touch(tmp_path, "run/checkpoint.pt", "other/checkpoint.pt")
     refused(r"--resume \S+run/checkpoint\.pt", runs.claim_folder, tmp_path / "run", f"{tmp_path}/other/checkpoint.pt")
+
+
+def test_no_later_checkpoint_is_replaced(tmp_path):
+    for epoch in (1, 2, 3):
+        save(tmp_path / f"epoch_000{epoch}.pt", 4 * epoch)
+    save(tmp_path / "checkpoint.pt", 8)
+    runs.claim_folder(tmp_path, str(tmp_path / "checkpoint.pt"))  # of one that was killed between the two
+    runs.claim_folder(tmp_path, str(tmp_path / "epoch_0003.pt"))
+    refused("epoch_0003.pt is later than .*name another", runs.claim_folder, tmp_path, str(tmp_path / "epoch_0001.pt"))
+    damaged = bytearray((tmp_path / "epoch_0003.pt").read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    (tmp_path / "epoch_0003.pt").write_bytes(damaged)
+    runs.claim_folder(tmp_path, str(tmp_path / "epoch_0002.pt"))
+    refused("epoch_0002.pt is later than", runs.claim_folder, tmp_path, str(tmp_path / "epoch_0001.pt"))
+
+
+def test_a_file_is_no_run_folder(tmp_path):
+    (tmp_path / "mine").write_text("years of work")
+    refused("mine is a file: name another --out", runs.claim_folder, tmp_path / "mine")
 
 
 COMMANDS = {  # what commands write, by its name
@@ -316,6 +336,17 @@ def test_checkpoints_that_do_not_fit_are_refused_in_one_line(tmp_path, monkeypat
     refused("1 tensors differ, as bias", train.load_model, "it", method, {"weight": torch.ones(1, 3)})
     kept = {"state": {0: {"momentum_buffer": torch.ones(5)}}}
     refused("no valid optimizer", train.load_optimizer, "it", train.sgd(method, train.TrainConfig()), kept)
+    for rows in ([[["a"], 0, "c", 1]], [["a", 0, "c"]]):
+        refused("no valid seen", runs.unpack, "it", {"seen": runs.pack({"videos": rows})})
+    deep = torch.frombuffer(bytearray(zlib.compress(b"[" * 200_000)), dtype=torch.uint8)
+    refused("no valid seen", runs.unpack, "it", {"seen": deep})
+    refused("no valid model", resumed, model={name: v.to("meta") for name, v in state["model"].items()})
+    resumed()
+    optimizer, other = (torch.optim.Adafactor(method.parameters()) for _ in range(2))
+    method({"x": torch.ones(2, 3)})["x"].backward()
+    optimizer.step()  # keeps sums of rows and columns
+    train.load_optimizer("it", other, optimizer.state_dict())
+    assert same(other.state_dict(), optimizer.state_dict())
     path.write_bytes(path.read_bytes()[:1000])
     refused("is damaged", runs.load_checkpoint, path)
     refused("no checkpoint at", runs.load_checkpoint, tmp_path)
