@@ -223,6 +223,9 @@ def draw_rows(rows: list[list[tuple]]) -> plt.Figure:
     fig, axes = grid(len(rows), len(rows[0]), 1.5, layout="compressed")
     for ax, (title, picture, *more) in zip(axes.flat, itertools.chain(*rows), strict=True):
         show(ax, picture, title, *more)
+        ax.set_title(textwrap.fill(ax.get_title(), int(13 * fig.get_figwidth() / len(rows[0]))))  # no wider than it
+    lines = sum(max(ax.get_title().count("\n") + 1 for ax in row) for row in axes)
+    fig.set_figheight(fig.get_figheight() + 0.15 * lines)
     if maps := [image for ax in axes.flat for image in ax.images[1:]]:
         plt.setp(maps, clim=(0, max(image.norm.vmax for image in maps)))
         fig.colorbar(maps[0], ax=axes, label="× mean of the map", shrink=0.5)
@@ -257,8 +260,7 @@ def show(ax: plt.Axes, picture: Tensor, title="", heat: Tensor | None = None, sp
         play(ax.imshow(maps[0], extent=image.get_extent(), **look), "data", maps)
     if spot is not None:
         ax.plot(*spot, "o", ms=9, mfc="none", mec=ORANGE, mew=2)
-    width = ax.get_position().width * ax.figure.get_figwidth()
-    ax.set_title(textwrap.fill(title, max(int(13 * width), 8)))  # in lines that don't reach into its neighbours'
+    ax.set_title(title)
 
 
 def written(fig: plt.Figure, suffix: str) -> memoryview:

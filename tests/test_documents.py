@@ -119,12 +119,12 @@ def test_what_runs_have_written_holds_no_path_of_a_machine_and_no_progress_bar()
 
 def test_notebooks_show_the_source_of_now():
     """What a cell prints by `inspect.getsource` is in a module, but for a last line of its own."""
-    known, cells = {line.rstrip() for source in SOURCES.values() for line in source.split("\n")} | {""}, 0
+    known, cells = {line.strip() for source in SOURCES.values() for line in source.split("\n")} | {""}, 0
     for path in ROOT.glob("notebooks/*.ipynb"):
         for cell in json.loads(path.read_text())["cells"]:
             if "getsource(" in "".join(cell["source"]) and cell["cell_type"] == "code":
                 shown = "".join("".join(output.get("text", "")) for output in cell["outputs"]).strip().split("\n")
-                assert {line.rstrip() for line in shown[:-1]} <= known, path
+                assert {line.strip() for line in shown[:-1]} <= known, path
                 cells += 1
     assert cells > 5
 

@@ -385,6 +385,7 @@ REFUSED = [
     (dclr, ["--losses=sd,ac"], ["--losses sd,ac", "vv, vs, vd"]),
     (dclr, ["--batch_size=1"], ["--batch_size 1", "2 or more"]),
     (dclr, ["--retrieved=9", "--queue=8"], ["--retrieved 9", "--queue"]),
+    (dclr, ["--same_view"], ["--same_view on", "--search none"]),
     (mcl, ["--losses=t,s"], ["--losses t,s", "vv"]),
     (mcl, ["--compile=on"], ["--compile on", "MCL"]),
     (mcl, ["maps", "--maps=/dev/null", "--dataset=synthetic"], ["/dev/null"]),

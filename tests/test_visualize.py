@@ -335,6 +335,23 @@ def test_curves_play_from_the_first_point_to_the_last_and_are_named_by_it(tmp_pa
             assert played[:1] == [[values[:1] for values in points]] * bool(frames)
 
 
+def test_a_curve_of_one_line_has_another_mark_for_chance(tmp_path):
+    line = {"step": 1, "epoch": 1, "loss/vv": 5, "chance/vv": 5.5}
+    (tmp_path / "log.jsonl").write_text(json.dumps(line) + "\n")
+    (ax,) = visualize.draw_curves(visualize.FigureConfig(), [str(tmp_path)]).axes
+    assert [curve.get_marker() for curve in ax.lines] == ["o", "_"]
+
+
+@pytest.mark.parametrize("name", ["✓ HandstandPushups 0.97", "query: pretending_to_put_something_into_something " * 2])
+def test_titles_do_not_reach_into_their_neighbours(name):
+    with visualize.plt.rc_context(visualize.STYLE):
+        fig = visualize.draw_rows([[(name, torch.rand(3, 8, 8))] * 4] * 2)
+        fig.draw_without_rendering()
+    boxes = [ax.title.get_window_extent() for ax in fig.axes[:4]]
+    assert boxes[0].x0 >= 0 and boxes[-1].x1 <= fig.bbox.width
+    assert all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes))
+
+
 def test_masks_are_named_by_their_share_of_the_frame_differences(runs, videos, monkeypatch):
     """Masks of the left half of the frame."""
     half = torch.tensor([1.0, 1, 0, 0]).expand(3, 2, 4, 4)
