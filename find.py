@@ -137,8 +137,9 @@ def find_videos(
     left_out = excluded | twice
     found = [(path, label) for path, _, label in rows if path and path not in left_out]
     label_of = dict(found)
-    if contrary := next((path for path, label in found if label != label_of[path]), None):
-        raise ValueError(f"{list_file or root}: {contrary} is listed with two labels: a video has one")
+    contrary = [path for path, label in found if label != label_of[path]]
+    if list_file and contrary:
+        raise ValueError(f"{list_file}: {contrary[0]} is listed with two labels: a video has one")
     missing = [name for path, name, _ in rows if not path]
     kinds = ", ".join(f"{n} {f'.{suffix}' if suffix else 'without suffix'}" for suffix, n in passed.most_common(5))
     notes = [

@@ -219,7 +219,8 @@ def retrieve(query: Tensor, pool: Tensor, count: int, weights: str = "prior") ->
     weights "prior", else equal (Table 6). Entries that are all zeros come last and have no weight; one must not be.
     Raises RuntimeError where the pool is smaller than `count`."""
     scores, index = similarity(query, pool, 1.0).masked_fill(~pool.any(1), -math.inf).topk(count)
-    weight = (scores.clamp(min=1e-6) if weights == "prior" else 1) * (scores > -math.inf)
+    weight = scores.clamp(min=1e-6) if weights == "prior" else torch.ones_like(scores)
+    weight = weight.masked_fill(scores == -math.inf, 0)
     return index, weight / weight.sum(1, keepdim=True)
 
 

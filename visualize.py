@@ -11,11 +11,10 @@
     python visualize.py report runs/fima                                    # all of a run in one HTML file
     python visualize.py compare runs/moco runs/fima                         # results, options and curves of runs
 
-Before the flags come checkpoints, or run folders with a checkpoint.pt; of `curves`, `activations`, `affinity` and
-`compare` several, and none (or
-`--checkpoint`) is as in evaluate.py. A figure is a PNG, or by the suffix of --out a PDF or SVG, and of some a
-GIF or WebP that plays. It is made for the width of a page (7 inches), in colours that the colour-blind can tell
-apart. `visualize.py FIGURE --help` explains each.
+Before the flags comes a checkpoint, or a run folder with a checkpoint.pt; `curves`, `activations`, `affinity` and
+`compare` take several, and none (or `--checkpoint`) is as in evaluate.py. A figure is a PNG, or by the suffix of --out
+a PDF or SVG, and of some a GIF or WebP that plays. It is made for the width of a page (7 inches), in colours that the
+colour-blind can tell apart. `visualize.py FIGURE --help` explains each.
 """
 
 import base64
