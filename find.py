@@ -136,10 +136,7 @@ def find_videos(
     twice -= excluded
     left_out = excluded | twice
     found = [(path, label) for path, _, label in rows if path and path not in left_out]
-    label_of = dict(found)
-    contrary = [path for path, label in found if label != label_of[path]]
-    if list_file and contrary:
-        raise ValueError(f"{list_file}: {contrary[0]} is listed with two labels: a video has one")
+    again, labelled = len(found) - len(dict(found)), len({*found}) - len(dict(found))
     missing = [name for path, name, _ in rows if not path]
     kinds = ", ".join(f"{n} {f'.{suffix}' if suffix else 'without suffix'}" for suffix, n in passed.most_common(5))
     notes = [
@@ -148,7 +145,7 @@ def find_videos(
         copied and f"there are copies of {len(copied)}, and one is taken, such as {copied[0]}",
         outside and f"{outside} videos outside of the training and the held-out folder left out",
         twice and f"{len(twice)} that are held-out videos too (links) left out",
-        len(label_of) < len(found) and f"{len(found) - len(label_of)} of these are listed more than once",
+        again and f"{again} of these are listed again" + f", {labelled} with another label" * (labelled > 0),
         passed and f"{passed.total()} other files passed over ({kinds})",
         closed and f"{len(closed)} folders left out, for want of permission to list them, such as {closed[0]}",
     ]
