@@ -145,7 +145,7 @@ def find_videos(
         copied and f"there are copies of {len(copied)}, and one is taken, such as {copied[0]}",
         outside and f"{outside} videos outside of the training and the held-out folder left out",
         twice and f"{len(twice)} that are held-out videos too (links) left out",
-        again and f"{again} of these are listed again" + f", {labelled} with another label" * (labelled > 0),
+        again and f"{again} listed again" + f", {labelled} with another label" * (labelled > 0),
         passed and f"{passed.total()} other files passed over ({kinds})",
         closed and f"{len(closed)} folders left out, for want of permission to list them, such as {closed[0]}",
     ]

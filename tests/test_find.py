@@ -373,10 +373,8 @@ def test_labels_of_a_list_are_the_numbers_that_occur(tmp_path):
 
     videos = listed("a.mp4 399\nb.mp4 5\nc.mp4 17")
     assert (videos.classes, videos.labels) == (["5", "17", "399"], [2, 0, 1])
-    assert listed("a.mp4 5\na.mp4 5\nb.mp4 1").report.endswith("; 1 of these are listed again")
-    assert listed("a.mp4 5\nb.mp4 5\na.mp4 7\nb.mp4 5").report.endswith(
-        "; 2 of these are listed again, 1 with another label"
-    )
+    assert listed("a.mp4 5\na.mp4 5\nb.mp4 1").report.endswith("; 1 listed again")
+    assert listed("a.mp4 5\nb.mp4 5\na.mp4 7\nb.mp4 5").report.endswith("; 2 listed again, 1 with another label")
 
 
 REFUSED = {  # the content of a list, and what is said
