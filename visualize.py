@@ -301,7 +301,7 @@ def difference_of(clip: Tensor) -> Tensor:
 
 def with_difference(clip: Tensor, title: str) -> list[tuple]:
     """The first two columns of `draw_rows` on a uint8 clip (3, frames, H, W): the clip, and what moves in it."""
-    return [(title, clip / 255), ("frame difference × 4", difference_of(clip))]
+    return [(title, clip / 255), ("difference × 4", difference_of(clip))]
 
 
 def strip(clip: Tensor, count: int) -> Tensor:
