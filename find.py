@@ -20,7 +20,7 @@ from pathlib import Path
 from data import VideoList, visit_videos
 from synthetic import MOTIONS, SYNTHETIC_MARKER, SYNTHETIC_VERSION, UNLABELED, make_synthetic
 from train import SWITCH, Options, option, user_errors
-from video import Video, frames_of
+from video import FLOW, Video, frames_of
 
 SUFFIXES = (  # of files in CONTAINERS, without those of sounds and single pictures
     *("avi", "divx", "xvid", "mp4", "m4v", "mp4v", "mpeg4", "mov", "qt", "f4v", "3gp", "3gpp", "3g2", "3gp2", "ismv"),
@@ -52,7 +52,6 @@ LAYOUTS = {
 }
 DATASETS = tuple(LAYOUTS)
 LISTS = ("txt", "csv", "json")  # suffixes of files that may be a data set's own lists
-FLOW = re.compile(r"(?i).*flow(?![a-wz])")  # in the name of a folder of optical flow
 OFFICIAL_COUNTS = {  # train and test videos of each split
     "ucf101": [(9537, 3783), (9586, 3734), (9624, 3696)],
     "hmdb51": [(3570, 1530)] * 3,
@@ -303,7 +302,7 @@ def _read_official(
     for name, label in named:
         paths = stems.get(name.casefold(), [None])
         if len(paths) > 1:
-            paths = [p for p in paths if not FLOW.match(os.path.dirname(p[len(root) :]))] or paths
+            paths = [p for p in paths if not re.match(FLOW, os.path.dirname(p[len(root) :]), re.IGNORECASE)] or paths
             paths = [p for p in paths if _letters(p.split(os.sep)[-2]) == _letters(classes[label])] or paths
         copied += paths[:1] if len(paths) > 1 else []
         rows.append((paths[0], name, label))
