@@ -220,9 +220,10 @@ def grid(rows: int, columns: int, cell: float, **options) -> tuple[plt.Figure, n
 def draw_rows(rows: list[list[tuple]]) -> plt.Figure:
     """A figure of rows of (title, picture or clip, …), as `show` takes them; all maps have one scale."""
     fig, axes = grid(len(rows), len(rows[0]), 1.5, layout="compressed")
+    letters = max(int(13 * fig.get_figwidth() / len(rows[0])), 8)  # so that a title is no wider than its picture
     for ax, (title, picture, *more) in zip(axes.flat, itertools.chain(*rows), strict=True):
         show(ax, picture, title, *more)
-        ax.set_title(textwrap.fill(ax.get_title(), int(13 * fig.get_figwidth() / len(rows[0]))))  # no wider than it
+        ax.set_title(textwrap.fill(ax.get_title(), letters))
     lines = sum(max(ax.get_title().count("\n") + 1 for ax in row) for row in axes)
     fig.set_figheight(fig.get_figheight() + 0.15 * lines)
     if maps := [image for ax in axes.flat for image in ax.images[1:]]:

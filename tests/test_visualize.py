@@ -352,6 +352,10 @@ def test_titles_do_not_reach_into_their_neighbours(name):
     assert all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes))
 
 
+def test_a_row_of_very_many_pictures_is_drawn():
+    assert len(visualize.draw_rows([[("name", torch.rand(3, 2, 2))] * 120]).axes) == 120
+
+
 def test_masks_are_named_by_their_share_of_the_frame_differences(runs, videos, monkeypatch):
     """Masks of the left half of the frame."""
     half = torch.tensor([1.0, 1, 0, 0]).expand(3, 2, 4, 4)
