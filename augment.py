@@ -128,9 +128,9 @@ DIFFERENCES = {"adjacent": (1,), "spans": (1, 4, 8)}  # what D compares, in numb
 def frame_difference(clip: Tensor, spans: tuple[int, ...] = (1,)) -> Tensor:
     """D_t = (V_{t+1} − V_t + 1) / 2 (Sec. 3.1): (B, 3, T, H, W) in [0, 1] → the same, 0.5 where nothing moves.
 
-    The scale is that of the authors' code. The last difference stands twice, so that D has as many frames as V. With
-    three `spans`, numbers of frames, each plane of D is the difference of brightness over one of them. Raises
-    ValueError for fewer than two frames.
+    The scale is that of the authors' code. With three `spans`, numbers of frames, each plane of D is the difference of
+    brightness over one of them. The last difference over a span is repeated as often, so that D has as many frames as
+    V. Raises ValueError for fewer than two frames.
     """
     if clip.shape[2] < 2:
         raise ValueError(f"a frame difference needs at least 2 frames, the clip has {clip.shape[2]}")

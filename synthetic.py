@@ -1,4 +1,4 @@
-"""The embedded data set: real video files in which the class is the motion and nothing else.
+"""The embedded data set: real video files in which the class is the motion, which a single frame hardly shows.
 
     python data.py synthetic ROOT --shots 4
 

@@ -182,6 +182,7 @@ work() { # script and flags; trains and probes by the variables of `run`
     if [ "$set" = people ]; then
         local other
         for other in shared fight; do
+            if [[ "$other $1" = shared\ evaluate* ]]; then continue; fi # its test videos were trained on, with labels
             python evaluate.py linear $probe --list_file ${lists}_${other}_train_$seed.txt --cached 10 \
                 --test_list ${lists}_${other}_test_$seed.txt --out "$out/$other" --resume auto || return
         done
