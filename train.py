@@ -248,7 +248,8 @@ def load_model(path: str | Path, model: nn.Module, state: dict[str, Tensor]) -> 
 
 def load_optimizer(path: str | Path, optimizer: torch.optim.Optimizer, state: dict) -> None:
     """Loads what an optimiser has kept of each parameter; its groups keep the options of now. Raises UserError where
-    something in it is no tensor or, of SGD and Adam, neither of the parameter's shape nor a count of steps."""
+    something in it is no tensor or, of SGD and Adam, neither of the parameter's shape nor a count of steps, and where
+    it is of an optimiser of another class."""
     shapes = dict(enumerate(p.shape for group in optimizer.param_groups for p in group["params"]))
     try:
         kept = state["state"].items()
@@ -261,6 +262,8 @@ def load_optimizer(path: str | Path, optimizer: torch.optim.Optimizer, state: di
         good = False
     if not good:
         raise UserError(f"{path} is damaged, or of other code: no valid optimizer in it")
+    if (was := state.get("class", now := type(optimizer).__name__)) != now:
+        raise UserError(f"{path} was trained with {was}, not with {now}: start anew, without --resume")
     optimizer.load_state_dict({"state": state["state"], "param_groups": optimizer.state_dict()["param_groups"]})
 
 
@@ -504,7 +507,8 @@ class Run:
             self.check_agreement()
         if process.rank == 0:
             state = {"method": method_name(type(config)), "config": dataclasses.asdict(config)}
-            state |= {"model": self.method.state_dict(), "optimizer": self.optimizer.state_dict()}
+            kept = self.optimizer.state_dict() | {"class": type(self.optimizer).__name__}
+            state |= {"model": self.method.state_dict(), "optimizer": kept}
             state |= {"step": self.done, "steps_per_epoch": self.steps_per_epoch, "skipped_steps": self.skipped}
             state |= {"bad_videos": self.bad_videos, "world_size": process.world_size} | extra
             epoch, rest = divmod(self.done, self.steps_per_epoch)

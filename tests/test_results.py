@@ -47,7 +47,10 @@ def rows(videos: str) -> str:
             command = own[-1]["command"].removeprefix("none").strip()
             command = f"`{command}`" if command else ""
             seeds = ", ".join(str(run["seed"]) for run in own)
-            cells = [spread([run[measure] for run in own if measure in run]) for measure in MEASURES.get(videos, ("linear", "R@1"))]
+            cells = [
+                spread([run[measure] for run in own if measure in run])
+                for measure in MEASURES.get(videos, ("linear", "R@1"))
+            ]
             if videos not in MEASURES:
                 older = sorted((ROOT / "results" / "motion").glob(f"{prefix}{row}_[0-9].jsonl"))
                 before = [json.loads(log.read_text().splitlines()[0])["linear_top1_percent"] for log in older]

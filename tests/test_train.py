@@ -264,6 +264,15 @@ def test_resuming_with_other_batches_goes_on_at_the_same_part_of_the_schedule_an
     assert state["optimizer"]["param_groups"][0]["weight_decay"] == 0.5
 
 
+def test_a_run_of_another_optimiser_is_not_resumed(tmp_path):
+    fit(Bare(), tmp_path, max_steps=2)
+    for kind, says in ((torch.optim.AdamW, "with SGD, not with AdamW: start anew"), (torch.optim.SGD, "")):
+        method, path = Bare(), str(tmp_path / "checkpoint.pt")
+        method.optimizer = lambda config, method=method, kind=kind: kind(method.parameters(), config.lr)
+        with pytest.raises(train.UserError, match=says) if says else contextlib.nullcontext():
+            fit(method, tmp_path, max_steps=3, resume=path)
+
+
 def test_features_are_projected_and_averaged_in_float32_whatever_they_are_computed_in():
     method, features = tiny_moco(), torch.rand(2, 96, 2, 3, 3, generator=generator(0))
     with torch.autocast("cpu", torch.bfloat16):
