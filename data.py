@@ -253,19 +253,21 @@ class PretrainingViews(Items):
             opened = clock()
             window = np.arange(0, self.frames * self.frame_stride, step)
             frames = np.minimum(starts[:, None] + window, len(video) - 1).tolist()
+            parts = video.stream(itertools.chain(*frames))
+            first = next(parts)  # a decoded frame tells the size as it is shown, the file that of a turned one
+            size = next(iter(first.values())).shape[:2]
             crops = []  # of a clip or sub-clip: its frames, region, flip, where it goes, and where its box goes
-            for images in video.stream(itertools.chain(*frames)):
+            for view, start in enumerate(starts):
+                shown = frames[view][:: self.frame_stride // step]
+                crops.append((shown, *self._draw_crop(rng, *size, start), item["clip"][view], item["box"][view]))
+                colors = [draw_color(rng, **self.color) for _ in range(2 + self.sub_clips)]
+                item["color"][view] = torch.from_numpy(np.stack(colors))
+                for i in range(self.sub_clips):
+                    part = item["sub_clips"][view, i]
+                    shown = frames[view][i * part.shape[1] : (i + 1) * part.shape[1]]
+                    crops.append((shown, *self._draw_crop(rng, *size, start), part, torch.empty(4)))
+            for images in itertools.chain([first], parts):
                 scaling -= clock()
-                for view, start in enumerate(starts) if not crops else ():  # now that the frames' size is known
-                    place = (*next(iter(images.values())).shape[:2], start)
-                    shown = frames[view][:: self.frame_stride // step]
-                    crops.append((shown, *self._draw_crop(rng, *place), item["clip"][view], item["box"][view]))
-                    colors = [draw_color(rng, **self.color) for _ in range(2 + self.sub_clips)]
-                    item["color"][view] = torch.from_numpy(np.stack(colors))
-                    for i in range(self.sub_clips):
-                        part = item["sub_clips"][view, i]
-                        shown = frames[view][i * part.shape[1] : (i + 1) * part.shape[1]]
-                        crops.append((shown, *self._draw_crop(rng, *place), part, torch.empty(4)))
                 for crop in crops:
                     crop_frames(images, *crop)
                 scaling += clock()

@@ -160,8 +160,7 @@ class FIMA(moco.MoCo):
         """l of Eq. 10, projected motion features of the sub-clips, by the key encoder: (2, B, T, D)."""
         clips, color = views["sub_clips"].transpose(0, 1), views["color"].transpose(0, 1)[:, :, 2:]
         shape = clips.shape[:3]  # 2, B, T
-        clips, color = self.deal(clips.flatten(0, 2)), self.deal(color.flatten(0, 2))
-        features = self.deal(pool(self.key_encoder(self.encoder_input(clips, color, difference=True))), back=True)
+        features = pool(self.key_maps(clips.flatten(0, 2), color.flatten(0, 2), difference=True))
         return self.project(self.key_head, features).unflatten(0, shape)
 
     def frame_loss(self, y_cls: Tensor, local: Tensor) -> tuple[Tensor, Tensor]:

@@ -90,26 +90,27 @@ class MoCo(Method):
 
     def encode(self, views: dict[str, Tensor], motion: bool = False) -> FeatureMaps:
         """Clips → feature maps, with `motion` those of frame differences too; the key encoder follows first."""
-        shown = self.merge(views["clip"]) if self.merge else views["clip"]
-        clips = self.both(shown)  # (2B, 3, frames, crop, crop), uint8
+        clips = self.both(views["clip"])  # (2B, 3, frames, crop, crop), uint8
+        shown = self.both(self.merge(views["clip"])) if self.merge else clips
         color = self.both(views["color"])  # (2B, 2 + sub-clips, parameters)
         if self.training and self.part[0] == 0:
             momentum_update(self.encoder, self.key_encoder, self.config.momentum)
             momentum_update(self.head, self.key_head, self.config.momentum)
-        rgb, dealt, dealt_color = self.encoder_input(clips, color[:, 0]), self.deal(clips), self.deal(color)
+        rgb = self.encoder_input(shown, color[:, 0])
         with torch.no_grad():  # before the query pass, whose graph takes memory
-            key = self.key_encoder(rgb if dealt is clips else self.encoder_input(dealt, dealt_color[:, 0]))
-            key, difference = self.deal(key, back=True), None
-            if motion:
-                dealt = dealt if shown is views["clip"] else self.deal(self.both(views["clip"]))
-                difference = self.key_encoder(self.encoder_input(dealt, dealt_color[:, 1], difference=True))
-                difference = self.deal(difference, back=True)
+            key = self.key_maps(shown, color[:, 0], made=rgb)
+            difference = self.key_maps(clips, color[:, 1], difference=True) if motion else None
         halves = (None if x is None else x.unflatten(0, (2, -1)) for x in (self.encoder(rgb), key, difference))
         return FeatureMaps(*halves)
 
-    def deal(self, rows: Tensor, back: bool = False) -> Tensor:
-        """With --bn shuffle and several processes, `models.deal`: keys' batch norm sees other clips than queries'."""
-        return deal(rows, back) if self.config.bn == "shuffle" else rows
+    def key_maps(self, clips: Tensor, color: Tensor, made: Tensor | None = None, difference: bool = False) -> Tensor:
+        """The key encoder's maps of clips, whose input may be `made` already. With --bn shuffle and several processes,
+        they are dealt out and back (`models.deal`), so that its batch norm sees other clips than the query's."""
+        shuffle = deal if self.config.bn == "shuffle" else lambda rows, back=False: rows
+        dealt = shuffle(clips)
+        if made is None or dealt is not clips:
+            made = self.encoder_input(dealt, shuffle(color), difference=difference)
+        return shuffle(self.key_encoder(made), back=True)
 
     def instance_losses(self, maps: FeatureMaps) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """L_VV (Eq. 1) and L_VD (Eq. 2), as far as asked for, in both directions, and their keys (2B, D)."""

@@ -244,8 +244,8 @@ def test_keys_are_made_before_the_query_pass_of_clips_dealt_out_with_their_colou
     model.encoder.register_forward_hook(lambda *_: log.append("query"))
     for name, value in model(views).items():  # batch norm rests: it makes no difference who is in a batch
         torch.testing.assert_close(value, expected[name])
-    clips = [(6, False), (6, False), "key", (6, True), "key", (6, True), "query"]  # RGB and its colours; difference
-    assert log == [*clips, (12, False), (12, False), "key", (12, True)]  # then sub-clips
+    clips, sub_clips = ([(n, False), (n, False), "key", (n, True)] for n in (6, 12))  # with their colours
+    assert log == [*clips, *clips, "query", *sub_clips]  # RGB, difference
 
 
 def step(name, process=ALONE, part=slice(None), times=1, **options):
