@@ -38,7 +38,7 @@ class _Output:
     a progress bar shows is a line of its own where there is no terminal, and nothing with --quiet."""
 
     def __init__(self, stream: TextIO):
-        self.stream = stream
+        self.stream, self.bar = stream, ""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
@@ -46,7 +46,8 @@ class _Output:
     def write(self, text: str) -> int:
         quiet, bar = "--quiet" in sys.argv, text.strip("\r ")  # tqdm returns to the line's begin, and may blank it
         if text.startswith("\r") and (quiet or not self.stream.isatty()):
-            text = f"{bar}\n" * bool(bar and not quiet)
+            text = f"{bar}\n" * (bar not in ("", self.bar) and not quiet)  # its end is told twice
+            self.bar = bar or self.bar
         self.attempt(self.stream.write, shown(text, "\n\r\t"))
         return len(text)
 
@@ -221,14 +222,14 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (flags come last; --help-all lists them)")
 
 
-def make_parser(config_class: type[Options], doc: str, whole: bool) -> _Parser:
-    """The parser of a config's flags. Of more than 30, its help leaves out those of `train.detail`, and the limits of
-    all, if not `whole`."""
+def make_parser(config_class: type[Options], doc: str, whole: bool, words: str = "") -> _Parser:
+    """The parser of a config's flags, before which come `words`. Of more than 30, its help leaves out those of
+    `train.detail`, and the limits of all, if not `whole`."""
     fields, columns = dataclasses.fields(config_class), shutil.get_terminal_size((120, 0)).columns
     hidden = [field for field in fields if field.metadata["detail"] and not whole and len(fields) > 30]
     style = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=28, width=min(columns, 120))
     options = dict(formatter_class=style, argument_default=argparse.SUPPRESS, add_help=False, allow_abbrev=False)
-    parser = _Parser(" ".join(train.program()), "%(prog)s [--flag value …]", doc, **options)
+    parser = _Parser(" ".join(train.program()), f"%(prog)s {words} [--flag value …]".replace("  ", " "), doc, **options)
     groups = {}
     for field in fields:
         owner = next(c for c in reversed(config_class.__mro__) if field.name in getattr(c, "__dataclass_fields__", ()))
@@ -250,13 +251,13 @@ def make_parser(config_class: type[Options], doc: str, whole: bool) -> _Parser:
     return parser
 
 
-def parse(config_class: type[Config], doc: str, presets: dict | None = None, argv: list[str] | None = None) -> Config:
+def parse(config_class: type[Config], doc: str, presets: dict | None = None, argv=None, before: str = "") -> Config:
     """Command line → config, - for _ or not. Explicit flags win over the options of a checkpoint to resume, these over
     the preset that `--dataset` selects, and this over the defaults. Raises UserError where a flag or value is unknown,
     the checkpoint can't be read or is of another method, or an option makes another run of it."""
     presets, words = presets or {}, sys.argv[1:] if argv is None else argv
     words = [re.sub("(?<=^--)[^=]+", lambda name: name[0].replace("-", "_"), word) for word in words]
-    given = vars(make_parser(config_class, doc, "--help_all" in words).parse_args(words))
+    given = vars(make_parser(config_class, doc, "--help_all" in words, before).parse_args(words))
     show, _ = (given.pop(name, False) for name in ("print_config", "quiet"))
     saved, path, method = {}, given.get("resume", ""), method_name(config_class)
     if path not in ("", "auto"):
@@ -278,14 +279,14 @@ def parse(config_class: type[Config], doc: str, presets: dict | None = None, arg
     return config
 
 
-def dispatch(commands: dict[str, tuple], doc: str, words: bool = False) -> tuple[str, Callable, Options, list[str]]:
+def dispatch(commands: dict[str, tuple], doc: str, words: str = "") -> tuple[str, Callable, Options, list[str]]:
     """Which command `PROGRAM NAME [WORD …] --flag value …` names: its name, function, options and words, for the caller
     to run. `--help` alone prints `doc`, `NAME --help` the command's own help, and both end the program.
 
     Args:
         commands: for each name a function and the class of its config, whose docstrings are its help, and where it has
             any, presets (see `parse`). What is named "" runs where no name is given, and has `doc` as its help.
-        words: take words between the name and the flags.
+        words: what to call those between the name and the flags in the help; "": there are none.
 
     Raises UserError where there is no such command, and as `parse` does.
     """
@@ -299,4 +300,4 @@ def dispatch(commands: dict[str, tuple], doc: str, words: bool = False) -> tuple
     function, config_class, *presets = commands[name]
     taken = list(itertools.takewhile(lambda word: words and not word.startswith("-"), given))
     doc = "\n\n".join(map(inspect.getdoc, (function, config_class))) if name else doc
-    return name, function, parse(config_class, doc, *presets, argv=given[len(taken) :]), taken
+    return name, function, parse(config_class, doc, *presets, argv=given[len(taken) :], before=words), taken

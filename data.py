@@ -240,7 +240,8 @@ class PretrainingViews(Items):
                 return bad
             except BadVideo as error:
                 bad.append((error.path, error.reason))
-        raise OSError(f"{self.attempts} videos in a row can't be read; the last: {bad[-1][0]!r}: {bad[-1][1]}")
+        several = f"{self.attempts} videos in a row can't be read; the last: " * (self.attempts > 1)
+        raise OSError(f"{several}{bad[-1][0]!r}: {bad[-1][1]}")
 
     # What a subclass may override, to choose other windows or regions, or to add entries:
 
@@ -573,7 +574,7 @@ def main() -> None:
     from train import UserError, user_errors
 
     commands = {"check": (find.check, find.CheckConfig), "synthetic": (find.generate, find.SyntheticConfig)}
-    name, function, config, words = dispatch(commands, main.__doc__, words=True)
+    name, function, config, words = dispatch(commands, main.__doc__, words="ROOT")
     if len(words) != 1:
         raise UserError(f"name the folder after {name}, before all flags")
     with user_errors():

@@ -299,9 +299,12 @@ def check_out(config: RetrieveConfig) -> None:
 
 
 def save_result(process: Process, config: RetrieveConfig, result: dict, percent=None, count: int = 0) -> None:
-    """Prints percentages by name of `count` test videos, if given; writes the result, and what is needed to get it."""
+    """Prints percentages by name of `count` test videos, if given, beside chance where the result has it; writes the
+    result, and what is needed to get it."""
     if percent:
-        process.say("  ".join(f"{name} {value:.1f} %" for name, value in percent.items()) + f"  of {count} test videos")
+        both = percent, result.get("chance_percent", {})
+        reached, chance = ("  ".join(f"{name} {value:.1f} %" for name, value in values.items()) for values in both)
+        process.say(f"{reached}  of {count} test videos" + f"\nby chance: {chance}" * bool(chance))
     if process.rank == 0:
         out, record = result_files(config)[0], {"protocol": config.protocol, **made_by(config)}
         with user_errors((OSError,)):
@@ -329,7 +332,7 @@ def save_accuracy(
     if process.rank == 0 and len(counts) <= 1000:
         confusion = torch.zeros(len(counts), len(counts))
         confusion.index_put_((labels[good], scores[good].argmax(1)), torch.ones(()), accumulate=True)
-        title = f"{config.protocol} on {config.dataset}, top-1 {percent['top1']:.1f} %"
+        title = f"{config.protocol} on {config.dataset}, top-1 {percent['top1']:.1f} % of {len(test)} videos"
         picture = result_files(config)[1]
         draw_confusion(picture, 100 * confusion / counts.clamp(min=1)[:, None], test.classes, title)
         process.say(f"written to {picture}")

@@ -60,6 +60,15 @@ class EncoderConfig(Options):
     seed: int = option(0, "seed of everything random", (0, 2**31 - 1))
 
 
+def checkpoint_path(named: str) -> str:
+    """The file that a --checkpoint names: of a run's folder, here or beside this file (small), its checkpoint.pt."""
+    own = Path(__file__).resolve().parent / "runs" / named  # a run that comes with the project
+    for folder in (named, own) if named and not Path(named).exists() else (named,):
+        if folder and (path := Path(folder, "checkpoint.pt")).is_file():
+            return str(path)
+    return named
+
+
 def load_encoder(config: EncoderConfig | str, say=print, key: bool = False) -> tuple[nn.Module, EncoderConfig]:
     """The encoder of a checkpoint, by options or by its path alone, or of the run to resume, in eval mode, its key
     encoder with `key` where there is one, and the options with those that were left open filled in; `say` is told what
@@ -68,10 +77,7 @@ def load_encoder(config: EncoderConfig | str, say=print, key: bool = False) -> t
     Raises UserError: no such checkpoint, none of a known or one of another encoder; clips or a width not for it.
     """
     config = EncoderConfig(config) if isinstance(config, str) else config
-    own = Path(__file__).resolve().parent / "runs" / config.checkpoint  # a run that comes with the project: small
-    for folder in (config.checkpoint, *[own] * (not Path(config.checkpoint).exists())):
-        if folder and (path := Path(folder, "checkpoint.pt")).is_file():
-            config = dataclasses.replace(config, checkpoint=str(path))
+    config = dataclasses.replace(config, checkpoint=checkpoint_path(config.checkpoint))
     resume = getattr(config, "resume", "")
     path = config.checkpoint if resume in ("", "auto") else resume
     state = load_checkpoint(path, foreign=True) if path else {"method": "none", "config": {}, "model": {}}
@@ -110,6 +116,7 @@ def load_stored(config: EncoderConfig, _say=print) -> tuple[nn.Module, EncoderCo
     Raises UserError where it is no such file, or does not serve to evaluate, or where another option is given.
     """
     path, encoder = config.features, nn.Identity()
+    config = dataclasses.replace(config, checkpoint=checkpoint_path(config.checkpoint))
     try:
         with np.load(path) as file:
             features, paths, labels = (file[name] for name in ("features", "paths", "labels"))

@@ -172,6 +172,8 @@ def same_files(paths: Iterable[str], others: Iterable[str]) -> list[str]:
 def _read_text(file: str | Path) -> str:
     """A list's text, UTF-16 with its mark (as Excel writes it) or UTF-8; other bytes stay as in file names. Raises
     ValueError for what is no file, such as a pipe, which might have no end."""
+    if not os.path.exists(file):
+        raise FileNotFoundError(f"{file}: no such file")
     if not os.path.isfile(file):
         raise ValueError(f"{file}: no file on a disk")
     if not os.path.getsize(file):  # as files of /proc say, some of which have no end
@@ -221,7 +223,8 @@ def walk_whole(root: str) -> tuple[list[str], list[str]]:
     """Paths of all videos below a folder, and of all other files. Raises FileNotFoundError when there is no video,
     PermissionError when there is a folder that may not be listed."""
     if not os.path.isdir(root):
-        raise FileNotFoundError(f"{root}: no such folder")
+        what = "is a file: give the folder that holds the videos" if os.path.isfile(root) else "no such folder"
+        raise FileNotFoundError(f"{root}: {what}")
     videos, others, closed = walk(root)
     if closed:
         raise PermissionError(f"{closed[0]}: no permission to list this folder")
@@ -463,7 +466,7 @@ def _read_bad(root: str, files: str | Path) -> set[str]:
     return paths
 
 
-def _check_video(full: bool, path: str) -> None:
+def check_video(full: bool, path: str) -> None:
     """Reads the first, middle and last 32 frames of a video, or all."""
     with Video(path) as video:
         last = max(len(video) - 32, 0)
@@ -483,12 +486,13 @@ class CheckConfig(Options):
 
 def check(config: CheckConfig, root: str) -> None:
     """Finds videos that can't be read below ROOT, the --data of training; exit code 1 if there are any."""
-    root, visit = os.path.abspath(root), functools.partial(_check_video, config.full == "on")
+    root, visit = os.path.abspath(root), functools.partial(check_video, config.full == "on")
     with user_errors(path=config.out):
         paths, _ = walk_whole(root)
         bad = visit_videos(visit, paths, root, config.out, config.workers, f"checking {root}")
-    advice = f": leave them out with --exclude {shlex.quote(config.out)}" if bad else ""
-    print(f"{bad} of {len(paths)} videos can't be read{advice}", flush=True)
+    advice = f": leave them out with --exclude {shlex.quote(config.out)}, which has the reasons" if bad else ""
+    named = "".join(f"  {line}\n" for line in Path(config.out).read_text().splitlines()[:5]) + "  …\n" * (bad > 5)
+    print(f"{named}{bad} of {len(paths)} videos can't be read{advice}", flush=True)
     if bad:
         raise SystemExit(1)
 

@@ -44,7 +44,7 @@ import find
 from augment import DIFFERENCES, color_augment, encoder_input, frame_difference
 from cli import command_line, dispatch, shown, start_process
 from evaluate import PNG, plain
-from features import EncoderConfig, load_encoder, nearest, subset, unit_features, video_outputs
+from features import EncoderConfig, checkpoint_path, load_encoder, nearest, subset, unit_features, video_outputs
 from losses import activation_map, foreground_mask
 from pretrain import PretrainConfig
 from runs import check_replaceable, load_checkpoint, read_json, read_lines, read_starts, saved_options
@@ -120,13 +120,26 @@ def load_decoder(config: FigureConfig, inputs: list[str]) -> tuple[Model, nn.Mod
 
 
 def draw_videos(config: FigureConfig, count: int, train: bool = False) -> data.VideoList:
-    """`count` videos of a part, drawn by --seed, or all for 0; the test part is the file of --video if there is one."""
+    """`count` videos of a part, drawn by --seed, or all for 0; the test part is the file of --video if there is one. Of
+    the test part, those that can't be read are left out, and others drawn."""
     if config.video and not train:
         return data.VideoList([os.path.abspath(config.video)], [-1], [], config.video)
     list_file = config.list_file if train else config.test_list
     with user_errors():
         videos = find.find_videos(config.dataset, config.data, train, config.split, list_file)
-    return subset(videos, np.random.default_rng(config.seed).permutation(len(videos))[: count or None].tolist())
+    order = np.random.default_rng(config.seed).permutation(len(videos)).tolist()
+    good = order if train else filter(lambda i: can_be_read(videos.paths[i]), order)
+    return subset(videos, [*itertools.islice(good, count or None)])
+
+
+def can_be_read(path: str) -> bool:
+    """Whether a video can be, as `data.py check` finds it; says so if not."""
+    try:
+        find.check_video(False, path)
+    except BadVideo as error:
+        print(f"note: left out, {error}", flush=True)
+        return False
+    return True
 
 
 def class_name(videos: data.VideoList, index: int) -> str:
@@ -137,11 +150,10 @@ def class_name(videos: data.VideoList, index: int) -> str:
 
 def verdict(queries: data.VideoList, i: int, gallery: data.VideoList, j: int) -> str:
     """Whether neighbour j is of the class of query i, "✓ " or "✗ ", by name, as each list has its own numbers; "" where
-    the query's is unknown."""
-    if queries.labels[i] < 0:
+    one of the two is unknown."""
+    if min(queries.labels[i], gallery.labels[j]) < 0:
         return ""
-    same = gallery.labels[j] >= 0 and gallery.classes[gallery.labels[j]] == queries.classes[queries.labels[i]]
-    return "✓ " if same else "✗ "
+    return "✓ " if gallery.classes[gallery.labels[j]] == queries.classes[queries.labels[i]] else "✗ "
 
 
 def views_of(model: Model, videos: data.VideoList, parts: int, **more) -> data.PretrainingViews:
@@ -255,7 +267,7 @@ def show(ax: plt.Axes, picture: Tensor, title="", heat: Tensor | None = None, sp
     play(image, "data", frames)
     if heat is not None:
         maps = (heat / heat.mean()).nan_to_num().cpu().reshape(-1, *heat.shape[-2:]).numpy()
-        title += f": {maps.min():.2f} to {maps.max():.2f}"
+        title += f": {maps.min():.2f}–{maps.max():.2f}"
         look = dict(interpolation="bicubic", cmap="viridis", alpha=0.6, vmin=0, vmax=max(maps.max(), 2))
         play(ax.imshow(maps[0], extent=image.get_extent(), **look), "data", maps)
     if spot is not None:
@@ -357,14 +369,14 @@ def draw_affinity(config: FigureConfig, inputs: list[str]) -> plt.Figure:
         rgb, motion, affinity = found.tensor_split([channels, 2 * channels], 2)
         matrix = affinity.mean((0, 1)).unflatten(0, (round(affinity.shape[2] ** 0.5), -1)).numpy()
         pictures.append(ax.imshow(matrix, cmap="viridis"))
-        ax.set(title=model.name, xlabel="motion pixel", ylabel="RGB pixel")
+        ax.set(title=f"(a) {model.name}", xlabel="motion pixel", ylabel="RGB pixel")
         ax.locator_params(integer=True)
         axes[-1].violinplot(cosines(rgb, motion).flatten().numpy(), [place], showmeans=True, widths=0.8)
     for picture in pictures:  # in one scale
         picture.set_clim(min(p.norm.vmin for p in pictures), max(p.norm.vmax for p in pictures))
     fig.colorbar(pictures[0], ax=axes[:-1], label="cosine", shrink=0.6)
     axes[-1].set_xticks(range(1, len(models) + 1), [model.name for model in models])
-    axes[-1].set(ylabel="cosine", title="clips in time", box_aspect=1)
+    axes[-1].set(ylabel="cosine", title="(b) clips in time", box_aspect=1)
     return fig
 
 
@@ -391,7 +403,8 @@ def draw_attention(config: FigureConfig, inputs: list[str]) -> plt.Figure:
         for query, kind in ((activity.argmax(), "most"), (activity.argmin(), "least")):
             spot = encoder.strides[1] * (torch.stack([query % columns, query // columns]) + 0.5) + encoder.offsets[1]
             heat = on_clip(encoder, weights[query].view(1, *maps.shape[3:]), options.crop)[0]
-            row += [(f"source, {kind} active", source, None, spot - 0.5), ("attention", target, heat)]
+            place = f"{class_name(videos, i)}: {kind} active"
+            row += [(place, source, None, spot - 0.5), ("target", target, heat)]
         rows.append(row)
     return draw_rows(rows)
 
@@ -408,12 +421,12 @@ def draw_masks(config: FigureConfig, inputs: list[str]) -> plt.Figure:
     clips = middle_clips(videos.paths, model.config)
     masks = foreground_masks(*both_modalities(model.encoder, clips, model.config.difference), config.foreground).float()
     masks = on_clip(model.encoder, masks.flatten(0, 1), model.config.crop, "nearest").unflatten(0, (3, -1))
-    rows, titles = [], ("by RGB", "by frame difference", "by both")
+    rows, titles = [], ("by RGB", "by difference", "by both")
     for i, clip in enumerate(clips):
         darkened = clip / 255 * (0.15 + 0.85 * masks[:, i, None, None])
         moved = (clip[:, 1:].float() - clip[:, :-1].float()).abs().mean((0, 1)).cpu()
         shares = (masks[:, i].cpu() * moved).mean((1, 2)) / moved.mean()
-        named = [f"{title}: {share:.0%}" for title, share in zip(titles, shares, strict=True)]
+        named = [f"{title}: {share:.0%} of motion" for title, share in zip(titles, shares, strict=True)]
         rows.append([*with_difference(clip, class_name(videos, i)), *zip(named, darkened, strict=True)])
     return draw_rows(rows)
 
@@ -421,14 +434,16 @@ def draw_masks(config: FigureConfig, inputs: list[str]) -> plt.Figure:
 def draw_retrieval(config: FigureConfig, inputs: list[str]) -> plt.Figure:
     """Test videos and, below each, the training videos nearest to it, as strips of frames; playing, they are beside it.
 
-    A neighbour of the query's class is a hit, ✓; else a miss, ✗; the number is the cosine of their features. Look what
-    a miss has in common with the query: the way it moves, or the scene.
+    A neighbour of the query's class is a hit, ✓, of another one a miss, ✗; the number is the cosine of their features.
+    Look what a miss has in common with the query: the way it moves, or the scene.
     """
-
     model = load_models(config, inputs)[0]
     features, queries = video_features(model, draw_videos(model.config, config.count or 4), "queries")
     gallery = draw_videos(model.config, config.gallery, train=True)
     keys, gallery = video_features(model, gallery, "training videos")
+    if both := find.same_files(queries.paths, gallery.paths):
+        which = f"{len(both)} of the {len(queries)} queries are training videos, too"
+        print(f"note: {which}; if there are lists, give --list_file and --test_list", flush=True)
     columns = []
     for i, found in enumerate(neighbours_of(features, queries.paths, keys, gallery.paths, config.neighbours)):
         titles = [f"query: {class_name(queries, i)}"]
@@ -460,7 +475,8 @@ def draw_sample(config: FigureConfig, inputs: list[str]) -> plt.Figure:
     rows, columns = (2, 5) if config.moving else (5, 2)
     fig, axes = grid(rows, columns, PAGE / 2, layout="compressed")
     axes = axes.T if config.moving else axes
-    show(axes[0, 0], frames[:, ::smaller, ::smaller].permute(3, 0, 1, 2) / 255, class_name(videos, 0))
+    title = class_name(videos, 0) + ", middle frame" * (not config.moving)
+    show(axes[0, 0], frames[:, ::smaller, ::smaller].permute(3, 0, 1, 2) / 255, title)
     draw_boxes(axes[0, 0], item["box"] / smaller)
     axes[0, 1].axis("off")
     for view, (name, start) in enumerate(zip(("source", "target"), starts, strict=True)):
@@ -469,7 +485,7 @@ def draw_sample(config: FigureConfig, inputs: list[str]) -> plt.Figure:
             "clip" + ", flipped" * bool(left > right): clip / 255,
             "colours": color_augment(clip[None] / 255, item["color"][view, :1])[0],
             "difference × 4": difference_of(clip),
-            f"{parts} sub-clips": item["sub_clips"][view].transpose(0, 1).flatten(1, 2) / 255,
+            f"{parts} sub-clip{'s' * (parts > 1)}": item["sub_clips"][view].transpose(0, 1).flatten(1, 2) / 255,
         }
         if config.moving:
             play(axes[0, 0].patches[view], "visible", (times >= start) & (times < start + window))
@@ -498,7 +514,10 @@ def draw_curves(config: FigureConfig, inputs: list[str]) -> plt.Figure:
                 (curve,) = ax.plot(*points.T, line, color=color, lw=1, ms=3, marker=alone, label=label)
                 if config.moving:
                     play(curve, "data", [points[:n].T for n in np.linspace(1, len(points), 40).astype(int)])
+        if key == "feature_std":
+            ax.axhline(128**-0.5, ls=":", lw=1, color=GRAY)
         title = f"{key} {logs[0][-1][key]:.3g}" if len(logs) == 1 else key
+        title += " (dotted: 1/√128)" * (key == "feature_std")
         ax.set(title=title + " (dashed: chance)" * any(chance in log[-1] for log in logs), xlabel="epoch")
         ax.grid(alpha=0.3)
     if len(inputs) > 1:
@@ -609,8 +628,10 @@ FIGURES |= dict.fromkeys(("report", "compare"), (write_report, FigureConfig))
 
 def main() -> None:
     """`visualize.py FIGURE [CHECKPOINT or RUN …] --flag value …`"""
-    name, draw, config, inputs = dispatch(FIGURES, __doc__, words=True)
+    name, draw, config, inputs = dispatch(FIGURES, __doc__, words="[RUN …]")
     needed = {"curves": 1, "report": 1, "compare": 2}.get(name, 0)
+    if needed:
+        inputs = [x if checkpoint_path(x) == x else str(Path(checkpoint_path(x)).parent) for x in inputs]
     if len(inputs) < needed:
         raise UserError(f"{name} needs a run folder for each RUN: visualize.py {name}{' RUN' * needed}")
     if len(inputs) > 1 and name not in ("curves", "activations", "affinity", "compare"):

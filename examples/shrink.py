@@ -138,7 +138,7 @@ def shrink(config: ShrinkConfig, data: str, folder: str) -> None:
 def main() -> None:
     """`shrink.py ROOT OUT --flag value …`"""
     folders = program()[1:]
-    config = parse(ShrinkConfig, __doc__, argv=sys.argv[1 + len(folders) :])
+    config = parse(ShrinkConfig, __doc__, argv=sys.argv[1 + len(folders) :], before="ROOT OUT")
     if len(folders) != 2:
         raise UserError("name two folders before all flags, the videos' and that of the copy: shrink.py ROOT OUT")
     with user_errors():

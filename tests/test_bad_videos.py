@@ -188,7 +188,8 @@ def test_only_files_on_a_disk_are_opened(tmp_path, folder, monkeypatch, check):
         (root / f"{Path(target).stem}.mp4").symlink_to(target)
     (root / "everything").symlink_to("/proc")  # by "self/root", all of the disk
     code, out, _, listed = check(root, "--workers", 1)
-    assert code == 1 and out.startswith("3 of 3 videos") and listed.count("\tnot a file\n") == 2
+    assert code == 1 and "\n3 of 3 videos" in out and listed.count("\tnot a file\n") == 2
+    assert out.startswith("".join(f"  {line}\n" for line in listed.splitlines()))
     (root / "list.json").symlink_to("/proc/kmsg")
     with pytest.raises(FileNotFoundError, match=r"list\.json: 0 videos"):
         find_videos("folder", root, True, list_file=root / "list.json")
@@ -297,7 +298,8 @@ def test_any_name_is_found_read_checked_and_left_out(folder, tmp_path, check):
     for name in names:
         (root / name).symlink_to(folder / "h264.mp4")
     code, out, *_ = check(root, "--workers", 2)
-    assert (code, out) == (1, f"4 of 8 videos can't be read: leave them out with --exclude {tmp_path}/bad.txt\n")
+    advice = f"4 of 8 videos can't be read: leave them out with --exclude {tmp_path}/bad.txt, which has the reasons\n"
+    assert code == 1 and out.count("\tempty\n") == 4 and out.endswith(f"\n{advice}")
     videos = find_videos("folder", root, train=True, exclude=tmp_path / "bad.txt")
     assert videos.paths == [f"{root}/{name}" for name in sorted(names)]
     assert f"; 4 of the 4 named in {tmp_path}/bad.txt" in videos.report

@@ -233,6 +233,8 @@ def test_help_fits_on_a_page_and_says_how_to_see_the_rest(program, in_process, m
     short, whole = (in_process(module, *words, flag, main=main_of(module))[1] for flag in ("--help", "--help-all"))
     few, every = (set(re.findall(r"(?m)^  (--\w+)", text)) for text in (short, whole))
     lines = short.splitlines()
+    between = {"data": "ROOT ", "shrink": "ROOT OUT ", "visualize": "[RUN …] "}.get(module.__name__, "")
+    assert lines[0] == f"usage: {' '.join([module.__name__ + '.py', *words])} {between}[--flag value …]"
     assert len(lines) <= 60 and max(map(len, lines)) <= 120 and lines[0].count("--") == 1
     assert few <= every and "--print_config" in few
     assert (f"--help-all lists {len(every - few)} more flags" in lines[-1]) == (few != every)

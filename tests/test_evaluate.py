@@ -95,7 +95,14 @@ def test_accuracies_by_hand(tmp_path, capsys, monkeypatch):
     expected["chance_percent"] = {"top1": 25.0, "top5": 100.0, "mean_class": 25.0}
     expected["per_class_percent"] = {"w": 50.0, "x": 100.0, "y": None, "z": 50.0}
     assert record["result"] == expected | {"unreadable": [["e", "cut"]]}
-    assert record["protocol"] == "knn" and record["config"]["k"] == 20 and "top1 60.0 %" in capsys.readouterr().out
+    assert (
+        record["protocol"] == "knn"
+        and record["config"]["k"] == 20
+        and capsys.readouterr().out.startswith(
+            "top1 60.0 %  top5 80.0 %  mean_class 66.7 %  of 5 test videos\n"
+            "by chance: top1 25.0 %  top5 100.0 %  mean_class 25.0 %\n"
+        )
+    )
     assert record.keys() >= {"command", "git_commit", "processes", "versions"}
     _, percent, *_ = drawn.call_args.args
     assert percent.tolist() == [[50, 50, 0, 0], [0, 100, 0, 0], [0, 0, 0, 0], [0, 0, 0, 50]]  # true, predicted

@@ -47,6 +47,7 @@ def kill_at_line(count: int, names: tuple[str, ...]) -> None:
 def live(folder, flags, output, place=(), kill=(), every_6th="") -> None:
     """A run of fima.py with its output in a file, maybe one of several, killed, or disturbed every 6 steps."""
     os.chdir(folder)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
     if place:
         names = ("RANK", "WORLD_SIZE", "MASTER_PORT")
         os.environ.update(zip(names, map(str, place), strict=True), MASTER_ADDR="127.0.0.1")

@@ -113,7 +113,7 @@ def test_a_hit_is_told_by_the_name_of_the_class_whatever_its_number_in_a_list():
     queries = data.VideoList(["a", "b", "c"], [0, 1, -1], ["run", "jump"], "")
     gallery = data.VideoList(["d", "e", "f"], [0, 1, -1], ["jump", "walk"], "")
     found = [[visualize.verdict(queries, i, gallery, j) for j in range(3)] for i in range(3)]
-    assert found == [["✗ "] * 3, ["✓ ", "✗ ", "✗ "], [""] * 3]
+    assert found == [["✗ ", "✗ ", ""], ["✓ ", "✗ ", ""], [""] * 3]
     assert visualize.verdict(data.VideoList(["a"], [-1], [], ""), 0, gallery, 0) == ""  # of --video
 
 
@@ -322,6 +322,19 @@ def test_a_mistake_is_one_line(run, runs, words, message):
     run.refused(visualize, *(places.get(word, word) for word in words), dataset=None, says=[message])
 
 
+def test_figures_leave_out_unreadable_videos_and_say_if_queries_are_training_videos(run, runs, videos, tmp_path):
+    write(tmp_path / "mine" / "cut.mp4", "no video")
+    for name, path in zip("ab", sorted(videos.glob("test/*/*.mp4")), strict=False):
+        shutil.copy(path, tmp_path / "mine" / f"{name}.mp4")
+    flags = ["--dataset=folder", "--data=mine", "--count=3", "--clips=1", "--workers=0", "--out=x.png"]
+    for name in ("activations", "masks", "attention", "retrieval"):
+        out = run.ok(visualize, name, runs / "fima", *flags, dataset=None)
+        assert out.count("note: left out, ") == 1 and "mine/cut.mp4: " in out
+        assert ("2 of the 2 queries are training videos, too" in out) == (name == "retrieval")
+    code, _, said = run(visualize, "attention", runs / "fima", "--video=mine/cut.mp4", dataset=None)
+    assert code == 2 and "mine/cut.mp4" in said and "in a row" not in said
+
+
 def test_curves_play_from_the_first_point_to_the_last_and_are_named_by_it(tmp_path):
     lines = [{"step": n, "epoch": n / 10, "loss/vv": 5 - n / 10, "chance/vv": 5.5} for n in range(1, 31)]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -365,7 +378,7 @@ def test_masks_are_named_by_their_share_of_the_frame_differences(runs, videos, m
     for (_, clip), _, *masked in visualize.draw_masks(config, [str(runs / "moco")]):
         moved = clip.diff(dim=1).abs().mean((0, 1))
         share = moved[:, :16].sum() / moved.sum()
-        names = [f"{name}: {share:.0%}" for name in ("by RGB", "by frame difference", "by both")]
+        names = [f"{name}: {share:.0%} of motion" for name in ("by RGB", "by difference", "by both")]
         assert [title for title, _ in masked] == names
         assert all(torch.equal(picture[..., :16], clip[..., :16]) for _, picture in masked)
 
