@@ -376,14 +376,9 @@ class Log:
             self.warned.add("loader")
 
     def summary(self) -> None:
-        """Prints the means of the lines since the last summary; that of the windows' overlap goes into run.json."""
+        """Prints the means of the lines since the last summary."""
         if self.lines:
             last, means = self.lines[-1][1], mean(self.lines)
-            record = self.folder / "run.json"
-            if "overlap" in means and self.run.process.rank == 0 and record.exists():
-                with contextlib.suppress(TypeError, ValueError), user_errors((OSError,), record):  # damaged meanwhile
-                    *starts, this = json.loads(record.read_bytes())
-                    write_file(record, json.dumps([*starts, this | {"overlap": means["overlap"]}], indent=1) + "\n")
             text = f"epoch {last['epoch']:g}/{self.run.config.epochs}  {describe(means)}  {means['clips_per_s']:.0f} "
             text += f"clips/s  data wait {means['data_wait']:.0%}"
             text += f"  {last['bad_videos']} unreadable videos" * (last["bad_videos"] > 0)

@@ -301,16 +301,6 @@ def test_damaged_lines_of_logs_are_left_out(run_at_3, tmp_path):
     assert path.read_bytes().splitlines() == lines and bad_videos.read_bytes() == b"step 1\t'a\xff.mp4'\tcut\n"
 
 
-@pytest.mark.parametrize("text", [b"", b"{}", b"[1]"])
-def test_a_record_that_is_damaged_meanwhile_ends_no_run(run_at_3, tmp_path, text):
-    log = train.Log(run_at_3, tmp_path, 4)
-    log.lines = [(1, {"epoch": 1, "loss": 2.0, "overlap": 0.5, "clips_per_s": 1, "data_wait": 0})]
-    log.lines[0][1].update(bad_videos=0, skipped_steps=0)
-    (tmp_path / "run.json").write_bytes(text)
-    log.summary()
-    assert (tmp_path / "run.json").read_bytes() == text
-
-
 def test_a_run_keeps_nothing_of_one_that_was_killed_before_it_saved(run_at_3, tmp_path):
     write(tmp_path / "bad_videos.log", "step 1\t'a.mp4'\tcut")
     run_at_3.done = 0
