@@ -197,7 +197,7 @@ def test_the_next_steps_that_a_run_prints_work(begun, works, run):
     scripts = [Path(shlex.split(step)[1]) for step in steps]
     assert [script.stem for script in scripts] == ["evaluate", "evaluate", "visualize", begun.partition(".")[0]]
     assert all(script.is_file() for script in scripts[:3])
-    for step in steps:
+    for step in steps[3 if begun == "mcl.py" else 0 :]:  # the others are the same
         works(step)
 
 
