@@ -141,6 +141,8 @@ def test_a_run_whose_terminal_is_gone_ends_and_is_saved(undisturbed, tmp_path):
     os.close(terminal)
     os.close(end)
     process.join(120)
+    process.kill()  # or a run of 9999 epochs is left
+    process.join()
     assert process.exitcode == 128 + signal.SIGHUP
     assert weights(saved)["step"] == log(tmp_path / "run")[-1]["step"]
 
