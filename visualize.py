@@ -20,6 +20,7 @@ colour-blind can tell apart. `visualize.py FIGURE --help` explains each.
 import base64
 import contextlib
 import dataclasses
+import functools
 import html
 import inspect
 import io
@@ -129,9 +130,12 @@ def draw_videos(config: FigureConfig, count: int, train: bool = False) -> data.V
         videos = find.find_videos(config.dataset, config.data, train, config.split, list_file)
     order = np.random.default_rng(config.seed).permutation(len(videos)).tolist()
     good = order if train else filter(lambda i: can_be_read(videos.paths[i]), order)
-    return subset(videos, [*itertools.islice(good, count or None)])
+    if not (drawn := [*itertools.islice(good, count or None)]):
+        raise UserError(f"none of the {len(videos)} test videos can be read")
+    return subset(videos, drawn)
 
 
+@functools.cache  # a report draws the same videos several times
 def can_be_read(path: str) -> bool:
     """Whether a video can be, as `data.py check` finds it; says so if not."""
     try:

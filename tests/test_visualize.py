@@ -328,9 +328,14 @@ def test_figures_leave_out_unreadable_videos_and_say_if_queries_are_training_vid
         shutil.copy(path, tmp_path / "mine" / f"{name}.mp4")
     flags = ["--dataset=folder", "--data=mine", "--count=3", "--clips=1", "--workers=0", "--out=x.png"]
     for name in ("activations", "masks", "attention", "retrieval"):
+        visualize.can_be_read.cache_clear()
         out = run.ok(visualize, name, runs / "fima", *flags, dataset=None)
         assert out.count("note: left out, ") == 1 and "mine/cut.mp4: " in out
         assert ("2 of the 2 queries are training videos, too" in out) == (name == "retrieval")
+    write(tmp_path / "bad" / "cut.mp4", "no video")
+    run.refused(
+        visualize, "masks", runs / "fima", "--dataset=folder", "--data=bad", dataset=None, says=["none of the 1 "]
+    )
     code, _, said = run(visualize, "attention", runs / "fima", "--video=mine/cut.mp4", dataset=None)
     assert code == 2 and "mine/cut.mp4" in said and "in a row" not in said
 
