@@ -19,7 +19,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from torchvision.models.video import resnet, s3d
 
 
 def _same_padding(size: torch.Size, kernel: tuple, stride: tuple) -> list[int]:
@@ -164,17 +163,20 @@ class PiergiajI3D(I3D):
         return super().forward(clip * self.scale + self.shift)
 
 
-class VideoResNet(Encoder, resnet.VideoResNet):
-    """Trunk of torchvision's r3d_18 or r2plus1d_18 (Tran et al. 2018), with its names, and a width factor:
-    (B, 3, 16, 112, 112) → (B, 512, 2, 7, 7). The parent's constructor is passed over, as it fixes the widths."""
+class VideoResNet(Encoder):
+    """Trunk of torchvision's r3d_18 or, `factored`, r2plus1d_18 (Tran et al. 2018), with its names, and a width factor:
+    (B, 3, 16, 112, 112) → (B, 512, 2, 7, 7)."""
 
     strides = (8, 16, 16)
     offsets = (-3.5, -7.5, -7.5)
 
-    def __init__(self, conv: type[nn.Conv3d] | type[nn.Sequential], width: float = 1.0):
-        nn.Module.__init__(self)
+    def __init__(self, factored: bool, width: float = 1.0):
+        from torchvision.models.video import resnet  # here, as it takes as long as importing torch
+
+        super().__init__()
+        conv = resnet.Conv2Plus1D if factored else resnet.Conv3DSimple
         self.inplanes = c = max(1, round(64 * width))
-        if conv is resnet.Conv2Plus1D:
+        if factored:
             mid = max(1, round(45 * width))
             stem = [nn.Conv3d(3, mid, (1, 7, 7), (1, 2, 2), (0, 3, 3), bias=False), nn.BatchNorm3d(mid), nn.ReLU(True)]
             stem.append(nn.Conv3d(mid, c, (3, 1, 1), 1, (1, 0, 0), bias=False))
@@ -182,7 +184,8 @@ class VideoResNet(Encoder, resnet.VideoResNet):
             stem = [nn.Conv3d(3, c, (3, 7, 7), (1, 2, 2), (1, 3, 3), bias=False)]
         self.stem = nn.Sequential(*stem, nn.BatchNorm3d(c), nn.ReLU(inplace=True))
         for n in range(4):
-            self.add_module(f"layer{n + 1}", self._make_layer(resnet.BasicBlock, conv, c * 2**n, 2, stride=1 + (n > 0)))
+            layer = resnet.VideoResNet._make_layer(self, resnet.BasicBlock, conv, c * 2**n, 2, stride=1 + (n > 0))
+            self.add_module(f"layer{n + 1}", layer)
         self.out_channels = 8 * c
         for module in self.modules():
             if isinstance(module, nn.Conv3d):
@@ -200,6 +203,8 @@ class S3D(Encoder):
         super().__init__()
         if width != 1:
             raise ValueError(f"--width {width:g}: s3d comes in width 1 only")
+        from torchvision.models.video import s3d
+
         self.features = s3d().features
 
     def stages(self) -> Iterable[nn.Module]:
@@ -231,8 +236,8 @@ ENCODERS = {
     "conv4": Conv4,
     "i3d": I3D,
     "i3d_piergiaj": PiergiajI3D,
-    "r2plus1d_18": lambda width: VideoResNet(resnet.Conv2Plus1D, width),
-    "r3d_18": lambda width: VideoResNet(resnet.Conv3DSimple, width),
+    "r2plus1d_18": lambda width: VideoResNet(True, width),
+    "r3d_18": lambda width: VideoResNet(False, width),
     "s3d": S3D,
 }
 

@@ -80,7 +80,7 @@ people  pix         fima.py --losses vv,pix --momentum 0.99 --decoder_width 128
 people  fima        fima.py --momentum 0.99 --decoder_width 128
 people  moco_whole  moco.py --momentum 0.99 --frame_stride 3 --min_scale 0.5
 people  fima_whole  fima.py --momentum 0.99 --decoder_width 128 --frame_stride 3 --min_scale 0.5
-people  fima_longer fima.py --momentum 0.99 --decoder_width 128 --frame_stride 3 --min_scale 0.5 --epochs 60
+people  fima_longer fima.py --momentum 0.99 --decoder_width 128 --frame_stride 3 --min_scale 0.5 --epochs 100
 people  i3d         none --encoder i3d --width 0.25
 people  i3d_labels  evaluate.py finetune --crop 64 --encoder i3d --width 0.25
 people  i3d_moco    moco.py --momentum 0.99 --encoder i3d --width 0.25
