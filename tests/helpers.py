@@ -146,6 +146,18 @@ def run_two(script, *flags, folder):
     assert launcher.returncode == 0, (folder / "out.txt").read_text()
 
 
+def forkserver():
+    """What starts processes that have imported already: each is a copy of one that has."""
+    multiprocessing.set_forkserver_preload(["evaluate", "pytest", "hypothesis", "torch._dynamo", "helpers"])
+    return torch.multiprocessing.get_context("forkserver")
+
+
+def processes(function, *arguments, count):
+    """Runs a function of rank and these arguments in processes of their own, to their end."""
+    forkserver()
+    torch.multiprocessing.start_processes(function, arguments, count, start_method="forkserver")
+
+
 def join_group(rank, folder, world=2):
     """Makes this process one of a group that finds itself in a folder, with one thread, as its parent has."""
     torch.set_num_threads(1)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import scene_bias
 import torch
-from helpers import ALONE, CONV4, ROOT, collate, encode, free_port, generator, same, touch, weights, write
+from helpers import ALONE, CONV4, ROOT, collate, encode, free_port, generator, processes, same, touch, weights, write
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -306,7 +306,7 @@ def test_one_and_three_processes_find_the_same_to_the_last_bit(videos, tmp_path,
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     (tmp_path / "file").touch()
     for world in (3, 1):
-        torch.multiprocessing.spawn(evaluate_as, (world, free_port(), videos, tmp_path), world)
+        processes(evaluate_as, world, free_port(), videos, tmp_path, count=world)
     assert same(*(encoder_of(weights(path)) for path in (PRETRAINED, tmp_path / "run" / "checkpoint.pt")))
     for protocol in ("linear", "knn"):
         alone, *others = (torch.load(tmp_path / f"{protocol}-{name}.pt") for name in ("0-1", "0-3", "1-3", "2-3"))

@@ -21,7 +21,19 @@ import simclr
 import torch
 import tubelet_contrast as tubelet
 from conftest import options_of
-from helpers import ALONE, CONV4, FORK, ROOT, encode, join_group, log_ratio, make_views, moving_texture, write_sound
+from helpers import (
+    ALONE,
+    CONV4,
+    FORK,
+    ROOT,
+    encode,
+    join_group,
+    log_ratio,
+    make_views,
+    moving_texture,
+    processes,
+    write_sound,
+)
 from matplotlib.patches import FancyArrowPatch
 from matplotlib.path import Path
 from matplotlib.text import Text
@@ -353,7 +365,7 @@ def step_process(rank, folder):
 
 @pytest.mark.slow
 def test_simclr_has_in_two_processes_the_loss_and_the_gradient_of_one_with_the_same_batch(tmp_path):
-    torch.multiprocessing.spawn(step_process, (str(tmp_path),), nprocs=2)
+    processes(step_process, str(tmp_path), count=2)
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from helpers import (
     join_group,
     make_views,
     mean,
+    processes,
     same,
     weights,
     with_equal_features,
@@ -292,7 +293,7 @@ def group_process(rank: int, folder: str) -> None:
 @pytest.mark.slow
 def test_two_processes_do_what_one_does_with_the_same_batch(tmp_path):
     """L_VV and L_VD of a query depend on its own keys and the queue, which all share, L_Pix here on its own video."""
-    torch.multiprocessing.spawn(group_process, (str(tmp_path),), nprocs=2)
+    processes(group_process, str(tmp_path), count=2)
     found = {name: [torch.load(tmp_path / f"{name}{rank}.pt") for rank in range(2)] for name in STEPS}
     losses, gradients, queues, _ = step("instance")
     order = [0, 1, 4, 5, 2, 3, *range(6, 12)]  # the same keys, process by process, not view by view

@@ -8,7 +8,7 @@ from collections import deque
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import generator, join_group, same
+from helpers import generator, join_group, processes, same
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -395,7 +395,7 @@ def group_process(rank: int, folder: str) -> None:
 
 @pytest.mark.slow
 def test_processes_deal_rows_like_cards(tmp_path):
-    torch.multiprocessing.spawn(group_process, (str(tmp_path),), nprocs=3)
+    processes(group_process, str(tmp_path), count=3)
 
 
 def test_momentum_update_moves_parameters_towards_the_query_and_nothing_else():

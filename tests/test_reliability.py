@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import multiprocessing
 import os
 import pty
 import shlex
@@ -15,7 +14,7 @@ from random import Random
 
 import pytest
 import torch
-from helpers import CONV4, ROOT, alive, descendants, free_port, one_line, same, torchrun, weights, within
+from helpers import CONV4, ROOT, alive, descendants, forkserver, free_port, one_line, same, torchrun, weights, within
 from helpers import lines as log
 
 import cli
@@ -76,9 +75,7 @@ def live(folder, flags, output, place=(), kill=(), every_6th="") -> None:
 
 def start(folder, *flags, output="out0.txt", **options):
     """`live` in a process of its own."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_reliability"])
-    process = context.Process(target=live, args=(folder, list(map(str, flags)), output), kwargs=options)
+    process = forkserver().Process(target=live, args=(folder, list(map(str, flags)), output), kwargs=options)
     process.start()
     process.output = folder / output
     return process
