@@ -27,6 +27,7 @@ import train
 
 ROOT = Path(__file__).parents[1]
 ALONE = train.Process(0, 1, torch.device("cpu"))
+multiprocessing.set_forkserver_preload(["evaluate", "helpers", "hypothesis", "torch._dynamo"])  # copied, not imported
 FORK = multiprocessing.get_context("fork") if hasattr(os, "fork") else None
 SMALL = ["--encoder=r3d_18", "--width=0.0625", "--crop=48", "--batch_size=4", "--queue=8", "--device=cpu"]
 CONV4 = ["--encoder=conv4", "--width=0.25", "--crop=32"]  # the cheapest
@@ -146,15 +147,8 @@ def run_two(script, *flags, folder):
     assert launcher.returncode == 0, (folder / "out.txt").read_text()
 
 
-def forkserver():
-    """What starts processes that have imported already: each is a copy of one that has."""
-    multiprocessing.set_forkserver_preload(["evaluate", "pytest", "hypothesis", "torch._dynamo", "helpers"])
-    return torch.multiprocessing.get_context("forkserver")
-
-
 def processes(function, *arguments, count):
     """Runs a function of rank and these arguments in processes of their own, to their end."""
-    forkserver()
     torch.multiprocessing.start_processes(function, arguments, count, start_method="forkserver")
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import multiprocessing
 import os
 import pty
 import shlex
@@ -14,7 +15,7 @@ from random import Random
 
 import pytest
 import torch
-from helpers import CONV4, ROOT, alive, descendants, forkserver, free_port, one_line, same, torchrun, weights, within
+from helpers import CONV4, ROOT, alive, descendants, free_port, one_line, same, torchrun, weights, within
 from helpers import lines as log
 
 import cli
@@ -75,7 +76,9 @@ def live(folder, flags, output, place=(), kill=(), every_6th="") -> None:
 
 def start(folder, *flags, output="out0.txt", **options):
     """`live` in a process of its own."""
-    process = forkserver().Process(target=live, args=(folder, list(map(str, flags)), output), kwargs=options)
+    process = multiprocessing.get_context("forkserver").Process(
+        target=live, args=(folder, list(map(str, flags)), output), kwargs=options
+    )
     process.start()
     process.output = folder / output
     return process
