@@ -76,9 +76,8 @@ def live(folder, flags, output, place=(), kill=(), every_6th="") -> None:
 
 def start(folder, *flags, output="out0.txt", **options):
     """`live` in a process of its own."""
-    process = multiprocessing.get_context("forkserver").Process(
-        target=live, args=(folder, list(map(str, flags)), output), kwargs=options
-    )
+    arguments = folder, list(map(str, flags)), output
+    process = multiprocessing.get_context("forkserver").Process(target=live, args=arguments, kwargs=options)
     process.start()
     process.output = folder / output
     return process

@@ -1,7 +1,7 @@
 """Runs are killed, doubled, starved of disk, damaged and given other videos, at random, until the minutes are over.
 
 Each try ends with a run whose weights, optimiser and log must equal those of an undisturbed one, and with every file
-that is not the run's own as it was. Not one of the quick tests: by hand, and for two minutes in `.ci/run`.
+that is not the run's own as it was. Not one of the quick tests: by hand, and for a minute in `.ci/run`.
 
     python tests/torture.py --minutes 60 --seed 1
     python tests/torture.py --only full_disk --seed 7
