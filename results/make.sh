@@ -56,14 +56,24 @@ scenes  adjacent    fima.py --difference adjacent
 scenes  fame        fame.py
 scenes  dclr        dclr.py --delay 12
 scenes  single      evaluate.py finetune --encoder conv4 --crop 32 --min_scale 0.5 --epochs 24 --batch_size 32
+half    untrained   none
 half    supervised  evaluate.py finetune --encoder conv4 --crop 32 --min_scale 0.5 --epochs 24 --batch_size 32
 half    moco        moco.py
 half    moco_vd     moco.py --losses vv,vd
+half    pix         fima.py --losses vv,pix
 half    fima        fima.py
+half    fame        fame.py
+half    dclr        dclr.py --delay 12
+half    single      evaluate.py finetune --encoder conv4 --crop 32 --min_scale 0.5 --epochs 24 --batch_size 32
+even    untrained   none
 even    supervised  evaluate.py finetune --encoder conv4 --crop 32 --min_scale 0.5 --epochs 24 --batch_size 32
 even    moco        moco.py
 even    moco_vd     moco.py --losses vv,vd
+even    pix         fima.py --losses vv,pix
 even    fima        fima.py
+even    fame        fame.py
+even    dclr        dclr.py --delay 12
+even    single      evaluate.py finetune --encoder conv4 --crop 32 --min_scale 0.5 --epochs 24 --batch_size 32
 shake   untrained   none
 shake   moco        moco.py
 shake   moco_vd     moco.py --losses vv,vd
