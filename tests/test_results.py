@@ -20,11 +20,13 @@ NAMES = {  # of a row: what it is called, and the paper's linear probe on UCF101
     "dc_md": ("… DC + MD", "71.0"),
     "pix": ("L_VV + L_Pix: DC + FS + MD", "73.1"),
     "fima": ("FIMA: L_VV + L_Pix + L_Fra", "75.3"),
+    "fima_longer": ("… 100 epochs, larger crops, longer windows", ""),
     "fame": ("FAME", ""),
     "dclr": ("DCLR", ""),
     "mcl": ("MCL", ""),
     "fima_fame": ("FIMA + FAME", ""),
     "i3d": ("I3D, a quarter as wide, untrained", ""),
+    "i3d_moco": ("… MoCo", ""),
     "i3d_fima": ("… FIMA", ""),
 }
 MEASURES = {
@@ -51,7 +53,10 @@ def rows(videos: str) -> str:
                 spread([run[measure] for run in own if measure in run])
                 for measure in MEASURES.get(videos, ("linear", "R@1"))
             ]
-            if videos not in MEASURES:
+            if videos == "scenes":
+                for fewer in ("half", "even"):
+                    cells.append(spread([run["other"] for run in runs if (run["set"], run["row"]) == (fewer, row)]))
+            elif videos not in MEASURES:
                 older = sorted((ROOT / "results" / "motion").glob(f"{prefix}{row}_[0-9].jsonl"))
                 before = [json.loads(log.read_text().splitlines()[0])["linear_top1_percent"] for log in older]
                 cells += [spread(before), paper]
