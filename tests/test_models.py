@@ -3,12 +3,14 @@
 import copy
 import math
 import re
+import subprocess
+import sys
 from collections import deque
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import generator, join_group, processes, same
+from helpers import ROOT, generator, join_group, processes, same
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -234,6 +236,13 @@ def test_torchvision_weights_give_equal_outputs_both_ways(name):
     assert torch.equal(ours(clip), trunk(clip))
     exported, expected = models.export_weights(ours), theirs.state_dict()
     assert len(exported) == len(expected) - 2 and all(torch.equal(value, expected[k]) for k, value in exported.items())
+
+
+@pytest.mark.slow
+def test_torchvision_is_imported_for_its_encoders_alone():
+    """Importing it takes as long as all the rest."""
+    script = "import sys, evaluate, fima, visualize; sys.exit('torchvision' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT).returncode == 0
 
 
 @given(*[st.lists(st.sampled_from(["module.", "_orig_mod."]), max_size=3).map("".join)] * 2)
