@@ -236,8 +236,8 @@ ENCODERS = {
     "conv4": Conv4,
     "i3d": I3D,
     "i3d_piergiaj": PiergiajI3D,
-    "r2plus1d_18": lambda width: VideoResNet(True, width),
-    "r3d_18": lambda width: VideoResNet(False, width),
+    "r2plus1d_18": lambda width: VideoResNet(factored=True, width=width),
+    "r3d_18": lambda width: VideoResNet(factored=False, width=width),
     "s3d": S3D,
 }
 

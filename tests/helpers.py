@@ -27,7 +27,7 @@ import train
 
 ROOT = Path(__file__).parents[1]
 ALONE = train.Process(0, 1, torch.device("cpu"))
-multiprocessing.set_forkserver_preload(["evaluate", "helpers", "hypothesis", "torch._dynamo"])  # for copies
+multiprocessing.set_forkserver_preload(["evaluate", "helpers", "hypothesis", "torch._dynamo"])  # imported once for all
 FORK = multiprocessing.get_context("fork") if hasattr(os, "fork") else None
 SMALL = ["--encoder=r3d_18", "--width=0.0625", "--crop=48", "--batch_size=4", "--queue=8", "--device=cpu"]
 CONV4 = ["--encoder=conv4", "--width=0.25", "--crop=32"]  # the cheapest
