@@ -23,6 +23,12 @@ shots   dc_md       fima.py --losses vv,pix --mask_position none
 shots   pix         fima.py --losses vv,pix
 shots   fima        fima.py
 shots   adjacent    fima.py --difference adjacent
+shots   fg_30       fima.py --losses vv,pix --foreground 0.3
+shots   fg_70       fima.py --losses vv,pix --foreground 0.7
+shots   fg_rgb      fima.py --losses vv,pix --mask_source rgb
+shots   fg_diff     fima.py --losses vv,pix --mask_source difference
+shots   fg_source   fima.py --losses vv,pix --mask_position prediction
+shots   fg_target   fima.py --losses vv,pix --mask_position target
 shots   tubelet     examples/tubelet_contrast.py
 motion  single      evaluate.py finetune --encoder conv4 --crop 32 --min_scale 0.5 --epochs 24 --batch_size 32
 motion  supervised  evaluate.py finetune --encoder conv4 --crop 32 --min_scale 0.5 --epochs 24 --batch_size 32
@@ -164,7 +170,7 @@ END
 }
 
 work() { # script and flags; trains and probes by the variables of `run`
-    local videos="--dataset synthetic --data datasets/${set}_$seed" options="--epochs 24" crop=32
+    local videos="--dataset synthetic --data datasets/${set}_$seed" options="--epochs 24 --keep_every 6" crop=32
     local probe="--dataset synthetic --data datasets/${set/long/motion}_$seed --workers 1" lists=datasets/people
     if [ "$set" = people ]; then
         probe="--dataset folder --data datasets/people --workers 1" crop=64
@@ -199,6 +205,13 @@ work() { # script and flags; trains and probes by the variables of `run`
         probe="$probe $strokes"
         python evaluate.py knn $probe --out "$out/knn.json" || return
     fi
+    if [[ "$set $row" =~ ^(shots|people)\ (untrained|moco|fima|i3d.*)$ ]]; then
+        local kept
+        for kept in '' $(cd "$out" && ls epoch_*.pt 2> /dev/null); do # the last --checkpoint counts
+            python examples/foreground.py $probe ${kept:+--checkpoint "$out/$kept"} \
+                --out "$out/masks_${kept%.pt}.json" || return
+        done
+    fi
     python evaluate.py linear $probe --cached 10 --out "$out/linear" --resume auto &&
         python evaluate.py retrieve $probe --out "$out/retrieve.json"
 }
@@ -223,6 +236,8 @@ for name in names:
         line |= {measure: result["top1_percent"]} if "top1_percent" in result else {}
         line |= {"R@1": result["recall_percent"]["R@1"]} if "recall_percent" in result else {}
         line |= {name: value["percent"] for name, value in result.get("table", {}).items()}
+if found := sorted(Path(out).glob("masks_*.json")):  # of the last checkpoint, and of those kept for good
+    line["masks"] = {file.stem[6:]: json.loads(file.read_text())["result"]["inside_percent"] for file in found}
 line |= {"command": command, "seconds": int(seconds), "commit": made["git_commit"], "torch": made["versions"]["torch"]}
 print(json.dumps(line))
 END
