@@ -287,8 +287,8 @@ class ForegroundBackgroundMerging:
     def color_likelihood(cls, clips: Tensor, seed: Tensor) -> Tensor:
         """The soft mask M_ij = P(F | x_ij) = P(x | F) / (P(x | F) + P(x | B)) (Sec. 3.2): (N, H, W) in [0, 1].
 
-        x is the colour of the clip's mean over time. F is the top half of S, B its last tenth, ties included, and one
-        pixel more of every colour.
+        x is the colour of the clip's mean over time. F is the top half of S, B its last tenth, ties included, and of
+        every colour one pixel more if the map had 224 × 224.
         """
         white = clips.shape[2] * (255 if clips.dtype == torch.uint8 else 1)  # summed over the frames
         levels = clips.sum(2, dtype=torch.promote_types(clips.dtype, torch.int32)) * (cls.LEVELS / white)
@@ -298,13 +298,13 @@ class ForegroundBackgroundMerging:
         pixels = seed.flatten(1)
         count = pixels.shape[1]
 
-        def share(region: Tensor, more: int) -> Tensor:
+        def share(region: Tensor, more: float) -> Tensor:
             """P(x | region) of every colour, with so many pixels more of each."""
             histogram = seed.new_full((len(seed), cls.LEVELS**3), more).scatter_add(1, color, region.to(seed.dtype))
             return histogram / histogram.sum(1, keepdim=True)
 
         front = share(pixels >= pixels.kthvalue(count - math.ceil(cls.FRONT * count) + 1, 1, keepdim=True).values, 0)
-        back = share(pixels <= pixels.kthvalue(math.ceil(cls.BACK * count), 1, keepdim=True).values, 1)
+        back = share(pixels <= pixels.kthvalue(math.ceil(cls.BACK * count), 1, keepdim=True).values, count / 224**2)
         return (front / (front + back)).gather(1, color).view_as(seed)
 
     @staticmethod

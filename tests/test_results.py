@@ -6,7 +6,7 @@ import statistics
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGE, LINES = ROOT / "docs" / "results.md", ROOT / "results" / "generated.jsonl"
+PAGE, RESULTS = ROOT / "docs" / "results.md", ROOT / "results"
 TABLE = re.compile(r"(<!-- rows of (\w+) -->\n\|[^\n]*\n\|[^\n]*\n)((?:\|[^\n]*\n)*)")
 NAMES = {  # of a row: what it is called, and the paper's linear probe on UCF101
     "untrained": ("untrained encoder", ""),
@@ -19,6 +19,12 @@ NAMES = {  # of a row: what it is called, and the paper's linear probe on UCF101
     "dc_fs": ("… DC + FS", "71.2"),
     "dc_md": ("… DC + MD", "71.0"),
     "pix": ("L_VV + L_Pix: DC + FS + MD", "73.1"),
+    "fg_30": ("… a smaller foreground", "71.6"),
+    "fg_70": ("… a larger foreground", "71.5"),
+    "fg_rgb": ("… masks by RGB", "72.1"),
+    "fg_diff": ("… masks by frame difference", "71.1"),
+    "fg_source": ("… masks of the prediction", "71.7"),
+    "fg_target": ("… masks of the target", "72.2"),
     "fima": ("FIMA: L_VV + L_Pix + L_Fra", "75.3"),
     "fima_longer": ("… 100 epochs, larger crops, longer windows", ""),
     "fame": ("FAME", ""),
@@ -35,15 +41,22 @@ MEASURES = {
 }
 
 
+def results(name: str) -> list[dict]:
+    return sorted(map(json.loads, (RESULTS / f"{name}.jsonl").read_text().splitlines()), key=lambda run: run["seed"])
+
+
 def spread(values: list[float]) -> str:
     """Mean and standard deviation of the seeds; nothing of none."""
     return " ± ".join(f"{measure(values):.1f}" for measure in (statistics.mean, statistics.stdev)[: len(values)])
 
 
+def line(*cells: str) -> str:
+    return "".join(f"| {cell} " if cell else "| " for cell in cells) + "|\n"
+
+
 def rows(videos: str) -> str:
     """The rows of the table of a set, beside the linear probe of the logs of older code, where there are such."""
-    runs = sorted((json.loads(line) for line in LINES.read_text().splitlines()), key=lambda run: run["seed"])
-    table, prefix = "", "" if videos == "motion" else f"{videos}_"
+    runs, table, prefix = results("generated"), "", "" if videos == "motion" else f"{videos}_"
     for row, (name, paper) in NAMES.items():
         if own := [run for run in runs if (run["set"], run["row"]) == (videos, row)]:
             command = own[-1]["command"].removeprefix("none").strip()
@@ -57,16 +70,59 @@ def rows(videos: str) -> str:
                 for fewer in ("half", "even"):
                     cells.append(spread([run["other"] for run in runs if (run["set"], run["row"]) == (fewer, row)]))
             elif videos not in MEASURES:
-                older = sorted((ROOT / "results" / "motion").glob(f"{prefix}{row}_[0-9].jsonl"))
+                older = sorted((RESULTS / "motion").glob(f"{prefix}{row}_[0-9].jsonl"))
                 before = [json.loads(log.read_text().splitlines()[0])["linear_top1_percent"] for log in older]
                 cells += [spread(before), paper]
-            table += "".join(f"| {cell} " for cell in (name, command, seeds, *cells)) + "|\n"
-    return table.replace("|  |", "| |").replace("|  |", "| |")
+            table += line(name, command, seeds, *cells)
+    return table
+
+
+def masks(_: str) -> str:
+    """What the foreground masks hold, of the epochs whose checkpoints were kept."""
+    table = ""
+    for videos, row in [(videos, row) for videos in ("shots", "people") for row in NAMES]:
+        runs = [run for run in results("generated") if (run["set"], run["row"]) == (videos, row) and "masks" in run]
+        if videos == "people":
+            epochs = {"": ""}
+        elif row == "untrained":
+            epochs = {"": "0"}
+        else:
+            epochs = {"epoch_0006": "6", "epoch_0012": "12", "epoch_0018": "18", "": "24"}
+        for kept, epoch in epochs.items():
+            if own := [run["masks"][kept] for run in runs]:
+                cells = [
+                    spread([found[measure] for found in own if measure in found])
+                    for measure in (
+                        *(f"objects_{source}" for source in ("rgb", "difference", "both", "frames", "best")),
+                        *(f"motion_{source}" for source in ("both", "best")),
+                    )
+                ]
+                name = ", ".join(filter(None, (NAMES[row][0].strip("… "), videos == "people" and "people")))
+                table += line(name, epoch, ", ".join(str(run["seed"]) for run in runs), *cells)
+    return table
+
+
+def spans(_: str) -> str:
+    """FIMA with differences of adjacent frames and over several spans; and with five departures undone at once."""
+    runs, table = results("generated"), ""
+    for videos, name in (("shots", "four shots"), ("motion", "default set"), ("shake", "moving camera")):
+        cells = [
+            spread([run[measure] for run in runs if (run["set"], run["row"]) == (videos, row)])
+            for measure in ("linear", "R@1")
+            for row in ("adjacent", "fima")
+        ]
+        table += line(name, *cells)
+    return table
+
+
+TABLES = {"masks": masks, "spans": spans}
 
 
 def test_tables_are_made_of_the_results():
     found = TABLE.findall(PAGE.read_text())
-    assert found and all(table == rows(videos) for _, videos, table in found), "write them anew as the docstring says"
+    assert found and all(table == TABLES.get(videos, rows)(videos) for _, videos, table in found), (
+        "write them anew as the docstring says"
+    )
 
 
 def test_each_division_of_the_courts_tests_each_stroke():
@@ -82,4 +138,4 @@ def test_each_division_of_the_courts_tests_each_stroke():
 
 
 if __name__ == "__main__":
-    PAGE.write_text(TABLE.sub(lambda match: match[1] + rows(match[2]), PAGE.read_text()))
+    PAGE.write_text(TABLE.sub(lambda match: match[1] + TABLES.get(match[2], rows)(match[2]), PAGE.read_text()))
