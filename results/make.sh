@@ -45,6 +45,7 @@ motion  adjacent    fima.py --difference adjacent
 motion  fame        fame.py
 motion  dclr        dclr.py --delay 12
 motion  mcl         mcl.py
+motion  mcl_v2      mcl.py --alignment v2
 motion  fima_fame   fima.py --fame single
 motion  tubelet     examples/tubelet_contrast.py
 long    moco        moco.py

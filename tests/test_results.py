@@ -30,6 +30,7 @@ NAMES = {  # of a row: what it is called, and the paper's linear probe on UCF101
     "fame": ("FAME", ""),
     "dclr": ("DCLR", ""),
     "mcl": ("MCL", ""),
+    "mcl_v2": ("… aligning features (Eq. 5)", ""),
     "fima_fame": ("FIMA + FAME", ""),
     "i3d": ("I3D, a quarter as wide, untrained", ""),
     "i3d_moco": ("… MoCo", ""),
