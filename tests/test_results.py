@@ -88,7 +88,7 @@ def masks(_: str) -> str:
         elif row == "untrained":
             epochs = {"": "0"}
         else:
-            epochs = {"epoch_0006": "6", "epoch_0012": "12", "epoch_0018": "18", "": "24"}
+            epochs = {"epoch_0006": "6", "epoch_0012": "12", "": "24"}
         for kept, epoch in epochs.items():
             if own := [run["masks"][kept] for run in runs]:
                 cells = [
