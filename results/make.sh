@@ -206,7 +206,7 @@ work() { # script and flags; trains and probes by the variables of `run`
         probe="$probe $strokes"
         python evaluate.py knn $probe --out "$out/knn.json" || return
     fi
-    if [[ "$set $row" =~ ^(shots|people)\ (untrained|moco|fima|i3d.*)$ ]]; then
+    if [[ "$set $row" =~ ^(shots|people)\ (untrained|moco|fima|fima_longer|i3d.*)$ ]]; then
         local kept
         for kept in '' $(cd "$out" && ls epoch_*.pt 2> /dev/null); do # the last --checkpoint counts
             python examples/foreground.py $probe ${kept:+--checkpoint "$out/$kept"} \

@@ -42,13 +42,23 @@ MEASURES = {
 }
 
 
-def results(name: str) -> list[dict]:
-    return sorted(map(json.loads, (RESULTS / f"{name}.jsonl").read_text().splitlines()), key=lambda run: run["seed"])
+def runs_of(videos: str, row: str) -> list[dict]:
+    """The results of a row by seed."""
+    runs = map(json.loads, (RESULTS / "generated.jsonl").read_text().splitlines())
+    return sorted((run for run in runs if (run["set"], run["row"]) == (videos, row)), key=lambda run: run["seed"])
 
 
 def spread(values: list[float]) -> str:
     """Mean and standard deviation of the seeds; nothing of none."""
     return " ± ".join(f"{measure(values):.1f}" for measure in (statistics.mean, statistics.stdev)[: len(values)])
+
+
+def cells(runs: list[dict], *measures: str) -> list[str]:
+    return [spread([run[measure] for run in runs if measure in run]) for measure in measures]
+
+
+def seeds(runs: list[dict]) -> str:
+    return ", ".join(str(run["seed"]) for run in runs)
 
 
 def line(*cells: str) -> str:
@@ -57,62 +67,42 @@ def line(*cells: str) -> str:
 
 def rows(videos: str) -> str:
     """The rows of the table of a set, beside the linear probe of the logs of older code, where there are such."""
-    runs, table, prefix = results("generated"), "", "" if videos == "motion" else f"{videos}_"
+    table, prefix = "", "" if videos == "motion" else f"{videos}_"
     for row, (name, paper) in NAMES.items():
-        if own := [run for run in runs if (run["set"], run["row"]) == (videos, row)]:
-            command = own[-1]["command"].removeprefix("none").strip()
-            command = f"`{command}`" if command else ""
-            seeds = ", ".join(str(run["seed"]) for run in own)
-            cells = [
-                spread([run[measure] for run in own if measure in run])
-                for measure in MEASURES.get(videos, ("linear", "R@1"))
-            ]
+        if runs := runs_of(videos, row):
+            command = runs[-1]["command"].removeprefix("none").strip()
+            more = []
             if videos == "scenes":
-                for fewer in ("half", "even"):
-                    cells.append(spread([run["other"] for run in runs if (run["set"], run["row"]) == (fewer, row)]))
+                more = [*cells(runs_of("half", row), "other"), *cells(runs_of("even", row), "other")]
             elif videos not in MEASURES:
                 older = sorted((RESULTS / "motion").glob(f"{prefix}{row}_[0-9].jsonl"))
                 before = [json.loads(log.read_text().splitlines()[0])["linear_top1_percent"] for log in older]
-                cells += [spread(before), paper]
-            table += line(name, command, seeds, *cells)
+                more = [spread(before), paper]
+            found = cells(runs, *MEASURES.get(videos, ("linear", "R@1")))
+            table += line(name, command and f"`{command}`", seeds(runs), *found, *more)
     return table
 
 
 def masks(_: str) -> str:
-    """What the foreground masks hold, of the epochs whose checkpoints were kept."""
+    """What the foreground masks hold, of encoders whose checkpoints were kept for some epochs, and of people."""
     table = ""
     for videos, row in [(videos, row) for videos in ("shots", "people") for row in NAMES]:
-        runs = [run for run in results("generated") if (run["set"], run["row"]) == (videos, row) and "masks" in run]
-        if videos == "people":
-            epochs = {"": ""}
-        elif row == "untrained":
-            epochs = {"": "0"}
-        else:
-            epochs = {"epoch_0006": "6", "epoch_0012": "12", "": "24"}
-        for kept, epoch in epochs.items():
-            if own := [run["masks"][kept] for run in runs]:
-                cells = [
-                    spread([found[measure] for found in own if measure in found])
-                    for measure in (
-                        *(f"objects_{source}" for source in ("rgb", "difference", "both", "frames", "best")),
-                        *(f"motion_{source}" for source in ("both", "best")),
-                    )
-                ]
-                name = ", ".join(filter(None, (NAMES[row][0].strip("… "), videos == "people" and "people")))
-                table += line(name, epoch, ", ".join(str(run["seed"]) for run in runs), *cells)
+        runs, name = [run for run in runs_of(videos, row) if "masks" in run], NAMES[row][0]
+        epochs = {"epoch_0006": "6", "epoch_0012": "12", "": "24"} if videos == "shots" else {"": "20"}
+        for kept, epoch in ({"": "0"} if "untrained" in name else epochs).items():
+            if found := [run["masks"][kept] for run in runs]:
+                measures = [f"objects_{by}" for by in ("rgb", "difference", "both", "frames", "best")]
+                found = cells(found, *measures, "motion_both", "motion_best")
+                table += line(f"{'people: ' * (videos == 'people')}{name}", epoch, seeds(runs), *found)
     return table
 
 
 def spans(_: str) -> str:
-    """FIMA with differences of adjacent frames and over several spans; and with five departures undone at once."""
-    runs, table = results("generated"), ""
+    """FIMA with differences of adjacent frames, and over several spans."""
+    table = ""
     for videos, name in (("shots", "four shots"), ("motion", "default set"), ("shake", "moving camera")):
-        cells = [
-            spread([run[measure] for run in runs if (run["set"], run["row"]) == (videos, row)])
-            for measure in ("linear", "R@1")
-            for row in ("adjacent", "fima")
-        ]
-        table += line(name, *cells)
+        both = [cells(runs_of(videos, row), "linear", "R@1") for row in ("adjacent", "fima")]
+        table += line(name, both[0][0], both[1][0], both[0][1], both[1][1])
     return table
 
 
@@ -121,9 +111,8 @@ TABLES = {"masks": masks, "spans": spans}
 
 def test_tables_are_made_of_the_results():
     found = TABLE.findall(PAGE.read_text())
-    assert found and all(table == TABLES.get(videos, rows)(videos) for _, videos, table in found), (
-        "write them anew as the docstring says"
-    )
+    same = [table == TABLES.get(name, rows)(name) for _, name, table in found]
+    assert same and all(same), "write them anew as the docstring says"
 
 
 def test_each_division_of_the_courts_tests_each_stroke():
