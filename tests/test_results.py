@@ -26,15 +26,15 @@ NAMES = {  # of a row: what it is called, and the paper's linear probe on UCF101
     "fg_source": ("… masks of the prediction", "71.7"),
     "fg_target": ("… masks of the target", "72.2"),
     "fima": ("FIMA: L_VV + L_Pix + L_Fra", "75.3"),
-    "fima_longer": ("… 100 epochs, larger crops, longer windows", ""),
+    "fima_longer": ("FIMA, 100 epochs, larger crops, longer windows", ""),
     "fame": ("FAME", ""),
     "dclr": ("DCLR", ""),
     "mcl": ("MCL", ""),
     "mcl_v2": ("… aligning features (Eq. 5)", ""),
     "fima_fame": ("FIMA + FAME", ""),
     "i3d": ("I3D, a quarter as wide, untrained", ""),
-    "i3d_moco": ("… MoCo", ""),
-    "i3d_fima": ("… FIMA", ""),
+    "i3d_moco": ("I3D, MoCo", ""),
+    "i3d_fima": ("I3D, FIMA", ""),
 }
 MEASURES = {
     "people": ("linear", "R@1", "kNN", "fight", "shared"),
@@ -88,7 +88,7 @@ def masks(_: str) -> str:
     table = ""
     for videos, row in [(videos, row) for videos in ("shots", "people") for row in NAMES]:
         runs, name = [run for run in runs_of(videos, row) if "masks" in run], NAMES[row][0]
-        epochs = {"epoch_0006": "6", "epoch_0012": "12", "": "24"} if videos == "shots" else {"": "20"}
+        epochs = {"epoch_0006": "6", "": "24"} if videos == "shots" else {"": "all"}
         for kept, epoch in ({"": "0"} if "untrained" in name else epochs).items():
             if found := [run["masks"][kept] for run in runs]:
                 measures = [f"objects_{by}" for by in ("rgb", "difference", "both", "frames", "best")]
