@@ -287,8 +287,8 @@ class ForegroundBackgroundMerging:
     def color_likelihood(cls, clips: Tensor, seed: Tensor) -> Tensor:
         """The soft mask M_ij = P(F | x_ij) = P(x | F) / (P(x | F) + P(x | B)) (Sec. 3.2): (N, H, W) in [0, 1].
 
-        x is the colour of the clip's mean over time. F is the top half of S, B its last tenth, ties included, and of
-        every colour one pixel more if the map had 224 × 224.
+        x is the colour of the clip's mean over time. F is the top half of S, B its last tenth, ties included, and
+        HW / 224² pixels more of every colour: one in 224 × 224, and as large a share of smaller maps.
         """
         white = clips.shape[2] * (255 if clips.dtype == torch.uint8 else 1)  # summed over the frames
         levels = clips.sum(2, dtype=torch.promote_types(clips.dtype, torch.int32)) * (cls.LEVELS / white)
