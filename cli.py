@@ -222,9 +222,9 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (flags come last; --help-all lists them)")
 
 
-def make_parser(config_class: type[Options], doc: str, whole: bool, words: str = "") -> _Parser:
-    """The parser of a config's flags, before which come `words`. Of more than 30, its help leaves out those of
-    `train.detail`, and the limits of all, if not `whole`."""
+def make_parser(config_class: type[Options], doc: str, whole: bool, words: str, preset: dict) -> _Parser:
+    """The parser of a config's flags, before which come `words`. Its help shows the defaults with those of `preset`. Of
+    more than 30 flags, it leaves out those of `train.detail`, and the limits of all, if not `whole`."""
     fields, columns = dataclasses.fields(config_class), shutil.get_terminal_size((120, 0)).columns
     hidden = [field for field in fields if field.metadata["detail"] and not whole and len(fields) > 30]
     style = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=28, width=min(columns, 120))
@@ -236,7 +236,7 @@ def make_parser(config_class: type[Options], doc: str, whole: bool, words: str =
         title = vars(owner).get("HEADING", method_name(config_class))
         title = "optimisation" if field.name in TrainConfig.TUNED else title
         group = groups[title] = groups.get(title) or parser.add_argument_group(title)
-        default, text = str(field.default), train.allowed_text(field)
+        default, text = str(preset.get(field.name, field.default)), train.allowed_text(field)
         default += f"; {text}" * (field.type is not str and not hidden)
         help = (field.metadata["help"] + f" (default: {default})" * bool(default)).replace("%", "%%")
         help = argparse.SUPPRESS if field in hidden else help
@@ -257,7 +257,10 @@ def parse(config_class: type[Config], doc: str, presets: dict | None = None, arg
     the checkpoint can't be read or is of another method, or an option makes another run of it."""
     presets, words = presets or {}, sys.argv[1:] if argv is None else argv
     words = [re.sub("(?<=^--)[^=]+", lambda name: name[0].replace("-", "_"), word) for word in words]
-    given = vars(make_parser(config_class, doc, "--help_all" in words, before).parse_args(words))
+    first = _Parser(add_help=False, allow_abbrev=False)  # --help shows the defaults of the --dataset beside it
+    first.add_argument("--dataset", default=getattr(config_class, "dataset", ""))
+    preset = presets.get(first.parse_known_args(words)[0].dataset, {})
+    given = vars(make_parser(config_class, doc, "--help_all" in words, before, preset).parse_args(words))
     show, _ = (given.pop(name, False) for name in ("print_config", "quiet"))
     saved, path, method = {}, given.get("resume", ""), method_name(config_class)
     if path not in ("", "auto"):

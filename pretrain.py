@@ -38,7 +38,7 @@ class VideosConfig(Options):
     """Options that say which videos to train on."""
 
     HEADING = "data"  # in --help
-    dataset: str = option("synthetic", "what to train on; changes defaults (--print_config shows them)", find.DATASETS)
+    dataset: str = option("synthetic", "what to train on; changes defaults: add it to --help", find.DATASETS)
     data: str = option("", "folder of the data set (default: datasets/DATASET)")
     list_file: str = option("", "with --dataset folder: a file of lines 'path label', label optional")
     exclude: str = option("", "files of videos to leave out, by commas: of data.py check, or a run's bad_videos.log")
