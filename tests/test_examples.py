@@ -153,12 +153,14 @@ def test_foreground_adds_up_what_masks_hold(run, monkeypatch):
             if kind == "motion":
                 clip = clip.diff(dim=1, append=2 * clip[:, -1:] - clip[:, -2:-1]).abs()  # the last difference twice
             shares.append(float(100 * clip[:, :, :16].sum() / clip.sum()))
-        assert found[f"{kind}_both"] == found[f"{kind}_rgb"] == pytest.approx(np.mean(shares), abs=0.02)
+        same = [found[f"{kind}_{mask}"] for mask in ("rgb", "difference", "both", "another")]
+        assert same == 4 * [pytest.approx(np.mean(shares), abs=0.02)]
         assert found[f"{kind}_best"] > found[f"{kind}_both"]
 
 
 class Motion(Color):
-    """One whose features are how far the place and the extent of what changes go, to and fro, and in the end."""
+    """One whose features are how far the place and the extent of what changes go, to and fro, and in the end; for
+    grainy pictures, their negatives."""
 
     def forward(self, clips):
         changed = (clips.diff(dim=2).abs().mean(1) - 0.3).relu()  # (N, T − 1, H, W)
@@ -166,7 +168,9 @@ class Motion(Color):
         line, extent = torch.linspace(-1, 1, 32), (changed > 0).float().mean((2, 3)).sqrt()
         paths = torch.stack([weights.sum(3) @ line, weights.sum(2) @ line, extent], 2)  # (N, T − 1, 3)
         early, late = (half.mean(1) for half in paths.tensor_split(2, 1))
-        return torch.cat([late - early, paths.std(1), torch.full((len(clips), 1), 0.2)], 1)[..., None, None, None]
+        features = torch.cat([late - early, paths.std(1), torch.full((len(clips), 1), 0.2)], 1)
+        grainy = clips[:, :, 0].diff(dim=3).abs().mean((1, 2, 3)) > 0.5
+        return features.where(~grainy[:, None], -features)[..., None, None, None]
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +205,7 @@ def test_bias_tells_an_encoder_of_colours_from_one_of_motion(run, biased, monkey
     assert {colour[row] for row in ("test", "still", "shuffled")} == {5 * sum(own)} != {100}
     assert {colour[row] for row in ("scene of test", "scene of other", "other, as its scene's motion")} == {95}
     assert colour["other"] == colour["test less shuffled"] == 0 and max(colour["unseen"], colour["noise"]) < 30
-    assert min(motion[row] for row in ("test", "unseen", "other", "noise")) > 40
+    assert min(motion[row] for row in ("test", "unseen", "other")) > 40 and motion["noise"] > 30  # of 16 videos
     assert max(motion[row] for row in ("still", "scene of other", "other, as its scene's motion")) < 20
     assert motion["grow or shrink"] == 100 and motion["test less shuffled"] > 15
     assert motion["rise or fall"] == 75 and result["table"]["rise or fall"]["videos"] == 4  # one is unreadable
