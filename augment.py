@@ -143,21 +143,30 @@ def frame_difference(clip: Tensor, spans: tuple[int, ...] = (1,)) -> Tensor:
     return torch.cat(planes, 1) if several else planes[0]
 
 
-def _encoder_input(clips: Tensor, color: Tensor | None, spans: tuple[int, ...], order: torch.memory_format) -> Tensor:
-    clips = clips.contiguous() / 255
+def _colored(clips: Tensor, color: Tensor | None, spans: tuple[int, ...], color_first: bool) -> Tensor:
+    if color is not None and color_first:
+        clips, color = color_augment(clips, color), None
     if spans:
         clips = frame_difference(clips, spans)
-    clips = normalize(clips if color is None else color_augment(clips, color))
-    return clips.contiguous(memory_format=order)
+    return clips if color is None else color_augment(clips, color)
+
+
+def _encoder_input(clips: Tensor, color: Tensor | None, spans: tuple[int, ...], order, color_first: bool) -> Tensor:
+    clips = _colored(clips.contiguous() / 255, color, spans, color_first)
+    return normalize(clips).contiguous(memory_format=order)
 
 
 _on_gpu = None  # `_encoder_input` compiled, or as it is where that has failed
 
 
 def encoder_input(
-    clips: Tensor, color: Tensor | None = None, spans: tuple[int, ...] = (), memory_format=torch.channels_last_3d
+    clips: Tensor,
+    color: Tensor | None = None,
+    spans: tuple[int, ...] = (),
+    memory_format: torch.memory_format = torch.channels_last_3d,
+    color_first: bool = False,
 ) -> Tensor:
-    """uint8 clips (N, 3, T, H, W) → V or, with spans, D, before the colours; then colours, if any, normalised: float32.
+    """uint8 clips (N, 3, T, H, W) → V or, with spans, D; colours, if any, before or after D; normalised: float32.
 
     Colours on a GPU are compiled, as its memory would else be read and written some fifty times; where that fails, one
     line on stderr says so.
@@ -174,8 +183,7 @@ def encoder_input(
                 some = torch.empty((len(index), *clips.shape[1:]), memory_format=layout)
                 for clip, i in zip(some, index.tolist(), strict=True):
                     clip.copy_(clips[i])
-                some = frame_difference(some.div_(255), spans) if spans else some.div_(255)
-                some = color_augment(some, color[index]) if kind else some
+                some = _colored(some.div_(255), color[index] if kind else None, spans, color_first)
                 for clip, i in zip(some, index.tolist(), strict=True):
                     made[i] = clip
         rows = made.movedim(1, -1)
@@ -184,7 +192,7 @@ def encoder_input(
         mean, std = (torch.tensor(values).repeat(made.shape[-1]) for values in (MEAN, STD))  # fast, as 3 are few
         rows.flatten(3).sub_(mean).div_(std)
         return made
-    arguments = clips, color, spans, memory_format
+    arguments = clips, color, spans, memory_format, color_first
     if color is None or torch.compiler.is_compiling():
         return _encoder_input(*arguments)
     _on_gpu = _on_gpu or torch.compile(_encoder_input, dynamic=False)

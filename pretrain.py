@@ -69,6 +69,7 @@ class PretrainConfig(TrainConfig, VideosConfig):
     gray_p: float = detail(0.2, "probability of grayscale", (0, 1))
     blur_p: float = detail(0.5, "probability of Gaussian blur (A.3 prints 0.2)", (0, 1))
     difference: str = detail("adjacent", "frames compared by D, or brightness over spans (1, 4, 8)", tuple(DIFFERENCES))
+    color_first: str = detail("off", "D of coloured frames, where brightness scales motion and shifts nothing", SWITCH)
     memory_format: str = detail("channels_last", "order in memory, a matter of speed alone", tuple(MEMORY_FORMATS))
     compile: str = detail("off", "torch.compile the encoders: minutes of waiting, then faster steps", SWITCH)
     activation_checkpointing: str = option("off", "compute the encoder again in the backward: less memory", SWITCH)
@@ -125,9 +126,9 @@ class Method(nn.Module):
         return entry.transpose(0, 1).flatten(0, 1)
 
     def encoder_input(self, clips: Tensor, color: Tensor | None, difference: bool = False) -> Tensor:
-        """uint8 clips (N, 3, frames, H, W) → V or, taken before the colours, D; then colours, if any, normalised."""
-        spans = DIFFERENCES[self.config.difference] if difference else ()
-        return encoder_input(clips, color, spans, MEMORY_FORMATS[self.config.memory_format])
+        """uint8 clips (N, 3, frames, H, W) → V or D with colours, if any, normalised."""
+        spans, config = DIFFERENCES[self.config.difference] if difference else (), self.config
+        return encoder_input(clips, color, spans, MEMORY_FORMATS[config.memory_format], config.color_first == "on")
 
     @staticmethod
     def project(head: nn.Module, features: Tensor) -> Tensor:

@@ -119,16 +119,21 @@ def test_differences_over_spans_are_of_brightness_a_plane_each(seed, frames, spa
 @pytest.mark.parametrize("spans", [(), (1,), (1, 4, 8)], ids=str)
 @pytest.mark.parametrize("size", [(52, 60), (24, 24)])
 @pytest.mark.parametrize("order", [torch.channels_last_3d, torch.contiguous_format])
-def test_all_clips_at_once_as_on_a_gpu_give_the_same_as_one_by_one_on_a_cpu(size, spans, order, monkeypatch):
+@pytest.mark.parametrize("first", [False, True], ids=["difference first", "colours first"])
+def test_all_clips_at_once_as_on_a_gpu_give_the_same_as_one_by_one_on_a_cpu(size, spans, order, first, monkeypatch):
     rng = np.random.default_rng(0)
     clips = torch.randint(256, (6, 4, *size, 3), generator=generator(0)).byte().movedim(-1, 1)
     color = torch.tensor(np.stack([data.draw_color(rng, gray_p=0.4) for _ in clips]))
     color[0] = torch.tensor(augment.IDENTITY)
-    expected = augment.encoder_input(clips, color, spans, order)
+    expected = augment.encoder_input(clips, color, spans, order, first)
     monkeypatch.setattr(augment, "_on_cpu", lambda clips: False)
     monkeypatch.setattr(augment, "_on_gpu", augment._encoder_input)
-    found = augment.encoder_input(clips, color, spans, order)
+    found = augment.encoder_input(clips, color, spans, order, first)
     close(found, expected, atol=1e-5)
+    coloured = color if first else color.new_tensor([augment.IDENTITY] * 6)
+    shown = augment.color_augment(clips / 255, coloured)
+    shown = augment.frame_difference(shown, spans) if spans else shown
+    close(found, augment.normalize(shown if first else augment.color_augment(shown, color)), atol=1e-5)
     assert found.is_contiguous(memory_format=order) and expected.is_contiguous(memory_format=order)
 
 

@@ -39,7 +39,7 @@ SWITCHES = [dict(losses=losses) for losses in ("vv", "vv,vd", "vv,fra")] + [dict
 SWITCHES += [dict(decoder_depth=1), dict(decoder_width=16), dict(decoder_heads=8), dict(decoder="separate")]
 SWITCHES += [dict(mask_position=position) for position in ("none", "prediction", "target")] + [dict(foreground=0.3)]
 SWITCHES += [dict(mask_source="rgb"), dict(mask_source="difference"), dict(threshold=2.8), dict(pixel_queue=40)]
-SWITCHES += [dict(frame_loss="triplet"), dict(frame_loss="mse"), dict(pixel_negatives="video")]
+SWITCHES += [dict(color_first="on"), dict(frame_loss="triplet"), dict(frame_loss="mse"), dict(pixel_negatives="video")]
 SWITCHES += [dict(difference="spans"), dict(centres="measured", **R3D), dict(encoder="i3d", width=0.0625, crop=64)]
 ORACLES = [dict(threshold=1.4, foreground=0.3), dict(centres="measured", **R3D), dict(pixel_negatives="video")]
 ORACLES += [dict(mask_source=x) for x in ("rgb", "difference")] + [dict(frame_loss=x) for x in ("triplet", "mse")]

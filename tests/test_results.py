@@ -91,8 +91,8 @@ def masks(_: str) -> str:
         epochs = {"epoch_0006": "6", "": "24"} if videos == "shots" else {"": "all"}
         for kept, epoch in ({"": "0"} if "untrained" in name else epochs).items():
             if found := [run["masks"][kept] for run in runs]:
-                measures = [f"objects_{by}" for by in ("rgb", "difference", "both", "another", "frames", "best")]
-                found = cells(found, *measures, "motion_both", "motion_another", "motion_best")
+                measures = [f"objects_{by}" for by in ("rgb", "difference", "both", "another")]
+                found = cells(found, *measures, "motion_both", "motion_another")
                 table += line(f"{'people: ' * (videos == 'people')}{name}", epoch, seeds(runs), *found)
     return table
 
@@ -109,7 +109,7 @@ def spans(_: str) -> str:
 def clips_apart(_: str) -> str:
     """The linear probe of short videos, of long ones, and of long ones whose motion changes."""
     table = ""
-    for row in ("moco", "moco_vd", "dc", "pix", "fima"):
+    for row in ("moco", "moco_vd", "fima"):
         found = [cells(runs_of(videos, row), "linear")[0] for videos in ("motion", "long", "shots")]
         table += line(NAMES[row][0], *found)
     return table
