@@ -84,8 +84,8 @@ def main() -> None:
         """By SVMs of the other noise: what noise looks like to an encoder would drown its motion for that of videos."""
         noise, part = features["noise"], torch.arange(len(labels)) % 5  # classes come one after another
         scores = torch.zeros(len(labels), len(train.classes))
-        for tested in (part == k for k in range(5)):
-            shown = ~tested & good["noise"]
+        for fold in part.unique():
+            tested, shown = part == fold, (part != fold) & good["noise"]
             with user_errors():
                 arguments = noise[shown], labels[shown], len(train.classes), config.cost, process
                 scores[tested] = svm_scores(noise[tested], *arguments)

@@ -247,11 +247,18 @@ def test_print_config_shows_every_option_and_what_differs_and_ends(in_process):
     code, out, _ = in_process(fima, *flags, "--print-config", main=main_of(fima))
     shown = {*re.sub(" +", " ", out).splitlines()}
     assert {"--queue 8 # default: 2048", "--pixel_queue 31360 # default: 0", "--crop 224"} < shown
-    described = " ".join(in_process(fima, "--help-all", *flags[:2], main=main_of(fima))[1].split())
-    assert "(default: 65536; " in described and "(default: 2048; " not in described
     again = cli.parse(fima.FIMAConfig, "", argv=shlex.split(out, comments=True))
     assert again == cli.parse(fima.FIMAConfig, "", fima.PRESETS, flags)
     assert code == 0 and re.findall(r"(?m)^--(\w+)", out) == [*vars(again)]
+
+
+def test_help_shows_the_defaults_of_the_data_set_beside_it(in_process):
+    for flags, dataset in (([], "synthetic"), (["--dataset", "k400"], "k400"), (["--dataset=hmdb51"], "hmdb51")):
+        described = " ".join(in_process(fima, "--help-all", *flags, main=main_of(fima))[1].split())
+        config = cli.parse(fima.FIMAConfig, "", fima.PRESETS, flags)
+        for name in ("epochs", "batch_size", "crop", "queue"):
+            text = described.partition(f"--{name} INT")[2].partition("(default: ")[2]
+            assert text.startswith(f"{getattr(config, name)}; "), (dataset, name)
 
 
 FILES = {path.stem: path for path in SOURCES if path.parent == ROOT}
