@@ -49,7 +49,7 @@ class MoCoConfig(PretrainConfig):
 
 
 PRESETS = pretrain.PRESETS | {
-    "synthetic": pretrain.PRESETS["synthetic"] | dict(momentum=0.99, queue=256, difference="spans"),
+    "synthetic": pretrain.PRESETS["synthetic"] | dict(momentum=0.99, queue=256, difference="spans", color_first="on"),
     "k400": pretrain.PRESETS["k400"] | dict(queue=65536),
 }
 
