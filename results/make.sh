@@ -23,6 +23,8 @@ shots   dc_md       fima.py --losses vv,pix --mask_position none
 shots   pix         fima.py --losses vv,pix
 shots   fima        fima.py
 shots   adjacent    fima.py --difference adjacent
+shots   color_last  fima.py --color_first off
+shots   adjacent_last fima.py --difference adjacent --color_first off
 shots   fg_30       fima.py --losses vv,pix --foreground 0.3
 shots   fg_70       fima.py --losses vv,pix --foreground 0.7
 shots   fg_rgb      fima.py --losses vv,pix --mask_source rgb
@@ -42,6 +44,8 @@ motion  dc_md       fima.py --losses vv,pix --mask_position none
 motion  pix         fima.py --losses vv,pix
 motion  fima        fima.py
 motion  adjacent    fima.py --difference adjacent
+motion  color_last  fima.py --color_first off
+motion  adjacent_last fima.py --difference adjacent --color_first off
 motion  fame        fame.py
 motion  dclr        dclr.py --delay 12
 motion  mcl         mcl.py
@@ -89,12 +93,15 @@ shake   dc_fs       fima.py --losses vv,pix --decoder none
 shake   pix         fima.py --losses vv,pix
 shake   fima        fima.py
 shake   adjacent    fima.py --difference adjacent
+shake   color_last  fima.py --color_first off
+shake   adjacent_last fima.py --difference adjacent --color_first off
 people  untrained   none
 people  supervised  evaluate.py finetune --encoder conv4 --crop 64
 people  moco        moco.py --momentum 0.99
 people  moco_vd     moco.py --losses vv,vd --momentum 0.99
 people  pix         fima.py --losses vv,pix --momentum 0.99 --decoder_width 128
 people  fima        fima.py --momentum 0.99 --decoder_width 128
+people  color_first fima.py --momentum 0.99 --decoder_width 128 --color_first on
 people  moco_whole  moco.py --momentum 0.99 --frame_stride 3 --min_scale 0.5
 people  fima_whole  fima.py --momentum 0.99 --decoder_width 128 --frame_stride 3 --min_scale 0.5
 people  fima_longer fima.py --momentum 0.99 --decoder_width 128 --frame_stride 3 --min_scale 0.5 --epochs 100

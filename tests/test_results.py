@@ -98,11 +98,12 @@ def masks(_: str) -> str:
 
 
 def spans(_: str) -> str:
-    """FIMA with differences of adjacent frames, and over several spans."""
+    """FIMA with differences of adjacent frames, and over several spans, coloured before them or after."""
     table = ""
     for videos, name in (("shots", "four shots"), ("motion", "default set"), ("shake", "moving camera")):
-        both = [cells(runs_of(videos, row), "linear", "R@1") for row in ("adjacent", "fima")]
-        table += line(name, both[0][0], both[1][0], both[0][1], both[1][1])
+        for colors, pair in (("after", ("adjacent_last", "color_last")), ("before", ("adjacent", "fima"))):
+            both = [cells(runs_of(videos, row), "linear", "R@1") for row in pair]
+            table += line(name, colors, both[0][0], both[1][0], both[0][1], both[1][1])
     return table
 
 
