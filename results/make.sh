@@ -23,7 +23,8 @@ shots   dc_md       fima.py --losses vv,pix --mask_position none
 shots   pix         fima.py --losses vv,pix
 shots   fima        fima.py
 shots   adjacent    fima.py --difference adjacent
-shots   color_last  fima.py --color_first off
+shots   moco_vd_last moco.py --losses vv,vd --color_first off
+shots   fima_last   fima.py --color_first off
 shots   adjacent_last fima.py --difference adjacent --color_first off
 shots   fg_30       fima.py --losses vv,pix --foreground 0.3
 shots   fg_70       fima.py --losses vv,pix --foreground 0.7
@@ -44,7 +45,8 @@ motion  dc_md       fima.py --losses vv,pix --mask_position none
 motion  pix         fima.py --losses vv,pix
 motion  fima        fima.py
 motion  adjacent    fima.py --difference adjacent
-motion  color_last  fima.py --color_first off
+motion  moco_vd_last moco.py --losses vv,vd --color_first off
+motion  fima_last   fima.py --color_first off
 motion  adjacent_last fima.py --difference adjacent --color_first off
 motion  fame        fame.py
 motion  dclr        dclr.py --delay 12
@@ -93,7 +95,7 @@ shake   dc_fs       fima.py --losses vv,pix --decoder none
 shake   pix         fima.py --losses vv,pix
 shake   fima        fima.py
 shake   adjacent    fima.py --difference adjacent
-shake   color_last  fima.py --color_first off
+shake   fima_last   fima.py --color_first off
 shake   adjacent_last fima.py --difference adjacent --color_first off
 people  untrained   none
 people  supervised  evaluate.py finetune --encoder conv4 --crop 64

@@ -98,12 +98,11 @@ def masks(_: str) -> str:
 
 
 def spans(_: str) -> str:
-    """FIMA with differences of adjacent frames, and over several spans, coloured before them or after."""
+    """FIMA by how frame differences are made: of which frames, coloured after them or before."""
     table = ""
     for videos, name in (("shots", "four shots"), ("motion", "default set"), ("shake", "moving camera")):
-        for colors, pair in (("after", ("adjacent_last", "color_last")), ("before", ("adjacent", "fima"))):
-            both = [cells(runs_of(videos, row), "linear", "R@1") for row in pair]
-            table += line(name, colors, both[0][0], both[1][0], both[0][1], both[1][1])
+        made = [runs_of(videos, row) for row in ("adjacent_last", "fima_last", "fima")]
+        table += line(name, *(cells(runs, measure)[0] for measure in ("linear", "R@1") for runs in made))
     return table
 
 
@@ -111,7 +110,8 @@ def clips_apart(_: str) -> str:
     """The linear probe of short videos, of long ones, and of long ones whose motion changes."""
     table = ""
     for row in ("moco", "moco_vd", "fima"):
-        found = [cells(runs_of(videos, row), "linear")[0] for videos in ("motion", "long", "shots")]
+        names = [f"{row}_last" if row != "moco" and videos != "long" else row for videos in ("motion", "long", "shots")]
+        found = [cells(runs_of(*of), "linear")[0] for of in zip(("motion", "long", "shots"), names, strict=True)]
         table += line(NAMES[row][0], *found)
     return table
 
