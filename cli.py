@@ -252,9 +252,9 @@ def make_parser(config_class: type[Options], doc: str, whole: bool, words: str, 
 
 
 def parse(config_class: type[Config], doc: str, presets: dict | None = None, argv=None, before: str = "") -> Config:
-    """Command line → config, - for _ or not. Explicit flags win over the options of a checkpoint to resume, these over
-    the preset that `--dataset` selects, and this over the defaults. Raises UserError where a flag or value is unknown,
-    the checkpoint can't be read or is of another method, or an option makes another run of it."""
+    """Command line → config, - for _ or not. Explicit flags win over the options of a checkpoint to resume or, without
+    one, over the preset that `--dataset` selects, and these over the defaults. Raises UserError where a flag or value
+    is unknown, the checkpoint can't be read or is of another method, or an option makes another run of it."""
     presets, words = presets or {}, sys.argv[1:] if argv is None else argv
     words = [re.sub("(?<=^--)[^=]+", lambda name: name[0].replace("-", "_"), word) for word in words]
     first = _Parser(add_help=False, allow_abbrev=False)  # --help shows the defaults of the --dataset beside it
@@ -271,7 +271,7 @@ def parse(config_class: type[Config], doc: str, presets: dict | None = None, arg
         given.setdefault("out", str(Path(path).parent))
     dataset = given.get("dataset", saved.get("dataset", getattr(config_class, "dataset", "")))
     made = {field.name: field.default for field in dataclasses.fields(config_class)}
-    made |= presets.get(dataset, {}) | saved
+    made |= saved or presets.get(dataset, {})  # what is newer than the run has its default
     for name, value in given.items() if saved else ():
         if value != made[name] and name not in config_class.FREE | config_class.TUNED:
             raise UserError(f"{path} was trained with --{name} {made[name]}, not {value}: start anew, without --resume")

@@ -10,7 +10,7 @@ set -eu
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1
 
-rows() { # set, row, script and flags
+rows() { # set, row (…_last: the frame difference is coloured, not frames), script and flags
     cat <<'END'
 shots   untrained   none
 shots   moco        moco.py

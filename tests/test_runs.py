@@ -323,6 +323,9 @@ def test_checkpoints_that_do_not_fit_are_refused_in_one_line(tmp_path, monkeypat
         return cli.parse(moco.MoCoConfig, "", argv=["--resume", str(path), *flags])
 
     assert resumed().bn == "shuffle"  # what is new has its default
+    resumed(config={name: value for name, value in state["config"].items() if name != "color_first"})
+    found = cli.parse(moco.MoCoConfig, "", moco.PRESETS, ["--resume", str(path)])
+    assert found.color_first == "off"  # whatever the preset says now
     as_it_was = state["config"] | {"bn": "sync"}  # which there was
     refused("was made with --bn sync", resumed, config=as_it_was)
     assert resumed("--bn", "local", config=as_it_was).bn == "local"
