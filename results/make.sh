@@ -23,6 +23,8 @@ shots   dc_md       fima.py --losses vv,pix --mask_position none
 shots   pix         fima.py --losses vv,pix
 shots   fima        fima.py
 shots   adjacent    fima.py --difference adjacent
+shots   dc_last     fima.py --losses vv,pix --mask_position none --decoder none --color_first off
+shots   pix_last    fima.py --losses vv,pix --color_first off
 shots   moco_vd_last moco.py --losses vv,vd --color_first off
 shots   fima_last   fima.py --color_first off
 shots   adjacent_last fima.py --difference adjacent --color_first off

@@ -109,10 +109,9 @@ def spans(_: str) -> str:
 def clips_apart(_: str) -> str:
     """The linear probe of short videos, of long ones, and of long ones whose motion changes."""
     table = ""
-    for row in ("moco", "moco_vd", "fima"):
-        names = [f"{row}_last" if row != "moco" and videos != "long" else row for videos in ("motion", "long", "shots")]
-        found = [cells(runs_of(*of), "linear")[0] for of in zip(("motion", "long", "shots"), names, strict=True)]
-        table += line(NAMES[row][0], *found)
+    for row, last in (("moco", "moco"), ("moco_vd", "moco_vd_last"), ("fima", "fima_last")):  # of one order of colours
+        columns = ("motion", last), ("long", row), ("shots", last)
+        table += line(NAMES[row][0], *(cells(runs_of(*column), "linear")[0] for column in columns))
     return table
 
 
