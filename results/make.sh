@@ -35,8 +35,8 @@ shots   fg_diff     fima.py --losses vv,pix --mask_source difference
 shots   fg_source   fima.py --losses vv,pix --mask_position prediction
 shots   fg_target   fima.py --losses vv,pix --mask_position target
 shots   tubelet     examples/tubelet_contrast.py
-motion  single      evaluate.py finetune --encoder conv4 --crop 32 --min_scale 0.5 --epochs 24 --batch_size 32
-motion  supervised  evaluate.py finetune --encoder conv4 --crop 32 --min_scale 0.5 --epochs 24 --batch_size 32
+motion  single      evaluate.py finetune --encoder conv4 --crop 32 --min_scale 0.5 --epochs 24 --batch_size 32 --dropout 0 --jitter_p 0.2
+motion  supervised  evaluate.py finetune --encoder conv4 --crop 32 --min_scale 0.5 --epochs 24 --batch_size 32 --dropout 0 --jitter_p 0.2
 motion  moco        moco.py
 motion  moco_longer moco.py --epochs 62
 motion  moco_vd     moco.py --losses vv,vd
@@ -62,7 +62,7 @@ long    dc          fima.py --losses vv,pix --mask_position none --decoder none
 long    pix         fima.py --losses vv,pix
 long    fima        fima.py
 scenes  untrained   none
-scenes  supervised  evaluate.py finetune --encoder conv4 --crop 32 --min_scale 0.5 --epochs 24 --batch_size 32
+scenes  supervised  evaluate.py finetune --encoder conv4 --crop 32 --min_scale 0.5 --epochs 24 --batch_size 32 --dropout 0 --jitter_p 0.2
 scenes  moco        moco.py
 scenes  moco_vd     moco.py --losses vv,vd
 scenes  pix         fima.py --losses vv,pix
@@ -70,25 +70,25 @@ scenes  fima        fima.py
 scenes  adjacent    fima.py --difference adjacent
 scenes  fame        fame.py
 scenes  dclr        dclr.py --delay 12
-scenes  single      evaluate.py finetune --encoder conv4 --crop 32 --min_scale 0.5 --epochs 24 --batch_size 32
+scenes  single      evaluate.py finetune --encoder conv4 --crop 32 --min_scale 0.5 --epochs 24 --batch_size 32 --dropout 0 --jitter_p 0.2
 half    untrained   none
-half    supervised  evaluate.py finetune --encoder conv4 --crop 32 --min_scale 0.5 --epochs 24 --batch_size 32
+half    supervised  evaluate.py finetune --encoder conv4 --crop 32 --min_scale 0.5 --epochs 24 --batch_size 32 --dropout 0 --jitter_p 0.2
 half    moco        moco.py
 half    moco_vd     moco.py --losses vv,vd
 half    pix         fima.py --losses vv,pix
 half    fima        fima.py
 half    fame        fame.py
 half    dclr        dclr.py --delay 12
-half    single      evaluate.py finetune --encoder conv4 --crop 32 --min_scale 0.5 --epochs 24 --batch_size 32
+half    single      evaluate.py finetune --encoder conv4 --crop 32 --min_scale 0.5 --epochs 24 --batch_size 32 --dropout 0 --jitter_p 0.2
 even    untrained   none
-even    supervised  evaluate.py finetune --encoder conv4 --crop 32 --min_scale 0.5 --epochs 24 --batch_size 32
+even    supervised  evaluate.py finetune --encoder conv4 --crop 32 --min_scale 0.5 --epochs 24 --batch_size 32 --dropout 0 --jitter_p 0.2
 even    moco        moco.py
 even    moco_vd     moco.py --losses vv,vd
 even    pix         fima.py --losses vv,pix
 even    fima        fima.py
 even    fame        fame.py
 even    dclr        dclr.py --delay 12
-even    single      evaluate.py finetune --encoder conv4 --crop 32 --min_scale 0.5 --epochs 24 --batch_size 32
+even    single      evaluate.py finetune --encoder conv4 --crop 32 --min_scale 0.5 --epochs 24 --batch_size 32 --dropout 0 --jitter_p 0.2
 shake   untrained   none
 shake   moco        moco.py
 shake   moco_vd     moco.py --losses vv,vd
