@@ -60,7 +60,8 @@ class DCLRConfig(moco.MoCoConfig):
 PAPER = dict(encoder="r2plus1d_18", crop=112, batch_size=16, lr=0.04)
 PRESETS = {
     # the pool is used from half of the run on: before, features know too little motion to find any
-    "synthetic": moco.PRESETS["synthetic"] | dict(momentum=0.0, delay=6.0, refresh=1, difference="adjacent"),
+    "synthetic": moco.PRESETS["synthetic"]
+    | dict(momentum=0.0, delay=6.0, refresh=1, difference="adjacent", color_first="off"),  # d is never coloured
     "ucf101": PAPER | dict(epochs=200, queue=2048, delay=10.0, refresh=10),
     "k400": PAPER | dict(epochs=100, queue=16384, delay=5.0, refresh=5),
 }

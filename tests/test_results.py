@@ -38,7 +38,10 @@ NAMES = {  # of a row: what it is called, and the paper's linear probe on UCF101
 }
 MEASURES = {
     "people": ("linear", "R@1", "kNN", "fight", "shared"),
-    "scenes": ("test", "still", "test less shuffled", "unseen", "other", "other, as its scene's motion"),
+    "scenes": (
+        *("test", "still", "test less shuffled", "unseen", "other", "other, as its scene's motion"),
+        *("scene of other", "noise", "rise or fall", "grow or shrink"),
+    ),
 }
 
 
