@@ -109,6 +109,8 @@ people  color_first fima.py --momentum 0.99 --decoder_width 128 --color_first on
 people  moco_whole  moco.py --momentum 0.99 --frame_stride 3 --min_scale 0.5
 people  fima_whole  fima.py --momentum 0.99 --decoder_width 128 --frame_stride 3 --min_scale 0.5
 people  fima_longer fima.py --momentum 0.99 --decoder_width 128 --frame_stride 3 --min_scale 0.5 --epochs 100
+people  moco_300    moco.py --momentum 0.99 --frame_stride 3 --min_scale 0.5 --epochs 300 --keep_every 100
+people  fima_300    fima.py --momentum 0.99 --decoder_width 128 --frame_stride 3 --min_scale 0.5 --epochs 300 --keep_every 100
 people  i3d         none --encoder i3d --width 0.25
 people  i3d_labels  evaluate.py finetune --crop 64 --encoder i3d --width 0.25
 people  i3d_moco    moco.py --momentum 0.99 --encoder i3d --width 0.25
