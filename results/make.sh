@@ -23,9 +23,7 @@ shots   dc_md       fima.py --losses vv,pix --mask_position none
 shots   pix         fima.py --losses vv,pix
 shots   fima        fima.py
 shots   adjacent    fima.py --difference adjacent
-shots   dc_last     fima.py --losses vv,pix --mask_position none --decoder none --color_first off
 shots   pix_last    fima.py --losses vv,pix --color_first off
-shots   moco_vd_last moco.py --losses vv,vd --color_first off
 shots   fima_last   fima.py --color_first off
 shots   adjacent_last fima.py --difference adjacent --color_first off
 shots   fg_30       fima.py --losses vv,pix --foreground 0.3
@@ -47,7 +45,6 @@ motion  dc_md       fima.py --losses vv,pix --mask_position none
 motion  pix         fima.py --losses vv,pix
 motion  fima        fima.py
 motion  adjacent    fima.py --difference adjacent
-motion  moco_vd_last moco.py --losses vv,vd --color_first off
 motion  fima_last   fima.py --color_first off
 motion  adjacent_last fima.py --difference adjacent --color_first off
 motion  fame        fame.py
@@ -67,7 +64,6 @@ scenes  moco        moco.py
 scenes  moco_vd     moco.py --losses vv,vd
 scenes  pix         fima.py --losses vv,pix
 scenes  fima        fima.py
-scenes  adjacent    fima.py --difference adjacent
 scenes  fame        fame.py
 scenes  dclr        dclr.py --delay 12
 scenes  single      evaluate.py finetune --encoder conv4 --crop 32 --min_scale 0.5 --epochs 24 --batch_size 32 --dropout 0 --jitter_p 0.2

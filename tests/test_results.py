@@ -112,9 +112,8 @@ def spans(_: str) -> str:
 def clips_apart(_: str) -> str:
     """The linear probe of short videos, of long ones, and of long ones whose motion changes."""
     table = ""
-    for row, last in (("moco", "moco"), ("moco_vd", "moco_vd_last"), ("fima", "fima_last")):  # of one order of colours
-        columns = ("motion", last), ("long", row), ("shots", last)
-        table += line(NAMES[row][0], *(cells(runs_of(*column), "linear")[0] for column in columns))
+    for row in ("moco", "moco_vd", "dc", "pix", "fima"):
+        table += line(NAMES[row][0], *(cells(runs_of(videos, row), "linear")[0] for videos in ("motion", "long", "shots")))
     return table
 
 
