@@ -113,7 +113,8 @@ def clips_apart(_: str) -> str:
     """The linear probe of short videos, of long ones, and of long ones whose motion changes."""
     table = ""
     for row in ("moco", "moco_vd", "dc", "pix", "fima"):
-        table += line(NAMES[row][0], *(cells(runs_of(videos, row), "linear")[0] for videos in ("motion", "long", "shots")))
+        made = [runs_of(videos, row) for videos in ("motion", "long", "shots")]
+        table += line(NAMES[row][0], *(cells(runs, "linear")[0] for runs in made))
     return table
 
 
