@@ -127,6 +127,20 @@ def test_tables_are_made_of_the_results():
     assert same and all(same), "write them anew as the docstring says"
 
 
+def test_what_readme_and_notebooks_say_of_the_results_is_there():
+    page, texts = PAGE.read_text(), [("", (ROOT / "README.md").read_text())]
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        cells = (cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "markdown")
+        paragraphs = [text for cell in cells for text in "".join(cell["source"]).split("\n\n")]
+        texts += [(link[1], text) for text in paragraphs if (link := re.search(r"docs/results\.md#([\w-]+)", text))]
+    assert len(texts) >= 4
+    for anchor, text in texts:
+        title = anchor.capitalize().replace("-", " ")
+        section = re.search(rf"^## {title}$.*?(?=^## |\Z)", page, re.M | re.S)[0] if anchor else page
+        found = re.findall(r"\d+\.\d(?= ±)" if not anchor else r"\d+\.\d(?= [%±])", text)
+        assert found and set(found) <= set(re.findall(r"\d+\.\d", section)), anchor
+
+
 def test_each_division_of_the_courts_tests_each_stroke():
     strokes = json.loads((ROOT / "results" / "people.json").read_text())
     courts = {court for groups in strokes["groups"].values() for court in groups}
