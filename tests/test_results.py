@@ -104,17 +104,17 @@ def spans(_: str) -> str:
     """FIMA by how frame differences are made: of which frames, coloured after them or before."""
     table = ""
     for videos, name in (("shots", "four shots"), ("motion", "default set"), ("shake", "moving camera")):
-        made = [runs_of(videos, row) for row in ("adjacent_last", "fima_last", "fima")]
+        made = [runs_of(videos, row) for row in ("adjacent_last", "adjacent", "fima_last", "fima")]
         table += line(name, *(cells(runs, measure)[0] for measure in ("linear", "R@1") for runs in made))
     return table
 
 
 def clips_apart(_: str) -> str:
-    """The linear probe of short videos, of long ones, and of long ones whose motion changes."""
+    """Rows of short videos, of long ones, and of long ones whose motion changes."""
     table = ""
     for row in ("moco", "moco_vd", "dc", "pix", "fima"):
         made = [runs_of(videos, row) for videos in ("motion", "long", "shots")]
-        table += line(NAMES[row][0], *(cells(runs, "linear")[0] for runs in made))
+        table += line(NAMES[row][0], *(cells(runs, measure)[0] for measure in ("linear", "R@1") for runs in made))
     return table
 
 
