@@ -26,7 +26,7 @@ SUFFIXES = (  # of files in CONTAINERS, without those of sounds and single pictu
     *("avi", "divx", "xvid", "mp4", "m4v", "mp4v", "mpeg4", "mov", "qt", "f4v", "3gp", "3gpp", "3g2", "3gp2", "ismv"),
     *("mkv", "mk3d", "webm", "mpg", "mpeg", "mpe", "mpv", "m1v", "m2v", "m2p", "mp2v", "mpv2", "vob", "evo", "vro"),
     *("tod", "mod", "ts", "mts", "m2ts", "m2t", "tp", "trp", "flv", "wmv", "asf", "h264", "264", "avc", "h26l", "26l"),
-    *("h265", "265", "hevc", "mjpg", "mjpeg", "ogv", "ogg", "ogm", "mxf", "dv", "dif", "ivf"),
+    *("h265", "265", "hevc", "mjpg", "mjpeg", "ogv", "ogm", "mxf", "dv", "dif", "ivf"),
 )
 NOT_READ = re.compile(  # names of files and folders that operating systems, network storage and editors make
     r"(?i)\..*|@eadir|@tmp|@recycle|@recently-snapshot|#recycle|#snapshot|~snapshot|\$recycle\.bin|recycler|lost\+found|"
@@ -102,6 +102,8 @@ def find_videos(
             raise ValueError(f"{root}: not made by this project; with videos of your own, give --dataset folder")
         if not there and Path(root).parts[-2:] != ("datasets", "synthetic"):  # else a mistyped name would make a set
             raise FileNotFoundError(f"{root}: no such set; make it by `python data.py synthetic {shlex.quote(root)}`")
+        if there and version not in range(SYNTHETIC_VERSION + 1):
+            raise ValueError(f"{root}: made by newer code, version {version}: update this code, or remove the folder")
         if not there or version != SYNTHETIC_VERSION:
             make_synthetic(root, **recipe)
     if not os.path.isdir(root):
@@ -136,11 +138,11 @@ def find_videos(
     left_out = excluded | twice
     found = [(path, label) for path, _, label in rows if path and path not in left_out]
     again, labelled = len(found) - len(dict(found)), len({*found}) - len(dict(found))
-    missing = [name for path, name, _ in rows if not path]
+    listed, missing = {path for path, _, _ in rows}, [name for path, name, _ in rows if not path]
     kinds = ", ".join(f"{n} {f'.{suffix}' if suffix else 'without suffix'}" for suffix, n in passed.most_common(5))
     notes = [
         missing and f"{len(missing)} of {len(rows)} listed videos are not on disk: {', '.join(missing[:3])}",
-        excluded and f"{sum(row[0] in excluded for row in rows)} of the {len(excluded)} named in {exclude} left out",
+        excluded and f"{len(excluded & listed)} of the {len(excluded)} named in {exclude} left out",
         copied and f"there are copies of {len(copied)}, and one is taken, such as {copied[0]}",
         outside and f"{outside} videos outside of the training and the held-out folder left out",
         twice and f"{len(twice)} that are held-out videos too (links) left out",
@@ -151,7 +153,10 @@ def find_videos(
     head = f"{title}: {len(found)} videos{expected}, {f'{len(classes)} classes' if classes else 'no labels'}"
     report = "; ".join([head, *filter(None, notes)])
     if not found:
-        raise FileNotFoundError(f"{root}: no videos found ({report}); {dataset} expects {LAYOUTS[dataset]}")
+        advice = f"{dataset} expects {LAYOUTS[dataset]}"
+        if not closed and frames_of(root):
+            advice = "these are the frames of one: give the folder above it"
+        raise FileNotFoundError(f"{root}: no videos found ({report}); {advice}")
     paths, labels = [path for path, _ in found], [label for _, label in found]
     return VideoList(paths, labels, classes, report, tuple(sorted(twice)), tuple(closed))
 
@@ -216,7 +221,7 @@ def walk(root: str) -> tuple[list[str], list[str], list[str]]:
         videos.extend([folder] if frames else own)
         others.extend(path for path in rest if path not in frames)
         folders += [(*inner, above | {place}) for inner in reversed(below)]
-    return videos, others, closed
+    return videos, sorted(others, key=lambda path: path.count(os.sep)), closed
 
 
 def walk_whole(root: str) -> tuple[list[str], list[str]]:
@@ -229,7 +234,8 @@ def walk_whole(root: str) -> tuple[list[str], list[str]]:
     if closed:
         raise PermissionError(f"{closed[0]}: no permission to list this folder")
     if not videos:
-        raise FileNotFoundError(f"{root}: no videos (.{', .'.join(SUFFIXES)}) below it")
+        hint = ", but its own pictures: give the folder above it" * bool(frames_of(root))
+        raise FileNotFoundError(f"{root}: no videos (.{', .'.join(SUFFIXES)}) below it{hint}")
     return videos, others
 
 
@@ -287,10 +293,12 @@ def _read_official(
         elif dataset == "diving48":
             classes = [" ".join(dive) for dive in json.loads(read("diving48_vocab.json"))]
             entries = json.loads(read(f"diving48_v2_{part}.json"))
-            named = [(str(entry["vid_name"]), entry["label"]) for entry in entries]
+            known = range(len(classes))
+            named = [(str(entry["vid_name"]), known.index(entry["label"])) for entry in entries]
         else:
-            index = {name: int(i) for name, i in json.loads(read("labels.json")).items()}
-            classes = sorted(index, key=index.get)
+            numbers = {name: int(i) for name, i in json.loads(read("labels.json")).items()}
+            classes = sorted(numbers, key=numbers.get)
+            index = {name: i for i, name in enumerate(classes)}  # of numbers that may begin with 1, or leave some out
             entries = json.loads(read(f"{part}.json"))
             named = [(str(e["id"]), index[e["template"].replace("[", "").replace("]", "")]) for e in entries]
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, csv.Error) as error:
@@ -305,6 +313,7 @@ def _read_official(
     for name, label in named:
         paths = stems.get(name.casefold(), [None])
         if len(paths) > 1:
+            paths = [p for p in paths if os.path.basename(p).startswith(name)] or paths  # in upper or lower case, too
             paths = [p for p in paths if not re.match(FLOW, os.path.dirname(p[len(root) :]), re.IGNORECASE)] or paths
             paths = [p for p in paths if _letters(p.split(os.sep)[-2]) == _letters(classes[label])] or paths
         copied += paths[:1] if len(paths) > 1 else []
@@ -425,7 +434,7 @@ def _read_labels(rows: list[tuple[str, str]], columns: int) -> tuple[list[int], 
     several; else it is part of the class's name. Two (start and end) are refused, as videos are read as a whole."""
     lines = []  # of each, where it is, what stands there, and of this the leading numbers and the rest
     for where, rest in rows:
-        text = re.sub(r"(^|\s)#(\s.*)?$", "", rest).strip(" \t,;|")
+        text = re.sub(rf"^{SEPARATED}|{SEPARATED}$", "", re.sub(r"(^|\s)#(\s.*)?$", "", rest))
         before, label = re.fullmatch(rf"((?:[\"']?{NUMBER}[\"']?{SEPARATED})*)(.*)", text).groups()
         text, label = (re.sub(r"""^(["'])(.*)\1$""", r"\2", field) for field in (text, label))
         lines.append((where, text, re.findall(NUMBER, before), label))
@@ -453,7 +462,7 @@ def _read_labels(rows: list[tuple[str, str]], columns: int) -> tuple[list[int], 
 def _read_bad(root: str, files: str | Path) -> set[str]:
     """Paths named by a list of `check`, by a run's bad_videos.log, or by a file of bare paths, one a line."""
     paths, place = set(), _placer(root)
-    for file in [files] if os.path.exists(files) else str(files).split(","):
+    for file in [files] if os.path.exists(files) else filter(None, map(str.strip, str(files).split(","))):
         for number, line in enumerate(_read_text(file).split("\n"), 1):
             fields = line.split("\t")
             quoted = [field for field in fields if field.startswith(("'", '"'))]

@@ -299,6 +299,8 @@ def make_synthetic(
     root = Path(root).resolve()
     if _is_complete(root, recipe):
         return
+    if os.path.ismount(root):  # which can't be replaced
+        raise ValueError(f"{root} is a mounted folder: name a folder in it")
     names, hidden = _synthetic_names(**recipe), root.with_name(f".{root.name}.partial")
     with alone(hidden):
         if _is_complete(root, recipe):  # by now

@@ -34,7 +34,7 @@ TINY = 19  # bytes of a packet of MPEG-4 that may stand for a picture which came
 # No playlists: they open other files.
 CONTAINERS = "avi,mov,matroska,webm,mpeg,mpegts,mpegvideo,m4v,h264,hevc,flv,asf,ogg,mxf,dv,ivf,mjpeg,jpeg_pipe"
 PICTURES = "jpeg_pipe,png_pipe,webp_pipe,bmp_pipe"  # formats of a folder's frames
-FLOW = ".*flow(?![a-wz])"  # in the name of a picture, or of a folder, of optical flow
+FLOW = r".*flow(?:s|im(?:g|age)s?|frames?|net\w*)?(?![a-wz])"  # in names of pictures and folders
 FRAME = re.compile(rf"(?i)(?!\.|{FLOW})(.*?)(\d+)(\D*\.(?:jpe?g|png|webp|bmp))")  # a name, by its last number
 DEADLINE = 60.0  # seconds that opening a video may take, and each part of the frames that are read
 MAX_FRAMES = 1_000_000  # of a video

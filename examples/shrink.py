@@ -110,8 +110,10 @@ def shrink(config: ShrinkConfig, data: str, folder: str) -> None:
         raise FileExistsError(f"{out} holds {held}, not what comes of {recipe}: name another folder")
     out.mkdir(parents=True, exist_ok=True)
     write_file(out / RECIPE, recipe)
-    targets = {path: out / os.path.relpath(path, root) for path in [*videos, *filter(os.path.isfile, others)]}
-    targets |= {path: out / f"{os.path.relpath(path, root)}.mp4" for path in videos if not is_video(path)}
+    targets = {path: out / (os.path.relpath(path, root) + ".mp4" * (not is_video(path))) for path in videos}
+    kept = {path: out / os.path.relpath(path, root) for path in filter(os.path.isfile, others)}
+    files = {*targets.values()}  # where the others of a folder of frames called x.avi have no place
+    targets |= {path: target for path, target in kept.items() if target.parent not in files}
     first = {identity(path): path for path in reversed(targets) if targets[path] != out / FAILED}
     with alone(out / HIDDEN), user_errors(path=out / FAILED):
         (out / HIDDEN / "made").mkdir()

@@ -64,6 +64,10 @@ def test_ucf101(tmp_path, videos, lists, split, expected):
     assert train.classes == UCF_CLASSES and train.labels == [0, 2, 1, 1] and test.labels == [1, 2]
     assert train.paths == [str(tmp_path / videos / name) for name in UCF_TRAIN + UCF_FRAMES]
     assert train.report == f"ucf101 train split {split}: 4 videos of {expected} expected, 3 classes"
+    write(tmp_path / lists / f"testlist0{split}.txt", "HammerThrow/v_a.avi", "HammerThrow/v_A.avi")
+    touch(tmp_path / videos, "HammerThrow/v_A.avi", "HammerThrow/v_a.avi")
+    test = find_videos("ucf101", tmp_path, train=False, split=split)
+    assert [path[-5:] for path in test.paths] == ["a.avi", "A.avi"]
     gone, spelled, *_ = map(Path, train.paths)
     gone.unlink()
     spelled.rename(tmp_path / "v_HandstandPushups_g08_c01.mp4")
@@ -135,15 +139,22 @@ def test_diving48(tmp_path):
     assert again.paths == train.paths
     copies = f"; there are copies of 1, and one is taken, such as {tmp_path}/rgb/_8Vy3dlHg2w_00000.mp4"
     assert again.report == train.report + copies
+    (tmp_path / "flow").rename(tmp_path / "Flows")
+    assert find_videos("diving48", tmp_path, train=True).paths == train.paths
+    for label in (48, -1, "0"):
+        write(tmp_path / "Diving48_V2_test.json", json.dumps([{"vid_name": "other_00002", "label": label}]))
+        with pytest.raises(ValueError, match="not a list of diving48"):
+            find_videos("diving48", tmp_path, train=False)
 
 
-@pytest.mark.parametrize("prefix", ["", "something-something-v2-"])
-def test_ssv2(tmp_path, prefix):
+@pytest.mark.parametrize(("prefix", "numbers"), [("", "10"), ("something-something-v2-", "21"), ("", "93")])
+def test_ssv2(tmp_path, prefix, numbers):
     touch(tmp_path / "videos", "1.webm", "22.webm", "333.webm")
     put, move = "Putting something on a surface", "Moving something (up)"
     puts = [{"id": name, "template": "Putting [something] on a surface"} for name in ("22", "1")]
     moves = [{"id": "333", "label": "moving pen (up)", "template": "Moving [something] (up)"}]
-    for name, content in (("labels", {move: "1", put: "0"}), ("train", puts), ("validation", moves)):
+    write(tmp_path / "a" / "b" / f"{prefix}train.json", json.dumps(moves))  # the upper list counts
+    for name, content in (("labels", {move: numbers[0], put: numbers[1]}), ("train", puts), ("validation", moves)):
         write(tmp_path / "labels" / f"{prefix}{name}.json", json.dumps(content))
     train, validation = parts("ssv2", tmp_path)
     assert found(train, tmp_path / "videos") == {"22.webm": put, "1.webm": put}
@@ -256,7 +267,7 @@ def test_no_tree_gives_a_training_video_that_is_evaluated(folders, kinetics):
 
 
 def test_suffixes_of_all_containers_are_found_and_others_counted(tmp_path):
-    sound = {"avif", "heic", "heif", "isma", "ism", "m4a", "m4b", "mj2", "psp", "mka", "mks", "mpo", "wma"}
+    sound = {"avif", "heic", "heif", "isma", "ism", "m4a", "m4b", "mj2", "psp", "mka", "mks", "mpo", "ogg", "wma"}
     for name, mode in itertools.product({*video.CONTAINERS.split(",")} - {"jpeg_pipe"}, "rw"):
         with contextlib.suppress(ValueError):
             assert av.format.ContainerFormat(name, mode).extensions <= {*find.SUFFIXES} | sound, name
@@ -303,6 +314,7 @@ SHAPES = {  # lines: class of each of a.mp4 and b.mp4
     "a.mp4 run\nb.mp4": ["run", None],
     "a run\nb 0": ["run", "0"],
     "a\nb": [None, None],
+    "a.mp4\u00a01\nb.mp4 \u30000 ": ["1", "0"],
     "a\tbrush hair\nb\trun": ["brush hair", "run"],
     "a.mp4 2 hand wave\nb.mp4 3 hands clap": ["2 hand wave", "3 hands clap"],
     "a.mp4 2 hands\nb.mp4 3 hands\ngone.mp4 2 hands\nlost.mp4 3 hands": ["2 hands", "3 hands"],
@@ -358,10 +370,20 @@ def test_a_set_of_an_older_version_is_made_anew_with_its_own_options(tmp_path, m
         write(tmp_path / SYNTHETIC_MARKER, json.dumps({"version": version} | options))
         find_videos("synthetic", tmp_path, train=True)
     assert made == [(str(tmp_path), options)]
+    write(tmp_path / SYNTHETIC_MARKER, json.dumps({"version": SYNTHETIC_VERSION + 1, "zoom": 2}))
+    with pytest.raises(ValueError, match=f"{tmp_path}: made by newer code"):
+        find_videos("synthetic", tmp_path, train=True)
     for other in ('{"version": ', "[]", "5"):
         write(tmp_path / SYNTHETIC_MARKER, other)
         with pytest.raises(ValueError, match=f"{tmp_path}: not made by this project"):
             find_videos("synthetic", tmp_path, train=True)
+
+
+def test_a_folder_of_frames_is_no_root(tmp_path):
+    touch(tmp_path, "1.jpg", "2.jpg")
+    for look in (lambda: find_videos("folder", tmp_path, train=True), lambda: find.walk_whole(str(tmp_path))):
+        with pytest.raises(FileNotFoundError, match=f"{tmp_path}.*give the folder above it"):
+            look()
 
 
 def test_labels_of_a_list_are_the_numbers_that_occur(tmp_path):
@@ -374,6 +396,9 @@ def test_labels_of_a_list_are_the_numbers_that_occur(tmp_path):
     videos = listed("a.mp4 399\nb.mp4 5\nc.mp4 17")
     assert (videos.classes, videos.labels) == (["5", "17", "399"], [2, 0, 1])
     assert listed("a.mp4 5\na.mp4 5\nb.mp4 1").report.endswith("; 1 listed again")
+    (tmp_path / "bad.txt").write_text("a.mp4\nc.mp4")
+    videos = find_videos("folder", tmp_path, True, list_file="list.txt", exclude=f" {tmp_path}/bad.txt, ")
+    assert found(videos, tmp_path) == {"b.mp4": "1"} and "; 1 of the 2 named in" in videos.report
     assert listed("a.mp4 5\nb.mp4 5\na.mp4 7\nb.mp4 5").report.endswith("; 2 listed again, 1 with another label")
 
 

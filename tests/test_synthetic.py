@@ -224,12 +224,15 @@ def test_unlabeled_videos_are_for_pretraining_and_leave_the_others_as_they_are(m
         find.find_videos("synthetic", root, train=True)
 
 
-def test_numbers_that_make_no_set_are_refused(tmp_path):
+def test_numbers_that_make_no_set_are_refused(tmp_path, monkeypatch):
     wrong = dict(train=0, test=0, seed=-1, shake=-0.1, frames=1, size=(0, 32), shots=11, scene_bias=1.5)
     biased = [dict(scene_bias=0.5, shots=2), dict(scene_bias=0.5, test=9), dict(scene_bias=-0.5)]
     for options in [*({name: value} for name, value in wrong.items()), *biased]:
         with pytest.raises(ValueError, match="no set of"):
             synthetic.make_synthetic(tmp_path / "set", **SMALL | options)
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path)
+    with pytest.raises(ValueError, match=f"{tmp_path} is a mounted folder: name a folder in it"):
+        synthetic.make_synthetic(tmp_path, **SMALL)
 
 
 def test_the_command_makes_a_set_and_says_in_one_line_what_it_cannot(tmp_path, monkeypatch, in_process):

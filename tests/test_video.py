@@ -442,7 +442,7 @@ def test_shrinking_makes_files_of_folders(tmp_path, in_process):
     write_frames(root / "c/w.avi", "img_{}.jpg")
     (root / "c/link").symlink_to("v")
     damage(write_frames(root / "c/bad"), *range(4))
-    touch(root, "c/v/flow_x_1.jpg")
+    touch(root, "c/v/flow_x_1.jpg", "c/w.avi/flows_1.jpg", "c/w.avi/flows_2.jpg")  # the last two have no place
     write(root / "list.txt", "c/v 0", "c/w.avi 1", "c/link.avi 0")
     code, said, err = in_process(shrink, root, out, "--side=24", "--workers=1", "--frame_rate=10")
     assert code == 1 and said.startswith("2 videos, 0.0 → 0.0 MB;") and "1 of 3 videos" in said, err
