@@ -25,7 +25,6 @@ shots   dc_md       fima.py --losses vv,pix --mask_position none
 shots   pix         fima.py --losses vv,pix
 shots   fima        fima.py
 shots   adjacent    fima.py --difference adjacent
-shots   pix_last    fima.py --losses vv,pix --color_first off
 shots   fima_last   fima.py --color_first off
 shots   adjacent_last fima.py --difference adjacent --color_first off
 shots   fg_30       fima.py --losses vv,pix --foreground 0.3
