@@ -115,6 +115,7 @@ def load_stored(config: EncoderConfig, _say=print) -> tuple[nn.Module, EncoderCo
 
     Raises UserError where it is no such file, or does not serve to evaluate, or where another option is given.
     """
+    torch.manual_seed(config.seed)  # for the classifier that is to come, in all processes
     path, encoder = config.features, nn.Identity()
     config = dataclasses.replace(config, checkpoint=checkpoint_path(config.checkpoint))
     try:

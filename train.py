@@ -610,9 +610,10 @@ def fit(
             run.bad_videos += len(found)
             if run.bad_videos > config.max_bad * run.steps_per_epoch * run.total_batch:
                 why = out / "bad_videos.log"
-                files = ",".join(filter(None, [getattr(config, "exclude", ""), str(why)]))
+                files = ",".join(filter(None, [getattr(config, "exclude", ""), "bad.txt"]))
                 many = f"{run.bad_videos} videos of this epoch could not be read, more than --max_bad"
-                advice = f"leave them out by --exclude {shlex.quote(files)}, or allow more"
+                advice = f"cp {shlex.quote(str(why))} bad.txt and leave them out by --exclude {shlex.quote(files)}"
+                advice += ", or allow more"
                 raise UserError(f"{many} {config.max_bad:g}; {why} says why: {advice}")
             if line_due or interrupted:
                 log.line()  # before saving, as it finds losses that are not finite

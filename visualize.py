@@ -112,7 +112,8 @@ def load_decoder(config: FigureConfig, inputs: list[str]) -> tuple[Model, nn.Mod
     state = load_checkpoint(path, foreign=True) if path else {"method": ""}
     if state["method"] != "FIMA":
         raise UserError("attention needs a checkpoint of fima.py: visualize.py attention RUN")
-    options = saved_options(path, state, fima.FIMAConfig, ["bn"]) | {"bn": "local"}  # older ones may say "sync"
+    options = saved_options(path, state, fima.FIMAConfig, ["bn", "compile"])
+    options |= {"bn": "local", "compile": "off"}  # the first may be of older code
     decoder = fima.FIMA(fima.FIMAConfig(**options)).decoder
     if decoder is None:
         raise UserError(f"{path} was trained without a motion decoder (--losses, --decoder)")

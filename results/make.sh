@@ -97,7 +97,7 @@ shake   adjacent    fima.py --difference adjacent
 shake   fima_last   fima.py --color_first off
 shake   adjacent_last fima.py --difference adjacent --color_first off
 people  untrained   none
-people  supervised  evaluate.py finetune --encoder conv4 --crop 64
+people  supervised  evaluate.py finetune --encoder conv4 --crop 64 --dropout 0 --jitter_p 0.2
 people  moco        moco.py --momentum 0.99
 people  moco_vd     moco.py --losses vv,vd --momentum 0.99
 people  pix         fima.py --losses vv,pix --momentum 0.99 --decoder_width 128

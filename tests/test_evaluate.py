@@ -507,10 +507,10 @@ def test_unreadable_videos_are_named_once_and_numbers_from_the_file_are_those_fr
     shutil.move(run.path / "damaged", run.path / "videos")
     for protocol in ("retrieve", "knn", "svm"):
         run.ok(evaluate, protocol, "--features=f.npz", dataset=None)
-        out = run.ok(evaluate, protocol, *UNTRAINED, *damaged, "--data=videos", "--out=videos.json", dataset=None)
+        out = run.ok(evaluate, protocol, *UNTRAINED, *damaged, "--data=videos", f"--out={protocol}.json", dataset=None)
         assert out.count("mp4' cannot be read") == 2
         own = run.path / "runs" / "untrained_conv4" / f"{protocol}_folder.json"
-        found, expected = (json.loads(path.read_text()) for path in (own, run.path / "videos.json"))
+        found, expected = (json.loads(path.read_text()) for path in (own, run.path / f"{protocol}.json"))
         for record in (found, expected):
             ((path, _),) = record["result"].pop("unreadable")
             assert os.path.basename(path) == "fall_0001.mp4"
@@ -531,6 +531,9 @@ def test_linear_trains_on_the_clips_of_a_file_of_features(run, damaged):
     assert result["training_videos"] == 17 and result["test_videos"] == 10 and "of 10 test videos" in out
     saved = torch.load(run.path / "linear" / "checkpoint.pt")["model"]
     assert saved.keys() == {"fc.weight", "fc.bias", "encoder.sum"}
+    torch.manual_seed(7)  # whatever was drawn before
+    run.ok(evaluate, "linear", *own, "--out=same", dataset=None)
+    assert torch.load(run.path / "same" / "checkpoint.pt")["model"]["fc.weight"].equal(saved["fc.weight"])
     file = load(run.path / "f.npz")
     units = torch.from_numpy(file["features"][file["test"]])
     units = units / units.norm(dim=2, keepdim=True)
@@ -560,6 +563,8 @@ def test_a_result_is_replaced_by_one_of_the_same_options_alone(run, damaged):
         run.ok(evaluate, "knn", "--features=f.npz", "--k=3", *more, dataset=None)
     run.refused(evaluate, "knn", "--features=f.npz", "--k=5", dataset=None, says=["holds the result of --k 3: name"])
     run.ok(evaluate, "knn", "--features=f.npz", "--k=5", "--out=5.json", dataset=None)
+    other = ["retrieve", "--features=f.npz", "--out=5.json"]
+    run.refused(evaluate, *other, dataset=None, says=["5.json holds the result of knn: name another --out"])
 
 
 def test_a_file_of_features_of_a_video_that_is_listed_twice_is_refused(run, damaged):
