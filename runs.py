@@ -161,7 +161,8 @@ def described(run: Run) -> str:
 
 def open_record(run: Run, folder: Path) -> None:
     """Adds this start of a run to run.json, and cuts the logs to what a resumed run goes on from; a run that is not
-    resumed begins them anew. Raises UserError where a file can't be written, or run.json is damaged."""
+    resumed, or that is from another folder, begins them anew. Raises UserError where a file can't be written, run.json
+    is damaged, or --exclude names what the run writes."""
     record, log, bad_videos = folder / "run.json", folder / "log.jsonl", folder / "bad_videos.log"
     start = {"start_step": run.done, "started": time.strftime("%Y-%m-%d %H:%M:%S %z")}
     on_gpu = run.process.device.type == "cuda"
@@ -171,7 +172,9 @@ def open_record(run: Run, folder: Path) -> None:
     if os.path.realpath(bad_videos) in map(os.path.realpath, getattr(run.config, "exclude", "").split(",")):
         raise UserError(f"--exclude {bad_videos}: this run writes there; copy the file, and name the copy")
     with user_errors((OSError,)):
-        if not (run.done or run.config.resume):  # what is there is of one that was killed before it saved
+        resume = run.config.resume
+        if Path(resume).resolve().parent != folder.resolve() if resume else not run.done:
+            # What is there is of one that was killed before it saved.
             starts = []
             for left in (log, bad_videos):
                 left.unlink(missing_ok=True)

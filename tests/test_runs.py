@@ -303,11 +303,12 @@ def test_damaged_lines_of_logs_are_left_out(run_at_3, tmp_path):
     refused("this run writes there; copy the file", runs.open_record, run_at_3, tmp_path)
 
 
-def test_a_run_keeps_nothing_of_one_that_was_killed_before_it_saved(run_at_3, tmp_path):
+@pytest.mark.parametrize(("resume", "done"), [("", 0), ("other/checkpoint.pt", 3)])
+def test_a_run_keeps_nothing_of_one_that_was_killed_before_it_saved(run_at_3, tmp_path, resume, done):
     write(tmp_path / "bad_videos.log", "step 1\t'a.mp4'\tcut")
-    run_at_3.done = 0
+    run_at_3.done, run_at_3.config = done, dataclasses.replace(run_at_3.config, resume=resume)
     runs.open_record(run_at_3, tmp_path)
-    assert [start["start_step"] for start in runs.read_starts(tmp_path / "run.json")] == [0]
+    assert [start["start_step"] for start in runs.read_starts(tmp_path / "run.json")] == [done]
     assert not (tmp_path / "log.jsonl").exists() and not (tmp_path / "bad_videos.log").exists()
     (tmp_path / "run.json").write_text('{"mine": 1}')
     refused("run.json is damaged", runs.open_record, run_at_3, tmp_path)
