@@ -39,16 +39,7 @@ import data
 import features
 import find
 from cli import command_line, dispatch, loader_workers, shown, start_process
-from features import (
-    EncoderConfig,
-    checkpoint_path,
-    clip_outputs,
-    load_encoder,
-    nearest,
-    pooled_features,
-    unit_features,
-    video_outputs,
-)
+from features import EncoderConfig, clip_outputs, load_encoder, nearest, pooled_features, unit_features, video_outputs
 from models import ENCODERS, export_weights
 from runs import check_replaceable, claim_folder, continued, fit_in_folder, load_checkpoint, made_by, read_json
 from train import Options, Process, TrainConfig, UserError, check_sums, option, progress, user_errors, write_file
@@ -293,12 +284,13 @@ def check_out(config: RetrieveConfig) -> None:
         claim_folder(out.parent, config.resume)
     check_replaceable(out, b'{\n "protocol"')
     if not isinstance(config, ClassifyConfig) and out.exists() and out.stat().st_size:
+        record = read_json(out)
+        if record.get("protocol") != config.protocol:
+            raise UserError(f"{out} holds the result of {record.get('protocol')}: name another --out")
         held, mine = (
             options | {name: os.path.realpath(options[name]) for name in ("checkpoint", "data") if options.get(name)}
-            for options in (read_json(out).get("config", {}), dataclasses.asdict(config))
+            for options in (record.get("config", {}), dataclasses.asdict(config))
         )
-        if (protocol := read_json(out).get("protocol")) != config.protocol:
-            raise UserError(f"{out} holds the result of {protocol}: name another --out")
         other = [name for name in mine.keys() & held.keys() - FREE if held[name] != mine[name]]
         if other:
             options = " ".join(f"--{name} {held[name] or 'none'}" for name in sorted(other))
@@ -511,7 +503,7 @@ def export(config: ExportConfig) -> None:
     """
     if not config.checkpoint:
         raise UserError("export needs a --checkpoint")
-    given, name = Path(checkpoint_path(config.checkpoint)), "encoder." + config.to.replace("torch", "pt")
+    given, name = Path(features.checkpoint_path(config.checkpoint)), "encoder." + config.to.replace("torch", "pt")
     out = Path(config.out or (given if given.is_dir() else given.parent) / name)
     check_replaceable(out)
     options = {name: value for name, value in dataclasses.asdict(config).items() if name not in ("to", "out")}

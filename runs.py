@@ -169,7 +169,8 @@ def open_record(run: Run, folder: Path) -> None:
     hardware = torch.cuda.get_device_name() if on_gpu else f"{os.cpu_count()} CPU cores"
     start |= {"processes": run.process.world_size, "hardware": hardware}
     starts = read_starts(record) if record.exists() else []  # which finds out whether it is a run's
-    if os.path.realpath(bad_videos) in map(os.path.realpath, getattr(run.config, "exclude", "").split(",")):
+    excluded = map(str.strip, getattr(run.config, "exclude", "").split(","))
+    if os.path.realpath(bad_videos) in map(os.path.realpath, excluded):
         raise UserError(f"--exclude {bad_videos}: this run writes there; copy the file, and name the copy")
     with user_errors((OSError,)):
         resume = run.config.resume

@@ -610,11 +610,11 @@ def fit(
             run.bad_videos += len(found)
             if run.bad_videos > config.max_bad * run.steps_per_epoch * run.total_batch:
                 why = out / "bad_videos.log"
-                files = ",".join(filter(None, [getattr(config, "exclude", ""), "bad.txt"]))
+                named = *getattr(config, "exclude", "").split(","), "bad.txt"
+                files = shlex.quote(",".join({name: 0 for name in named if name}))
                 many = f"{run.bad_videos} videos of this epoch could not be read, more than --max_bad"
-                advice = f"cp {shlex.quote(str(why))} bad.txt and leave them out by --exclude {shlex.quote(files)}"
-                advice += ", or allow more"
-                raise UserError(f"{many} {config.max_bad:g}; {why} says why: {advice}")
+                advice = f"`cat {shlex.quote(str(why))} >> bad.txt` and leave them out by --exclude {files}"
+                raise UserError(f"{many} {config.max_bad:g}; {why} says why: {advice}, or allow more")
             if line_due or interrupted:
                 log.line()  # before saving, as it finds losses that are not finite
             if ends or interrupted or (late and line_due):

@@ -299,7 +299,7 @@ def test_damaged_lines_of_logs_are_left_out(run_at_3, tmp_path):
     assert len(visualize.read_log(str(tmp_path))) == 3
     runs.open_record(run_at_3, tmp_path)
     assert path.read_bytes().splitlines() == lines and bad_videos.read_bytes() == b"step 1\t'a\xff.mp4'\tcut\n"
-    run_at_3.config = dataclasses.replace(run_at_3.config, exclude=f"a.txt,{bad_videos}")
+    run_at_3.config = dataclasses.replace(run_at_3.config, exclude=f"a.txt, {bad_videos}")
     refused("this run writes there; copy the file", runs.open_record, run_at_3, tmp_path)
 
 

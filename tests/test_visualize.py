@@ -340,6 +340,13 @@ def test_figures_leave_out_unreadable_videos_and_say_if_queries_are_training_vid
     assert code == 2 and "mine/cut.mp4" in said and "in a row" not in said
 
 
+def test_attention_of_a_compiled_run_needs_no_compiler(runs, tmp_path, monkeypatch):
+    state = torch.load(runs / "fima" / "checkpoint.pt")
+    torch.save(state | {"config": state["config"] | {"compile": "on"}}, tmp_path / "checkpoint.pt")
+    monkeypatch.setenv("CXX", "none++")
+    visualize.load_decoder(visualize.FigureConfig(), [str(tmp_path)])
+
+
 def test_curves_play_from_the_first_point_to_the_last_and_are_named_by_it(tmp_path):
     lines = [{"step": n, "epoch": n / 10, "loss/vv": 5 - n / 10, "chance/vv": 5.5} for n in range(1, 31)]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
